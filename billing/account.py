@@ -1,0 +1,165 @@
+"""A tenant's account and the movements on it, as plain values.
+
+Every movement carries an id that its sender chose: the same id twice is one movement.
+"""
+
+from dataclasses import dataclass, field
+
+from billing.money import Nanos
+from billing.plans import Limits
+from billing.prices import Price
+from billing.usage import BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Units that a tenant may draw on until they expire."""
+
+    id: BucketId
+    unit: Unit
+    remaining: int
+    granted: int
+    expires_at_ms: int | None = None
+    adapters: tuple[str, ...] = ()
+    """Models that a requests bucket covers; empty covers all."""
+    is_allowance: bool = False
+    """An allowance is drawn before every pack and replaced when its period ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """All that the store knows of a tenant's money at one moment."""
+
+    tenant: TenantId
+    buckets: tuple[Bucket, ...]
+    held_nanos: Nanos
+    """Nanos drawn by open holds, exposure included."""
+    held_requests: int
+    overage_nanos: Nanos
+    """Unpaid postpaid use, settled; what open holds draw is in ``held_nanos``."""
+    seq: int
+    open_holds: int
+
+    @property
+    def balance_nanos(self) -> Nanos:
+        """Money in the buckets, without what open holds drew; negative after a clawback."""
+        return Nanos(sum(b.remaining for b in self.buckets if b.unit is Unit.NANOS))
+
+
+@dataclass(frozen=True, slots=True)
+class Funding:
+    """What a request may draw on besides packs, decided by its tenant's plan and the clock."""
+
+    allowance: Bucket | None = None
+    """The current period's allowance: put in place of another period's by the same step that draws."""
+    overage_cap: Nanos = Nanos(0)
+    """0 where no subscription stands behind the credit."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRequest:
+    """Everything one atomic step needs to admit a request and hold its worst case."""
+
+    request_id: RequestId
+    tenant: TenantId
+    key_id: str
+    model: str
+    """The catalogue's id, which requests buckets and private scopes name."""
+    adapter: str
+    adapter_class: str
+    plan: str
+    price: Price
+    prompt_tokens: int
+    max_tokens: int
+    """Completion tokens asked for, already cut to the context."""
+    funding: Funding
+    limits: Limits = Limits()
+    min_tokens: int = 1
+    """Fewest completion tokens worth running for; below it the request is refused."""
+    lease_ms: int = 30_000
+    max_compute_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Credit set aside for one request until it is settled or its lease ends."""
+
+    request: HoldRequest
+    max_tokens: int
+    """Completion tokens that the hold pays for; at most what was asked for."""
+    draws: tuple[Draw, ...]
+    lease_ends_at_ms: int
+    """By the store's clock."""
+    balance_nanos: Nanos
+    """Money left in the buckets right after the hold."""
+    covered_by_requests: bool
+    """A requests bucket pays for it, whatever it costs in nanos."""
+    limits_left: "LimitsLeft" = field(default_factory=lambda: LimitsLeft())
+
+    @property
+    def is_clamped(self) -> bool:
+        return self.max_tokens < self.request.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsLeft:
+    """What is left of each limit after a hold, for the ``x-ratelimit-*`` headers; ``None`` is no limit."""
+
+    requests: int | None = None
+    requests_reset_s: float = 0.0
+    tokens: int | None = None
+    tokens_reset_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Tokens generated so far, and what they cost: what is billed if nothing more is heard."""
+
+    request_id: RequestId
+    tenant: TenantId
+    usage: Usage
+    list_nanos: Nanos
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What was served, once and for all. ``list_nanos`` above the hold is cut to it: our loss."""
+
+    request_id: RequestId
+    tenant: TenantId
+    usage: Usage
+    list_nanos: Nanos
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The settled record, and whether this call or an earlier one settled it."""
+
+    record: UsageRecord
+    is_repeat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Credit given once per ``source`` (a payment's id, an operator's reference)."""
+
+    source: str
+    tenant: TenantId
+    unit: Unit
+    amount: int
+    expires_at_ms: int | None = None
+    adapters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Clawback:
+    """Credit taken back once per ``source`` (a refund's id) from what ``granted_by`` gave.
+
+    The bucket, and so the balance, may go below zero; never more is taken than was granted.
+    """
+
+    source: str
+    tenant: TenantId
+    granted_by: str
+    amount: int

@@ -1,0 +1,135 @@
+"""The tree of refusals and failures of billing.
+
+Each class carries the fields its answer needs and pickles. Statuses are not decided here.
+"""
+
+from dataclasses import dataclass, fields, is_dataclass
+
+from billing.money import Nanos, format_usd
+
+
+class BillingError(Exception):
+    """Anything billing refuses or cannot do."""
+
+    def __reduce__(self) -> tuple[type["BillingError"], tuple[object, ...]]:
+        values = tuple(getattr(self, f.name) for f in fields(self)) if is_dataclass(self) else self.args
+        return type(self), values
+
+
+class Refusal(BillingError):
+    """A request that may not run, for a reason its sender can act on."""
+
+
+@dataclass(eq=False)
+class InvalidKey(Refusal):
+    reason: str = "unknown"
+    """``missing``, ``malformed``, ``unknown``, ``revoked`` or ``expired``."""
+
+    def __str__(self) -> str:
+        return f"the API key is {self.reason}: send `Authorization: Bearer <key>` with a valid key"
+
+
+@dataclass(eq=False)
+class TenantSuspended(Refusal):
+    tenant: str
+
+    def __str__(self) -> str:
+        return f"tenant {self.tenant} is suspended: ask the operator"
+
+
+@dataclass(eq=False)
+class UnknownModel(Refusal):
+    model: str
+
+    def __str__(self) -> str:
+        return f"model {self.model!r} does not exist: GET /v1/models lists those you may use"
+
+
+@dataclass(eq=False)
+class ModelNotAllowed(Refusal):
+    model: str
+
+    def __str__(self) -> str:
+        return f"this key may not use model {self.model!r}: GET /v1/models lists those it may"
+
+
+@dataclass(eq=False)
+class PriceMissing(Refusal):
+    model: str
+
+    def __str__(self) -> str:
+        return f"model {self.model!r} has no price and is not served: add `price` to its entry"
+
+
+@dataclass(eq=False)
+class InsufficientCredits(Refusal):
+    """Not even with every hold released would the balance cover the least this request can cost."""
+
+    balance_nanos: Nanos
+    required_nanos: Nanos
+    max_affordable_tokens: int = 0
+    limit_source: str = "balance"
+    """``balance``, ``overage_cap`` or ``subscription``."""
+
+    def __str__(self) -> str:
+        return (
+            f"this request needs up to ${format_usd(self.required_nanos)} and ${format_usd(self.balance_nanos)} "
+            "is left: buy a pack with POST /v1/checkout or lower max_tokens"
+        )
+
+
+@dataclass(eq=False)
+class CreditOnHold(Refusal):
+    """The balance would do, but other running requests hold it."""
+
+    retry_after_s: int
+    balance_nanos: Nanos
+    held_nanos: Nanos
+    required_nanos: Nanos
+
+    def __str__(self) -> str:
+        return (
+            f"${format_usd(self.held_nanos)} is held by requests still running: "
+            f"retry in {self.retry_after_s} s, or lower max_tokens"
+        )
+
+
+@dataclass(eq=False)
+class RateLimited(Refusal):
+    kind: str
+    """``requests``, ``tokens`` or ``concurrency``."""
+    limit: int
+    retry_after_s: float
+
+    def __str__(self) -> str:
+        what = "running at once" if self.kind == "concurrency" else f"{self.kind} a minute"
+        return f"the limit of {self.limit} {what} is reached: retry in {self.retry_after_s:g} s"
+
+
+@dataclass(eq=False)
+class DuplicateRequest(Refusal):
+    """A request id is used once; a second hold under it is our bug or a forged id."""
+
+    request_id: str
+
+    def __str__(self) -> str:
+        return f"request {self.request_id} was held or settled before"
+
+
+class StoreUnavailable(BillingError):
+    """The store does not answer in time. Nothing was or will be served unmetered."""
+
+    def __str__(self) -> str:
+        return self.args[0] if self.args else "the metering store does not answer: retry shortly"
+
+
+class StoreRefused(BillingError):
+    """The store is not fit to keep money (evicts keys, writes no log, wrong shard count)."""
+
+
+class DodoUnavailable(BillingError):
+    """Dodo Payments does not answer, or not as it should."""
+
+
+class WebhookRejected(BillingError):
+    """A webhook whose signature or body does not verify."""

@@ -1,0 +1,54 @@
+"""Amounts of money as whole nanos of a US dollar.
+
+Knows how an amount is written, read and divided. Knows no price, tenant or currency but USD.
+"""
+
+import re
+from typing import NewType
+
+Nanos = NewType("Nanos", int)
+"""An amount of money in 1e-9 US dollars. Never a float: sums must be exact."""
+
+NANOS_PER_USD = 1_000_000_000
+NANOS_PER_CENT = 10_000_000
+MAX_BALANCE_NANOS = Nanos(2**53 - 1)
+"""Lua keeps numbers as doubles; past this a sum in the store would round."""
+MAX_GRANT_NANOS = Nanos(1_000_000 * NANOS_PER_USD)
+
+_USD = re.compile(r"(?P<sign>-?)(?P<whole>\d{1,9})(?:\.(?P<part>\d{1,9}))?")
+
+
+class AmountError(ValueError):
+    """The text is no amount of US dollars."""
+
+
+def parse_usd(text: str) -> Nanos:
+    """Read a decimal string of dollars, such as ``"0.000123"``, without rounding.
+
+    Raises:
+        AmountError: for anything but digits with at most nine decimals.
+    """
+    match = _USD.fullmatch(text.strip())
+    if match is None:
+        raise AmountError(f'{text!r} is not an amount in dollars: write it as "12.50", nine decimals at most')
+    whole, part = int(match["whole"]), int((match["part"] or "").ljust(9, "0"))
+    nanos = whole * NANOS_PER_USD + part
+    return Nanos(-nanos if match["sign"] else nanos)
+
+
+def format_usd(nanos: int, decimals: int = 6) -> str:
+    """Write an amount as a decimal string with at least ``decimals`` places and no digit lost."""
+    sign = "-" if nanos < 0 else ""
+    whole, part = divmod(abs(nanos), NANOS_PER_USD)
+    digits = f"{part:09d}".rstrip("0").ljust(decimals, "0")
+    return f"{sign}{whole}.{digits}" if digits else f"{sign}{whole}"
+
+
+def divide_up(dividend: int, divisor: int) -> int:
+    """Divide a whole amount and round up: the only division of money there is.
+
+    Rounding up once, after everything is summed, favours the house by less than one nano.
+    """
+    assert dividend >= 0, "only a charge is divided, and a charge is never negative"
+    assert divisor > 0, "a rate's denominator is positive"
+    return -(-dividend // divisor)

@@ -1,0 +1,114 @@
+"""Plans, packs and limits as the owner configures them.
+
+Knows what a tenant may draw on in a period; knows no store and no payment provider.
+"""
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from billing.money import MAX_GRANT_NANOS, Nanos
+from billing.prices import Usd
+from billing.usage import Unit
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
+
+
+class PlanKind(StrEnum):
+    FREE = "free"
+    PREPAID = "prepaid"
+    PAY_AS_YOU_GO = "pay_as_you_go"
+    SUBSCRIPTION = "subscription"
+
+
+class _Configured(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Limits(_Configured):
+    """Limits of one key. ``None`` means no limit of that kind."""
+
+    requests_per_minute: Annotated[int, Field(gt=0)] | None = None
+    tokens_per_minute: Annotated[int, Field(gt=0)] | None = None
+    concurrent_requests: Annotated[int, Field(gt=0)] | None = None
+
+
+class Quota(_Configured):
+    """Units of credit: either ``requests`` or ``usd`` is given, for the named adapters or for all."""
+
+    requests: Annotated[int, Field(gt=0, le=2**53 - 1)] | None = None
+    usd: Usd | None = None
+    adapters: tuple[str, ...] = ()
+    """Adapters that a requests quota covers; empty covers all."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Self:
+        if (self.requests is None) == (self.usd is None):
+            raise ValueError("give either `requests` or `usd`")
+        if self.usd is not None and not 0 < self.usd <= MAX_GRANT_NANOS:
+            raise ValueError("`usd` must be above 0 and at most 1000000")
+        if self.usd is not None and self.adapters:
+            raise ValueError("a quota in `usd` covers every adapter: name adapters only with `requests`")
+        return self
+
+    @property
+    def unit(self) -> Unit:
+        return Unit.REQUESTS if self.requests is not None else Unit.NANOS
+
+    @property
+    def amount(self) -> int:
+        return self.requests if self.requests is not None else int(self.usd or 0)
+
+
+class Plan(_Configured):
+    """What a tenant may draw on: an allowance each period, then packs, then exposure up to a cap."""
+
+    kind: PlanKind
+    allowance: Quota | None = None
+    overage_cap: Usd = Nanos(0)
+    """Most nanos of unpaid postpaid use; 0 where the plan extends no credit."""
+    monthly_price: Usd = Nanos(0)
+    """The subscription's fixed price; Dodo charges it, farebox only creates the product."""
+    limits: Limits = Limits()
+    grace_days: Annotated[int, Field(ge=0, le=60)] = 3
+    """Days that a subscription in ``past_due`` keeps its postpaid credit."""
+
+    @model_validator(mode="after")
+    def _matches_its_kind(self) -> Self:
+        wants_allowance = self.kind in (PlanKind.FREE, PlanKind.SUBSCRIPTION)
+        if wants_allowance != (self.allowance is not None):
+            raise ValueError(f"a {self.kind} plan {'needs' if wants_allowance else 'has no'} `allowance`")
+        if self.kind is PlanKind.PAY_AS_YOU_GO and self.overage_cap == 0:
+            raise ValueError("a pay_as_you_go plan needs `overage_cap`: the most that may stand unpaid")
+        if self.kind in (PlanKind.FREE, PlanKind.PREPAID) and self.overage_cap:
+            raise ValueError(f"a {self.kind} plan extends no credit: remove `overage_cap`")
+        return self
+
+    @property
+    def is_postpaid(self) -> bool:
+        """Does using it extend credit, and so need a Dodo subscription that carries our meter?"""
+        return self.kind in (PlanKind.PAY_AS_YOU_GO, PlanKind.SUBSCRIPTION)
+
+
+class Pack(_Configured):
+    """Credit sold once: a one-time Dodo product that fills a bucket when its payment succeeds."""
+
+    price: Usd
+    grants: Quota
+    expires_days: Annotated[int, Field(gt=0, le=3650)] | None = 365
+    visibility: Literal["public", "hidden"] = "public"
+
+    @model_validator(mode="after")
+    def _can_be_sold(self) -> Self:
+        if self.price <= 0 or self.price % 10_000_000:
+            raise ValueError("`price` must be above 0 and whole cents: Dodo charges in cents")
+        return self
+
+
+def month_of(now: datetime) -> tuple[datetime, datetime]:
+    """The calendar month in UTC that holds ``now``: its start and the start of the next."""
+    start = now.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    end = start.replace(year=start.year + 1, month=1) if start.month == 12 else start.replace(month=start.month + 1)
+    return start, end

@@ -1,0 +1,121 @@
+"""The names of every key in the store, and which shard a tenant lives in.
+
+All keys that one script touches share a hash tag, so that the same scripts run on a cluster.
+"""
+
+from dataclasses import dataclass
+from zlib import crc32
+
+from billing.usage import TenantId
+
+SHARDS = 64
+"""Fixed for ever: a tenant's shard is part of every one of its keys. Verified at start."""
+
+META = "fb:meta"
+"""Hash: schema version and shard count."""
+TENANTS = "fb:tenants"
+"""Set of tenant ids."""
+CUSTOMERS_WANTED = "fb:customers:wanted"
+"""Set of tenant ids that have no Dodo customer yet."""
+CUSTOMER_TENANTS = "fb:customers"
+"""Hash: Dodo customer id to tenant id."""
+CATALOGUE_CURRENT = "fb:catalogue:current"
+"""String: content hash of the catalogue in force."""
+GATEWAYS = "fb:gateways"
+"""Hash: gateway id to JSON with the catalogue hash it serves and when it said so."""
+DODO_IDS = "fb:dodo:ids"
+"""Hash: name in our config (``pack:small``, ``plan:pro``, ``meter:charge``) to Dodo's id."""
+INBOX = "fb:inbox"
+"""Hash: webhook id to JSON of the delivery and what became of it."""
+INBOX_PARKED = "fb:inbox:parked"
+"""Sorted set: webhook ids that wait for a replay, by time received."""
+PUMP = "fb:pump"
+"""Hash: the exporter's state for people: last flush, last error, stopped or not."""
+
+
+def api_key(key_hash: str) -> str:
+    return f"fb:key:{key_hash}"
+
+
+def catalogue(content_hash: str) -> str:
+    return f"fb:catalogue:{content_hash}"
+
+
+def shard_of(tenant: TenantId) -> int:
+    return crc32(tenant.encode()) % SHARDS
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Keys shared by all tenants of one shard."""
+
+    number: int
+
+    @property
+    def tag(self) -> str:
+        return f"fb:{{s{self.number:02d}}}"
+
+    @property
+    def holds(self) -> str:
+        """Hash: request id to the open hold."""
+        return f"{self.tag}:holds"
+
+    @property
+    def leases(self) -> str:
+        """Sorted set: request id by the end of its lease in store milliseconds."""
+        return f"{self.tag}:leases"
+
+    @property
+    def stream(self) -> str:
+        """Stream of entries: usage records, grants, clawbacks, in the order they took effect."""
+        return f"{self.tag}:stream"
+
+    @property
+    def cursor(self) -> str:
+        """Hash: the export cursor and the running sums of what was sealed, acked and dead."""
+        return f"{self.tag}:cursor"
+
+    @property
+    def outbox(self) -> str:
+        """Hash: sealed batches that Dodo has not acknowledged, by event id."""
+        return f"{self.tag}:outbox"
+
+    @property
+    def dead(self) -> str:
+        """Hash: events that Dodo refused for good, by event id, with the reason."""
+        return f"{self.tag}:dead"
+
+    def settled(self, bucket: int) -> str:
+        """Hash: request ids settled in one stretch of time, so that a repeat is recognised."""
+        return f"{self.tag}:settled:{bucket}"
+
+    def account(self, tenant: TenantId) -> str:
+        """Hash: seq, held, overage and status of a tenant."""
+        return f"{self.tag}:account:{tenant}"
+
+    def buckets(self, tenant: TenantId) -> str:
+        """Hash: bucket id to its unit, remaining and granted amount, expiry and scope."""
+        return f"{self.tag}:buckets:{tenant}"
+
+    def limits(self, tenant: TenantId, key_id: str) -> str:
+        """Hash: theoretical arrival times and concurrency of one key."""
+        return f"{self.tag}:limits:{tenant}:{key_id}"
+
+    def movement(self, tenant: TenantId, source: str) -> str:
+        """String: marker of a grant or clawback, by its business id."""
+        return f"{self.tag}:movement:{tenant}:{source}"
+
+    def tenant(self, tenant: TenantId) -> str:
+        """String: the tenant as JSON."""
+        return f"{self.tag}:tenant:{tenant}"
+
+    def keys_of(self, tenant: TenantId) -> str:
+        """Set: hashes of the tenant's API keys."""
+        return f"{self.tag}:keys:{tenant}"
+
+
+def shard_for(tenant: TenantId) -> Shard:
+    return Shard(shard_of(tenant))
+
+
+ALL_SHARDS = tuple(Shard(n) for n in range(SHARDS))

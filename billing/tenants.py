@@ -1,0 +1,118 @@
+"""Who buys: tenants, their API keys and their Dodo subscriptions, as plain values.
+
+Knows how a key is made and recognised; knows no store.
+"""
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from billing.usage import TenantId
+
+KEY_PREFIX = "fbx_"
+SHOWN_DIGITS = 8
+"""Characters of a key that are kept in clear, so that its owner can tell keys apart."""
+
+TenantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+
+class _Stored(BaseModel):
+    """A value kept in the store as JSON; fields that an older version wrote are ignored."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class SubscriptionStatus(StrEnum):
+    """Dodo's own words for the state of a subscription."""
+
+    PENDING = "pending"
+    ACTIVE = "active"
+    ON_HOLD = "on_hold"
+    PAST_DUE = "past_due"
+    PAUSED = "paused"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    EXPIRED = "expired"
+
+
+class Subscription(_Stored):
+    """What we know of the Dodo subscription that carries a tenant's plan."""
+
+    id: str
+    plan: str
+    status: SubscriptionStatus
+    period_start_ms: int
+    period_end_ms: int
+    past_due_ends_at_ms: int | None = None
+    cancel_at_period_end: bool = False
+
+    def extends_credit(self, now_ms: int) -> bool:
+        """May postpaid use go on? Only while active, or past due within its grace."""
+        if self.status is SubscriptionStatus.ACTIVE:
+            return True
+        return self.status is SubscriptionStatus.PAST_DUE and now_ms < (self.past_due_ends_at_ms or 0)
+
+
+class Tenant(_Stored):
+    """One paying customer of the owner."""
+
+    id: TenantId
+    email: str
+    plan: str
+    name: str = ""
+    suspended: bool = False
+    dodo_customer_id: str = ""
+    """Empty until Dodo has the customer; until then its usage waits, counted."""
+    subscription: Subscription | None = None
+    created_at_ms: int = 0
+
+
+class ApiKey(_Stored):
+    """A key as it is stored: never the key itself."""
+
+    id: str
+    tenant: TenantId
+    hash: str
+    shown: str
+    """The key's first characters, for people."""
+    name: str = ""
+    models: tuple[str, ...] | None = None
+    """Models it may use; ``None`` is all that its tenant may."""
+    created_at_ms: int = 0
+    expires_at_ms: int | None = None
+    revoked_at_ms: int | None = None
+
+    def is_usable(self, now_ms: int) -> bool:
+        return self.revoked_at_ms is None and (self.expires_at_ms is None or now_ms < self.expires_at_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who sends a request: a usable key and its tenant."""
+
+    key: ApiKey
+    tenant: Tenant
+
+
+def hash_key(key: str) -> str:
+    """SHA-256 of a key, 64 hex digits. Keys carry 192 random bits, so a plain hash suffices."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def new_key(tenant: TenantId, now_ms: int, name: str = "", models: tuple[str, ...] | None = None) -> tuple[str, ApiKey]:
+    """Make a key: the secret, shown once, and what is stored of it."""
+    secret = KEY_PREFIX + secrets.token_urlsafe(24)
+    stored = ApiKey(
+        id="key_" + secrets.token_hex(8),
+        tenant=tenant,
+        hash=hash_key(secret),
+        shown=secret[: len(KEY_PREFIX) + SHOWN_DIGITS],
+        name=name,
+        models=models,
+        created_at_ms=now_ms,
+    )
+    return secret, stored

@@ -1,0 +1,126 @@
+"""What a request consumed, and the record of it that is charged.
+
+Knows quantities and states; knows no rates and no store.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import NewType, Self
+
+from billing.money import Nanos
+
+TenantId = NewType("TenantId", str)
+RequestId = NewType("RequestId", str)
+BucketId = NewType("BucketId", str)
+
+
+class Status(StrEnum):
+    """How a request ended, as far as its bill is concerned."""
+
+    COMPLETE = "complete"
+    """Everything asked for was delivered."""
+    CANCELLED = "cancelled"
+    """The client left: the prompt and the tokens generated until then are billed."""
+    FAILED = "failed"
+    """We failed: a stream is billed for what was delivered, anything else is free."""
+    EXPIRED = "expired"
+    """The gateway vanished: the last checkpoint is billed when its lease runs out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Quantities of one request, as the engine counted them.
+
+    ``prompt_tokens`` includes ``cached_tokens``, as in OpenAI's API; ``compute_ms`` is the
+    request's share of the step time of the batches it was in.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    requests: int = 1
+    compute_ms: int = 0
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.cached_tokens <= self.prompt_tokens, "cached tokens are part of the prompt"
+        assert min(self.completion_tokens, self.requests, self.compute_ms) >= 0, (
+            "quantities are counted, never negative"
+        )
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+NOTHING = Usage(requests=0)
+"""What a request is billed for when nothing was delivered."""
+
+
+class Unit(StrEnum):
+    """What a bucket of credit counts."""
+
+    NANOS = "nanos"
+    REQUESTS = "requests"
+
+
+OVERAGE = BucketId("overage")
+"""The name under which a record lists what was drawn from postpaid exposure, in nanos."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Units taken from one bucket; ``OVERAGE`` stands for postpaid exposure."""
+
+    bucket: BucketId
+    unit: Unit
+    amount: int
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """One settled request: append-only, and the only source of every charge and statistic."""
+
+    record_id: str
+    request_id: RequestId
+    tenant: TenantId
+    key_id: str
+    adapter: str
+    """``name@digest``, or the base model's id for a request without an adapter."""
+    adapter_class: str
+    plan: str
+    price_version: str
+    usage: Usage
+    status: Status
+    occurred_at_ms: int
+    """Unix time in milliseconds, by the store's clock."""
+    list_nanos: Nanos
+    """What the request would cost at list price, whatever covered it."""
+    charged_nanos: Nanos
+    """Nanos drawn from buckets of money and from exposure; 0 where a requests bucket covered it."""
+    draws: tuple[Draw, ...] = field(default=())
+    balance_nanos: Nanos = Nanos(0)
+    """Money left in the tenant's buckets right after this record."""
+    seq: int = 0
+    """The tenant's record number, without gaps."""
+
+    def drawn_from(self, bucket: BucketId) -> int:
+        return sum(draw.amount for draw in self.draws if draw.bucket == bucket)
+
+    @property
+    def overage_nanos(self) -> Nanos:
+        return Nanos(self.drawn_from(OVERAGE))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        raw = json.loads(text)
+        draws = tuple(Draw(BucketId(d["bucket"]), Unit(d["unit"]), d["amount"]) for d in raw.pop("draws"))
+        usage, status = Usage(**raw.pop("usage")), Status(raw.pop("status"))
+        return cls(usage=usage, status=status, draws=draws, **raw)
+
+    def settled(self, **changes: object) -> Self:
+        """The same record with what only the store could know: draws, balance, number, time."""
+        return replace(self, **changes)  # type: ignore[arg-type]

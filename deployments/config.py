@@ -1,0 +1,114 @@
+"""The shape of ``serve_config.yaml``'s ``args`` and ``user_config``, checked before anything starts.
+
+Knows names, types and bounds; opens no file and reads no environment.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from billing.catalogue import Catalogue, Model, Quarantined
+from billing.plans import Name, Pack, Plan
+from billing.prices import Price
+from billing.usage import TenantId
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelConfig(_Config):
+    """The base model that every adapter sits on."""
+
+    id: str
+    path: str
+    """Local folder or fsspec URL of an ordinary Hugging Face model folder."""
+
+
+class EngineConfig(_Config):
+    """Sizes of one replica's engine. Tokens and rows are counts, times are seconds."""
+
+    max_context_tokens: Annotated[int, Field(ge=16)] = 512
+    max_running: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rows in one batch."""
+    max_queued: Annotated[int, Field(ge=1)] = 256
+    max_batched_tokens: Annotated[int, Field(ge=16)] = 512
+    """Tokens in one step: the decodes and a chunk of prefill."""
+    adapter_slots: Annotated[int, Field(ge=1)] = 8
+    max_adapter_rank: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 64
+    adapter_host_mb: Annotated[int, Field(ge=16)] = 1024
+    device: str = "auto"
+    """``auto``, ``cpu`` or ``cuda``."""
+    dtype: str = "auto"
+    torch_threads: Annotated[int, Field(ge=1)] = 1
+
+
+class FareboxArgs(_Config):
+    """``args`` of the ``farebox`` application: wiring. A change here restarts every replica."""
+
+    model: BaseModelConfig
+    engine: EngineConfig = EngineConfig()
+    adapter_cache_dir: str = ".farebox/adapters"
+    """Where a replica keeps adapters that it fetched from a URL."""
+    spool_dir: str = ".farebox/spool"
+    """Where a gateway keeps settles that wait for the store."""
+    lease_s: Annotated[float, Field(gt=1)] = 30.0
+    checkpoint_s: Annotated[float, Field(gt=0)] = 2.0
+    max_body_kib: Annotated[int, Field(ge=16, le=3584)] = 1024
+
+
+class BillingArgs(_Config):
+    """``args`` of the ``billing`` application."""
+
+    flush_interval_s: Annotated[float, Field(ge=0.2)] = 60.0
+    expire_interval_s: Annotated[float, Field(ge=0.2)] = 5.0
+    requests_per_minute: Annotated[int, Field(ge=1)] = 240
+    """Calls to Dodo a minute, at most: its default tier allows 240."""
+
+
+class ModelEntry(_Config):
+    """One entry under ``adapters``, or the entry ``base``: what the owner writes."""
+
+    id: str
+    price: Price
+    path: str = ""
+    digest: str = ""
+    """Written by ``farebox deploy``; an entry without one is quarantined by the Gateway."""
+    visibility: str | tuple[TenantId, ...] = "public"
+    """``public``, or the list of tenants that may use it."""
+    adapter_class: str = "default"
+    pinned: bool = False
+
+    def to_model(self) -> Model:
+        tenants = None if self.visibility == "public" else tuple(self.visibility)
+        if isinstance(self.visibility, str) and self.visibility != "public":
+            raise ValueError(f'visibility is "public" or a list of tenants, not {self.visibility!r}')
+        return Model(
+            id=self.id,
+            price=self.price,
+            path=self.path,
+            digest=self.digest,
+            tenants=tenants,
+            adapter_class=self.adapter_class,
+            pinned=self.pinned,
+        )
+
+
+class GatewayUserConfig(_Config):
+    """The Gateway's ``user_config``: everything that may change while it runs."""
+
+    base: ModelEntry
+    adapters: tuple[ModelEntry, ...] = ()
+    plans: dict[Name, Plan]
+    packs: dict[Name, Pack] = {}
+    default_plan: Name
+
+
+def read_catalogue(raw: Mapping[str, Any], last_good: Catalogue | None = None) -> Catalogue:
+    """Build a catalogue from a ``user_config``, each entry judged alone; never raises on bad input.
+
+    An entry that does not validate is quarantined with its reason; where ``last_good`` still has
+    that entry, the old version stays in force. (Written with the Gateway.)
+    """
+    raise NotImplementedError
