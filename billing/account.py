@@ -81,6 +81,16 @@ class HoldRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitsLeft:
+    """What is left of each limit after a hold, for the ``x-ratelimit-*`` headers; ``None`` is no limit."""
+
+    requests: int | None = None
+    requests_reset_s: float = 0.0
+    tokens: int | None = None
+    tokens_reset_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Hold:
     """Credit set aside for one request until it is settled or its lease ends."""
 
@@ -94,21 +104,11 @@ class Hold:
     """Money left in the buckets right after the hold."""
     covered_by_requests: bool
     """A requests bucket pays for it, whatever it costs in nanos."""
-    limits_left: "LimitsLeft" = field(default_factory=lambda: LimitsLeft())
+    limits_left: LimitsLeft = field(default_factory=LimitsLeft)
 
     @property
     def is_clamped(self) -> bool:
         return self.max_tokens < self.request.max_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class LimitsLeft:
-    """What is left of each limit after a hold, for the ``x-ratelimit-*`` headers; ``None`` is no limit."""
-
-    requests: int | None = None
-    requests_reset_s: float = 0.0
-    tokens: int | None = None
-    tokens_reset_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
