@@ -4,11 +4,11 @@ Knows names, types and bounds; opens no file and reads no environment.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from billing.catalogue import Catalogue, Model, Quarantined
+from billing.catalogue import Catalogue, Model
 from billing.plans import Name, Pack, Plan
 from billing.prices import Price
 from billing.usage import TenantId
@@ -75,15 +75,13 @@ class ModelEntry(_Config):
     path: str = ""
     digest: str = ""
     """Written by ``farebox deploy``; an entry without one is quarantined by the Gateway."""
-    visibility: str | tuple[TenantId, ...] = "public"
+    visibility: Literal["public"] | tuple[TenantId, ...] = "public"
     """``public``, or the list of tenants that may use it."""
     adapter_class: str = "default"
     pinned: bool = False
 
     def to_model(self) -> Model:
-        tenants = None if self.visibility == "public" else tuple(self.visibility)
-        if isinstance(self.visibility, str) and self.visibility != "public":
-            raise ValueError(f'visibility is "public" or a list of tenants, not {self.visibility!r}')
+        tenants = None if isinstance(self.visibility, str) else self.visibility
         return Model(
             id=self.id,
             price=self.price,
