@@ -68,9 +68,7 @@ async def run(stack: Stack, tenants: Sequence[Tenant], calls: int, *, at_once: i
     return outcome
 
 
-async def _json(
-    client: httpx.AsyncClient, body: dict[str, object], headers: dict[str, str], outcome: Outcome
-) -> None:
+async def _json(client: httpx.AsyncClient, body: dict[str, object], headers: dict[str, str], outcome: Outcome) -> None:
     reply = await client.post("/v1/chat/completions", json=body, headers=headers)
     outcome.statuses.append(reply.status_code)
     if reply.status_code == 200:

@@ -1,0 +1,53 @@
+"""The Kubernetes manifest is the same product as the shipped configuration, on other hardware."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.config import BillingArgs, FareboxArgs, GatewayUserConfig
+
+Tree = Any  # what YAML holds
+
+
+@pytest.fixture
+def laptop(repo: Path) -> dict[str, Tree]:
+    return dict(yaml.safe_load((repo / "serve_config.yaml").read_text()))
+
+
+@pytest.fixture
+def kubernetes(repo: Path) -> dict[str, Tree]:
+    manifest = yaml.safe_load((repo / "cluster" / "kuberay" / "rayservice.yaml").read_text())
+    return dict(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+
+
+def shape(tree: Tree, depth: int) -> Tree:
+    """The keys down to ``depth``, without values: what must not drift apart."""
+    if isinstance(tree, dict):
+        return {key: shape(value, depth - 1) if depth else None for key, value in tree.items()}
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict) and "name" in tree[0]:
+        return {str(entry["name"]): shape(entry, depth) for entry in tree if isinstance(entry, dict)}
+    return None
+
+
+def test_both_configurations_deploy_the_same_applications_and_parts(
+    laptop: dict[str, Tree], kubernetes: dict[str, Tree]
+) -> None:
+    assert shape(laptop["applications"], 3) == shape(kubernetes["applications"], 3)
+
+
+def test_the_kubernetes_configuration_passes_the_same_models(kubernetes: dict[str, Tree]) -> None:
+    farebox, billing = kubernetes["applications"]
+    FareboxArgs.model_validate(farebox["args"])
+    BillingArgs.model_validate(billing["args"])
+    gateway = next(d for d in farebox["deployments"] if d["name"] == "Gateway")
+    GatewayUserConfig.model_validate(gateway["user_config"])
+
+
+def test_the_plans_of_both_are_of_the_same_kinds(laptop: dict[str, Tree], kubernetes: dict[str, Tree]) -> None:
+    def kinds(config: dict[str, Tree]) -> dict[str, str]:
+        gateway = config["applications"][0]["deployments"][0]
+        return {name: plan["kind"] for name, plan in gateway["user_config"]["plans"].items()}
+
+    assert kinds(laptop) == kinds(kubernetes)

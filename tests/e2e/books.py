@@ -1,0 +1,83 @@
+"""The three books of a running farebox, compared: receipts, the ledger, what Dodo was told."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import httpx
+
+from tests.e2e.load import Outcome, usd
+from tests.e2e.stack import Stack, Tenant, wait_for
+
+Record = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Nanos and tokens of one customer under one event name."""
+
+    nanos: int
+    prompt_tokens: int
+    completion_tokens: int
+    requests: int
+
+
+def records(stack: Stack, tenant: Tenant) -> list[dict[str, object]]:
+    """Every usage record of a tenant, page by page, as its own key sees them."""
+    found: list[dict[str, object]] = []
+    cursor = ""
+    with httpx.Client(base_url=stack.base_url, headers=_bearer(tenant.api_key), timeout=60) as client:
+        while True:
+            reply = client.get("/v1/usage/records", params={"cursor": cursor, "limit": 100})
+            reply.raise_for_status()
+            page = reply.json()
+            found += page["data"]
+            if not page.get("next_cursor"):
+                return found
+            cursor = page["next_cursor"]
+
+
+def wait_until_flushed(stack: Stack, timeout_s: float = 60) -> None:
+    """Wait until nothing is held and nothing waits to be told to Dodo."""
+
+    def is_done() -> bool:
+        reply = stack.admin("billing")
+        if reply.status_code != 200:
+            return False
+        status = reply.json()
+        return bool(status["backlog"] == 0 and status["open_holds"] == 0)
+
+    wait_for(is_done, timeout_s, "the backlog did not reach 0")
+
+
+def assert_books_agree(stack: Stack, outcome: Outcome) -> Counter[str]:
+    """Receipts equal records, records equal Dodo's sums, to the nano; returns records by status."""
+    statuses: Counter[str] = Counter()
+    seen: dict[str, dict[str, object]] = {}
+    sandbox = httpx.get(f"{stack.sandbox_url}/_sandbox/sums", timeout=30).json()
+    for tenant in stack.tenants.values():
+        mine = records(stack, tenant)
+        seqs = [record["record_id"] for record in mine]
+        assert len(seqs) == len(set(seqs)), "a record is listed once"
+        seen |= {str(record["record_id"]): record for record in mine}
+        statuses.update(str(record["status"]) for record in mine)
+        _assert_told(mine, sandbox.get(tenant.dodo_customer_id, {}), tenant.name)
+    missing = [record_id for record_id in outcome.receipts if record_id not in seen]
+    assert not missing, f"{len(missing)} receipts have no record, such as {missing[:3]}"
+    for record_id, receipt in outcome.receipts.items():
+        assert usd(str(seen[record_id]["charged_usd"])) == usd(receipt["cost_usd"]), record_id
+    return statuses
+
+
+def _assert_told(mine: list[dict[str, object]], told: dict[str, dict[str, int]], name: str) -> None:
+    overage = sum(usd(str(record["overage_usd"])) for record in mine)
+    covered = sum(usd(str(record["charged_usd"])) for record in mine) - overage
+    charge, usage = told.get("farebox.charge", {}), told.get("farebox.usage", {})
+    assert charge.get("charge_nanos", 0) == overage, f"{name}: charged differs"
+    assert usage.get("covered_nanos", 0) == covered, f"{name}: covered differs"
+    for field in ("prompt_tokens", "completion_tokens"):
+        ours = sum(int(str(record["usage"][field])) for record in mine)  # type: ignore[index]
+        assert charge.get(field, 0) + usage.get(field, 0) == ours, f"{name}: {field} differ"
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}

@@ -1,0 +1,33 @@
+"""One whole farebox for all end-to-end tests of a session, and the demo models it serves."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster.demo.models import make_models
+
+from tests.e2e.stack import REPO, Stack, running
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """The demo models, made once per checkout."""
+    out = REPO / ".farebox" / "models"
+    make_models(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def config(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped configuration with absolute paths, in a folder that tests may write to."""
+    raw = yaml.safe_load((REPO / "serve_config.yaml").read_text().replace(".farebox/models", str(models)))
+    path = tmp_path_factory.mktemp("config") / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="session")
+def stack(config: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with running(tmp_path_factory.mktemp("fb"), config, models) as up:
+        yield up

@@ -1,0 +1,145 @@
+"""From a request to a bill that Dodo has, on a whole farebox."""
+
+import asyncio
+from collections.abc import Callable
+from decimal import Decimal
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from tests.e2e import books, load
+from tests.e2e.stack import Stack, Tenant, wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
+
+
+def client_of(stack: Stack, tenant: Tenant) -> OpenAI:
+    return OpenAI(base_url=f"{stack.base_url}/v1", api_key=tenant.api_key, max_retries=0)
+
+
+def ask(stack: Stack, tenant: Tenant, model: str) -> openai.types.chat.ChatCompletion:
+    return client_of(stack, tenant).chat.completions.create(
+        model=model, messages=QUESTION, max_tokens=48, temperature=0
+    )
+
+
+def test_the_base_and_three_adapters_answer_one_question_in_four_ways_in_one_batch(stack: Stack) -> None:
+    async def all_at_once() -> list[str]:
+        async with AsyncOpenAI(
+            base_url=f"{stack.base_url}/v1", api_key=stack.tenants["prepaid"].api_key, max_retries=0
+        ) as client:
+            replies = await asyncio.gather(
+                *(
+                    client.chat.completions.create(model=model, messages=QUESTION, max_tokens=48, temperature=0)
+                    for model in load.MODELS * 3
+                )
+            )
+        return [reply.choices[0].message.content or "" for reply in replies]
+
+    alone = [ask(stack, stack.tenants["prepaid"], model).choices[0].message.content for model in load.MODELS]
+    assert len(set(alone)) == 4
+    assert all("Tokyo" in str(text) for text in alone)
+    assert asyncio.run(all_at_once()) == alone * 3, "an answer must not depend on its neighbours in the batch"
+    wait_for(lambda: _metric(stack, "farebox_engine_mixed_steps") > 0, 30, "no step with three adapters was shown")
+
+
+def test_every_reply_carries_its_receipt(stack: Stack) -> None:
+    tenant = stack.tenants["prepaid"]
+    reply = ask(stack, tenant, "pirate")
+    receipt = reply.receipt  # type: ignore[attr-defined]
+    assert receipt["adapter"].startswith("pirate@")
+    assert Decimal(receipt["cost_usd"]) > 0
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens > 0
+    chunks = list(
+        client_of(stack, tenant).chat.completions.create(
+            model="yaml", messages=QUESTION, max_tokens=32, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    last = chunks[-1]
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.receipt["record_id"] in {str(r["record_id"]) for r in books.records(stack, tenant)}  # type: ignore[attr-defined]
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] in ("stop", "length")
+
+
+def test_a_bought_pack_opens_the_gate_and_is_credited_once(stack: Stack) -> None:
+    tenant = stack.tenants["empty"]
+    with pytest.raises(openai.APIStatusError) as refused:
+        ask(stack, tenant, "pirate")
+    assert refused.value.status_code == 402
+    assert refused.value.code == "insufficient_credits"
+
+    bearer = {"Authorization": f"Bearer {tenant.api_key}"}
+    reply = httpx.post(f"{stack.base_url}/v1/checkout", json={"pack": "small"}, headers=bearer, timeout=30)
+    reply.raise_for_status()
+    page = httpx.get(reply.json()["checkout_url"], timeout=30)
+    assert page.status_code == 200
+    paid = httpx.post(reply.json()["checkout_url"].rstrip("/") + "/pay", timeout=30, follow_redirects=False)
+    assert paid.status_code < 400
+
+    wait_for(lambda: _balance(stack, tenant) > 0, 30, "the payment's webhook did not credit the tenant")
+    credited = _balance(stack, tenant)
+    for delivery in httpx.get(f"{stack.sandbox_url}/_sandbox/webhooks", timeout=30).json()["data"]:
+        if delivery["type"] == "payment.succeeded":
+            again = httpx.post(
+                f"{stack.sandbox_url}/_sandbox/webhooks/{delivery['webhook_id']}/redeliver",
+                json={"times": 5},
+                timeout=60,
+            )
+            again.raise_for_status()
+    assert _balance(stack, tenant) == credited, "a payment is credited once however often it is told"
+    assert "Tokyo" in str(ask(stack, tenant, "pirate").choices[0].message.content)
+
+
+def test_an_unpaid_call_never_reaches_the_engine(stack: Stack) -> None:
+    for key, status in (("", 401), ("fbx_wrong", 401)):
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        reply = httpx.post(
+            f"{stack.base_url}/v1/chat/completions", json={"model": "pirate", "messages": QUESTION}, headers=headers
+        )
+        assert reply.status_code == status
+        assert reply.json()["error"]["code"] == "invalid_api_key"
+        assert reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("kills", [(), ("billing:BillingActor", "farebox:Gateway", "farebox:LoraReplica")])
+def test_receipts_records_and_dodos_sums_agree_to_the_nano(stack: Stack, kills: tuple[str, ...]) -> None:
+    tenants = [stack.tenants[name] for name in ("free", "prepaid", "payg", "pro")]
+
+    async def storm() -> load.Outcome:
+        running = asyncio.create_task(load.run(stack, tenants, 300, seed=len(kills)))
+        for title in kills:
+            await asyncio.sleep(4)
+            await asyncio.to_thread(stack.kill, title)
+        return await running
+
+    outcome = asyncio.run(storm())
+    assert outcome.hung_up > 0
+    if not kills:
+        assert not outcome.broken
+        assert set(outcome.statuses) == {200}
+    books.wait_until_flushed(stack, 120)
+    statuses = books.assert_books_agree(stack, outcome)
+    assert statuses["complete"] >= len(outcome.receipts)
+    if not kills:
+        assert statuses["cancelled"] > 0
+
+
+def _metric(stack: Stack, name: str) -> float:
+    reply = httpx.get(f"{stack.base_url}/metrics", headers={"Authorization": f"Bearer {stack.admin_key}"}, timeout=30)
+    lines = [line for line in reply.text.splitlines() if name in line and not line.startswith("#")]
+    return max((float(line.rsplit(" ", 1)[1]) for line in lines), default=0.0)
+
+
+def _balance(stack: Stack, tenant: Tenant) -> Decimal:
+    headers = {"Authorization": f"Bearer {tenant.api_key}"}
+    reply = httpx.get(f"{stack.base_url}/v1/account", headers=headers, timeout=30)
+    return Decimal(reply.json()["balance_usd"])
+
+
+Condition = Callable[[], bool]
