@@ -34,6 +34,8 @@ def shape(tree: Tree, depth: int) -> Tree:
 def test_both_configurations_deploy_the_same_applications_and_parts(
     laptop: dict[str, Tree], kubernetes: dict[str, Tree]
 ) -> None:
+    replica = kubernetes["applications"][0]["deployments"][1]
+    assert replica["ray_actor_options"].pop("num_gpus") == 1, "the one key that a laptop lacks"
     assert shape(laptop["applications"], 3) == shape(kubernetes["applications"], 3)
 
 
