@@ -1,0 +1,274 @@
+"""What Dodo sends, read leniently into values of our own: numbers or strings, nulls, unknown fields.
+
+Knows shapes, in API replies and webhooks alike; sends nothing and decides nothing.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from typing import Self
+
+from billing.tenants import SubscriptionStatus
+
+Wire = Mapping[str, object]
+"""A JSON object as it came."""
+
+MS_PER_SECOND = 1_000
+
+
+class WireError(ValueError):
+    """A field that we cannot do without is missing or unreadable; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a payment's cart."""
+
+    product_id: str
+    quantity: int
+
+
+@dataclass(frozen=True, slots=True)
+class Payment:
+    """A payment, as far as credit depends on it. Amounts are minor units, tax included."""
+
+    id: str
+    customer_id: str
+    status: str
+    lines: tuple[Line, ...]
+    total_amount: int
+    currency: str
+    created_at_ms: int | None
+    subscription_ids: tuple[str, ...]
+    includes_usage: bool
+    service_starts_at_ms: int | None
+    """Start of the period this payment pays for; metered usage in it is of the period before."""
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        periods = [_object(p) for p in _list(wire.get("service_periods"))]
+        one = text(wire, "subscription_id", "")
+        return cls(
+            id=text(wire, "payment_id"),
+            customer_id=text(_object(wire.get("customer")), "customer_id"),
+            status=text(wire, "status", ""),
+            lines=tuple(_line(_object(item)) for item in _list(wire.get("product_cart"))),
+            total_amount=integer(wire, "total_amount", 0),
+            currency=text(wire, "currency", ""),
+            created_at_ms=moment_ms(wire, "created_at"),
+            subscription_ids=tuple(str(s) for s in _list(wire.get("subscription_ids"))) or ((one,) if one else ()),
+            includes_usage=wire.get("includes_usage") is True,
+            service_starts_at_ms=moment_ms(periods[0], "starts_at") if periods else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Refund:
+    """Money given back on a payment, in the payment's minor units; ``None`` is the whole payment."""
+
+    id: str
+    payment_id: str
+    amount: int | None
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        amount = None if wire.get("amount") is None else integer(wire, "amount")
+        return cls(text(wire, "refund_id"), text(wire, "payment_id"), amount)
+
+
+@dataclass(frozen=True, slots=True)
+class DodoSubscription:
+    """A subscription as Dodo has it."""
+
+    id: str
+    customer_id: str
+    product_id: str
+    status: SubscriptionStatus
+    period_start_ms: int
+    period_end_ms: int
+    cancel_at_period_end: bool
+    past_due_ends_at_ms: int | None = None
+    """Only webhooks carry it."""
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        try:
+            status = SubscriptionStatus(text(wire, "status"))
+        except ValueError as unknown:
+            raise WireError(f"status: {unknown}") from None
+        return cls(
+            id=text(wire, "subscription_id"),
+            customer_id=text(_object(wire.get("customer")), "customer_id"),
+            product_id=text(wire, "product_id"),
+            status=status,
+            period_start_ms=_moment(wire, "previous_billing_date"),
+            period_end_ms=_moment(wire, "next_billing_date"),
+            cancel_at_period_end=wire.get("cancel_at_next_billing_date") is True,
+            past_due_ends_at_ms=moment_ms(wire, "past_due_ends_at"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UsagePeriod:
+    """What a subscription's meters consumed in one billing period, by meter id, in whole units."""
+
+    start_ms: int
+    end_ms: int
+    units: Mapping[str, int]
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        meters = [_object(m) for m in _list(wire.get("meters"))]
+        units = {text(m, "id"): integer(m, "chargeable_units", 0) for m in meters}
+        return cls(_moment(wire, "start_date"), _moment(wire, "end_date"), units)
+
+
+@dataclass(frozen=True, slots=True)
+class DodoMeter:
+    id: str
+    name: str
+    event_name: str
+    aggregation: str
+    key: str
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        aggregation = _object(wire.get("aggregation"))
+        return cls(
+            id=text(wire, "id"),
+            name=text(wire, "name", ""),
+            event_name=text(wire, "event_name", ""),
+            aggregation=text(aggregation, "type", ""),
+            key=text(aggregation, "key", ""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MeterPrice:
+    """What one unit of a meter costs in a product: cents, as a decimal string."""
+
+    meter_id: str
+    price_per_unit: str
+    free_threshold: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DodoProduct:
+    """A product; ``cents`` is its one-time or monthly fixed price."""
+
+    id: str
+    name: str
+    kind: str
+    """Dodo's type of the price: ``one_time_price``, ``recurring_price`` or ``usage_based_price``."""
+    cents: int
+    currency: str
+    tag: str
+    """Our own name for it, such as ``pack:small``, from its metadata; empty for others' products."""
+    meters: tuple[MeterPrice, ...] = ()
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        price = _object(wire.get("price_detail")) or _object(wire.get("price"))
+        return cls(
+            id=text(wire, "product_id"),
+            name=text(wire, "name", ""),
+            kind=text(price, "type", ""),
+            cents=integer(price, "fixed_price" if "fixed_price" in price else "price", 0),
+            currency=text(price, "currency", ""),
+            tag=text(_object(wire.get("metadata")), "farebox", ""),
+            meters=tuple(_meter_price(_object(m)) for m in _list(price.get("meters"))),
+        )
+
+
+def read_json(body: bytes | str) -> Wire:
+    """The JSON object in ``body``.
+
+    Raises:
+        WireError: it is no JSON object.
+    """
+    try:
+        value = json.loads(body)
+    except ValueError as error:
+        raise WireError(f"no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise WireError("no JSON object")
+    return value
+
+
+def text(wire: Wire, name: str, default: str | None = None) -> str:
+    value = wire.get(name)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str | int | float) or value == "":
+        if default is not None:
+            return default
+        raise WireError(f"{name} is missing")
+    return str(value)
+
+
+def integer(wire: Wire, name: str, default: int | None = None) -> int:
+    """A whole number that came as a number or as a string, ``"12"`` or ``12.0``."""
+    value = wire.get(name)
+    if value is None and default is not None:
+        return default
+    try:
+        number = Decimal(str(value))
+        whole = int(number)
+    except (InvalidOperation, ValueError, OverflowError):
+        raise WireError(f"{name} is no number: {value!r}") from None
+    if whole != number:
+        raise WireError(f"{name} is no whole number: {value!r}")
+    return whole
+
+
+def moment_ms(wire: Wire, name: str) -> int | None:
+    """An ISO 8601 moment in Unix milliseconds; ``None`` where there is none."""
+    value = wire.get(name)
+    if value is None:
+        return None
+    try:
+        moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+    except ValueError:
+        raise WireError(f"{name} is no moment: {value!r}") from None
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return round(aware.timestamp() * MS_PER_SECOND)
+
+
+def to_iso(ms: int) -> str:
+    """Unix milliseconds as an ISO 8601 moment in UTC."""
+    seconds, rest = divmod(ms, MS_PER_SECOND)
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{rest:03d}Z"
+
+
+def inner(wire: Wire, name: str) -> Wire:
+    """The object under ``name``; empty where there is none."""
+    return _object(wire.get(name))
+
+
+def _moment(wire: Wire, name: str) -> int:
+    value = moment_ms(wire, name)
+    if value is None:
+        raise WireError(f"{name} is missing")
+    return value
+
+
+def _object(value: object) -> Wire:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: object) -> Sequence[object]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _line(wire: Wire) -> Line:
+    return Line(text(wire, "product_id"), integer(wire, "quantity", 1))
+
+
+def _meter_price(wire: Wire) -> MeterPrice:
+    return MeterPrice(
+        meter_id=text(wire, "meter_id"),
+        price_per_unit=text(wire, "price_per_unit", ""),
+        free_threshold=integer(wire, "free_threshold", 0),
+    )
