@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster.demo.models import make_models
 
+from cluster.demo.models import make_models
 from tests.e2e.stack import REPO, Stack, running
 
 
