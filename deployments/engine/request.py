@@ -24,6 +24,10 @@ class AdapterRejected(EngineError):
     """An adapter that will not be loaded; the message names it and says why."""
 
 
+class ModelRefused(EngineError):
+    """The base model, or the engine's sizes, cannot be served; the message says why."""
+
+
 class EngineFailed(EngineError):
     """The engine failed while computing this request; it is not the request's fault."""
 

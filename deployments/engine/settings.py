@@ -1,0 +1,55 @@
+"""Sizes and places of one engine, checked before anything is loaded. Knows no file format and no torch."""
+
+from dataclasses import dataclass
+
+from deployments.engine.request import ModelRefused
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What one engine runs and how much of it. Tokens, rows and slots are counts.
+
+    Raises:
+        ModelRefused: sizes that cannot work together.
+    """
+
+    model_path: str
+    """Local Hugging Face folder: config, weights and ``tokenizer.json``."""
+    max_context_tokens: int = 512
+    """Prompt and completion of one request together."""
+    max_running: int = 16
+    """Requests that hold KV memory at the same time, hence rows in one batch."""
+    max_queued: int = 256
+    """Requests that may wait beyond those; the next one is ``Overloaded``."""
+    max_batched_tokens: int = 512
+    """Tokens in one step: every running decode and a chunk of prefill."""
+    adapter_slots: int = 8
+    """Different adapters that may share one step; the base model needs none."""
+    max_adapter_rank: int = 64
+    adapter_host_mb: int = 1024
+    """Host memory for adapters that are loaded but may have lost their slot, in MiB."""
+    device: str = "auto"
+    """``auto``, ``cpu`` or ``cuda``."""
+    dtype: str = "auto"
+    """``auto`` (float32 on a CPU, bfloat16 on a GPU), ``float32``, ``bfloat16`` or ``float16``."""
+    torch_threads: int = 1
+    adapter_root: str = ""
+    """When set, an adapter's real path must lie under this folder."""
+    adapter_wait_s: float = 3.0
+    """After waiting this long for a slot, an adapter makes the one with least work left give up its slot."""
+    prefix_cache: bool = True
+    """Reuse the computed start of a prompt between requests of one fairness key and adapter."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_context_tokens", "max_running", "max_queued", "adapter_slots", "adapter_host_mb"):
+            if getattr(self, name) < 1:
+                raise ModelRefused(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_batched_tokens <= self.max_running:
+            raise ModelRefused(
+                f"max_batched_tokens ({self.max_batched_tokens}) must exceed max_running ({self.max_running}): "
+                "each running request decodes one token a step, and prefill needs room beside them"
+            )
+        if self.max_adapter_rank < 8 or self.max_adapter_rank % 8:
+            raise ModelRefused(f"max_adapter_rank must be a multiple of 8, not {self.max_adapter_rank}")
+        if self.torch_threads < 1:
+            raise ModelRefused(f"torch_threads must be at least 1, not {self.torch_threads}")
