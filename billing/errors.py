@@ -116,6 +116,59 @@ class DuplicateRequest(Refusal):
         return f"request {self.request_id} was held or settled before"
 
 
+@dataclass(eq=False)
+class UnknownHold(Refusal):
+    """Nothing is known of this request id: never held, or settled too long ago to remember. Never guessed."""
+
+    request_id: str
+
+    def __str__(self) -> str:
+        return f"no hold or recent settlement is known under {self.request_id}"
+
+
+@dataclass(eq=False)
+class GrantRefused(Refusal):
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source} is refused: {self.reason}"
+
+
+@dataclass(eq=False)
+class SourceReused(Refusal):
+    """The same source came again with different content: one of the two is wrong."""
+
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.source} was used before for a different movement"
+
+
+@dataclass(eq=False)
+class UnknownTenant(Refusal):
+    tenant: str
+
+    def __str__(self) -> str:
+        return f"tenant {self.tenant!r} does not exist"
+
+
+@dataclass(eq=False)
+class TenantExists(Refusal):
+    tenant: str
+
+    def __str__(self) -> str:
+        return f"tenant {self.tenant!r} exists already"
+
+
+@dataclass(eq=False)
+class UnknownKey(Refusal):
+    key_id: str
+
+    def __str__(self) -> str:
+        return f"API key {self.key_id!r} does not exist"
+
+
 class StoreUnavailable(BillingError):
     """The store does not answer in time. Nothing was or will be served unmetered."""
 

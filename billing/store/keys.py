@@ -11,6 +11,9 @@ from billing.usage import TenantId
 SHARDS = 64
 """Fixed for ever: a tenant's shard is part of every one of its keys. Verified at start."""
 
+SETTLED_STRETCHES = 4
+"""A settled id is remembered for its stretch and the two after it; the fourth is being emptied."""
+
 META = "fb:meta"
 """Hash: schema version and shard count."""
 TENANTS = "fb:tenants"
@@ -85,24 +88,33 @@ class Shard:
         """Hash: events that Dodo refused for good, by event id, with the reason."""
         return f"{self.tag}:dead"
 
-    def settled(self, bucket: int) -> str:
-        """Hash: request ids settled in one stretch of time, so that a repeat is recognised."""
-        return f"{self.tag}:settled:{bucket}"
+    @property
+    def settled(self) -> tuple[str, ...]:
+        """Hashes, one per stretch of time in turn: request ids settled in it, so that a repeat is recognised."""
+        return tuple(f"{self.tag}:settled:{turn}" for turn in range(SETTLED_STRETCHES))
 
     def account(self, tenant: TenantId) -> str:
-        """Hash: seq, held, overage and status of a tenant."""
+        """Hash: a tenant's last record number, open holds, exposure settled and held."""
         return f"{self.tag}:account:{tenant}"
 
     def buckets(self, tenant: TenantId) -> str:
-        """Hash: bucket id to its unit, remaining and granted amount, expiry and scope."""
+        """Hash: bucket id to its unit, remaining, held and granted amount, expiry and scope."""
         return f"{self.tag}:buckets:{tenant}"
 
-    def limits(self, tenant: TenantId, key_id: str) -> str:
-        """Hash: theoretical arrival times and concurrency of one key."""
-        return f"{self.tag}:limits:{tenant}:{key_id}"
+    def retired(self, tenant: TenantId) -> str:
+        """Hash: the same for buckets used up or expired, out of the way of every hold."""
+        return f"{self.tag}:retired:{tenant}"
+
+    def limits(self, tenant: TenantId) -> str:
+        """Hash: theoretical arrival times in store milliseconds, two per key."""
+        return f"{self.tag}:limits:{tenant}"
+
+    def slots(self, tenant: TenantId, key_id: str) -> str:
+        """Set: request ids of one key that count as running while their lease lasts."""
+        return f"{self.tag}:slots:{tenant}:{key_id}"
 
     def movement(self, tenant: TenantId, source: str) -> str:
-        """String: marker of a grant or clawback, by its business id."""
+        """Hash: marker of a grant, clawback or repayment, by its business id."""
         return f"{self.tag}:movement:{tenant}:{source}"
 
     def tenant(self, tenant: TenantId) -> str:

@@ -1,0 +1,248 @@
+"""The ledger: every movement of a tenant's credit, each one atomic step in the store.
+
+Knows which script makes which movement; decides nothing that the scripts decide. Every method
+may be called again with the same id after a lost reply: it then tells what the first call did.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import cast
+
+from redis.asyncio import Redis
+
+from billing.account import Account, Clawback, Grant, Hold, HoldRequest, Progress, Receipt, Settlement
+from billing.clock import Clock, now_ms
+from billing.errors import DuplicateRequest, GrantRefused, SourceReused, UnknownHold
+from billing.money import MAX_BALANCE_NANOS, MAX_GRANT_NANOS, Nanos
+from billing.store.connection import guarded
+from billing.store.keys import ALL_SHARDS, Shard, shard_for, shard_of
+from billing.store.packing import letter_of, pack_hold, pack_usage, pairs, unpack_bucket, unpack_hold
+from billing.store.scripts import source
+from billing.usage import NOTHING, RequestId, Status, TenantId, Unit, UsageRecord
+
+MARKER_STRETCH_MS = 3_600_000
+"""A settled request id is remembered for at least two of these."""
+MOVEMENT_TTL_MS = 400 * 24 * 3_600_000
+"""How long a payment's or refund's id is remembered: longer than Dodo could send it again."""
+SWEEP_DEADLINE_S = 2.0
+"""For work that no client waits for."""
+
+
+class Ledger:
+    """Holds, settlements, grants and clawbacks of all tenants."""
+
+    def __init__(self, redis: Redis, clock: Clock = now_ms, marker_stretch_ms: int = MARKER_STRETCH_MS) -> None:
+        self._redis = redis
+        self._clock = clock
+        self._stretch_ms = marker_stretch_ms
+        self._hold = redis.register_script(source("hold"))
+        self._settle = redis.register_script(source("settle"))
+        self._checkpoint = redis.register_script(source("checkpoint"))
+        self._expire = redis.register_script(source("expire"))
+        self._grant = redis.register_script(source("grant"))
+        self._claw_back = redis.register_script(source("claw_back"))
+        self._repay = redis.register_script(source("repay"))
+        self._account = redis.register_script(source("account"))
+
+    async def hold(self, request: HoldRequest) -> Hold:
+        """Admit a request and set its worst case aside.
+
+        The same request again, while its hold is open, returns that hold.
+
+        Raises:
+            RateLimited: a limit of its key is reached.
+            InsufficientCredits: not even its shortest answer is affordable.
+            CreditOnHold: it would be, were other requests settled.
+            DuplicateRequest: the id stands for another hold, or was settled.
+            StoreUnavailable: nothing may run.
+        """
+        return await self._ask_for(request, is_preview=False)
+
+    async def preview(self, request: HoldRequest) -> Hold:
+        """What ``hold`` would answer now, with the same refusals; changes nothing."""
+        return await self._ask_for(request, is_preview=True)
+
+    async def _ask_for(self, request: HoldRequest, is_preview: bool) -> Hold:
+        shard, tenant = shard_for(request.tenant), request.tenant
+        names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.holds, shard.leases]
+        names += [shard.limits(tenant), shard.slots(tenant, request.key_id), *shard.settled]
+        arguments = pack_hold(request, self._clock(), self._stretch_ms, is_preview)
+        async with guarded():
+            reply = cast(list[str], await self._hold(keys=names, args=arguments))
+        return unpack_hold(request, reply)
+
+    async def checkpoint(self, progress: Sequence[Progress]) -> frozenset[RequestId]:
+        """Renew the leases of running requests and note what each has cost so far.
+
+        Returns:
+            Ids that are no longer held: what they generate from here on is nobody's.
+
+        Raises:
+            StoreUnavailable: some or all leases were not renewed.
+        """
+        by_shard: defaultdict[int, list[str]] = defaultdict(list)
+        for one in progress:
+            by_shard[shard_of(one.tenant)] += [one.request_id, pack_usage(one.usage), str(one.list_nanos)]
+        gone: set[RequestId] = set()
+        async with guarded(SWEEP_DEADLINE_S):
+            for number, arguments in by_shard.items():
+                shard = Shard(number)
+                gone |= set(await self._checkpoint(keys=[shard.holds, shard.leases], args=arguments))
+        return frozenset(gone)
+
+    async def settle(self, settlement: Settlement) -> Receipt:
+        """Charge what was served, at most the hold, and free the rest; the record is durable on return.
+
+        Raises:
+            UnknownHold: the id was never held, or was settled longer ago than is remembered.
+            DuplicateRequest: it was settled, and its record has been archived since.
+            StoreUnavailable: whether it took effect is unknown; settle again.
+        """
+        shard, tenant = shard_for(settlement.tenant), settlement.tenant
+        arguments: list[str | int] = [
+            settlement.request_id,
+            tenant,
+            settlement.status,
+            pack_usage(settlement.usage),
+            settlement.list_nanos,
+            self._clock(),
+            self._stretch_ms,
+        ]
+        async with guarded():
+            reply = cast(list[str], await self._settle(keys=_settling_keys(shard, tenant), args=arguments))
+        if reply[0] == "unknown":
+            raise UnknownHold(settlement.request_id)
+        if reply[0] == "duplicate":
+            raise DuplicateRequest(settlement.request_id)
+        return Receipt(UsageRecord.from_json(reply[1]), is_repeat=reply[0] == "repeat")
+
+    async def void(self, request_id: RequestId, tenant: TenantId) -> None:
+        """Free a hold under which nothing was served; the record says so and charges nothing."""
+        await self.settle(Settlement(request_id, tenant, NOTHING, Nanos(0), Status.FAILED))
+
+    async def expire(self, limit: int = 100) -> int:
+        """Bill the last checkpoint of up to ``limit`` holds whose lease has ended; any process may.
+
+        Returns:
+            How many were billed by this call.
+        """
+        expired = 0
+        for shard, request_id, tenant in await self._overdue(limit):
+            arguments: list[str | int] = [request_id, self._clock(), self._stretch_ms]
+            async with guarded():
+                expired += int(await self._expire(keys=_settling_keys(shard, tenant), args=arguments))
+        return expired
+
+    async def _overdue(self, limit: int) -> list[tuple[Shard, RequestId, TenantId]]:
+        async with guarded(SWEEP_DEADLINE_S):
+            seconds, microseconds = await self._redis.time()
+            now = seconds * 1000 + microseconds // 1000
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.zrangebyscore(shard.leases, "-inf", now, start=0, num=limit)
+            found = [(s, i) for s, ids in zip(ALL_SHARDS, await pipe.execute(), strict=True) for i in ids][:limit]
+            pipe = self._redis.pipeline(transaction=False)
+            for shard, request_id in found:
+                pipe.hget(shard.holds, request_id)
+            holds = await pipe.execute() if found else []
+        return [(s, RequestId(i), _tenant_in(h)) for (s, i), h in zip(found, holds, strict=True) if h]
+
+    async def grant(self, grant: Grant) -> bool:
+        """Fill a bucket, once per source.
+
+        Returns:
+            False where this source was granted before.
+
+        Raises:
+            GrantRefused: nothing, or more than one account may hold.
+            SourceReused: the source stands for another movement.
+        """
+        if not 0 < grant.amount <= MAX_GRANT_NANOS:
+            raise GrantRefused(grant.source, f"{grant.amount} {grant.unit} is not between 1 and {MAX_GRANT_NANOS}")
+        shard, tenant = shard_for(grant.tenant), grant.tenant
+        names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, grant.source)]
+        arguments: list[str | int] = [tenant, grant.source, letter_of(grant.unit), grant.amount]
+        arguments += [
+            grant.expires_at_ms or 0,
+            ",".join(grant.adapters),
+            self._clock(),
+            MOVEMENT_TTL_MS,
+            MAX_BALANCE_NANOS,
+        ]
+        async with guarded():
+            reply = await self._grant(keys=names, args=arguments)
+        if reply == "too_much":
+            raise GrantRefused(grant.source, "the account would hold more than can be counted exactly")
+        return _was_new(reply, grant.source)
+
+    async def claw_back(self, clawback: Clawback) -> int:
+        """Take back what an earlier grant gave, once per source; before that grant, it waits for it.
+
+        Returns:
+            Units taken by the first call with this source; 0 where it waits.
+
+        Raises:
+            GrantRefused: ``granted_by`` filled no bucket.
+            SourceReused: the source stands for another movement.
+        """
+        if clawback.amount <= 0:
+            raise GrantRefused(clawback.source, f"{clawback.amount} units cannot be taken back")
+        shard, tenant = shard_for(clawback.tenant), clawback.tenant
+        names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.stream]
+        names += [shard.movement(tenant, clawback.source), shard.movement(tenant, clawback.granted_by)]
+        arguments: list[str | int] = [tenant, clawback.source, clawback.granted_by, clawback.amount]
+        arguments += [self._clock(), MOVEMENT_TTL_MS]
+        async with guarded():
+            reply = str(await self._claw_back(keys=names, args=arguments))
+        if reply == "not_a_bucket":
+            raise GrantRefused(clawback.source, f"{clawback.granted_by} filled no bucket")
+        if reply == "reused":
+            raise SourceReused(clawback.source)
+        return int(reply)
+
+    async def repay_overage(self, source: str, tenant: TenantId, nanos: int) -> bool:
+        """Lower settled exposure when the payment that bills it succeeded, once per source.
+
+        Returns:
+            False where this source was counted before.
+        """
+        assert nanos >= 0, "a payment is not negative"
+        shard = shard_for(tenant)
+        names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, source)]
+        async with guarded():
+            reply = await self._repay(keys=names, args=[tenant, source, nanos, self._clock(), MOVEMENT_TTL_MS])
+        return _was_new(reply, source)
+
+    async def account(self, tenant: TenantId) -> Account:
+        """The account as of now: buckets that expired with nothing owed are left out."""
+        shard, now = shard_for(tenant), self._clock()
+        async with guarded():
+            numbers, flat = await self._account(keys=[shard.account(tenant), shard.buckets(tenant)])
+        seq, open_holds, overage, overage_held = (int(n or 0) for n in numbers)
+        buckets = [unpack_bucket(name, text) for name, text in pairs(flat).items()]
+        live = [b for b, _ in buckets if b.expires_at_ms is None or b.expires_at_ms > now or b.remaining < 0]
+        return Account(
+            tenant=tenant,
+            buckets=tuple(sorted(live, key=lambda b: (not b.is_allowance, b.expires_at_ms or 2**63, b.id))),
+            held_nanos=Nanos(overage_held + sum(held for b, held in buckets if b.unit is Unit.NANOS)),
+            held_requests=sum(held for b, held in buckets if b.unit is Unit.REQUESTS),
+            overage_nanos=Nanos(overage),
+            seq=seq,
+            open_holds=open_holds,
+        )
+
+
+def _settling_keys(shard: Shard, tenant: TenantId) -> list[str]:
+    names = [shard.account(tenant), shard.buckets(tenant), shard.holds, shard.leases, shard.limits(tenant)]
+    return [*names, shard.stream, *shard.settled]
+
+
+def _was_new(reply: str, movement: str) -> bool:
+    if reply == "reused":
+        raise SourceReused(movement)
+    return reply != "repeat"
+
+
+def _tenant_in(hold: str) -> TenantId:
+    return TenantId(json.loads(hold)["tenant"])

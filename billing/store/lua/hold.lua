@@ -1,0 +1,174 @@
+-- Admit one request: limits, then credit for its worst case, in one step that changes all or nothing.
+-- A repeat of a hold that is still open returns that hold: its reply may have been lost.
+
+local keys = { account = KEYS[1], buckets = KEYS[2], retired = KEYS[3], holds = KEYS[4], leases = KEYS[5],
+  limits = KEYS[6], slots = KEYS[7], settled = { KEYS[8], KEYS[9], KEYS[10], KEYS[11] } }
+local id, tenant, head, asked, key_id = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local worst, least, is_free, model = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == "1", ARGV[9]
+local lease_ms, calendar, stretch_ms = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
+local allowance_id, allowance_value, overage_cap = ARGV[13], ARGV[14], tonumber(ARGV[15])
+local rpm, tpm, concurrency, tokens = tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18]), tonumber(ARGV[19])
+local is_preview = ARGV[20] == "1"
+local now = store_ms()
+local MINUTE_MS = 60000
+
+local function answer(balance, lease_end, draws, left)
+  local reply = { "held", text(balance), text(lease_end),
+    left.requests or "", left.requests_reset or "", left.tokens or "", left.tokens_reset or "" }
+  for _, draw in ipairs(draws) do
+    for i = 1, 3 do reply[#reply + 1] = draw[i] end
+  end
+  return reply
+end
+
+if not is_preview then
+  local open = redis.call("HGET", keys.holds, id)
+  if open then
+    local hold = cjson.decode(open)
+    if hold.tenant ~= tenant or hold.head ~= head or hold.asked ~= asked then return { "duplicate" } end
+    local ends = tonumber(redis.call("ZSCORE", keys.leases, id))
+    return answer(balance_of(read_buckets(keys.buckets), calendar), ends, hold.draws, {})
+  end
+  if find_marker(keys.settled, id, now, stretch_ms) then return { "duplicate" } end
+end
+
+-- Generic cell rate: one minute's worth may come at once. A request larger than the whole limit passes
+-- only when nothing was used for a minute.
+local function arrive(field, limit, cost)
+  local due = math.max(number_at(keys.limits, field), now)
+  local due_next = due + cost * MINUTE_MS / limit
+  local over = due_next - now - MINUTE_MS
+  if over > 0 and due > now then return nil, over end
+  return due_next, math.max(0, math.floor((MINUTE_MS - (due_next - now)) * limit / MINUTE_MS))
+end
+
+local function running()
+  if redis.call("SCARD", keys.slots) < concurrency then return redis.call("SCARD", keys.slots), {} end
+  local count, gone = 0, {}
+  for _, other in ipairs(redis.call("SMEMBERS", keys.slots)) do
+    local ends = redis.call("ZSCORE", keys.leases, other)
+    if ends and tonumber(ends) > now then count = count + 1 else gone[#gone + 1] = other end
+  end
+  return count, gone
+end
+
+local left, arrivals, gone = {}, {}, {}
+if rpm > 0 then
+  local due, rest = arrive("r:" .. key_id, rpm, 1)
+  if not due then return { "limited", "requests", text(rpm), text(math.ceil(rest)) } end
+  arrivals["r:" .. key_id], left.requests, left.requests_reset = due, text(rest), text(due - now)
+end
+if tpm > 0 then
+  local due, rest = arrive("t:" .. key_id, tpm, tokens)
+  if not due then return { "limited", "tokens", text(tpm), text(math.ceil(rest)) } end
+  arrivals["t:" .. key_id], left.tokens, left.tokens_reset = due, text(rest), text(due - now)
+end
+if concurrency > 0 then
+  local count
+  count, gone = running()
+  if count >= concurrency then return { "limited", "concurrency", text(concurrency), "1000" } end
+end
+
+-- The allowance of this period is put in place once: under its id it is never filled again.
+local buckets = read_buckets(keys.buckets)
+local known = by_id(buckets)
+if allowance_id ~= "" and not known[allowance_id] then
+  local retired = redis.call("HGET", keys.retired, allowance_id)
+  local b = parse_bucket(allowance_id, retired or allowance_value)
+  b.is_changed, b.was_retired = true, retired and true
+  buckets[#buckets + 1] = b
+end
+table.sort(buckets, is_drawn_before)
+
+local function is_drawable(b)
+  return is_live(b, calendar) and (not b.is_allowance or b.id == allowance_id)
+end
+
+local function covers(b)
+  return b.unit == "r" and (b.adapters == "" or string.find("," .. b.adapters .. ",", "," .. model .. ",", 1, true))
+end
+
+local function covering_bucket()
+  local sum, first = 0, nil
+  for _, b in ipairs(buckets) do
+    if covers(b) and is_drawable(b) then
+      sum = sum + b.remaining
+      if not first and b.remaining > 0 then first = b end
+    end
+  end
+  return sum > 0 and first or nil
+end
+
+local overage, overage_held = number_at(keys.account, "overage"), number_at(keys.account, "overage_held")
+local balance, held = 0, 0
+for _, b in ipairs(buckets) do
+  if b.unit == "n" and is_drawable(b) then balance, held = balance + b.remaining, held + b.held end
+end
+local exposure = math.max(0, overage_cap - overage - overage_held)
+
+local function spendable(money, credit)
+  return money < 0 and money or money + credit
+end
+
+local draws, drawn_overage = {}, 0
+local function draw(b, amount)
+  b.remaining, b.held, b.is_changed = b.remaining - amount, b.held + amount, true
+  draws[#draws + 1] = { b.id, b.unit, text(amount) }
+end
+
+local cover = not is_free and covering_bucket()
+if cover then
+  draw(cover, 1)
+elseif not is_free and worst > 0 then
+  local available = spendable(balance, exposure)
+  if available < least then
+    local potential = spendable(balance + held, math.max(0, overage_cap - overage))
+    local code = potential >= least and "on_hold" or "insufficient"
+    return { code, text(balance), text(available), text(held + overage_held) }
+  end
+  local amount = math.min(worst, available)
+  local rest = math.min(amount, balance)
+  drawn_overage = amount - rest
+  for _, b in ipairs(buckets) do
+    if rest > 0 and b.unit == "n" and b.remaining > 0 and is_drawable(b) then
+      local part = math.min(b.remaining, rest)
+      draw(b, part)
+      rest = rest - part
+      balance = balance - part
+    end
+  end
+  if drawn_overage > 0 then draws[#draws + 1] = { "overage", "n", text(drawn_overage) } end
+end
+if is_preview then return answer(balance, now + lease_ms, draws, left) end
+
+-- Everything below only writes.
+local function is_done(b)
+  if b.held > 0 or b.remaining < 0 then return false end
+  if not is_live(b, calendar) then return true end
+  if b.is_allowance then return allowance_id ~= "" and b.id ~= allowance_id end
+  return b.remaining == 0
+end
+
+local hold = { tenant = tenant, head = head, asked = asked, key = key_id, draws = draws, lease = text(lease_ms),
+  cap = text(overage_cap), tpm = text(tpm), tokens = text(tokens), usage = "0,0,0,0,0", list = "0" }
+redis.call("HSET", keys.holds, id, cjson.encode(hold))
+redis.call("ZADD", keys.leases, text(now + lease_ms), id)
+redis.call("HINCRBY", keys.account, "open", 1)
+if drawn_overage > 0 then redis.call("HSET", keys.account, "overage_held", text(overage_held + drawn_overage)) end
+for _, b in ipairs(buckets) do
+  if is_done(b) then
+    redis.call("HDEL", keys.buckets, b.id)
+    write_bucket(keys.retired, b)
+  elseif b.is_changed then
+    write_bucket(keys.buckets, b)
+    if b.was_retired then redis.call("HDEL", keys.retired, b.id) end
+  end
+end
+for field, due in pairs(arrivals) do redis.call("HSET", keys.limits, field, string.format("%.3f", due)) end
+if next(arrivals) then redis.call("PEXPIRE", keys.limits, 2 * MINUTE_MS) end
+for _, other in ipairs(gone) do redis.call("SREM", keys.slots, other) end
+if concurrency > 0 then
+  redis.call("SADD", keys.slots, id)
+  redis.call("PEXPIRE", keys.slots, 24 * 60 * MINUTE_MS)
+end
+return answer(balance, now + lease_ms, draws, left)

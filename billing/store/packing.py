@@ -1,0 +1,193 @@
+"""How values of ``billing.account`` stand in the store and in the arguments of its scripts.
+
+Knows the text of a bucket, a hold and a usage; the same formats stand in ``lua/common.lua``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from billing.account import Bucket, Hold, HoldRequest, LimitsLeft
+from billing.errors import BillingError, CreditOnHold, DuplicateRequest, InsufficientCredits, RateLimited
+from billing.money import MAX_BALANCE_NANOS, Nanos
+from billing.usage import BucketId, Draw, Unit, Usage
+
+RETRY_HELD_S = 2
+"""When to ask again for credit that running requests hold: about the time between two checkpoints."""
+
+_LETTER = {Unit.NANOS: "n", Unit.REQUESTS: "r"}
+_UNIT = {letter: unit for unit, letter in _LETTER.items()}
+
+
+def letter_of(unit: Unit) -> str:
+    return _LETTER[unit]
+
+
+def pack_bucket(bucket: Bucket) -> str:
+    """A bucket that nothing was drawn from yet."""
+    parts = (
+        _LETTER[bucket.unit],
+        bucket.remaining,
+        0,
+        bucket.granted,
+        bucket.expires_at_ms or 0,
+        int(bucket.is_allowance),
+        ",".join(bucket.adapters),
+    )
+    return "|".join(str(part) for part in parts)
+
+
+def unpack_bucket(bucket_id: str, text: str) -> tuple[Bucket, int]:
+    """A bucket and what open holds drew from it."""
+    unit, remaining, held, granted, expires, is_allowance, adapters = text.split("|", 6)
+    bucket = Bucket(
+        id=BucketId(bucket_id),
+        unit=_UNIT[unit],
+        remaining=int(remaining),
+        granted=int(granted),
+        expires_at_ms=int(expires) or None,
+        adapters=tuple(adapters.split(",")) if adapters else (),
+        is_allowance=is_allowance == "1",
+    )
+    return bucket, int(held)
+
+
+def pack_usage(usage: Usage) -> str:
+    counts = (
+        usage.prompt_tokens,
+        usage.cached_tokens,
+        usage.completion_tokens,
+        usage.requests,
+        usage.compute_ms,
+    )
+    return ",".join(str(count) for count in counts)
+
+
+def worst_case(request: HoldRequest) -> Nanos:
+    return Nanos(0) if request.price.free else _at_most(request, request.max_tokens)
+
+
+def least(request: HoldRequest) -> Nanos:
+    """The cost of the shortest answer worth running for."""
+    return Nanos(0) if request.price.free else _at_most(request, min(request.min_tokens, request.max_tokens))
+
+
+def _at_most(request: HoldRequest, tokens: int) -> Nanos:
+    cost = request.price.at_most(request.prompt_tokens, tokens, request.max_compute_ms)
+    return min(cost, MAX_BALANCE_NANOS)
+
+
+def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_preview: bool) -> list[str]:
+    """The arguments of ``hold.lua``, in its order."""
+    allowance, limits = request.funding.allowance, request.limits
+    return [
+        str(argument)
+        for argument in (
+            request.request_id,
+            request.tenant,
+            _head(request),
+            f"{request.prompt_tokens}|{request.max_tokens}",
+            request.key_id,
+            worst_case(request),
+            least(request),
+            int(request.price.free),
+            request.model,
+            request.lease_ms,
+            calendar_ms,
+            stretch_ms,
+            allowance.id if allowance else "",
+            pack_bucket(allowance) if allowance else "",
+            request.funding.overage_cap,
+            limits.requests_per_minute or 0,
+            limits.tokens_per_minute or 0,
+            limits.concurrent_requests or 0,
+            request.prompt_tokens + request.max_tokens,
+            int(is_preview),
+        )
+    ]
+
+
+def _head(request: HoldRequest) -> str:
+    """The members of the usage record that a hold freezes, as they will stand in its JSON."""
+    frozen = {
+        "request_id": request.request_id,
+        "tenant": request.tenant,
+        "key_id": request.key_id,
+        "adapter": request.adapter,
+        "adapter_class": request.adapter_class,
+        "plan": request.plan,
+        "price_version": request.price.version,
+    }
+    return json.dumps(frozen, separators=(",", ":"))[1:-1]
+
+
+def unpack_hold(request: HoldRequest, reply: Sequence[str]) -> Hold:
+    """What ``hold.lua`` answered.
+
+    Raises:
+        DuplicateRequest, RateLimited, InsufficientCredits, CreditOnHold: as it decided.
+    """
+    if reply[0] != "held":
+        raise _refusal(request, reply)
+    balance, lease_end, *limits = reply[1:7]
+    words = iter(reply[7:])
+    draws = tuple(Draw(BucketId(i), _UNIT[u], int(n)) for i, u, n in zip(words, words, words, strict=True))
+    covered = any(draw.unit is Unit.REQUESTS for draw in draws)
+    return Hold(
+        request=request,
+        max_tokens=request.max_tokens if covered else _tokens_paid(request, sum(draw.amount for draw in draws)),
+        draws=draws,
+        lease_ends_at_ms=int(lease_end),
+        balance_nanos=Nanos(int(balance)),
+        covered_by_requests=covered,
+        limits_left=_limits_left(limits),
+    )
+
+
+def _tokens_paid(request: HoldRequest, held_nanos: int) -> int:
+    if held_nanos == worst_case(request):
+        return request.max_tokens
+    return request.price.affordable_tokens(
+        request.prompt_tokens, held_nanos, request.max_tokens, request.max_compute_ms
+    )
+
+
+def _limits_left(words: Sequence[str]) -> LimitsLeft:
+    requests, requests_reset, tokens, tokens_reset = words
+    return LimitsLeft(
+        requests=int(requests) if requests else None,
+        requests_reset_s=int(requests_reset or 0) / 1000,
+        tokens=int(tokens) if tokens else None,
+        tokens_reset_s=int(tokens_reset or 0) / 1000,
+    )
+
+
+def _refusal(request: HoldRequest, reply: Sequence[str]) -> BillingError:
+    code = reply[0]
+    if code == "duplicate":
+        return DuplicateRequest(request.request_id)
+    if code == "limited":
+        return RateLimited(kind=reply[1], limit=int(reply[2]), retry_after_s=int(reply[3]) / 1000)
+    balance, available, held = (int(word) for word in reply[1:4])
+    if code == "on_hold":
+        return CreditOnHold(
+            retry_after_s=RETRY_HELD_S,
+            balance_nanos=Nanos(balance),
+            held_nanos=Nanos(held),
+            required_nanos=least(request),
+        )
+    assert code == "insufficient", f"hold.lua answers {code!r}"
+    affordable = request.price.affordable_tokens(
+        request.prompt_tokens, available, request.max_tokens, request.max_compute_ms
+    )
+    return InsufficientCredits(
+        balance_nanos=Nanos(balance),
+        required_nanos=worst_case(request),
+        max_affordable_tokens=max(0, affordable),
+        limit_source="overage_cap" if request.funding.overage_cap else "balance",
+    )
+
+
+def pairs(flat: Sequence[str]) -> Mapping[str, str]:
+    """A hash as a script returns it: names and values in turn."""
+    words = iter(flat)
+    return dict(zip(words, words, strict=True))
