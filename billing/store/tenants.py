@@ -1,0 +1,214 @@
+"""Tenants and their API keys in the store, and who a request's secret belongs to.
+
+Knows identities and subscriptions; knows no balance. Each write is safe to repeat: what is found
+by a list is written before what is listed, so that a crash in between leaves nothing hidden.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from billing.clock import Clock, now_ms
+from billing.errors import InvalidKey, StoreUnavailable, TenantExists, TenantSuspended, UnknownKey, UnknownTenant
+from billing.store import keys as names
+from billing.store.connection import guarded
+from billing.store.keys import shard_for
+from billing.store.scripts import source
+from billing.tenants import KEY_PREFIX, ApiKey, Principal, Tenant, hash_key
+from billing.usage import TenantId
+
+CACHE_S = 0.9
+"""How long a process trusts a key it has looked up: a revocation takes effect everywhere within a second."""
+MAX_CACHED = 20_000
+SECRET_LENGTH_MAX = 128
+UPDATE_TRIES = 20
+LIST_DEADLINE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    principal: Principal
+    until: float
+    """By the monotonic clock."""
+
+
+class Tenants:
+    """All tenants and keys. One per process: it keeps keys it has just seen."""
+
+    def __init__(self, redis: Redis, clock: Clock = now_ms) -> None:
+        self._redis = redis
+        self._clock = clock
+        self._swap = redis.register_script(source("swap"))
+        self._seen: dict[str, _Seen] = {}
+
+    async def create(self, tenant: Tenant) -> Tenant:
+        """Add a tenant; until it has a Dodo customer it stands among those that want one.
+
+        The very same tenant again is no error: the first reply may have been lost.
+
+        Raises:
+            TenantExists: the id is taken by another.
+        """
+        async with guarded():
+            await self._redis.sadd(names.TENANTS, tenant.id)
+            await self._redis.set(shard_for(tenant.id).tenant(tenant.id), tenant.model_dump_json(), nx=True)
+        stored = await self.get(tenant.id)
+        await self._note_customer(stored)
+        if stored != tenant:
+            raise TenantExists(tenant.id)
+        return tenant
+
+    async def get(self, tenant_id: TenantId) -> Tenant:
+        """Raises: UnknownTenant."""
+        return Tenant.model_validate_json(await self._text_of(tenant_id))
+
+    async def update(self, tenant_id: TenantId, change: Callable[[Tenant], Tenant]) -> Tenant:
+        """Replace a tenant by what ``change`` makes of it; ``change`` may be called several times.
+
+        Raises:
+            UnknownTenant: there is none of that id.
+            StoreUnavailable: others kept changing it.
+        """
+        for _ in range(UPDATE_TRIES):
+            old = await self._text_of(tenant_id)
+            tenant = change(Tenant.model_validate_json(old))
+            assert tenant.id == tenant_id, "a tenant keeps its id"
+            if await self._swapped(tenant, old):
+                return tenant
+        raise StoreUnavailable(f"tenant {tenant_id} is being changed by others: try again")
+
+    async def _swapped(self, tenant: Tenant, old: str) -> bool:
+        """Did ``old`` give way to ``tenant``? A repeat after a lost reply finds its own value and is content."""
+        new = tenant.model_dump_json()
+        name = shard_for(tenant.id).tenant(tenant.id)
+        async with guarded():
+            return new == old or bool(await self._swap(keys=[name], args=[old, new]))
+
+    async def set_customer(self, tenant_id: TenantId, dodo_customer_id: str) -> Tenant:
+        """Note which Dodo customer a tenant is."""
+        tenant = await self.update(tenant_id, lambda t: t.model_copy(update={"dodo_customer_id": dodo_customer_id}))
+        await self._note_customer(tenant)
+        return tenant
+
+    async def _note_customer(self, tenant: Tenant) -> None:
+        async with guarded():
+            if tenant.dodo_customer_id:
+                await self._redis.hset(names.CUSTOMER_TENANTS, tenant.dodo_customer_id, tenant.id)
+                await self._redis.srem(names.CUSTOMERS_WANTED, tenant.id)
+            else:
+                await self._redis.sadd(names.CUSTOMERS_WANTED, tenant.id)
+
+    async def by_customer(self, dodo_customer_id: str) -> Tenant | None:
+        async with guarded():
+            tenant_id = await self._redis.hget(names.CUSTOMER_TENANTS, dodo_customer_id)
+        return await self.get(TenantId(str(tenant_id))) if tenant_id else None
+
+    async def customers_wanted(self) -> list[TenantId]:
+        """Tenants that no Dodo customer is known for, by id."""
+        async with guarded(LIST_DEADLINE_S):
+            return [TenantId(str(i)) for i in sorted(await self._redis.smembers(names.CUSTOMERS_WANTED))]
+
+    async def add_key(self, key: ApiKey) -> None:
+        """Raises: UnknownTenant."""
+        await self._text_of(key.tenant)
+        async with guarded():
+            await self._redis.sadd(shard_for(key.tenant).keys_of(key.tenant), key.hash)
+            await self._redis.set(names.api_key(key.hash), key.model_dump_json())
+
+    async def keys(self, tenant_id: TenantId) -> list[ApiKey]:
+        """All keys of a tenant, revoked ones too, oldest first."""
+        async with guarded(LIST_DEADLINE_S):
+            hashes = sorted(await self._redis.smembers(shard_for(tenant_id).keys_of(tenant_id)))
+            texts = await _get_all(self._redis, [names.api_key(str(digest)) for digest in hashes])
+        found = [ApiKey.model_validate_json(text) for text in texts if text]
+        return sorted(found, key=lambda key: (key.created_at_ms, key.id))
+
+    async def revoke_key(self, tenant_id: TenantId, key_id: str) -> ApiKey:
+        """End a key for good, everywhere within a second. Revoked again it keeps its first time.
+
+        Raises:
+            UnknownKey: the tenant has none of that id.
+        """
+        key = next((key for key in await self.keys(tenant_id) if key.id == key_id), None)
+        if key is None:
+            raise UnknownKey(key_id)
+        self._seen.pop(key.hash, None)
+        if key.revoked_at_ms is not None:
+            return key
+        revoked = key.model_copy(update={"revoked_at_ms": self._clock()})
+        async with guarded():
+            await self._redis.set(names.api_key(key.hash), revoked.model_dump_json())
+        return revoked
+
+    async def principal(self, secret: str) -> Principal:
+        """Who sends a request with this secret.
+
+        Raises:
+            InvalidKey: it is missing, malformed, unknown, revoked or expired.
+            TenantSuspended: its tenant may not use anything.
+            StoreUnavailable: nobody can say.
+        """
+        _check_form(secret)
+        digest, now = hash_key(secret), time.monotonic()
+        seen = self._seen.get(digest)
+        if seen is None or now >= seen.until:
+            seen = _Seen(await self._look_up(digest), now + CACHE_S)
+            self._remember(digest, seen)
+        _check_usable(seen.principal, self._clock())
+        return seen.principal
+
+    async def _look_up(self, digest: str) -> Principal:
+        async with guarded():
+            text = await self._redis.get(names.api_key(digest))
+        if text is None:
+            raise InvalidKey("unknown")
+        key = ApiKey.model_validate_json(text)
+        try:
+            return Principal(key, await self.get(key.tenant))
+        except UnknownTenant:
+            raise InvalidKey("unknown") from None
+
+    def _remember(self, digest: str, seen: _Seen) -> None:
+        if len(self._seen) >= MAX_CACHED:
+            self._seen.clear()
+        self._seen[digest] = seen
+
+    async def _text_of(self, tenant_id: TenantId) -> str:
+        async with guarded():
+            text = await self._redis.get(shard_for(tenant_id).tenant(tenant_id))
+        if text is None:
+            raise UnknownTenant(tenant_id)
+        return str(text)
+
+    async def list(self) -> list[Tenant]:
+        """All tenants by id."""
+        async with guarded(LIST_DEADLINE_S):
+            ids = sorted(await self._redis.smembers(names.TENANTS))
+            texts = await _get_all(self._redis, [shard_for(TenantId(str(i))).tenant(TenantId(str(i))) for i in ids])
+        return [Tenant.model_validate_json(text) for text in texts if text]
+
+
+async def _get_all(redis: Redis, keys: list[str]) -> list[str | None]:
+    pipe = redis.pipeline(transaction=False)
+    for key in keys:
+        pipe.get(key)
+    return list(await pipe.execute()) if keys else []
+
+
+def _check_form(secret: str) -> None:
+    if not secret:
+        raise InvalidKey("missing")
+    if not secret.startswith(KEY_PREFIX) or len(secret) > SECRET_LENGTH_MAX or not secret.isascii():
+        raise InvalidKey("malformed")
+
+
+def _check_usable(principal: Principal, now: int) -> None:
+    key = principal.key
+    if key.revoked_at_ms is not None:
+        raise InvalidKey("revoked")
+    if not key.is_usable(now):
+        raise InvalidKey("expired")
+    if principal.tenant.suspended:
+        raise TenantSuspended(principal.tenant.id)
