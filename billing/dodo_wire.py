@@ -43,8 +43,8 @@ class Payment:
     created_at_ms: int | None
     subscription_ids: tuple[str, ...]
     includes_usage: bool
-    service_starts_at_ms: int | None
-    """Start of the period this payment pays for; metered usage in it is of the period before."""
+    service_starts_ms: Mapping[str, int]
+    """By subscription, the start of the period this payment pays for; usage in it is of the period before."""
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
@@ -60,7 +60,7 @@ class Payment:
             created_at_ms=moment_ms(wire, "created_at"),
             subscription_ids=tuple(str(s) for s in _list(wire.get("subscription_ids"))) or ((one,) if one else ()),
             includes_usage=wire.get("includes_usage") is True,
-            service_starts_at_ms=moment_ms(periods[0], "starts_at") if periods else None,
+            service_starts_ms={text(p, "subscription_id", ""): _moment(p, "starts_at") for p in periods},
         )
 
 

@@ -1,0 +1,177 @@
+"""What Dodo is told of usage: records folded into one event per tenant and event name.
+
+Pure: from records to events and from an event to what is sent at a given moment. Quantities
+and ids are fixed when an event is made; only its timestamp may be newer in a later send.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Self
+
+from billing.dodo import Event
+from billing.dodo_wire import to_iso
+from billing.usage import TenantId, Usage, UsageRecord
+
+CHARGE = "farebox.charge"
+"""Overage and postpaid draws: Dodo's meter sums ``charge_nanos`` and invoices them."""
+USAGE = "farebox.usage"
+"""Everything that was paid before or costs nothing: no meter charges it."""
+
+MAX_AGE_MS = 55 * 60_000
+"""Dodo refuses timestamps older than an hour; the rest is the journey's time."""
+MAX_CLASSES = 10
+"""Adapter classes told apart in one event: Dodo takes 50 metadata values. The rest is ``other``."""
+MAX_CLASS_NAME = 60
+
+
+@dataclass(frozen=True, slots=True)
+class SealedEvent:
+    """An event whose content is fixed: sent until Dodo takes it, always with the same id and quantities."""
+
+    id: str
+    tenant: TenantId
+    name: str
+    occurred_at_ms: int
+    """When its last record was settled."""
+    sealed_at_ms: int
+    charge_nanos: int
+    covered_nanos: int
+    quantities: dict[str, int]
+    first_attempt_ms: int | None = None
+    """The earliest send whose outcome we do not know; ``None`` before the first."""
+    reason: str = ""
+    """Why Dodo refused it, on a dead letter."""
+
+    def attempted(self, at_ms: int | None) -> Self:
+        return replace(self, first_attempt_ms=at_ms)
+
+    def to_event(self, customer_id: str, now_ms: int) -> Event:
+        """What is sent now. A timestamp that Dodo would refuse becomes ``now``, the true one stays in metadata."""
+        is_fresh = 0 <= now_ms - self.occurred_at_ms < MAX_AGE_MS
+        return Event(
+            id=self.id,
+            customer_id=customer_id,
+            name=self.name,
+            timestamp_ms=self.occurred_at_ms if is_fresh else now_ms,
+            metadata={**self.quantities, "occurred_at": to_iso(self.occurred_at_ms), "restamped": not is_fresh},
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
+
+
+@dataclass
+class _Sum:
+    """One event in the making."""
+
+    nanos: int = 0
+    list_nanos: int = 0
+    records: int = 0
+    last_ms: int = 0
+    usage: Usage = field(default_factory=lambda: Usage(requests=0))
+    classes: dict[str, Usage] = field(default_factory=dict)
+
+    def add_money(self, nanos: int, at_ms: int) -> None:
+        assert nanos >= 0, "a correction after export is a credit, never a negative event"
+        self.nanos += nanos
+        self.last_ms = max(self.last_ms, at_ms)
+
+    def add_quantities(self, record: UsageRecord) -> None:
+        name = record.adapter_class[:MAX_CLASS_NAME]
+        self.usage = _plus(self.usage, record.usage)
+        self.classes[name] = _plus(self.classes.get(name, Usage(requests=0)), record.usage)
+        self.list_nanos += record.list_nanos
+        self.records += 1
+        self.last_ms = max(self.last_ms, record.occurred_at_ms)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.nanos == 0 and self.list_nanos == 0 and self.usage == Usage(requests=0)
+
+
+def fold(shard: int, start: str, end: str, records: Iterable[UsageRecord], now_ms: int) -> list[SealedEvent]:
+    """Sum the records of one shard between two stream ids.
+
+    A record that drew both on credit and on exposure is split: the money goes where it belongs,
+    its tokens are counted once, with what was paid before. Ids depend on the range alone.
+    """
+    sums: dict[tuple[TenantId, str], _Sum] = defaultdict(_Sum)
+    for record in records:
+        charge, covered = record.overage_nanos, record.charged_nanos - record.overage_nanos
+        if charge:
+            sums[record.tenant, CHARGE].add_money(charge, record.occurred_at_ms)
+        if covered:
+            sums[record.tenant, USAGE].add_money(covered, record.occurred_at_ms)
+        is_all_charge = charge > 0 and covered == 0
+        sums[record.tenant, CHARGE if is_all_charge else USAGE].add_quantities(record)
+    return [
+        _seal(event_id(shard, start, end, tenant, name), tenant, name, total, now_ms)
+        for (tenant, name), total in sorted(sums.items())
+        if not total.is_empty
+    ]
+
+
+def event_id(shard: int, start: str, end: str, tenant: TenantId, name: str) -> str:
+    return hashlib.sha256(f"{shard}|{start}|{end}|{tenant}|{name}".encode()).hexdigest()[:32]
+
+
+def _seal(id_: str, tenant: TenantId, name: str, total: _Sum, now_ms: int) -> SealedEvent:
+    is_charge = name == CHARGE
+    quantities = {
+        "charge_nanos" if is_charge else "covered_nanos": total.nanos,
+        "charged_nanos": total.nanos,
+        "list_nanos": total.list_nanos,
+        "records": total.records,
+        **_quantities(total.usage),
+    }
+    for class_name, usage in _by_class(total.classes).items():
+        quantities |= {
+            f"{class_name}.requests": usage.requests,
+            f"{class_name}.tokens": usage.total_tokens,
+            f"{class_name}.compute_ms": usage.compute_ms,
+        }
+    return SealedEvent(
+        id=id_,
+        tenant=tenant,
+        name=name,
+        occurred_at_ms=total.last_ms,
+        sealed_at_ms=now_ms,
+        charge_nanos=total.nanos if is_charge else 0,
+        covered_nanos=0 if is_charge else total.nanos,
+        quantities=quantities,
+    )
+
+
+def _quantities(usage: Usage) -> dict[str, int]:
+    return {
+        "requests": usage.requests,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "compute_ms": usage.compute_ms,
+    }
+
+
+def _by_class(classes: dict[str, Usage]) -> dict[str, Usage]:
+    named: dict[str, Usage] = {}
+    for rank, (name, usage) in enumerate(sorted(classes.items())):
+        key = f"class.{name}" if rank < MAX_CLASSES else "class_other"
+        named[key] = _plus(named.get(key, Usage(requests=0)), usage)
+    return named
+
+
+def _plus(a: Usage, b: Usage) -> Usage:
+    return Usage(
+        prompt_tokens=a.prompt_tokens + b.prompt_tokens,
+        cached_tokens=a.cached_tokens + b.cached_tokens,
+        completion_tokens=a.completion_tokens + b.completion_tokens,
+        requests=a.requests + b.requests,
+        compute_ms=a.compute_ms + b.compute_ms,
+    )

@@ -1,0 +1,180 @@
+"""The pump: usage records folded, sealed, sent to Dodo, acknowledged. Every step repeatable.
+
+Killed between any two steps, or run twice at once, it loses nothing and doubles nothing: what
+is sealed keeps its id and quantities until Dodo has it, and Dodo counts an id once.
+"""
+
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from redis.asyncio import Redis
+
+from billing.budget import CallBudget
+from billing.clock import Clock, now_ms
+from billing.dodo import Dodo
+from billing.errors import DodoRefused, DodoUnavailable, UnknownTenant
+from billing.events import SealedEvent, fold
+from billing.sending import BudgetSpent, Sender, Tally
+from billing.store.keys import Shard
+from billing.store.outbox import Outbox, PumpState
+from billing.store.stream import Entry, Stream, UnreadableEntry
+from billing.store.tenants import Tenants
+from billing.usage import TenantId
+
+WINDOW_ENTRIES = 1_000
+"""Entries of one shard in one window, at most."""
+LOCKED_OUT = (401, 403, 404)
+"""Dodo refuses us: wrong key, or wrong address. No event is at fault."""
+
+BACKOFF_MS, MAX_BACKOFF_MS = 1_000, 60_000
+LONG_OUTAGE_MS = 10 * 60_000
+WIDE_WINDOW_MS = 15 * 60_000
+"""In a long outage windows are sealed this far apart: 96 events a day and tenant, not 1,440."""
+
+log = logging.getLogger("farebox.billing.export")
+
+
+@dataclass(frozen=True, slots=True)
+class FlushReport:
+    """What one flush did, in events."""
+
+    state: str
+    sealed: int = 0
+    sent: int = 0
+    buried: int = 0
+    waiting: int = 0
+    """Left in the outbox though their tenants have customers."""
+    held: int = 0
+    """Left in the outbox until their tenants have customers."""
+    error: str = ""
+
+
+class Exporter:
+    """One pump. Any number may run: the cursor lets one of them seal each window."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        dodo: Dodo,
+        tenants: Tenants,
+        clock: Clock = now_ms,
+        budget: CallBudget | None = None,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.outbox = Outbox(redis)
+        self._stream, self._tenants, self._clock, self._jitter = Stream(redis), tenants, clock, jitter
+        self._sender = Sender(self.outbox, dodo, budget or CallBudget(240, clock), clock)
+        self._customers: dict[TenantId, str] = {}
+        """Customer ids never change once they are set."""
+        self._state = PumpState()
+        self._failing_since_ms: int | None = None
+        self._sealed_at_ms = 0
+        self._unreadable = ""
+
+    async def flush_once(self, force: bool = False) -> FlushReport:
+        """Seal what is new and send what is sealed. ``force`` does not wait for a backoff to end.
+
+        Raises:
+            StoreUnavailable: the store does not answer; nothing is lost, call again.
+        """
+        tally = Tally()
+        sealed = 0
+        if force or self._may_seal():
+            sealed = await self._seal()
+        sendable, held = await self._outbox_by_customer()
+        if force or self._clock() >= self._state.next_try_ms:
+            await self._send(sendable, tally)
+        waiting = len(sendable) - tally.sent - tally.buried
+        await self._show(tally, max(0, waiting), held)
+        return FlushReport(
+            self._state.state, sealed, tally.sent, tally.buried, max(0, waiting), held, self._state.error
+        )
+
+    def _may_seal(self) -> bool:
+        now = self._clock()
+        is_long_outage = self._failing_since_ms is not None and now - self._failing_since_ms > LONG_OUTAGE_MS
+        return not is_long_outage or now - self._sealed_at_ms >= WIDE_WINDOW_MS
+
+    async def _seal(self) -> int:
+        """Seal every shard up to its last entry. How many events that made."""
+        self._sealed_at_ms, self._unreadable = self._clock(), ""
+        sealed, is_more = 0, True
+        stuck: set[int] = set()
+        while is_more:
+            cursors = await self.outbox.cursors()
+            windows = await self._stream.after(cursors, WINDOW_ENTRIES)
+            is_more = False
+            for shard, entries in windows.items():
+                if shard.number in stuck:
+                    continue
+                try:
+                    sealed += await self._seal_window(shard, cursors[shard.number], entries)
+                    is_more = is_more or len(entries) == WINDOW_ENTRIES
+                except UnreadableEntry as error:
+                    stuck.add(shard.number)
+                    self._unreadable = f"shard {shard.number} cannot be exported beyond {error}"
+                    log.error(self._unreadable)
+        return sealed
+
+    async def _seal_window(self, shard: Shard, start: str, entries: list[Entry]) -> int:
+        records = [entry.record() for entry in entries if entry.is_usage]
+        events = fold(shard.number, start, entries[-1].id, records, self._clock())
+        return len(events) if await self.outbox.seal(shard, start, entries[-1].id, len(entries), events) else 0
+
+    async def _outbox_by_customer(self) -> tuple[list[SealedEvent], int]:
+        """Events whose tenants have a Dodo customer, and the number of those whose tenants have none."""
+        events = await self.outbox.events()
+        for tenant in {event.tenant for event in events} - self._customers.keys():
+            try:
+                customer_id = (await self._tenants.get(tenant)).dodo_customer_id
+            except UnknownTenant:
+                continue
+            if customer_id:
+                self._customers[tenant] = customer_id
+        sendable = [event for event in events if event.tenant in self._customers]
+        return sendable, len(events) - len(sendable)
+
+    async def _send(self, events: list[SealedEvent], tally: Tally) -> None:
+        try:
+            await self._sender.send(events, self._customers, tally)
+        except BudgetSpent:
+            log.info("this minute's calls to Dodo are used up: the rest follows")
+            self._succeeded()
+        except DodoUnavailable as error:
+            self._failed("backing_off", str(error), round(error.retry_after_s * 1_000))
+        except DodoRefused as refused:
+            if refused.status in LOCKED_OUT:
+                log.error("the pump stopped, nothing is lost: %s. Check DODO_PAYMENTS_API_KEY and the address", refused)
+                self._failed("stopped", str(refused), MAX_BACKOFF_MS)
+            else:
+                self._failed("backing_off", str(refused), 0)
+        else:
+            self._succeeded()
+
+    def _succeeded(self) -> None:
+        self._failing_since_ms = None
+        self._state = replace(
+            self._state, state="running", failures=0, error="", next_try_ms=0, last_success_ms=self._clock()
+        )
+
+    def _failed(self, state: str, error: str, at_least_ms: int) -> None:
+        now, failures = self._clock(), self._state.failures + 1
+        self._failing_since_ms = self._failing_since_ms or now
+        ceiling = min(MAX_BACKOFF_MS, BACKOFF_MS * 2 ** min(failures, 10))
+        wait_ms = max(at_least_ms, round(ceiling * self._jitter()))
+        self._state = replace(self._state, state=state, failures=failures, error=error, next_try_ms=now + wait_ms)
+        log.warning("Dodo: %s; next try in %d ms", error, wait_ms)
+
+    async def _show(self, tally: Tally, waiting: int, held: int) -> None:
+        self._state = replace(
+            self._state,
+            last_flush_ms=self._clock(),
+            sent_events=tally.sent,
+            waiting_events=waiting,
+            held_events=held,
+            dead_events=(await self.outbox.sums()).dead_events,
+            error=self._unreadable or self._state.error,
+        )
+        await self.outbox.show(self._state)

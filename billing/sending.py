@@ -1,0 +1,94 @@
+"""Sends sealed events to Dodo and acknowledges them: one batch, in as few calls as its poison allows.
+
+Knows what each refusal means for an event; knows neither when to try again nor how events are made.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from billing.budget import CallBudget
+from billing.clock import Clock
+from billing.dodo import Dodo
+from billing.errors import DodoRefused
+from billing.events import SealedEvent
+from billing.store.outbox import Outbox
+from billing.usage import TenantId
+
+MAX_EVENTS = 1_000
+"""Dodo's limit of one call."""
+DOUBTFUL_MS = 60 * 60_000
+"""How long we count on Dodo to remember an id. After that we ask before we send it again."""
+POISON = (400, 413, 422)
+"""Dodo refuses the content: halve until the event at fault is alone."""
+
+
+class BudgetSpent(Exception):
+    """This minute's calls are used up; the rest waits for the next flush."""
+
+
+@dataclass
+class Tally:
+    """What became of events so far, also when a send ended in an error."""
+
+    sent: int = 0
+    buried: int = 0
+
+
+class Sender:
+    def __init__(self, outbox: Outbox, dodo: Dodo, budget: CallBudget, clock: Clock) -> None:
+        self._outbox, self._dodo, self._budget, self._clock = outbox, dodo, budget, clock
+
+    async def send(self, events: Sequence[SealedEvent], customers: Mapping[TenantId, str], tally: Tally) -> None:
+        """Send all of these, oldest first; every tenant among them has a customer.
+
+        Raises:
+            BudgetSpent, DodoUnavailable, DodoRefused: what was not acknowledged stays in the outbox.
+        """
+        for first in range(0, len(events), MAX_EVENTS):
+            batch = events[first : first + MAX_EVENTS]
+            unknown = await self._without_known(batch, tally)
+            if unknown:
+                await self._halve(await self._marked(unknown), customers, tally)
+
+    async def _halve(self, batch: list[SealedEvent], customers: Mapping[TenantId, str], tally: Tally) -> None:
+        """Send a batch; while Dodo refuses its content send each half, and bury an event refused alone."""
+        self._spend()
+        now = self._clock()
+        try:
+            await self._dodo.ingest([event.to_event(customers[event.tenant], now) for event in batch])
+        except DodoRefused as refused:
+            if refused.status not in POISON:
+                raise
+            if len(batch) == 1:
+                tally.buried += await self._outbox.bury(replace(batch[0], reason=str(refused)))
+                return
+            middle = len(batch) // 2
+            await self._halve(batch[:middle], customers, tally)
+            await self._halve(batch[middle:], customers, tally)
+            return
+        tally.sent += await self._outbox.ack(batch)
+
+    async def _without_known(self, batch: Sequence[SealedEvent], tally: Tally) -> list[SealedEvent]:
+        """Leave out, and acknowledge, events that an attempt too long ago turns out to have delivered."""
+        unknown: list[SealedEvent] = []
+        for event in batch:
+            if event.first_attempt_ms is None or self._clock() - event.first_attempt_ms < DOUBTFUL_MS:
+                unknown.append(event)
+                continue
+            self._spend()
+            if await self._dodo.has_event(event.id):
+                tally.sent += await self._outbox.ack([event])
+            else:
+                unknown.append(event.attempted(None))
+        return unknown
+
+    async def _marked(self, batch: Sequence[SealedEvent]) -> list[SealedEvent]:
+        """Write down, before the call, that these events are attempted now."""
+        new = [event.attempted(self._clock()) for event in batch if event.first_attempt_ms is None]
+        await self._outbox.mark(new)
+        known = {event.id: event for event in new}
+        return [known.get(event.id, event) for event in batch]
+
+    def _spend(self) -> None:
+        if not self._budget.take():
+            raise BudgetSpent

@@ -1,0 +1,59 @@
+"""The catalogue in force, kept in the store by its content hash, and which gateway serves which.
+
+Knows where it lies; what is valid in it was decided before.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import cast
+
+from redis.asyncio import Redis
+
+from billing.catalogue import Catalogue
+from billing.store.connection import guarded
+from billing.store.keys import CATALOGUE_CURRENT, GATEWAYS, catalogue
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayState:
+    """What one gateway said of itself."""
+
+    gateway_id: str
+    hash: str
+    """Content hash of the catalogue it serves."""
+    quarantined: tuple[str, ...]
+    """``kind id: reason`` of every entry that it does not serve."""
+    at_ms: int
+
+
+async def publish(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> str:
+    """Put a validated catalogue in force and say that this gateway serves it. Returns its hash."""
+    hash_ = value.content_hash
+    quarantined = [f"{entry.kind} {entry.id}: {entry.reason}" for entry in value.quarantined]
+    async with guarded():
+        await redis.set(catalogue(hash_), value.model_dump_json())
+        await redis.set(CATALOGUE_CURRENT, hash_)
+        await redis.hset(GATEWAYS, gateway_id, json.dumps({"hash": hash_, "quarantined": quarantined, "at_ms": at_ms}))
+    return hash_
+
+
+async def current(redis: Redis) -> Catalogue | None:
+    """The catalogue in force; ``None`` until a gateway published one."""
+    async with guarded():
+        hash_ = cast(str | None, await redis.get(CATALOGUE_CURRENT))
+        text = await redis.get(catalogue(hash_)) if hash_ else None
+    return Catalogue.model_validate_json(text) if text else None
+
+
+async def gateways(redis: Redis) -> list[GatewayState]:
+    """All gateways that ever published, in order of their ids."""
+    async with guarded():
+        found = cast(dict[str, str], await redis.hgetall(GATEWAYS))
+    states = ((gateway_id, json.loads(text)) for gateway_id, text in sorted(found.items()))
+    return [GatewayState(id_, s["hash"], tuple(s["quarantined"]), s["at_ms"]) for id_, s in states]
+
+
+async def forget_gateway(redis: Redis, gateway_id: str) -> None:
+    """A gateway that has gone serves nothing."""
+    async with guarded():
+        await redis.hdel(GATEWAYS, gateway_id)

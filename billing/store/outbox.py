@@ -1,0 +1,196 @@
+"""The export cursor, what was sealed and not yet acknowledged, and the dead letters.
+
+Every change is one atomic step: an event is in the outbox, acknowledged or dead, and the
+running sums say so: sealed = acknowledged + dead + what is in the outbox.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from billing.events import SealedEvent
+from billing.store.connection import guarded
+from billing.store.keys import ALL_SHARDS, PUMP, Shard, shard_for
+from billing.store.stream import BULK_DEADLINE_S
+from billing.usage import TenantId
+
+START = "0-0"
+"""A cursor before the first entry."""
+LUA = Path(__file__).parent / "lua"
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Running sums over all shards, in events and nanos."""
+
+    sealed_entries: int = 0
+    sealed_events: int = 0
+    sealed_charge: int = 0
+    sealed_covered: int = 0
+    acked_events: int = 0
+    acked_charge: int = 0
+    acked_covered: int = 0
+    dead_events: int = 0
+    dead_charge: int = 0
+    dead_covered: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What Dodo has not been told yet, counted at this moment."""
+
+    unsealed_entries: int
+    outbox_events: int
+    dead_events: int
+
+    @property
+    def is_clear(self) -> bool:
+        return self.unsealed_entries == 0 and self.outbox_events == 0
+
+
+@dataclass(frozen=True, slots=True)
+class PumpState:
+    """The exporter's state as it last said it, for people."""
+
+    state: str = "starting"
+    """``starting``, ``running``, ``backing_off`` or ``stopped`` (Dodo refuses our credentials or address)."""
+    last_flush_ms: int = 0
+    last_success_ms: int = 0
+    """When Dodo last took events, or there were none to send."""
+    next_try_ms: int = 0
+    failures: int = 0
+    """Failed flushes in a row."""
+    sent_events: int = 0
+    """In the last flush."""
+    waiting_events: int = 0
+    held_events: int = 0
+    """Sealed events of tenants that have no Dodo customer yet."""
+    dead_events: int = 0
+    error: str = ""
+
+
+class Outbox:
+    """Sealed events of all shards."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._seal = redis.register_script((LUA / "seal.lua").read_text())
+        self._ack = redis.register_script((LUA / "ack.lua").read_text())
+        self._bury = redis.register_script((LUA / "bury.lua").read_text())
+        self._mark = redis.register_script((LUA / "mark.lua").read_text())
+
+    async def cursors(self) -> dict[int, str]:
+        """By shard number, the stream id up to which everything is sealed."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hget(shard.cursor, "at")
+            found = await pipe.execute()
+        return {shard.number: at or START for shard, at in zip(ALL_SHARDS, found, strict=True)}
+
+    async def seal(self, shard: Shard, start: str, end: str, entries: int, events: Sequence[SealedEvent]) -> bool:
+        """Move the cursor from ``start`` to ``end`` and keep the events; ``False`` if it stood elsewhere."""
+        charge, covered = sum(e.charge_nanos for e in events), sum(e.covered_nanos for e in events)
+        args: list[str | int] = [start, end, entries, len(events), charge, covered]
+        for event in events:
+            args += (event.id, event.to_json())
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._seal(keys=[shard.cursor, shard.outbox], args=args))
+
+    async def events(self) -> list[SealedEvent]:
+        """Everything sealed and not acknowledged, oldest first."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hvals(shard.outbox)
+            found = await pipe.execute()
+        events = [SealedEvent.from_json(text) for shard in found for text in shard]
+        return sorted(events, key=lambda e: (e.sealed_at_ms, e.id))
+
+    async def mark(self, events: Iterable[SealedEvent]) -> None:
+        """Keep what these events say of their attempts, before the attempt."""
+        for shard, group in _by_shard(events).items():
+            args: list[str | int] = [word for e in group for word in (e.id, e.to_json())]
+            async with guarded(BULK_DEADLINE_S):
+                await self._mark(keys=[shard.outbox], args=args)
+
+    async def ack(self, events: Iterable[SealedEvent]) -> int:
+        """Dodo has these events. How many this call took out; the rest were out before."""
+        acked = 0
+        for shard, group in _by_shard(events).items():
+            args: list[str | int] = [word for e in group for word in (e.id, e.charge_nanos, e.covered_nanos)]
+            async with guarded(BULK_DEADLINE_S):
+                acked += int(await self._ack(keys=[shard.cursor, shard.outbox], args=args))
+        return acked
+
+    async def bury(self, event: SealedEvent) -> bool:
+        """Dodo refuses this event for good: keep it, with the reason it carries, among the dead letters."""
+        shard = shard_for(event.tenant)
+        args: list[str | int] = [event.id, event.to_json(), 1, event.charge_nanos, event.covered_nanos]
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._bury(keys=[shard.cursor, shard.outbox, shard.dead], args=args))
+
+    async def revive(self, event: SealedEvent) -> bool:
+        """Send a dead letter again, with the same id and quantities."""
+        shard = shard_for(event.tenant)
+        args: list[str | int] = [event.id, event.to_json(), -1, -event.charge_nanos, -event.covered_nanos]
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._bury(keys=[shard.cursor, shard.dead, shard.outbox], args=args))
+
+    async def dead(self) -> list[SealedEvent]:
+        """All dead letters with their reasons, oldest first."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hvals(shard.dead)
+            found = await pipe.execute()
+        events = [SealedEvent.from_json(text) for shard in found for text in shard]
+        return sorted(events, key=lambda e: (e.sealed_at_ms, e.id))
+
+    async def sums(self) -> Sums:
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hgetall(shard.cursor)
+            found = await pipe.execute()
+        return Sums(**{f.name: sum(int(shard.get(f.name, 0)) for shard in found) for f in fields(Sums)})
+
+    async def backlog(self) -> Backlog:
+        """Counted now, from the store; cheap however long the streams are."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.xinfo_stream(shard.stream)
+                pipe.hget(shard.cursor, "sealed_entries")
+                pipe.hlen(shard.outbox)
+                pipe.hlen(shard.dead)
+            found = await pipe.execute(raise_on_error=False)
+        unsealed = outbox = dead = 0
+        for info, sealed, in_outbox, in_dead in zip(*(iter(found),) * 4, strict=True):
+            added = 0 if isinstance(info, ResponseError) else int(info["entries-added"])
+            unsealed += added - int(sealed or 0)
+            outbox, dead = outbox + in_outbox, dead + in_dead
+        return Backlog(unsealed, outbox, dead)
+
+    async def show(self, state: PumpState) -> None:
+        """Write the pump's state where the admin API reads it."""
+        async with guarded(BULK_DEADLINE_S):
+            await self._redis.hset(PUMP, mapping=asdict(state))  # type: ignore[arg-type]
+
+    async def shown(self) -> PumpState:
+        async with guarded(BULK_DEADLINE_S):
+            raw = await self._redis.hgetall(PUMP)
+        known = {f.name: f.type for f in fields(PumpState)}
+        values = {name: value if known[name] is str else int(value) for name, value in raw.items() if name in known}
+        return PumpState(**values)  # type: ignore[arg-type]
+
+
+def _by_shard(events: Iterable[SealedEvent]) -> dict[Shard, list[SealedEvent]]:
+    groups: dict[Shard, list[SealedEvent]] = defaultdict(list)
+    for event in events:
+        groups[shard_for(TenantId(event.tenant))].append(event)
+    return groups

@@ -1,0 +1,91 @@
+"""The stream of entries, read only: usage records, grants and clawbacks in the order they took effect.
+
+Knows keys and stream ids; what is exported of it and where the cursor stands is the outbox's.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from redis.asyncio import Redis
+
+from billing.store.connection import guarded
+from billing.store.keys import ALL_SHARDS, Shard, shard_for
+from billing.usage import TenantId, UsageRecord
+
+FIRST = "-"
+LAST = "+"
+USAGE_KIND = "usage"
+BULK_DEADLINE_S = 10.0
+"""Reading many entries takes longer than the hot path may wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry. ``id`` orders it within its shard: store milliseconds and a number."""
+
+    id: str
+    kind: str
+    """``usage``, ``grant``, ``clawback`` or ``repay``."""
+    tenant: TenantId
+    payload: str
+
+    @property
+    def is_usage(self) -> bool:
+        return self.kind == USAGE_KIND
+
+    def record(self) -> UsageRecord:
+        """The usage record.
+
+        Raises:
+            UnreadableEntry: the payload is none.
+        """
+        try:
+            return UsageRecord.from_json(self.payload)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise UnreadableEntry(f"entry {self.id} of {self.tenant}: {type(error).__name__} {error}") from error
+
+    def movement(self) -> Mapping[str, object]:
+        """Source, unit, amount and bucket of an entry that is no usage."""
+        value: Mapping[str, object] = json.loads(self.payload)
+        return value
+
+
+class UnreadableEntry(ValueError):
+    """A stream entry that this version cannot read."""
+
+
+class Stream:
+    """Reads entries of one shard or of all."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def after(self, positions: Mapping[int, str], count: int) -> dict[Shard, list[Entry]]:
+        """Up to ``count`` entries of every shard behind its position; shards without news are left out."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.xrange(shard.stream, min=_behind(positions.get(shard.number, "0-0")), count=count)
+            found = await pipe.execute()
+        return {shard: _entries(raw) for shard, raw in zip(ALL_SHARDS, found, strict=True) if raw}
+
+    async def of(self, tenant: TenantId, start: str = FIRST, end: str = LAST, count: int = 1000) -> list[Entry]:
+        """Entries of the tenant's whole shard, oldest first, both ends included."""
+        async with guarded(BULK_DEADLINE_S):
+            return _entries(await self._redis.xrange(shard_for(tenant).stream, min=start, max=end, count=count))
+
+    async def newest(self, tenant: TenantId, before: str = LAST, count: int = 1000) -> list[Entry]:
+        """Entries of the tenant's whole shard, newest first, from ``before`` on."""
+        async with guarded(BULK_DEADLINE_S):
+            return _entries(await self._redis.xrevrange(shard_for(tenant).stream, max=before, count=count))
+
+
+def _behind(position: str) -> str:
+    return f"({position}" if position != "0-0" else FIRST
+
+
+def _entries(raw: object) -> list[Entry]:
+    rows = cast(Sequence[tuple[str, Mapping[str, str]]], raw or ())
+    return [Entry(id_, fields["k"], TenantId(fields["t"]), fields["p"]) for id_, fields in rows]

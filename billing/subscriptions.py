@@ -1,0 +1,119 @@
+"""Brings a tenant's plan in line with its subscription at Dodo. A webhook only says: look again.
+
+Knows which plan a subscription carries and when it counts; moves no money.
+"""
+
+from collections.abc import Awaitable, Callable
+
+from billing.catalogue import Catalogue
+from billing.clock import Clock, now_ms
+from billing.dodo import Dodo
+from billing.dodo_wire import DodoSubscription
+from billing.plans import Plan
+from billing.store.inbox import Inbox
+from billing.store.tenants import Tenants
+from billing.tenants import Subscription, SubscriptionStatus, Tenant
+
+CatalogueSource = Callable[[], Awaitable[Catalogue | None]]
+
+DAY_MS = 24 * 60 * 60_000
+ATTEMPTS = 5
+ENDED = (SubscriptionStatus.CANCELLED, SubscriptionStatus.EXPIRED, SubscriptionStatus.FAILED)
+"""These never come back; the tenant falls to the default plan."""
+
+
+class NotYet(Exception):
+    """This cannot be applied now; the message says what is missing. A later try may find it."""
+
+
+class _Raced(Exception):
+    """The tenant's subscription changed while we asked Dodo: ask again."""
+
+
+class Subscriptions:
+    def __init__(
+        self, dodo: Dodo, tenants: Tenants, inbox: Inbox, catalogue: CatalogueSource, clock: Clock = now_ms
+    ) -> None:
+        self._dodo, self._tenants, self._inbox = dodo, tenants, inbox
+        self._catalogue, self._clock = catalogue, clock
+
+    async def refresh(self, subscription_id: str, past_due_ends_at_ms: int | None = None) -> Tenant:
+        """Ask Dodo for this subscription and store what it says now.
+
+        Raises:
+            NotYet: its customer or product is unknown here, or another subscription is still live.
+            DodoUnavailable, DodoRefused: Dodo could not say.
+        """
+        for _ in range(ATTEMPTS):
+            try:
+                return await self._refresh_once(subscription_id, past_due_ends_at_ms)
+            except _Raced:
+                continue
+        raise NotYet(f"subscription {subscription_id} keeps changing")
+
+    async def _refresh_once(self, subscription_id: str, past_due_ends_at_ms: int | None) -> Tenant:
+        """What was stored must still be stored when the answer is written: answers never overtake each other."""
+        first = await self._dodo.retrieve_subscription(subscription_id)
+        before = await self._tenants.by_customer(first.customer_id)
+        if before is None:
+            raise NotYet(f"no tenant has Dodo customer {first.customer_id}")
+        found = await self._dodo.retrieve_subscription(subscription_id)
+        plan_name, catalogue = await self._plan_of(found)
+
+        def change(tenant: Tenant) -> Tenant:
+            if tenant.subscription != before.subscription:
+                raise _Raced
+            stored = _stored(found, plan_name, catalogue.plans[plan_name], tenant, past_due_ends_at_ms, self._clock())
+            return applied(tenant, stored, catalogue.default_plan, self._clock())
+
+        return await self._tenants.update(before.id, change)
+
+    async def _plan_of(self, found: DodoSubscription) -> tuple[str, Catalogue]:
+        catalogue = await self._catalogue()
+        kind, _, name = (await self._inbox.names()).get(found.product_id, "").partition(":")
+        if kind != "plan" or catalogue is None or name not in catalogue.plans:
+            raise NotYet(f"product {found.product_id} is no plan of ours")
+        return name, catalogue
+
+
+def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_ms: int) -> Tenant:
+    """The tenant once this state of a subscription is known.
+
+    Raises:
+        NotYet: another subscription of the tenant still extends credit: only one may.
+    """
+    current = tenant.subscription
+    is_other = current is not None and current.id != subscription.id
+    is_ended, is_pending = subscription.status in ENDED, subscription.status is SubscriptionStatus.PENDING
+    if is_other and (is_ended or is_pending):
+        return tenant
+    if is_other and current is not None and current.extends_credit(now_ms):
+        raise NotYet(f"subscription {current.id} of {tenant.id} is live: end it before {subscription.id} counts")
+    if is_pending:
+        plan = tenant.plan
+    elif is_ended:
+        plan = default_plan if tenant.plan == subscription.plan else tenant.plan
+    else:
+        plan = subscription.plan
+    return tenant.model_copy(update={"subscription": subscription, "plan": plan})
+
+
+def _stored(
+    found: DodoSubscription, plan_name: str, plan: Plan, tenant: Tenant, past_due_ends_at_ms: int | None, now_ms: int
+) -> Subscription:
+    grace_ends = None
+    if found.status is SubscriptionStatus.PAST_DUE:
+        known = tenant.subscription
+        is_known = known is not None and known.id == found.id and known.status is SubscriptionStatus.PAST_DUE
+        ours = known.past_due_ends_at_ms if is_known and known is not None else now_ms + plan.grace_days * DAY_MS
+        ends = [end for end in (ours, past_due_ends_at_ms, found.past_due_ends_at_ms) if end is not None]
+        grace_ends = min(ends, default=None)
+    return Subscription(
+        id=found.id,
+        plan=plan_name,
+        status=found.status,
+        period_start_ms=found.period_start_ms,
+        period_end_ms=found.period_end_ms,
+        past_due_ends_at_ms=grace_ends,
+        cancel_at_period_end=found.cancel_at_period_end,
+    )
