@@ -94,6 +94,9 @@ def start(data_dir: Path, server: Path | None = None) -> Valkey:
     if len(str(socket)) > SOCKET_PATH_MAX:
         raise StoreError(f"{socket} is longer than a unix socket may be ({SOCKET_PATH_MAX}): use a shorter folder")
     lock = _lock(data_dir)
+    if _answers(f"unix://{socket}"):
+        lock.close()
+        raise StoreError(f"a store that nobody owns still runs on {data_dir}: end it, then start again")
     log = data_dir / "store.log"
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -102,7 +105,7 @@ def start(data_dir: Path, server: Path | None = None) -> Valkey:
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent(),
+            preexec_fn=die_with_parent(),
         )
     valkey = Valkey(f"unix://{socket}", process, log, lock)
     _wait_until_ready(valkey)
@@ -134,7 +137,7 @@ def _command(server: Path, data_dir: Path, socket: Path) -> list[str]:
     return [str(server), *(word for key, value in options.items() for word in (f"--{key}", value))]
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
     """On Linux the kernel ends the server when the thread that started it ends."""
     if sys.platform != "linux":
         return None
@@ -144,6 +147,18 @@ def _die_with_parent() -> Callable[[], None] | None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     return arrange
+
+
+def _answers(url: str) -> bool:
+    """Does a server outlive the process that held its lock? Two on one folder would ruin the log."""
+    client = redis.Redis.from_url(url)
+    try:
+        client.ping()
+    except redis.exceptions.RedisError:
+        return False
+    finally:
+        client.close()
+    return True
 
 
 def _wait_until_ready(valkey: Valkey) -> None:
