@@ -16,7 +16,7 @@ from billing.account import Clawback, Grant
 from billing.clock import Clock, now_ms
 from billing.dodo import Dodo
 from billing.dodo_wire import Payment, Refund, UsagePeriod, Wire, WireError, inner, moment_ms, read_json, text
-from billing.errors import BillingError, DodoUnavailable, StoreUnavailable, WebhookRejected
+from billing.errors import BillingError, DodoRefused, DodoUnavailable, StoreUnavailable, WebhookRejected
 from billing.money import divide_up
 from billing.store.holds import Ledger
 from billing.store.inbox import Delivery, Inbox, Outcome, Term
@@ -85,7 +85,7 @@ class Webhooks:
         for subscription in live:
             try:
                 await self._subscriptions.refresh(subscription.id)
-            except NotYet as reason:
+            except (NotYet, DodoRefused) as reason:
                 log.warning("subscription %s: %s", subscription.id, reason)
         return len(live)
 

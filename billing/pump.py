@@ -1,0 +1,201 @@
+"""The billing process: what is done again and again, each on its own timer, whatever fails.
+
+Knows when; what is done stands in export, webhooks, customers and the ledger. Everything it does
+is repeatable, so that it may be killed at any moment and run twice at once.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from redis.asyncio import Redis
+
+from billing.budget import CallBudget
+from billing.catalogue import Catalogue
+from billing.counters import LiveCounters
+from billing.customers import create_wanted
+from billing.dodo import Dodo, DodoSettings
+from billing.export import Exporter, FlushReport
+from billing.store import catalogue as catalogue_store
+from billing.store.holds import Ledger
+from billing.store.tenants import Tenants
+from billing.webhooks import Webhooks
+
+LIMIT_S = 120.0
+"""A chore that takes longer is cut off and starts again: everything it does may be cut off."""
+LATE_S = 60.0
+"""How much later than its interval and limit a chore's timer may be before the process is unhealthy."""
+LAST_FLUSH_S = 5.0
+
+log = logging.getLogger("farebox.billing.pump")
+
+
+class PumpLate(Exception):
+    """A timer stands still: this process must be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the chores work with, once the store has answered."""
+
+    redis: Redis
+    dodo: Dodo
+    ledger: Ledger
+    tenants: Tenants
+    exporter: Exporter
+    webhooks: Webhooks
+    counters: LiveCounters
+    budget: CallBudget
+
+    async def close(self) -> None:
+        await self.dodo.close()
+        await self.redis.aclose()
+
+
+def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Parts:
+    """All parts over one store and one Dodo, sharing one budget of calls."""
+    dodo, ledger, tenants = Dodo(settings), Ledger(redis), Tenants(redis)
+    budget = CallBudget(calls_per_minute)
+
+    async def catalogue() -> Catalogue | None:
+        return await catalogue_store.current(redis)
+
+    webhooks = Webhooks(redis, dodo, ledger, tenants, catalogue, settings.webhook_key)
+    exporter = Exporter(redis, dodo, tenants, budget=budget)
+    return Parts(redis, dodo, ledger, tenants, exporter, webhooks, LiveCounters(redis), budget)
+
+
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """Seconds between two runs of each chore."""
+
+    flush_s: float = 60.0
+    expire_s: float = 5.0
+    customers_s: float = 5.0
+    webhooks_s: float = 10.0
+    counters_s: float = 2.0
+    subscriptions_s: float = 300.0
+    prune_s: float = 3_600.0
+
+
+@dataclass
+class Chore:
+    """Something done again and again, and how that goes."""
+
+    name: str
+    interval_s: float
+    run: Callable[[Parts], Awaitable[object]]
+    runs: int = 0
+    failures: int = 0
+    """In a row."""
+    last_error: str = ""
+    """Of the last run; empty if it went well."""
+    beat_s: float = field(default_factory=time.monotonic)
+    """When its timer last moved."""
+
+    def is_late(self, now_s: float) -> bool:
+        return now_s - self.beat_s > self.interval_s + LIMIT_S + LATE_S
+
+
+@dataclass(frozen=True, slots=True)
+class ChoreStatus:
+    name: str
+    runs: int
+    failures: int
+    last_error: str
+
+
+class Pump:
+    """Runs every chore on its timer. The store may be away at the start, or any time later."""
+
+    def __init__(self, open_parts: Callable[[], Awaitable[Parts]], intervals: Intervals) -> None:
+        self._open, self._opening = open_parts, asyncio.Lock()
+        self._parts: Parts | None = None
+        self._flushing = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.chores = [
+            Chore("flush", intervals.flush_s, self._flush),
+            Chore("expire", intervals.expire_s, lambda parts: parts.ledger.expire()),
+            Chore("customers", intervals.customers_s, _create_customers),
+            Chore("webhooks", intervals.webhooks_s, lambda parts: parts.webhooks.replay()),
+            Chore("counters", intervals.counters_s, lambda parts: parts.counters.catch_up()),
+            Chore("subscriptions", intervals.subscriptions_s, _refresh_overdue),
+            Chore("prune", intervals.prune_s, lambda parts: parts.webhooks.prune()),
+        ]
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._repeat(chore), name=chore.name) for chore in self.chores]
+
+    async def stop(self) -> None:
+        """End the timers, flush once more if that goes quickly, let go of the store."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if self._parts is None:
+            return
+        try:
+            async with asyncio.timeout(LAST_FLUSH_S):
+                await self._flush(self._parts)
+        except Exception as error:  # nothing is lost: the next process starts at the cursor
+            log.warning("no last flush: %s", error)
+        await self._parts.close()
+        self._parts = None
+
+    async def parts(self) -> Parts:
+        """The parts, opened when first needed.
+
+        Raises:
+            StoreUnavailable, StoreRefused: not yet.
+        """
+        async with self._opening:
+            if self._parts is None:
+                self._parts = await self._open()
+            return self._parts
+
+    async def flush(self) -> FlushReport:
+        """Flush now, without waiting for a backoff."""
+        parts = await self.parts()
+        async with self._flushing:
+            return await parts.exporter.flush_once(force=True)
+
+    def check(self) -> None:
+        """Raises: PumpLate."""
+        now = time.monotonic()
+        late = [chore.name for chore in self.chores if chore.is_late(now)]
+        ended = [task.get_name() for task in self._tasks if task.done()]
+        if late or ended:
+            raise PumpLate(f"timers late: {', '.join(late) or 'none'}; ended: {', '.join(ended) or 'none'}")
+
+    def statuses(self) -> tuple[ChoreStatus, ...]:
+        return tuple(ChoreStatus(c.name, c.runs, c.failures, c.last_error) for c in self.chores)
+
+    async def _flush(self, parts: Parts) -> FlushReport:
+        async with self._flushing:
+            return await parts.exporter.flush_once()
+
+    async def _repeat(self, chore: Chore) -> None:
+        """The outermost loop of this process: whatever fails is logged and counted, and tried again."""
+        while True:
+            chore.beat_s = started = time.monotonic()
+            try:
+                async with asyncio.timeout(LIMIT_S):
+                    await chore.run(await self.parts())
+            except Exception as error:
+                chore.failures += 1
+                chore.last_error = f"{type(error).__name__}: {error}"
+                log.warning("%s failed %d times in a row: %s", chore.name, chore.failures, chore.last_error)
+            else:
+                chore.failures, chore.last_error = 0, ""
+            chore.runs += 1
+            await asyncio.sleep(max(0.01, chore.interval_s - (time.monotonic() - started)))
+
+
+async def _create_customers(parts: Parts) -> int:
+    return await create_wanted(parts.dodo, parts.tenants, parts.budget)
+
+
+async def _refresh_overdue(parts: Parts) -> int:
+    return await parts.webhooks.refresh_overdue(await parts.tenants.list())
