@@ -1,0 +1,239 @@
+"""The operator's side, under ``/_sandbox``: faults, the clock, sums, payments and webhooks at will.
+
+Real Dodo has nothing of this. No key is asked: the sandbox listens on this machine only.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.dodo_sandbox import checkout, cycle, events
+from cluster.dodo_sandbox.customers import customer_of
+from cluster.dodo_sandbox.delivery import Courier
+from cluster.dodo_sandbox.errors import bad_request, not_found, unprocessable
+from cluster.dodo_sandbox.faults import Faults, Rule
+from cluster.dodo_sandbox.outbox import Delivery, Message
+from cluster.dodo_sandbox.payments import Payment
+from cluster.dodo_sandbox.refunds import CreateRefund, Refund, refund
+from cluster.dodo_sandbox.state import Here, Settings
+from cluster.dodo_sandbox.subscriptions import Subscription, change, running
+from cluster.dodo_sandbox.wire import UtcTime
+
+router = APIRouter(prefix="/_sandbox")
+
+
+class Command(BaseModel):
+    """An order of the operator; a misspelt field is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MoveClock(Command):
+    """Exactly one of the two; a negative advance goes back."""
+
+    advance_s: float | None = None
+    now: UtcTime | None = None
+
+
+class ClockState(Command):
+    now: UtcTime
+    offset_s: float
+    renewals: int = 0
+
+
+class Pay(Command):
+    decline: bool = False
+
+
+class CardBehaviour(Command):
+    declines: bool
+
+
+class Redelivery(Command):
+    times: Annotated[int, Field(ge=1, le=1000)] = 1
+    concurrent: bool = False
+
+
+class ManyRedeliveries(Redelivery):
+    """Messages by id, in the order wanted; without ids the latest ``limit``."""
+
+    ids: list[str] | None = None
+    limit: Annotated[int, Field(ge=1, le=1000)] = 20
+    order: Literal["given", "reverse", "shuffle"] = "given"
+
+
+class Redelivered(Command):
+    statuses: list[str]
+
+
+class Count(Command):
+    count: int
+
+
+@dataclass(frozen=True)
+class FaultState:
+    rule: Rule
+    hits: int
+
+
+def _faults(request: Request) -> Faults:
+    faults: Faults = request.app.state.faults
+    return faults
+
+
+def _courier(request: Request) -> Courier:
+    courier: Courier = request.app.state.courier
+    return courier
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.post("/faults")
+async def arm(rule: Rule, request: Request) -> list[FaultState]:
+    _faults(request).arm(rule)
+    return await list_faults(request)
+
+
+@router.get("/faults")
+async def list_faults(request: Request) -> list[FaultState]:
+    return [FaultState(armed.rule, armed.hits) for armed in _faults(request).armed]
+
+
+@router.delete("/faults")
+async def clear_faults(request: Request) -> Count:
+    count = len(_faults(request).armed)
+    _faults(request).clear()
+    return Count(count=count)
+
+
+@router.get("/clock")
+async def read_clock(sandbox: Here) -> ClockState:
+    offset_ms = sandbox.clock.now_ms() - sandbox.clock.real_ms()
+    return ClockState(now=sandbox.clock.now(), offset_s=offset_ms / 1000)
+
+
+@router.post("/clock")
+async def move_clock(order: MoveClock, sandbox: Here) -> ClockState:
+    """Move the sandbox's time and turn every billing period that has ended by then."""
+    if (order.advance_s is None) == (order.now is None):
+        raise unprocessable("give either advance_s or now")
+    if order.now is not None:
+        sandbox.clock.move_to(order.now)
+    elif order.advance_s is not None:
+        sandbox.clock.advance(round(order.advance_s * 1000))
+    renewals = cycle.run_due(sandbox)
+    return (await read_clock(sandbox)).model_copy(update={"renewals": renewals})
+
+
+@router.get("/settings")
+async def read_settings(sandbox: Here) -> Settings:
+    return sandbox.settings
+
+
+@router.post("/settings")
+async def change_settings(changes: dict[str, object], sandbox: Here) -> Settings:
+    try:
+        settings = sandbox.change_settings(changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise unprocessable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    sandbox.outbox.woken.set()
+    return settings
+
+
+@router.get("/events")
+async def list_events(
+    sandbox: Here,
+    customer_id: str | None = None,
+    event_name: str | None = None,
+    limit: Annotated[int, Query(ge=1)] = 100_000,
+) -> list[events.Event]:
+    """Every stored event, the oldest first."""
+    return events.select(sandbox.store, customer_id, event_name, None, None)[:limit]
+
+
+@router.get("/sums")
+async def sums(sandbox: Here) -> dict[str, dict[str, dict[str, int | float]]]:
+    """``{customer_id: {event_name: {"events": n, "<numeric metadata key>": sum}}}`` of unique events."""
+    return {
+        customer_id: {name: {**total.totals, "events": total.events} for name, total in by_name.items()}
+        for customer_id, by_name in events.sums(sandbox.store).items()
+    }
+
+
+@router.post("/pay/{session_id}")
+async def pay(session_id: str, sandbox: Here, order: Pay | None = None) -> Payment:
+    return checkout.pay(sandbox, session_id, declined=order is not None and order.decline)
+
+
+@router.post("/refund/{payment_id}")
+async def refund_payment(payment_id: str, sandbox: Here) -> Refund:
+    return refund(sandbox, CreateRefund(payment_id=payment_id))
+
+
+@router.post("/customers/{customer_id}/card")
+async def set_card(customer_id: str, order: CardBehaviour, sandbox: Here) -> CardBehaviour:
+    """Let every later charge of this customer fail, or succeed again."""
+    sandbox.store.put(customer_of(sandbox, customer_id).model_copy(update={"card_declines": order.declines}))
+    return order
+
+
+@router.post("/subscriptions/{subscription_id}/renew")
+async def renew(subscription_id: str, sandbox: Here) -> Subscription:
+    """End the current period now, without moving the clock; on hold, this tries the charge again."""
+    one, now = running(sandbox, subscription_id), sandbox.clock.now()
+    if one.status not in ("active", "on_hold"):
+        raise bad_request(f"Subscription {subscription_id} is {one.status}")
+    if one.status == "active" and one.next_billing_date > now:
+        one = change(sandbox, one, "subscription.updated", now, next_billing_date=now)
+    with sandbox.store.transaction():
+        return cycle.turn(sandbox, one)
+
+
+@router.get("/webhooks")
+async def list_deliveries(sandbox: Here, limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> list[Delivery]:
+    """The latest deliveries first; ``message.id`` is the header ``webhook-id``."""
+    return sandbox.outbox.recent(limit)
+
+
+@router.post("/webhooks/flush")
+async def flush_webhooks(sandbox: Here) -> Count:
+    """Make every delivery that waits for its next attempt due now."""
+    return Count(count=sandbox.outbox.hasten())
+
+
+@router.post("/webhooks/redeliver")
+async def redeliver_many(order: ManyRedeliveries, request: Request, sandbox: Here) -> Redelivered:
+    known = {d.message.id: d.message for d in reversed(sandbox.outbox.recent(10_000))}
+    ids = order.ids if order.ids is not None else list(known)[-order.limit :]
+    if missing := [one for one in ids if one not in known]:
+        raise not_found("message", missing[0])
+    messages = _ordered([known[one] for one in ids], order.order)
+    return Redelivered(statuses=await _courier(request).redeliver(messages, order.times, order.concurrent))
+
+
+@router.post("/webhooks/{webhook_id}/redeliver")
+async def redeliver(webhook_id: str, request: Request, sandbox: Here, order: Redelivery | None = None) -> Redelivered:
+    """Send one message again, ``times`` times, with its old id and a new signature; the answers."""
+    found = sandbox.outbox.of_message(webhook_id)
+    if not found:
+        raise not_found("message", webhook_id)
+    asked = order or Redelivery()
+    return Redelivered(statuses=await _courier(request).redeliver([found[0].message], asked.times, asked.concurrent))
+
+
+def _ordered(messages: Sequence[Message], order: str) -> list[Message]:
+    match order:
+        case "reverse":
+            return list(reversed(messages))
+        case "shuffle":
+            return random.sample(messages, len(messages))
+        case _:
+            return list(messages)

@@ -1,0 +1,208 @@
+"""The billing cycle: what a period's usage costs, and what happens when a period ends.
+
+``(units - free_threshold) x price_per_unit`` per meter (usage-based-billing guide), in cents. Not
+documented, and chosen here: each meter's price is rounded half up to the cent; an event counts in the
+period of its timestamp, and one that arrives after that period was billed is billed by no one.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import ROUND_HALF_UP, Decimal, localcontext
+from typing import Annotated, ClassVar
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+
+from cluster.dodo_sandbox.events import counted_metadata
+from cluster.dodo_sandbox.meters import meter_of, units
+from cluster.dodo_sandbox.payments import Charge, Line, PaymentRecord, ServicePeriod, charge, line
+from cluster.dodo_sandbox.products import product_of
+from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.subscriptions import (
+    SubscribedMeter,
+    SubscriptionRecord,
+    change,
+    next_billing,
+    subscription_of,
+    terms,
+)
+from cluster.dodo_sandbox.wire import Page, Paging, Resource, UtcTime, Wire, to_ms
+
+router = APIRouter()
+
+_EXACT_DIGITS = 80
+
+
+class MeterUsage(Wire):
+    id: str
+    chargeable_units: str
+    consumed_units: str
+    currency: str
+    free_threshold: int
+    name: str
+    price_per_unit: str
+    total_price: int
+
+
+class UsagePeriod(Wire):
+    start_date: datetime
+    end_date: datetime
+    meters: list[MeterUsage]
+
+
+class UsagePeriodRecord(UsagePeriod, Resource):
+    """A closed period as it was billed."""
+
+    kind: ClassVar[str] = "usage_period"
+    subscription_id: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.subscription_id}:{to_ms(self.start_date)}"
+
+    @property
+    def owner(self) -> str:
+        return self.subscription_id
+
+
+class UsageFilter(Paging):
+    start_date: UtcTime | None = None
+    end_date: UtcTime | None = None
+    meter_id: Annotated[str, Field(min_length=1)] | None = None
+
+    def cut(self, period: UsagePeriod) -> UsagePeriod | None:
+        """The part of a period that was asked for."""
+        if self.start_date is not None and period.end_date <= self.start_date:
+            return None
+        if self.end_date is not None and period.start_date >= self.end_date:
+            return None
+        kept = [meter for meter in period.meters if self.meter_id in (None, meter.id)]
+        return UsagePeriod(start_date=period.start_date, end_date=period.end_date, meters=kept)
+
+
+def usage(sandbox: Sandbox, one: SubscriptionRecord, start: datetime, end: datetime) -> list[MeterUsage]:
+    """What the events from ``start`` up to ``end`` cost by each of the subscription's meters."""
+    result = []
+    for priced in one.meters:
+        meter = meter_of(sandbox, priced.meter_id)
+        until = end if meter.archived_at is None else min(end, meter.archived_at)
+        seen = counted_metadata(sandbox, meter, one.customer.customer_id, start, until)
+        with localcontext(prec=_EXACT_DIGITS):
+            result.append(priced_usage(priced, units(meter, seen)))
+    return result
+
+
+def priced_usage(meter: SubscribedMeter, consumed: Decimal) -> MeterUsage:
+    with localcontext(prec=_EXACT_DIGITS):
+        chargeable = max(consumed - meter.free_threshold, Decimal(0))
+        total = (chargeable * Decimal(meter.price_per_unit)).quantize(Decimal(1), ROUND_HALF_UP)
+    return MeterUsage(
+        id=meter.meter_id, chargeable_units=f"{chargeable:f}", consumed_units=f"{consumed:f}", currency=meter.currency,
+        free_threshold=meter.free_threshold, name=meter.name, price_per_unit=meter.price_per_unit,
+        total_price=int(total),
+    )  # fmt: skip
+
+
+def usage_lines(meters: Sequence[MeterUsage]) -> list[Line]:
+    return [
+        line(meter.name, meter.total_price, f"{meter.chargeable_units} units at {meter.price_per_unit} cents")
+        for meter in meters
+        if meter.total_price
+    ]
+
+
+def run_due(sandbox: Sandbox) -> int:
+    """Turn every period that has ended by the sandbox's clock; the number of turns."""
+    turns = 0
+    for found in reversed(sandbox.store.find(SubscriptionRecord)):
+        one = found
+        while one.status == "active" and one.next_billing_date <= sandbox.clock.now():
+            with sandbox.store.transaction():
+                one = turn(sandbox, one)
+            turns += 1
+    return turns
+
+
+def turn(sandbox: Sandbox, one: SubscriptionRecord) -> SubscriptionRecord:
+    """End the current period: bill its usage, and the next period's price unless the subscription ends."""
+    ended = one.next_billing_date
+    if one.cancel_at_next_billing_date:
+        return finish(sandbox, one, "cancelled")
+    if one.expires_at is not None and ended >= one.expires_at:
+        return finish(sandbox, one, "expired")
+    metered = usage(sandbox, one, one.previous_billing_date, ended)
+    renewed = with_scheduled_change(sandbox, one)
+    following = next_billing(renewed, ended)
+    payment = _renewal(sandbox, renewed, metered, ended, following)
+    if payment.status != "succeeded":
+        return change(sandbox, one, "subscription.on_hold", ended, status="on_hold")
+    _remember(sandbox, one, ended, metered)
+    if renewed is not one:
+        renewed = change(sandbox, renewed, "subscription.plan_changed", ended)
+    return change(
+        sandbox, renewed, "subscription.renewed", ended, status="active", previous_billing_date=ended,
+        next_billing_date=following, payment_id=payment.payment_id,
+    )  # fmt: skip
+
+
+def finish(sandbox: Sandbox, one: SubscriptionRecord, status: str) -> SubscriptionRecord:
+    """The last period's usage is billed alone: a renewal without a service period."""
+    ended = one.next_billing_date
+    metered = usage(sandbox, one, one.previous_billing_date, ended)
+    if lines := usage_lines(metered):
+        charge(sandbox, _charge(one, lines, True), ended)
+    _remember(sandbox, one, ended, metered)
+    fields = {"status": status} | ({"cancelled_at": ended} if status == "cancelled" else {})
+    return change(sandbox, one, f"subscription.{status}", ended, **fields)
+
+
+def with_scheduled_change(sandbox: Sandbox, one: SubscriptionRecord) -> SubscriptionRecord:
+    if one.scheduled_change is None:
+        return one
+    fields = terms(product_of(sandbox, one.scheduled_change.product_id), one.scheduled_change.quantity)
+    return one.model_copy(update=fields | {"scheduled_change": None})
+
+
+def _renewal(
+    sandbox: Sandbox, one: SubscriptionRecord, metered: Sequence[MeterUsage], start: datetime, end: datetime
+) -> PaymentRecord:
+    lines = usage_lines(metered)
+    period = ServicePeriod(subscription_id=one.subscription_id, starts_at=start, ends_at=end)
+    fixed = line(one.product_name or one.product_id, one.recurring_pre_tax_amount)
+    asked = _charge(one, [fixed, *lines], bool(lines))
+    return charge(sandbox, asked.model_copy(update={"service_periods": [period]}), start)
+
+
+def _charge(one: SubscriptionRecord, lines: list[Line], includes_usage: bool) -> Charge:
+    return Charge(
+        customer_id=one.customer.customer_id,
+        currency=one.currency,
+        lines=lines,
+        metadata=one.metadata,
+        charge_type="renewal",
+        includes_usage=includes_usage,
+        subscription_ids=[one.subscription_id],
+        payment_method_id=one.payment_method_id,
+    )
+
+
+def _remember(sandbox: Sandbox, one: SubscriptionRecord, ended: datetime, metered: list[MeterUsage]) -> None:
+    sandbox.store.put(
+        UsagePeriodRecord(
+            subscription_id=one.subscription_id, start_date=one.previous_billing_date, end_date=ended, meters=metered
+        )
+    )
+
+
+@router.get("/subscriptions/{subscription_id}/usage-history")
+async def retrieve_usage_history(
+    subscription_id: str, filters: Annotated[UsageFilter, Query()], sandbox: Here
+) -> Page[UsagePeriod]:
+    """The newest period first: the open one as it stands now, then the billed ones."""
+    one = subscription_of(sandbox, subscription_id)
+    periods: list[UsagePeriod] = list(sandbox.store.find(UsagePeriodRecord, subscription_id))
+    if one.status in ("active", "on_hold", "paused"):
+        start, end = one.previous_billing_date, one.next_billing_date
+        open_ = UsagePeriod(start_date=start, end_date=end, meters=usage(sandbox, one, start, end))
+        periods.insert(0, open_)
+    return filters.of([cut for period in periods if (cut := filters.cut(period)) is not None])
