@@ -1,0 +1,155 @@
+"""May this request run, and what does it hold?
+
+Knows how plan, price and clock become a hold; the store decides, in one step, whether there is
+room for it.
+"""
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from billing.account import Bucket, Funding, Hold, HoldRequest
+from billing.catalogue import Catalogue, Model
+from billing.clock import Clock, now_ms
+from billing.errors import InsufficientCredits, Refusal
+from billing.money import Nanos
+from billing.plans import Plan, PlanKind, month_of
+from billing.store.holds import Ledger
+from billing.store.packing import worst_case
+from billing.tenants import Principal, Tenant
+from billing.usage import BucketId, RequestId
+
+LEASE_MS = 30_000
+MAX_COMPUTE_MS = 60_000
+"""Compute held for a request whose price counts it. What goes beyond is our loss."""
+_NO_REQUEST = RequestId("")
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """What a request would cost at most, and what would become of it now. Nothing is set aside."""
+
+    cost_nanos: Nanos
+    """At list price, with every token asked for."""
+    max_tokens: int
+    """Completion tokens that would be paid for; 0 where it is refused for another reason than credit."""
+    covered_by_requests: bool = False
+    refusal: Refusal | None = None
+
+    @property
+    def is_admitted(self) -> bool:
+        return self.refusal is None
+
+
+class Admission:
+    """The gate before the model: no hold, no run."""
+
+    def __init__(
+        self, ledger: Ledger, clock: Clock = now_ms, lease_ms: int = LEASE_MS, max_compute_ms: int = MAX_COMPUTE_MS
+    ) -> None:
+        self._ledger, self._clock = ledger, clock
+        self._lease_ms, self._max_compute_ms = lease_ms, max_compute_ms
+
+    async def admit(
+        self,
+        principal: Principal,
+        model: Model,
+        catalogue: Catalogue,
+        request_id: RequestId,
+        prompt_tokens: int,
+        max_tokens: int,
+    ) -> Hold:
+        """Hold the worst case of a request, or of the longest answer that the credit affords.
+
+        Raises:
+            RateLimited, InsufficientCredits, CreditOnHold, DuplicateRequest: it may not run.
+            StoreUnavailable: nobody can say, so it may not run.
+        """
+        request = self._request(principal, model, catalogue, request_id, prompt_tokens, max_tokens)
+        try:
+            return await self._ledger.hold(request)
+        except InsufficientCredits as refusal:
+            raise _explained(refusal, plan_of(principal.tenant, catalogue), request.funding) from None
+
+    async def quote(
+        self, principal: Principal, model: Model, catalogue: Catalogue, prompt_tokens: int, max_tokens: int
+    ) -> Quote:
+        """What ``admit`` would do now; changes nothing. Raises StoreUnavailable."""
+        request = self._request(principal, model, catalogue, _NO_REQUEST, prompt_tokens, max_tokens)
+        cost = worst_case(request)
+        try:
+            hold = await self._ledger.preview(request)
+        except InsufficientCredits as refusal:
+            why = _explained(refusal, plan_of(principal.tenant, catalogue), request.funding)
+            return Quote(cost, refusal.max_affordable_tokens, refusal=why)
+        except Refusal as refusal:
+            return Quote(cost, 0, refusal=refusal)
+        return Quote(cost, hold.max_tokens, hold.covered_by_requests)
+
+    def _request(
+        self,
+        principal: Principal,
+        model: Model,
+        catalogue: Catalogue,
+        request_id: RequestId,
+        prompt_tokens: int,
+        max_tokens: int,
+    ) -> HoldRequest:
+        tenant = principal.tenant
+        plan = plan_of(tenant, catalogue)
+        return HoldRequest(
+            request_id=request_id,
+            tenant=tenant.id,
+            key_id=principal.key.id,
+            model=model.id,
+            adapter=model.identity,
+            adapter_class=model.adapter_class,
+            plan=tenant.plan,
+            price=model.price,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            funding=funding_for(tenant, plan, self._clock()),
+            limits=plan.limits,
+            lease_ms=self._lease_ms,
+            max_compute_ms=self._max_compute_ms if model.price.per_compute_second else 0,
+        )
+
+
+def plan_of(tenant: Tenant, catalogue: Catalogue) -> Plan:
+    """The tenant's plan; the default one where its own is no longer offered."""
+    return catalogue.plans.get(tenant.plan) or catalogue.plans[catalogue.default_plan]
+
+
+def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
+    """What a tenant may draw on besides packs: this period's allowance, and credit while it is extended."""
+    if plan.kind is PlanKind.FREE:
+        start, end = month_of(datetime.fromtimestamp(now_ms // 1000, UTC))
+        return Funding(_allowance(plan, f"allowance:free:{start:%Y-%m}", int(end.timestamp()) * 1000))
+    subscription = tenant.subscription
+    is_carried = subscription is not None and subscription.plan == tenant.plan and subscription.extends_credit(now_ms)
+    if not plan.is_postpaid or subscription is None or not is_carried:
+        return Funding()
+    if plan.allowance is None or now_ms >= subscription.period_end_ms:
+        return Funding(overage_cap=plan.overage_cap)
+    allowance_id = f"allowance:{subscription.id}:{subscription.period_start_ms}"
+    return Funding(_allowance(plan, allowance_id, subscription.period_end_ms), plan.overage_cap)
+
+
+def _allowance(plan: Plan, bucket_id: str, ends_at_ms: int) -> Bucket:
+    quota = plan.allowance
+    assert quota is not None, "a plan with periods has an allowance"
+    return Bucket(
+        id=BucketId(bucket_id),
+        unit=quota.unit,
+        remaining=quota.amount,
+        granted=quota.amount,
+        expires_at_ms=ends_at_ms,
+        adapters=quota.adapters,
+        is_allowance=True,
+    )
+
+
+def _explained(refusal: InsufficientCredits, plan: Plan, funding: Funding) -> InsufficientCredits:
+    """Say so where credit would be extended, were there a subscription that carries it."""
+    if not plan.is_postpaid or funding.overage_cap or not plan.overage_cap:
+        return refusal
+    return replace(refusal, limit_source="subscription")
