@@ -3,12 +3,11 @@
 Knows names, types and bounds; opens no file and reads no environment.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from billing.catalogue import Catalogue, Model
+from billing.catalogue import Model
 from billing.plans import Name, Pack, Plan
 from billing.prices import Price
 from billing.usage import TenantId
@@ -56,6 +55,8 @@ class FareboxArgs(_Config):
     lease_s: Annotated[float, Field(gt=1)] = 30.0
     checkpoint_s: Annotated[float, Field(gt=0)] = 2.0
     max_body_kib: Annotated[int, Field(ge=16, le=3584)] = 1024
+    durability: Literal["strict", "trusted"] = "strict"
+    """``trusted``: a managed store whose settings cannot be read keeps its data, on the operator's word."""
 
 
 class BillingArgs(_Config):
@@ -65,6 +66,7 @@ class BillingArgs(_Config):
     expire_interval_s: Annotated[float, Field(ge=0.2)] = 5.0
     requests_per_minute: Annotated[int, Field(ge=1)] = 240
     """Calls to Dodo a minute, at most: its default tier allows 240."""
+    durability: Literal["strict", "trusted"] = "strict"
 
 
 class ModelEntry(_Config):
@@ -101,12 +103,3 @@ class GatewayUserConfig(_Config):
     plans: dict[Name, Plan]
     packs: dict[Name, Pack] = {}
     default_plan: Name
-
-
-def read_catalogue(raw: Mapping[str, Any], last_good: Catalogue | None = None) -> Catalogue:
-    """Build a catalogue from a ``user_config``, each entry judged alone; never raises on bad input.
-
-    An entry that does not validate is quarantined with its reason; where ``last_good`` still has
-    that entry, the old version stays in force. (Written with the Gateway.)
-    """
-    raise NotImplementedError

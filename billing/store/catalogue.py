@@ -29,12 +29,19 @@ class GatewayState:
 async def publish(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> str:
     """Put a validated catalogue in force and say that this gateway serves it. Returns its hash."""
     hash_ = value.content_hash
-    quarantined = [f"{entry.kind} {entry.id}: {entry.reason}" for entry in value.quarantined]
     async with guarded():
         await redis.set(catalogue(hash_), value.model_dump_json())
         await redis.set(CATALOGUE_CURRENT, hash_)
-        await redis.hset(GATEWAYS, gateway_id, json.dumps({"hash": hash_, "quarantined": quarantined, "at_ms": at_ms}))
+    await renew(redis, value, gateway_id, at_ms)
     return hash_
+
+
+async def renew(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> None:
+    """Say that this gateway lives and serves that catalogue; what is in force stays as it is."""
+    quarantined = [f"{entry.kind} {entry.id}: {entry.reason}" for entry in value.quarantined]
+    said = json.dumps({"hash": value.content_hash, "quarantined": quarantined, "at_ms": at_ms})
+    async with guarded():
+        await redis.hset(GATEWAYS, gateway_id, said)
 
 
 async def current(redis: Redis) -> Catalogue | None:

@@ -1,0 +1,204 @@
+"""What a tenant may see and do about its own money: account, usage, and where to buy more."""
+
+from dataclasses import asdict
+from datetime import UTC, date, datetime, timedelta
+from typing import Annotated, Literal, cast
+
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+
+from billing import history
+from billing.account import Account, Bucket
+from billing.admission import funding_for, plan_of
+from billing.clock import now_ms
+from billing.errors import DodoUnavailable
+from billing.money import format_usd
+from billing.plans import Plan
+from billing.store import keys
+from billing.store.connection import guarded
+from billing.tenants import Principal, Tenant
+from billing.usage import Draw, Unit, UsageRecord
+from deployments.api.errors import BadRequest, Conflict, NotFound
+from deployments.services import Caller, Parts, Services
+
+DEFAULT_DAYS = 30
+MAX_RECORDS = 1_000
+
+router = APIRouter()
+Json = dict[str, object]
+
+
+@router.get("/v1/account")
+async def account(parts: Parts, caller: Caller) -> JSONResponse:
+    plan = plan_of(caller.tenant, parts.gateway.shelf.current)
+    state = await parts.ledger.account(caller.tenant.id)
+    return JSONResponse(account_json(caller.tenant, plan, state))
+
+
+def account_json(tenant: Tenant, plan: Plan, account: Account) -> Json:
+    """The account as its owner reads it; an allowance whose period is over shows the new one, unused."""
+    funding = funding_for(tenant, plan, now_ms())
+    allowance = funding.allowance
+    kept = next((b for b in account.buckets if allowance is not None and b.id == allowance.id), allowance)
+    packs = [b for b in account.buckets if not b.is_allowance]
+    money = [b for b in (kept, *packs) if b is not None and b.unit is Unit.NANOS]
+    return {
+        "object": "account",
+        "tenant": tenant.id,
+        "plan": tenant.plan,
+        "plan_kind": plan.kind.value,
+        "suspended": tenant.suspended,
+        "balance_usd": format_usd(sum(b.remaining for b in money)),
+        "held_usd": format_usd(account.held_nanos),
+        "held_requests": account.held_requests,
+        "overage_usd": format_usd(account.overage_nanos),
+        "overage_cap_usd": format_usd(funding.overage_cap),
+        "allowance": None if kept is None else _bucket_json(kept),
+        "packs": [_bucket_json(bucket) for bucket in packs],
+        "open_holds": account.open_holds,
+        "limits": plan.limits.model_dump(mode="json"),
+        "subscription": None if tenant.subscription is None else tenant.subscription.model_dump(mode="json"),
+    }
+
+
+def _bucket_json(bucket: Bucket) -> Json:
+    amounts: Json = {"remaining": bucket.remaining, "granted": bucket.granted}
+    if bucket.unit is Unit.NANOS:
+        amounts = {"remaining_usd": format_usd(bucket.remaining), "granted_usd": format_usd(bucket.granted)}
+    return {
+        "id": bucket.id,
+        "unit": "requests" if bucket.unit is Unit.REQUESTS else "usd",
+        **amounts,
+        "expires_at_ms": bucket.expires_at_ms,
+        "adapters": list(bucket.adapters),
+    }
+
+
+@router.get("/v1/usage")
+async def usage(
+    parts: Parts,
+    caller: Caller,
+    start: date | None = None,
+    end: date | None = None,
+    group_by: Literal["model", "day"] = "model",
+) -> JSONResponse:
+    """Totals over days in UTC, ``end`` included; the last thirty days by default."""
+    today = datetime.now(UTC).date()
+    last = end or today
+    first = start or last - timedelta(days=DEFAULT_DAYS)
+    if first > last:
+        raise BadRequest("start must not be after end", "start")
+    totals = await history.totals(
+        parts.redis, caller.tenant.id, _midnight(first), _midnight(last + timedelta(days=1)), group_by
+    )
+    return JSONResponse(
+        {
+            "object": "usage",
+            "start": first.isoformat(),
+            "end": last.isoformat(),
+            "group_by": group_by,
+            "data": [_total_json(total) for total in totals],
+        }
+    )
+
+
+def _midnight(day: date) -> int:
+    return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 1000
+
+
+def _total_json(total: history.Total) -> Json:
+    plain: Json = asdict(total)
+    return {
+        (name.removesuffix("_nanos") + "_usd" if name.endswith("_nanos") else name): (
+            format_usd(value) if name.endswith("_nanos") and isinstance(value, int) else value
+        )
+        for name, value in plain.items()
+    }
+
+
+@router.get("/v1/usage/records")
+async def usage_records(
+    parts: Parts, caller: Caller, cursor: str = "", limit: Annotated[int, Query(ge=1, le=MAX_RECORDS)] = 100
+) -> JSONResponse:
+    """The tenant's records, newest first; ``next_cursor`` is null at the end."""
+    try:
+        page = await history.records(parts.redis, caller.tenant.id, cursor, limit)
+    except ValueError as error:
+        raise BadRequest(str(error), "cursor") from error
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": [record_json(record) for record in page.records],
+            "next_cursor": page.next_cursor or None,
+        }
+    )
+
+
+def record_json(record: UsageRecord) -> Json:
+    return {
+        "record_id": record.record_id,
+        "request_id": record.request_id,
+        "seq": record.seq,
+        "key_id": record.key_id,
+        "adapter": record.adapter,
+        "plan": record.plan,
+        "price_version": record.price_version,
+        "status": record.status.value,
+        "occurred_at_ms": record.occurred_at_ms,
+        **asdict(record.usage),
+        "list_usd": format_usd(record.list_nanos),
+        "cost_usd": format_usd(record.charged_nanos),
+        "balance_usd": format_usd(record.balance_nanos),
+        "draws": [draw_json(draw) for draw in record.draws],
+    }
+
+
+def draw_json(draw: Draw) -> Json:
+    amount = format_usd(draw.amount) if draw.unit is Unit.NANOS else draw.amount
+    return {"bucket": draw.bucket, "unit": "usd" if draw.unit is Unit.NANOS else "requests", "amount": amount}
+
+
+class CheckoutRequest(BaseModel):
+    """One of ``pack`` and ``plan``, by its name in the catalogue."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pack: str = ""
+    plan: str = ""
+    return_url: str = ""
+
+
+@router.post("/v1/checkout")
+async def checkout(asked: CheckoutRequest, parts: Parts, caller: Caller) -> JSONResponse:
+    """A page on which to pay. The credit comes with Dodo's webhook, not with the page."""
+    name = _product_name(asked, parts, caller)
+    if parts.dodo is None:
+        raise DodoUnavailable("payments are not configured here: ask the operator")
+    tenant = await parts.tenants.get(caller.tenant.id)
+    if not tenant.dodo_customer_id:
+        raise DodoUnavailable("your customer record is still being made: retry in a few seconds")
+    async with guarded():
+        product_id = cast(str | None, await parts.redis.hget(keys.DODO_IDS, name))
+    if not product_id:
+        raise DodoUnavailable(f"{name} is not at the payments provider yet: retry in a few seconds")
+    metadata = {"farebox_tenant": tenant.id, "farebox_product": name}
+    url = await parts.dodo.checkout(tenant, product_id, metadata, asked.return_url or parts.public_url)
+    return JSONResponse({"object": "checkout", "checkout_url": url, "session_id": url.rstrip("/").rpartition("/")[2]})
+
+
+def _product_name(asked: CheckoutRequest, parts: Services, caller: Principal) -> str:
+    catalogue = parts.gateway.shelf.current
+    if bool(asked.pack) == bool(asked.plan):
+        raise BadRequest("give either pack or plan", "pack")
+    if asked.pack:
+        if asked.pack not in catalogue.packs:
+            raise NotFound(f"pack {asked.pack!r} is not sold: {', '.join(sorted(catalogue.packs)) or 'none is'}")
+        return f"pack:{asked.pack}"
+    plan = catalogue.plans.get(asked.plan)
+    if plan is None or not plan.is_postpaid:
+        raise NotFound(f"plan {asked.plan!r} cannot be subscribed to")
+    subscription = caller.tenant.subscription
+    if subscription is not None and subscription.extends_credit(now_ms()):
+        raise Conflict(f"a subscription to {subscription.plan!r} is active: cancel it first")
+    return f"plan:{asked.plan}"

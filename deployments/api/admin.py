@@ -1,0 +1,212 @@
+"""The operator's routes: tenants, keys, grants, and what the gateways and the billing actor say of themselves."""
+
+import hmac
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from billing.account import Grant
+from billing.admission import plan_of
+from billing.clock import now_ms
+from billing.money import NANOS_PER_USD
+from billing.plans import Plan, Quota
+from billing.prices import Usd
+from billing.store import catalogue as board
+from billing.store.outbox import Outbox
+from billing.tenants import ApiKey, Tenant, TenantName, new_key
+from billing.usage import TenantId, Unit
+from deployments.api.account import account_json
+from deployments.api.errors import AdminDenied, BadRequest, NotFound
+from deployments.catalogue import as_json
+from deployments.services import Parts, services_of
+
+DAY_MS = 24 * 3_600_000
+Json = dict[str, object]
+
+
+async def operator(request: Request) -> None:
+    """Raises AdminDenied unless the admin key is sent as a bearer token."""
+    wanted = services_of(request).admin_key
+    if not wanted:
+        raise AdminDenied("the admin API is off: set FAREBOX_ADMIN_KEY")
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), wanted.encode()):
+        raise AdminDenied("the admin key is missing or wrong: send `Authorization: Bearer <FAREBOX_ADMIN_KEY>`")
+
+
+router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NewTenant(_Asked):
+    id: TenantName
+    email: Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")]
+    name: str = ""
+    plan: str = ""
+    """Empty takes the catalogue's default plan."""
+
+
+class TenantChange(_Asked):
+    plan: str | None = None
+    name: str | None = None
+    email: str | None = None
+    suspended: bool | None = None
+
+
+class NewKey(_Asked):
+    name: str = ""
+    models: list[str] | None = None
+    expires_days: Annotated[int, Field(ge=1, le=3650)] | None = None
+
+
+class NewGrant(_Asked):
+    """Either ``usd`` or ``requests``. The same ``source`` twice is one grant."""
+
+    source: Annotated[str, Field(min_length=1, max_length=128)]
+    usd: Usd | None = None
+    requests: int | None = None
+    adapters: tuple[str, ...] = ()
+    expires_days: Annotated[int, Field(ge=1, le=3650)] | None = None
+
+    def to_grant(self, tenant: TenantId) -> Grant:
+        quota = Quota(requests=self.requests, usd=self.usd, adapters=self.adapters) if self.requests else None
+        if (self.requests is None) == (self.usd is None) or (self.usd is not None and self.adapters):
+            raise BadRequest("give either usd or requests; adapters only with requests", "usd")
+        expires = None if self.expires_days is None else now_ms() + self.expires_days * DAY_MS
+        unit = Unit.NANOS if quota is None else Unit.REQUESTS
+        amount = int(self.usd or 0) if quota is None else quota.amount
+        if not 0 < amount <= 1_000_000 * NANOS_PER_USD:
+            raise BadRequest("a grant is above 0 and at most 1000000", "usd")
+        return Grant(f"operator:{self.source}", tenant, unit, amount, expires, self.adapters)
+
+
+@router.post("/tenants")
+async def create_tenant(asked: NewTenant, parts: Parts) -> JSONResponse:
+    plan = asked.plan or parts.gateway.shelf.current.default_plan
+    _check_plan(parts.gateway.shelf.current.plans, plan)
+    tenant = Tenant(id=TenantId(asked.id), email=asked.email, plan=plan, name=asked.name, created_at_ms=now_ms())
+    return JSONResponse(_tenant(await parts.tenants.create(tenant)), 201)
+
+
+@router.get("/tenants")
+async def list_tenants(parts: Parts) -> JSONResponse:
+    return JSONResponse({"object": "list", "data": [_tenant(tenant) for tenant in await parts.tenants.list()]})
+
+
+@router.get("/tenants/{tenant_id}")
+async def get_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
+    tenant = await parts.tenants.get(tenant_id)
+    state = await parts.ledger.account(tenant.id)
+    plan = plan_of(tenant, parts.gateway.shelf.current)
+    return JSONResponse(_tenant(tenant) | {"account": account_json(tenant, plan, state)})
+
+
+@router.patch("/tenants/{tenant_id}")
+async def change_tenant(tenant_id: TenantId, asked: TenantChange, parts: Parts) -> JSONResponse:
+    changes = asked.model_dump(exclude_none=True)
+    if asked.plan is not None:
+        _check_plan(parts.gateway.shelf.current.plans, asked.plan)
+    changed = await parts.tenants.update(tenant_id, lambda tenant: tenant.model_copy(update=changes))
+    return JSONResponse(_tenant(changed))
+
+
+@router.post("/tenants/{tenant_id}/suspend")
+async def suspend_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
+    """New requests are refused within a second; running ones end as they would."""
+    changed = await parts.tenants.update(tenant_id, lambda tenant: tenant.model_copy(update={"suspended": True}))
+    return JSONResponse(_tenant(changed))
+
+
+@router.post("/tenants/{tenant_id}/resume")
+async def resume_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
+    changed = await parts.tenants.update(tenant_id, lambda tenant: tenant.model_copy(update={"suspended": False}))
+    return JSONResponse(_tenant(changed))
+
+
+@router.post("/tenants/{tenant_id}/keys")
+async def create_key(tenant_id: TenantId, asked: NewKey, parts: Parts) -> JSONResponse:
+    """The secret stands in this reply and nowhere else."""
+    await parts.tenants.get(tenant_id)
+    models = None if asked.models is None else tuple(asked.models)
+    secret, key = new_key(tenant_id, now_ms(), asked.name, models)
+    if asked.expires_days is not None:
+        key = key.model_copy(update={"expires_at_ms": now_ms() + asked.expires_days * DAY_MS})
+    await parts.tenants.add_key(key)
+    return JSONResponse({"api_key": secret, "key": _key(key)}, 201)
+
+
+@router.get("/tenants/{tenant_id}/keys")
+async def list_keys(tenant_id: TenantId, parts: Parts) -> JSONResponse:
+    await parts.tenants.get(tenant_id)
+    return JSONResponse({"object": "list", "data": [_key(key) for key in await parts.tenants.keys(tenant_id)]})
+
+
+@router.delete("/tenants/{tenant_id}/keys/{key_id}")
+async def revoke_key(tenant_id: TenantId, key_id: str, parts: Parts) -> JSONResponse:
+    return JSONResponse(_key(await parts.tenants.revoke_key(tenant_id, key_id)))
+
+
+@router.post("/tenants/{tenant_id}/grants")
+async def grant(tenant_id: TenantId, asked: NewGrant, parts: Parts) -> JSONResponse:
+    """``granted`` is false where this source was granted before."""
+    tenant = await parts.tenants.get(tenant_id)
+    made = asked.to_grant(tenant.id)
+    is_new = await parts.ledger.grant(made)
+    return JSONResponse({"granted": is_new, "source": made.source, "unit": made.unit.value, "amount": made.amount})
+
+
+@router.get("/catalogue")
+async def catalogue(parts: Parts) -> JSONResponse:
+    """What this gateway sells, and the entries it set aside with their reasons."""
+    return JSONResponse(as_json(parts.gateway.shelf.current) | {"gateway": parts.gateway_id})
+
+
+@router.get("/gateways")
+async def gateways(parts: Parts) -> JSONResponse:
+    """Every gateway's own word: the hash of the catalogue it serves, and when it last said so."""
+    return JSONResponse({"object": "list", "data": [asdict(state) for state in await board.gateways(parts.redis)]})
+
+
+@router.get("/billing")
+async def billing(parts: Parts) -> JSONResponse:
+    """The billing actor's state as it last wrote it, its cursors, running sums and backlog."""
+    outbox = Outbox(parts.redis)
+    state, sums, backlog = await outbox.shown(), await outbox.sums(), await outbox.backlog()
+    return JSONResponse(
+        {
+            "object": "billing",
+            "pump": asdict(state),
+            "sums": asdict(sums),
+            "backlog": asdict(backlog) | {"is_clear": backlog.is_clear},
+            "cursors": {str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
+            "unsettled_on_this_gateway": parts.gateway.spooled,
+        }
+    )
+
+
+@router.get("/dead-letters")
+async def dead_letters(parts: Parts) -> JSONResponse:
+    """Events that Dodo refused for good, with its reason."""
+    dead = await Outbox(parts.redis).dead()
+    return JSONResponse({"object": "list", "data": [json.loads(event.to_json()) for event in dead]})
+
+
+def _check_plan(plans: Mapping[str, Plan], plan: str) -> None:
+    if plan not in plans:
+        raise NotFound(f"plan {plan!r} is not one of {', '.join(sorted(plans))}")
+
+
+def _tenant(tenant: Tenant) -> Json:
+    return {"object": "tenant", **tenant.model_dump(mode="json")}
+
+
+def _key(key: ApiKey) -> Json:
+    return {"object": "api_key", **key.model_dump(mode="json", exclude={"hash"})}

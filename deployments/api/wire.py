@@ -1,0 +1,162 @@
+"""OpenAI's request bodies, parsed once into what the gateway is asked.
+
+Knows OpenAI's field names and which of them the engine cannot honour; prices nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from deployments.api.errors import BadRequest
+from deployments.engine.request import RequestRejected, SamplingParams
+from deployments.gateway import Ask, Prompt
+
+MAX_STOPS = 4
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's own default of the older endpoint."""
+UNSUPPORTED = (
+    "tools",
+    "functions",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+    "echo",
+    "suffix",
+    "audio",
+    "prediction",
+)
+"""Fields that would change the answer and that the engine does not know: refused rather than ignored."""
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: bool = False
+
+
+class Part(BaseModel):
+    """One part of a message's content; only text is understood."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+
+    def plain(self) -> dict[str, str]:
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class Sampled(BaseModel):
+    """What both endpoints share. Unknown fields are accepted, as OpenAI's clients expect."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+    n: int | None = None
+    best_of: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def prompt(self) -> Prompt:
+        raise NotImplementedError
+
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def to_ask(self) -> Ask:
+        """Raises BadRequest, RequestRejected."""
+        self._refuse_unsupported()
+        return Ask(self.model, self.prompt(), self._sampling(), self.wanted_tokens())
+
+    def _refuse_unsupported(self) -> None:
+        for name in ("n", "best_of"):
+            if getattr(self, name) not in (None, 1):
+                raise BadRequest(f"{name} above 1 is not supported: send one request for each answer", name)
+        for name in UNSUPPORTED:
+            if (self.model_extra or {}).get(name):
+                raise BadRequest(f"{name} is not supported here: remove it", name)
+        form = (self.model_extra or {}).get("response_format")
+        if isinstance(form, Mapping) and form.get("type", "text") != "text":
+            raise BadRequest("response_format other than text is not supported here: remove it", "response_format")
+
+    def _sampling(self) -> SamplingParams:
+        given = {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+            if (value := getattr(self, name)) is not None
+        }
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stop) > MAX_STOPS:
+            raise BadRequest(f"stop takes at most {MAX_STOPS} strings, not {len(stop)}", "stop")
+        try:
+            return SamplingParams(max_tokens=1, seed=self.seed, stop=stop, ignore_eos=self.ignore_eos, **given)
+        except RequestRejected as error:
+            raise BadRequest(str(error), str(error).split(" ", 1)[0]) from error
+
+    @property
+    def is_streamed(self) -> bool:
+        return bool(self.stream)
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(Sampled):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    def prompt(self) -> Prompt:
+        return [message.plain() for message in self.messages]
+
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(Sampled):
+    text: Annotated[str | list[str] | list[int] | list[list[int]], Field(alias="prompt", min_length=1)]
+
+    def prompt(self) -> Prompt:
+        prompt = self.text
+        if isinstance(prompt, list) and isinstance(prompt[0], str | list):
+            if len(prompt) > 1:
+                raise BadRequest("one prompt a request: send a request for each", "prompt")
+            prompt = prompt[0]
+        return prompt if isinstance(prompt, str) else tuple(int(token) for token in prompt)
+
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+
+
+class QuoteRequest(ChatRequest):
+    """A chat or a text completion that is only priced: one of ``messages`` and ``prompt`` is given."""
+
+    messages: list[Message] = Field(default_factory=list)
+    text: str | list[int] = Field(default="", alias="prompt")
+
+    def prompt(self) -> Prompt:
+        if bool(self.messages) == bool(self.text):
+            raise BadRequest("give either messages or prompt", "messages")
+        if self.messages:
+            return super().prompt()
+        return self.text if isinstance(self.text, str) else tuple(self.text)

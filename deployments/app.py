@@ -1,0 +1,35 @@
+"""Both Serve applications: the only place that binds deployments to each other."""
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.billing_actor import BillingActor
+from deployments.config import BillingArgs, FareboxArgs
+from deployments.ingress import GatewayIngress
+from deployments.replica import LoraReplica
+
+OPEN_STREAMS = 1_000
+LONGEST_STREAM_S = 120.0
+
+
+def build(args: FareboxArgs) -> Application:
+    """The API and the models behind it: Gateway in front of LoraReplica."""
+    replica = serve.deployment(
+        name="LoraReplica",
+        max_ongoing_requests=args.engine.max_queued + args.engine.max_running,
+        graceful_shutdown_timeout_s=LONGEST_STREAM_S,
+        ray_actor_options={"num_cpus": 0.5},
+    )(LoraReplica)
+    gateway = serve.deployment(
+        name="Gateway",
+        max_ongoing_requests=OPEN_STREAMS,
+        graceful_shutdown_timeout_s=LONGEST_STREAM_S,
+        ray_actor_options={"num_cpus": 0.1},
+    )(serve.ingress()(GatewayIngress))
+    return gateway.bind(args, replica.bind(args))
+
+
+def build_billing(args: BillingArgs) -> Application:
+    """The billing actor alone: one replica, no route, never restarted by a change to the models."""
+    actor = serve.deployment(name="BillingActor", num_replicas=1, ray_actor_options={"num_cpus": 0.1})(BillingActor)
+    return actor.bind(args)

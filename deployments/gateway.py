@@ -1,0 +1,275 @@
+"""A request's course: authenticate, hold, run, settle.
+
+Knows the order of these steps and how each can end; knows no HTTP and no Redis key.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from billing.account import Hold, Receipt, Settlement
+from billing.admission import Admission, Quote
+from billing.catalogue import Model
+from billing.errors import InvalidKey, StoreUnavailable
+from billing.leases import Leases
+from billing.money import Nanos
+from billing.spool import Spool, SpoolFull
+from billing.store.holds import Ledger
+from billing.store.tenants import Tenants
+from billing.tenants import Principal
+from billing.usage import NOTHING, RequestId, Status
+from deployments.catalogue import Shelf
+from deployments.engine.request import (
+    AdapterRef,
+    GenerateRequest,
+    RequestRejected,
+    SamplingParams,
+)
+from deployments.engine.text import Text
+from deployments.link import ReplicaLink
+from deployments.metrics import GatewayMetrics
+from deployments.run import MeteringUnavailable, Run
+
+LONG_PROMPT_CHARS = 2_000
+"""Longer prompts are encoded off the event loop, so that they delay nobody's tokens."""
+SETTLE_PAUSES_S = (0.05, 0.25, 1.0)
+"""Waits between attempts to settle before the settlement goes to the spool."""
+SPOOL_INTERVAL_S = 1.0
+STOP_TIMEOUT_S = 20.0
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Prompt = list[dict[str, str]] | str | tuple[int, ...]
+"""A chat, a text, or token ids."""
+
+
+class ContextTooLong(RequestRejected):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a client wants, parsed. ``sampling.max_tokens`` is decided by the hold."""
+
+    model: str
+    prompt: Prompt
+    sampling: SamplingParams
+    max_tokens: int | None = None
+    """``None``: as many as the context has room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """An ask whose model and prompt are known: ready to be held or quoted."""
+
+    model: Model
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+
+
+class Gateway:
+    """Everything a request passes between the wire and the engine, and the tasks that outlive connections."""
+
+    def __init__(
+        self,
+        *,
+        shelf: Shelf,
+        text: Text,
+        tenants: Tenants,
+        ledger: Ledger,
+        admission: Admission,
+        spool: Spool,
+        link: ReplicaLink,
+        metrics: GatewayMetrics,
+        max_context_tokens: int,
+        lease_s: float,
+        checkpoint_s: float,
+    ) -> None:
+        self.shelf, self.text, self.link, self.metrics = shelf, text, link, metrics
+        self._tenants, self._ledger, self._admission, self._spool = tenants, ledger, admission, spool
+        self._max_context_tokens, self._lease_s, self._checkpoint_s = max_context_tokens, lease_s, checkpoint_s
+        self.leases = Leases(ledger, self.lose, checkpoint_s)
+        self._runs: dict[RequestId, Run] = {}
+        self._kept: set[asyncio.Task[object]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def authenticate(self, authorization: str) -> Principal:
+        """Who sends a request, from its ``Authorization`` header. Raises InvalidKey, TenantSuspended."""
+        scheme, _, secret = authorization.partition(" ")
+        if not authorization:
+            raise InvalidKey("missing")
+        if scheme.lower() != "bearer" or not secret.strip():
+            raise InvalidKey("malformed")
+        return await self._tenants.principal(secret.strip())
+
+    async def open(self, principal: Principal, ask: Ask, request_id: RequestId) -> Run:
+        """Hold the worst case and wait for the first piece. Raises any Refusal, StoreUnavailable or EngineError."""
+        priced = await self.price(principal, ask)
+        catalogue = self.shelf.current
+        admitting = self.keep(
+            self._admission.admit(
+                principal, priced.model, catalogue, request_id, len(priced.prompt_token_ids), priced.max_tokens
+            )
+        )
+        try:
+            hold = await asyncio.shield(admitting)
+        except asyncio.CancelledError:
+            admitting.add_done_callback(self._release)
+            raise
+        run = Run(self, priced.model, hold, self._job(priced, ask, hold))
+        self._track(run)
+        await run.begin()
+        return run
+
+    async def price(self, principal: Principal, ask: Ask) -> Priced:
+        """Find the model and encode the prompt. Raises UnknownModel, ModelNotAllowed, ContextTooLong."""
+        model = self.shelf.current.find(ask.model, principal.tenant.id, principal.key.models)
+        prompt = await self._encode(ask.prompt)
+        room = self._max_context_tokens - len(prompt)
+        if not prompt:
+            raise RequestRejected("the prompt is empty")
+        if room < 1:
+            raise ContextTooLong(
+                f"the prompt has {len(prompt)} tokens and this model's context ends at "
+                f"{self._max_context_tokens}: shorten it"
+            )
+        return Priced(model, prompt, min(ask.max_tokens or room, room))
+
+    async def quote(self, principal: Principal, ask: Ask) -> tuple[Priced, Quote]:
+        """What a request would hold and whether it would be admitted; changes nothing."""
+        priced = await self.price(principal, ask)
+        quote = await self._admission.quote(
+            principal, priced.model, self.shelf.current, len(priced.prompt_token_ids), priced.max_tokens
+        )
+        return priced, quote
+
+    async def settle(self, run: Run, settlement: Settlement, free_if_away: bool) -> Receipt:
+        """Settle at once, else in the spool. Called by a run's ending only."""
+        try:
+            receipt = await self._settle(settlement)
+        except StoreUnavailable as error:
+            if free_if_away:
+                settlement = replace(settlement, usage=NOTHING, list_nanos=Nanos(0), status=Status.FAILED)
+            await self._spool_away(settlement)
+            raise MeteringUnavailable("the record of this request waits for the metering store") from error
+        finally:
+            self._untrack(run)
+        self.metrics.settled(run.model.id, receipt.record.status, receipt.record.usage)
+        return receipt
+
+    async def _spool_away(self, settlement: Settlement) -> None:
+        """Where even the disk refuses, the lease's last checkpoint will be billed."""
+        try:
+            await asyncio.to_thread(self._spool.append, settlement)
+            self.metrics.spooled()
+        except (SpoolFull, OSError) as error:
+            logger.critical("request %s is settled by its last checkpoint: %s", settlement.request_id, error)
+
+    async def _settle(self, settlement: Settlement) -> Receipt:
+        for pause in SETTLE_PAUSES_S:
+            try:
+                return await self._ledger.settle(settlement)
+            except StoreUnavailable:
+                await asyncio.sleep(pause)
+        return await self._ledger.settle(settlement)
+
+    def keep(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
+        """Run something that the death of a connection must not cancel, and that a shutdown awaits."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._kept.add(task)
+        task.add_done_callback(self._drop)
+        return task
+
+    def start(self) -> None:
+        """Start the loops that keep leases, deadlines and the spool moving."""
+        self._loops = [
+            asyncio.create_task(self.leases.run()),
+            asyncio.create_task(self._extend_for_ever()),
+            asyncio.create_task(self._replay_for_ever()),
+        ]
+
+    async def stop(self) -> None:
+        """Settle what is open as far as it got, and wait for it; bounded by STOP_TIMEOUT_S."""
+        for run in list(self._runs.values()):
+            run.leave()
+        if self._kept:
+            await asyncio.wait(set(self._kept), timeout=STOP_TIMEOUT_S)
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        self._spool.close()
+
+    @property
+    def spooled(self) -> int:
+        """Settles on this gateway's disk that wait for the store."""
+        return self._spool.pending
+
+    @property
+    def open_runs(self) -> int:
+        return len(self._runs)
+
+    def lose(self, request_ids: frozenset[RequestId]) -> None:
+        """The store says that these holds are gone."""
+        for request_id in request_ids:
+            if run := self._runs.get(request_id):
+                run.lose()
+
+    async def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, tuple):
+            if any(not 0 <= token < self.text.vocab_size for token in prompt):
+                raise RequestRejected(f"a token id lies outside the vocabulary of {self.text.vocab_size}")
+            return prompt
+        encode = self.text.encode if isinstance(prompt, str) else self.text.chat
+        length = len(prompt) if isinstance(prompt, str) else sum(len(m["content"]) for m in prompt)
+        if length > LONG_PROMPT_CHARS:
+            return await asyncio.to_thread(encode, prompt)  # type: ignore[arg-type]
+        return encode(prompt)  # type: ignore[arg-type]
+
+    def _job(self, priced: Priced, ask: Ask, hold: Hold) -> GenerateRequest:
+        model = priced.model
+        return GenerateRequest(
+            request_id=hold.request.request_id,
+            prompt_token_ids=priced.prompt_token_ids,
+            sampling=replace(ask.sampling, max_tokens=hold.max_tokens),
+            adapter=AdapterRef(model.id, model.digest, model.path) if model.is_adapter else None,
+            fairness_key=hold.request.tenant,
+            time_to_live_s=self._lease_s,
+        )
+
+    def _track(self, run: Run) -> None:
+        self._runs[run.request_id] = run
+        self.leases.update(run.progress)
+        self.metrics.open_holds(len(self._runs))
+
+    def _untrack(self, run: Run) -> None:
+        self._runs.pop(run.request_id, None)
+        self.leases.drop(run.request_id)
+        self.metrics.open_holds(len(self._runs))
+
+    def _release(self, admitting: asyncio.Task[Hold]) -> None:
+        """The client left while its hold was being made."""
+        if not admitting.cancelled() and admitting.exception() is None:
+            request = admitting.result().request
+            self.keep(self._ledger.void(request.request_id, request.tenant))
+
+    def _drop(self, task: asyncio.Task[object]) -> None:
+        self._kept.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.debug("kept task ended: %s", error)
+
+    async def _extend_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._checkpoint_s)
+            if self._runs:
+                await self.link.extend(dict.fromkeys(self._runs, self._lease_s))
+
+    async def _replay_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(SPOOL_INTERVAL_S)
+            if self._spool.pending:
+                try:
+                    await self._spool.replay(self._ledger)
+                except StoreUnavailable:
+                    logger.warning("the store is away: %d settles wait on disk", self._spool.pending)

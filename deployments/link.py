@@ -1,0 +1,76 @@
+"""The Gateway's narrow face to the replicas, so that the transport can change behind it.
+
+Knows how a job travels and how its loss shows; knows no tenant and no money.
+"""
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from deployments.engine.request import (
+    AdapterRejected,
+    EngineError,
+    EngineFailed,
+    GenerateRequest,
+    Overloaded,
+    RequestRejected,
+    Tokens,
+)
+
+
+class ReplicaLost(EngineError):
+    """The replica or the way to it is gone; what it would have generated is lost."""
+
+
+class RefusalKind(StrEnum):
+    OVERLOADED = "overloaded"
+    REQUEST = "request"
+    ADAPTER = "adapter"
+    FAILED = "failed"
+
+
+REFUSALS: Mapping[RefusalKind, type[EngineError]] = {
+    RefusalKind.OVERLOADED: Overloaded,
+    RefusalKind.REQUEST: RequestRejected,
+    RefusalKind.ADAPTER: AdapterRejected,
+    RefusalKind.FAILED: EngineFailed,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A replica's refusal as a value: an exception would travel with a traceback and fill the logs."""
+
+    kind: RefusalKind
+    reason: str
+
+    @classmethod
+    def of(cls, error: EngineError) -> "Refused":
+        kinds = (kind for kind, shape in REFUSALS.items() if isinstance(error, shape))
+        return cls(next(kinds, RefusalKind.FAILED), str(error))
+
+    def as_error(self) -> EngineError:
+        return REFUSALS[self.kind](self.reason)
+
+
+class ReplicaLink(Protocol):
+    """Runs jobs somewhere. Closing the iterator of a job aborts it."""
+
+    def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+        """Pieces of the job's output; the last one has a finish reason.
+
+        Raises:
+            Overloaded: nothing was computed.
+            RequestRejected, AdapterRejected: it cannot run.
+            ReplicaLost, EngineFailed: our fault, at any point.
+        """
+        ...
+
+    async def extend(self, deadlines: Mapping[str, float]) -> None:
+        """Give running jobs that many more seconds from now, by request id; best effort."""
+        ...
+
+    async def is_ready(self) -> bool:
+        """Does a replica answer?"""
+        ...

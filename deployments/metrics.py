@@ -1,0 +1,82 @@
+"""Counters for people, exported through Ray's Prometheus endpoint. Lossy: nothing is billed from them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from billing.usage import Status, Usage
+from deployments.engine.request import EngineStats
+
+SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
+
+ENGINE_COUNTERS: Mapping[str, str] = {
+    "steps": "Batches that the engine ran",
+    "mixed_steps": "Batches that held three or more different adapters",
+    "prompt_tokens": "Prompt tokens computed or found in the prefix cache",
+    "cached_tokens": "Prompt tokens found in the prefix cache",
+    "generation_tokens": "Tokens generated",
+    "requests_finished": "Requests that the engine ended",
+    "requests_aborted": "Requests that were aborted",
+    "adapter_loads": "Adapters brought into a slot",
+}
+ENGINE_GAUGES: Mapping[str, str] = {
+    "max_adapters_in_step": "Most adapters seen in one batch",
+    "running": "Requests in the batch",
+    "waiting": "Requests that wait for a place in the batch",
+    "queued_tokens": "Prompt tokens that wait",
+    "kv_blocks_used": "Blocks of the key-value cache in use",
+    "kv_blocks_total": "Blocks of the key-value cache",
+}
+
+
+class GatewayMetrics:
+    """What one gateway saw. Tenants are no label: their number has no bound."""
+
+    def __init__(self) -> None:
+        self._requests = Counter("farebox_requests", "Requests settled", tag_keys=("model", "status"))
+        self._refusals = Counter("farebox_refusals", "Requests refused", tag_keys=("code",))
+        self._tokens = Counter("farebox_tokens", "Tokens billed", tag_keys=("model", "kind"))
+        self._spooled = Counter("farebox_spooled_settles", "Settles that had to wait for the store")
+        self._open = Gauge("farebox_open_holds", "Holds that this gateway has open")
+        self._first = Histogram("farebox_time_to_first_token_seconds", "From the hold to the first token", SECONDS)
+
+    def refused(self, code: str) -> None:
+        self._refusals.inc(1, tags={"code": code})
+
+    def first_token(self, seconds: float) -> None:
+        self._first.observe(seconds)
+
+    def settled(self, model: str, status: Status, usage: Usage) -> None:
+        self._requests.inc(1, tags={"model": model, "status": status.value})
+        for kind, count in (
+            ("prompt", usage.prompt_tokens),
+            ("cached", usage.cached_tokens),
+            ("completion", usage.completion_tokens),
+        ):
+            if count:
+                self._tokens.inc(count, tags={"model": model, "kind": kind})
+
+    def spooled(self) -> None:
+        self._spooled.inc(1)
+
+    def open_holds(self, count: int) -> None:
+        self._open.set(count)
+
+
+class EngineMetrics:
+    """The engine's own counters, published as differences since the last look."""
+
+    def __init__(self) -> None:
+        self._counters = {name: Counter(f"farebox_engine_{name}", text) for name, text in ENGINE_COUNTERS.items()}
+        self._gauges = {name: Gauge(f"farebox_engine_{name}", text) for name, text in ENGINE_GAUGES.items()}
+        self._last = EngineStats()
+
+    def publish(self, stats: EngineStats) -> None:
+        now, before = asdict(stats), asdict(self._last)
+        for name, counter in self._counters.items():
+            if now[name] > before[name]:
+                counter.inc(now[name] - before[name])
+        for name, gauge in self._gauges.items():
+            gauge.set(now[name])
+        self._last = stats

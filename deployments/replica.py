@@ -1,0 +1,153 @@
+"""One engine behind Serve: jobs in, streams of token pieces out.
+
+Knows Serve and the engine; knows no tenant and no money.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from ray import serve
+
+from deployments import artifacts
+from deployments.config import EngineConfig, FareboxArgs
+from deployments.engine.loop import Engine
+from deployments.engine.request import AdapterRejected, EngineError, GenerateRequest, Tokens
+from deployments.engine.settings import EngineSettings
+from deployments.link import Refused
+from deployments.metrics import EngineMetrics
+
+SEND_INTERVAL_S = 0.015
+"""After the first piece, tokens wait this long for company: each send costs Serve more than a token costs us."""
+STATS_INTERVAL_S = 2.0
+ADVERTISED = 256
+"""Adapters whose requests Serve's router sends here first; the engine keeps its own cache."""
+
+
+class LoraReplica:
+    """A Serve deployment's class: one GPU, one ``Engine``."""
+
+    def __init__(self, args: FareboxArgs) -> None:
+        self._cache_dir = Path(args.adapter_cache_dir)
+        base = artifacts.fetch(args.model.path, self._cache_dir)
+        self._engine = Engine(engine_settings(args.engine, base))
+        self._engine.start()
+        self._fetching: dict[str, asyncio.Lock] = {}
+        self._metrics = EngineMetrics()
+        self._publishing: asyncio.Task[None] | None = None
+
+    async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens | Refused, None]:
+        """The job's output: the first piece at once, then whatever has queued. Closing it aborts the job."""
+        self._publishing = self._publishing or asyncio.create_task(self._publish_for_ever())
+        outbox = Outbox(asyncio.get_running_loop())
+        try:
+            if job.adapter is not None:
+                await self._advertise(f"{job.adapter.name}@{job.adapter.digest[:12]}")
+                job = await self._with_local_adapter(job)
+            self._engine.submit(job, outbox.put)
+        except EngineError as error:
+            yield Refused.of(error)
+            return
+        is_over = False
+        try:
+            async for piece in outbox.pieces():
+                is_over = piece.finish_reason is not None
+                yield piece
+        finally:
+            if not is_over:
+                self._engine.abort(job.request_id)
+
+    async def extend(self, deadlines: Mapping[str, float]) -> None:
+        self._engine.extend(deadlines)
+
+    async def ping(self) -> bool:
+        self._engine.check()
+        return True
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose engine died."""
+        self._engine.check()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        stats = self._engine.stats()
+        return {"queued": float(stats.waiting), "running": float(stats.running)}
+
+    async def stats(self) -> dict[str, object]:
+        """The engine's counters, for people and tests."""
+        return asdict(self._engine.stats())
+
+    async def __del__(self) -> None:
+        """Serve calls this after it drained the replica."""
+        if self._publishing is not None:
+            self._publishing.cancel()
+        await asyncio.to_thread(self._engine.stop)
+
+    @serve.multiplexed(max_num_models_per_replica=ADVERTISED)
+    async def _advertise(self, identity: str) -> str:
+        """Tells Serve's router who is at home here; holds nothing, so that evicting it unloads nothing."""
+        return identity
+
+    async def _with_local_adapter(self, job: GenerateRequest) -> GenerateRequest:
+        """The same job with the adapter's files on this machine. One fetch at a time for each digest."""
+        adapter = job.adapter
+        assert adapter is not None, "asked for an adapter's files without an adapter"
+        lock = self._fetching.setdefault(adapter.digest, asyncio.Lock())
+        async with lock:
+            try:
+                local = await asyncio.to_thread(artifacts.fetch, adapter.path, self._cache_dir)
+            except artifacts.ArtifactUnavailable as error:
+                raise AdapterRejected(f"adapter {adapter.name!r}: {error}") from error
+        return replace(job, adapter=replace(adapter, path=str(local)))
+
+    async def _publish_for_ever(self) -> None:
+        while True:
+            self._metrics.publish(self._engine.stats())
+            await asyncio.sleep(STATS_INTERVAL_S)
+
+
+class Outbox:
+    """Pieces of one request on their way from the engine's thread to the event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: list[Tokens] = []
+        self._arrived = asyncio.Event()
+        self._finished = asyncio.Event()
+
+    def put(self, piece: Tokens) -> None:
+        """Called from the engine's thread."""
+        with suppress(RuntimeError):  # the loop closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._take, piece)
+
+    def _take(self, piece: Tokens) -> None:
+        self._waiting.append(piece)
+        self._arrived.set()
+        if piece.finish_reason is not None:
+            self._finished.set()
+
+    async def pieces(self) -> AsyncGenerator[Tokens, None]:
+        while True:
+            await self._arrived.wait()
+            piece = join(self._waiting)
+            self._waiting = []
+            self._arrived.clear()
+            yield piece
+            if piece.finish_reason is not None:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SEND_INTERVAL_S):
+                    await self._finished.wait()
+
+
+def join(pieces: list[Tokens]) -> Tokens:
+    """Several pieces of one request as one: new tokens and text in order, totals of the last."""
+    if len(pieces) == 1:
+        return pieces[0]
+    token_ids = tuple(token for piece in pieces for token in piece.token_ids)
+    return replace(pieces[-1], token_ids=token_ids, text="".join(piece.text for piece in pieces))
+
+
+def engine_settings(config: EngineConfig, model_path: Path) -> EngineSettings:
+    return EngineSettings(model_path=str(model_path), **config.model_dump())

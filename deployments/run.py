@@ -1,0 +1,153 @@
+"""One admitted request, from its hold to its receipt: every way in which it can end, and that it ends once.
+
+Knows what is billed for each ending; how it is stored is the gateway's business.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from billing.account import Hold, Progress, Receipt, Settlement
+from billing.catalogue import Model
+from billing.errors import StoreUnavailable
+from billing.money import Nanos
+from billing.usage import NOTHING, RequestId, Status, Usage
+from deployments.engine.request import EngineError, EngineFailed, FinishReason, GenerateRequest, Tokens
+
+if TYPE_CHECKING:
+    from deployments.gateway import Gateway
+
+
+class MeteringUnavailable(StoreUnavailable):
+    """A request's record could not be stored in time; it waits on this gateway's disk."""
+
+
+class LeaseLost(EngineFailed):
+    """The store ended this request's hold while it ran: what was reported until then is billed."""
+
+
+class Run:
+    """One admitted request, from its hold to its receipt. It is settled once, however it ends."""
+
+    def __init__(self, gateway: "Gateway", model: Model, hold: Hold, job: GenerateRequest) -> None:
+        self.model, self.hold, self.job = model, hold, job
+        self.usage = Usage(prompt_tokens=len(job.prompt_token_ids))
+        self.finish_reason: FinishReason | None = None
+        self._gateway = gateway
+        self._pieces = gateway.link.generate(job)
+        self._first: Tokens | None = None
+        self._ending: asyncio.Task[Receipt] | None = None
+        self._is_lost = False
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.hold.request.request_id
+
+    async def begin(self) -> None:
+        """Wait for the first piece, so that a refusal is still an honest status; then nothing is charged."""
+        started = time.monotonic()
+        try:
+            self._first = await self._next()
+        except EngineError:
+            await self._end(Status.FAILED, NOTHING)
+            raise
+        except asyncio.CancelledError:
+            self.leave()
+            raise
+        self._gateway.metrics.first_token(time.monotonic() - started)
+
+    async def pieces(self) -> AsyncGenerator[Tokens, None]:
+        """The output as it comes. On an error what was yielded until then is billed, then it is raised."""
+        piece = self._first
+        try:
+            while piece is not None:
+                delivered = self.usage
+                yield piece
+                if self.finish_reason is not None:
+                    return
+                try:
+                    piece = await self._next()
+                except EngineError:
+                    await self._end(Status.FAILED, delivered)
+                    raise
+        finally:
+            if self.finish_reason is None:
+                self.leave()
+
+    async def collect(self) -> tuple[str, Receipt]:
+        """The whole text and its receipt; free when we fail on the way or cannot record it."""
+        text = [self._first.text if self._first else ""]
+        try:
+            while self.finish_reason is None:
+                text.append((await self._next()).text)
+        except EngineError:
+            await self._end(Status.FAILED, NOTHING)
+            raise
+        except asyncio.CancelledError:
+            self.leave()
+            raise
+        return "".join(text), await self.settle(is_delivered=False)
+
+    async def settle(self, is_delivered: bool = True) -> Receipt:
+        """The receipt, once the record is on disk. ``is_delivered``: the client has the tokens already.
+
+        Raises:
+            MeteringUnavailable: the store is away; the settlement is spooled on disk. What was not
+                delivered is spooled as free.
+        """
+        return await self._end(Status.COMPLETE, self.usage, free_if_away=not is_delivered)
+
+    def leave(self) -> None:
+        """The client is gone: stop the engine and bill what it made until now. Returns at once."""
+        self._start_ending(Status.CANCELLED, self.usage)
+
+    def lose(self) -> None:
+        """The hold is no longer ours: the next piece is the last."""
+        self._is_lost = True
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.request_id, self.hold.request.tenant, self.usage, self._price(self.usage))
+
+    def _price(self, usage: Usage) -> Nanos:
+        return self.hold.request.price.charge(usage)
+
+    async def _next(self) -> Tokens:
+        try:
+            piece = await anext(self._pieces)
+        except StopAsyncIteration:
+            raise EngineFailed("the replica ended without saying why") from None
+        if self._is_lost:
+            raise LeaseLost("the hold of this request ended while it ran")
+        self.usage = replace(
+            self.usage,
+            prompt_tokens=piece.prompt_tokens,
+            cached_tokens=piece.cached_tokens,
+            completion_tokens=piece.completion_tokens,
+            compute_ms=piece.compute_ms,
+        )
+        if piece.finish_reason is FinishReason.ERROR:
+            raise EngineFailed(piece.error or "the engine failed on this request")
+        if piece.finish_reason is FinishReason.ABORT:
+            raise EngineFailed("the engine stopped this request: its deadline passed")
+        self.finish_reason = piece.finish_reason
+        self._gateway.leases.update(self.progress)
+        return piece
+
+    def _start_ending(self, status: Status, usage: Usage, free_if_away: bool = False) -> asyncio.Task[Receipt]:
+        if self._ending is None:
+            self._ending = self._gateway.keep(self._close(status, usage, free_if_away))
+        return self._ending
+
+    async def _end(self, status: Status, usage: Usage, free_if_away: bool = False) -> Receipt:
+        return await asyncio.shield(self._start_ending(status, usage, free_if_away))
+
+    async def _close(self, status: Status, usage: Usage, free_if_away: bool) -> Receipt:
+        settlement = Settlement(self.request_id, self.hold.request.tenant, usage, self._price(usage), status)
+        try:
+            await self._pieces.aclose()
+        finally:
+            receipt = await self._gateway.settle(self, settlement, free_if_away)
+        return receipt

@@ -1,0 +1,58 @@
+"""The link to the replicas over Serve's own streaming calls: its routing, backpressure, cancellation and drain.
+
+Knows Ray's errors and what each means for a job.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.engine.request import EngineFailed, GenerateRequest, Overloaded, Tokens
+from deployments.link import Refused, ReplicaLost
+
+READY_TIMEOUT_S = 1.0
+
+
+class ServeLink:
+    """A ``ReplicaLink`` on one deployment's handle."""
+
+    def __init__(self, handle: DeploymentHandle[object]) -> None:
+        self._handle = handle
+
+    async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+        adapter = job.adapter
+        wanted = f"{adapter.name}@{adapter.digest[:12]}" if adapter else ""
+        call = self._handle.options(stream=True, multiplexed_model_id=wanted).generate.remote(job)
+        is_over = False
+        try:
+            async for piece in call:
+                if isinstance(piece, Refused):
+                    is_over = True
+                    raise piece.as_error()
+                is_over = piece.finish_reason is not None
+                yield piece
+        except (BackPressureError, DeploymentUnavailableError) as error:
+            raise Overloaded("every replica is busy or starting: retry shortly") from error
+        except (RayActorError, ReplicaUnavailableError, TaskCancelledError) as error:
+            raise ReplicaLost("the replica that ran this request is gone") from error
+        except RayError as error:
+            raise EngineFailed("the replica failed on this request") from error
+        finally:
+            if not is_over:
+                call.cancel()
+
+    async def extend(self, deadlines: Mapping[str, float]) -> None:
+        calls = self._handle.broadcast("extend", dict(deadlines))
+        with suppress(RayError, TimeoutError, DeploymentUnavailableError):
+            await calls.results_async()
+
+    async def is_ready(self) -> bool:
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                return bool(await self._handle.ping.remote())
+        except (TimeoutError, RayError, BackPressureError, DeploymentUnavailableError):
+            return False

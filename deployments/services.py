@@ -1,0 +1,57 @@
+"""What the routers work with, built once per gateway process and handed to each by ``Depends``."""
+
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+from redis.asyncio import Redis
+
+from billing.dodo import Dodo
+from billing.store.holds import Ledger
+from billing.store.tenants import Tenants
+from billing.tenants import Principal
+from billing.usage import RequestId
+from billing.webhooks import Webhooks
+from deployments.gateway import Gateway
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """One gateway's parts. Addresses and secrets come from its environment."""
+
+    gateway: Gateway
+    redis: Redis
+    ledger: Ledger
+    tenants: Tenants
+    dodo: Dodo | None
+    """``None`` where no payments key is configured: nothing can be bought, everything else works."""
+    webhooks: Webhooks | None
+    gateway_id: str
+    base_model: str
+    admin_key: str
+    """Empty switches the admin API off."""
+    public_url: str
+    max_body_bytes: int
+
+    @property
+    def top_up_url(self) -> str:
+        return f"{self.public_url}/v1/checkout"
+
+
+def services_of(request: Request) -> Services:
+    return cast(Services, request.app.state.services)
+
+
+def request_id_of(request: Request) -> RequestId:
+    """Our own id of this request, made at the app's edge."""
+    return RequestId(request.scope["farebox.request_id"])
+
+
+async def authenticated(request: Request) -> Principal:
+    gateway = services_of(request).gateway
+    return await gateway.authenticate(request.headers.get("authorization", ""))
+
+
+Parts = Annotated[Services, Depends(services_of)]
+Caller = Annotated[Principal, Depends(authenticated)]
+OurId = Annotated[RequestId, Depends(request_id_of)]

@@ -1,0 +1,75 @@
+"""Builds one gateway's parts from its configuration and environment, with whatever link it is given."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from billing.admission import Admission
+from billing.catalogue import Catalogue
+from billing.dodo import Dodo, DodoSettings
+from billing.spool import Spool
+from billing.store.holds import Ledger
+from billing.store.tenants import Tenants
+from billing.webhooks import Webhooks
+from deployments.catalogue import Shelf
+from deployments.config import FareboxArgs
+from deployments.engine.text import Text
+from deployments.gateway import Gateway
+from deployments.link import ReplicaLink
+from deployments.metrics import GatewayMetrics
+from deployments.services import Services
+
+DEFAULT_PUBLIC_URL = "http://127.0.0.1:8000"
+
+
+def build_services(
+    args: FareboxArgs,
+    text: Text,
+    redis: Redis,
+    link: ReplicaLink,
+    shelf: Shelf,
+    environ: Mapping[str, str],
+    gateway_id: str,
+) -> Services:
+    """Wire one gateway. Raises DodoMisconfigured where payments are half configured."""
+    ledger, tenants = Ledger(redis), Tenants(redis)
+    gateway = Gateway(
+        shelf=shelf,
+        text=text,
+        tenants=tenants,
+        ledger=ledger,
+        admission=Admission(ledger, lease_ms=int(args.lease_s * 1000)),
+        spool=Spool(Path(args.spool_dir)),
+        link=link,
+        metrics=GatewayMetrics(),
+        max_context_tokens=args.engine.max_context_tokens,
+        lease_s=args.lease_s,
+        checkpoint_s=args.checkpoint_s,
+    )
+
+    async def in_force() -> Catalogue | None:
+        return shelf.current if shelf.is_stocked else None
+
+    dodo = Dodo(settings) if (settings := payments(environ)) else None
+    webhook_key = environ.get("DODO_PAYMENTS_WEBHOOK_KEY", "")
+    return Services(
+        gateway=gateway,
+        redis=redis,
+        ledger=ledger,
+        tenants=tenants,
+        dodo=dodo,
+        webhooks=Webhooks(redis, dodo, ledger, tenants, in_force, webhook_key) if dodo and webhook_key else None,
+        gateway_id=gateway_id,
+        base_model=args.model.id,
+        admin_key=environ.get("FAREBOX_ADMIN_KEY", ""),
+        public_url=environ.get("FAREBOX_PUBLIC_URL", DEFAULT_PUBLIC_URL).rstrip("/"),
+        max_body_bytes=args.max_body_kib * 1024,
+    )
+
+
+def payments(environ: Mapping[str, str]) -> DodoSettings | None:
+    """Dodo's settings, or ``None`` where no key is given at all. Raises DodoMisconfigured."""
+    if not environ.get("DODO_PAYMENTS_API_KEY"):
+        return None
+    return DodoSettings.from_env(environ)

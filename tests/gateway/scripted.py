@@ -1,0 +1,67 @@
+"""A link to an engine of clockwork: a real implementation of the protocol whose answers are known beforehand.
+
+The prompt decides what it does; tokens are counted as an engine counts them.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+
+from deployments.engine.request import EngineError, FinishReason, GenerateRequest, Tokens
+
+
+@dataclass
+class ScriptedLink:
+    """Answers ``tok0 tok1 ...`` up to ``length`` or ``max_tokens``; ``failure`` strikes before piece ``fails_at``."""
+
+    length: int = 5
+    pause_s: float = 0.0
+    failure: EngineError | None = None
+    fails_at: int = 0
+    ends_with: FinishReason | None = None
+    """Overrides the reason of the last piece."""
+    is_up: bool = True
+    cached_tokens: int = 0
+    jobs: list[GenerateRequest] = field(default_factory=list)
+    steps: dict[str, int] = field(default_factory=dict)
+    """Tokens generated, by request id: it stops growing when a job is aborted."""
+    aborted: list[str] = field(default_factory=list)
+    extended: list[Mapping[str, float]] = field(default_factory=list)
+
+    async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+        self.jobs.append(job)
+        is_over = False
+        try:
+            wanted = min(self.length, job.sampling.max_tokens)
+            for number in range(wanted):
+                if self.failure is not None and number == self.fails_at:
+                    is_over = True
+                    raise self.failure
+                await asyncio.sleep(self.pause_s)
+                self.steps[job.request_id] = number + 1
+                is_over = number + 1 == wanted
+                yield self._piece(job, number, self._reason(job) if is_over else None)
+        finally:
+            if not is_over:
+                self.aborted.append(job.request_id)
+
+    def _piece(self, job: GenerateRequest, number: int, reason: FinishReason | None) -> Tokens:
+        return Tokens(
+            token_ids=(number,),
+            text=f"tok{number} ",
+            prompt_tokens=len(job.prompt_token_ids),
+            cached_tokens=min(self.cached_tokens, len(job.prompt_token_ids)),
+            completion_tokens=number + 1,
+            compute_ms=number + 1,
+            finish_reason=reason,
+        )
+
+    def _reason(self, job: GenerateRequest) -> FinishReason:
+        full = FinishReason.LENGTH if self.length >= job.sampling.max_tokens else FinishReason.STOP
+        return self.ends_with or full
+
+    async def extend(self, deadlines: Mapping[str, float]) -> None:
+        self.extended.append(deadlines)
+
+    async def is_ready(self) -> bool:
+        return self.is_up
