@@ -16,7 +16,7 @@ LARGEST_SCALING = 1024.0
 """Bound on alpha / rank: far above any trained adapter, far below what overflows a float16."""
 
 FREE_KEYS = frozenset(
-    [
+    (
         "task_type",
         "auto_mapping",
         "peft_version",
@@ -29,7 +29,7 @@ FREE_KEYS = frozenset(
         "megatron_core",
         "qalora_group_size",
         "ensure_weight_tying",
-    ]
+    )
 )
 """Keys whose value has no bearing on the served arithmetic, or only on training."""
 
@@ -64,7 +64,7 @@ NEUTRAL_KEYS: Mapping[str, tuple[object, ...]] = {
 """Keys that ask for something the engine doesn't do, unless they hold one of these values."""
 
 READ_KEYS = frozenset(
-    [
+    (
         "peft_type",
         "r",
         "lora_alpha",
@@ -74,7 +74,7 @@ READ_KEYS = frozenset(
         "rank_pattern",
         "alpha_pattern",
         "layers_to_transform",
-    ]
+    )
 )
 Number = TypeVar("Number", int, float)
 PATTERN = re.compile(r"\^?[A-Za-z0-9_.]+")

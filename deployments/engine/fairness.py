@@ -1,0 +1,45 @@
+"""Whose turn it is: a virtual token counter for each fairness key.
+
+After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024, arXiv 2401.00588): the
+waiting key that has received the least service goes next, and a key that comes back after a pause
+starts no lower than those that stayed.
+"""
+
+PROMPT_WEIGHT = 1
+COMPLETION_WEIGHT = 2
+IDLE_KEYS_KEPT = 4096
+
+
+class TokenCounters:
+    """Service received by each key, in weighted tokens."""
+
+    def __init__(self) -> None:
+        self._served: dict[str, int] = {}
+        self._active: dict[str, int] = {}
+        """Key to its number of requests in the engine."""
+        self._floor = 0
+        """Where a key starts when no other is active: the service of the last that left."""
+
+    def enter(self, key: str) -> None:
+        """A request of this key has come."""
+        if key not in self._active:
+            lowest = min((self._served[other] for other in self._active), default=self._floor)
+            self._served[key] = max(self._served.pop(key, 0), lowest)
+        self._active[key] = self._active.get(key, 0) + 1
+
+    def leave(self, key: str) -> None:
+        """A request of this key has ended."""
+        self._active[key] -= 1
+        if self._active[key]:
+            return
+        del self._active[key]
+        if not self._active:
+            self._floor = self._served[key]
+        if len(self._served) > IDLE_KEYS_KEPT + len(self._active):
+            del self._served[next(other for other in self._served if other not in self._active)]
+
+    def charge(self, key: str, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
+        self._served[key] += PROMPT_WEIGHT * prompt_tokens + COMPLETION_WEIGHT * completion_tokens
+
+    def served(self, key: str) -> int:
+        return self._served[key]

@@ -1,0 +1,117 @@
+"""Brings adapters from disk into host memory and from there into slots, on a thread of its own.
+
+A slot being written is used by no step, so a step never waits for it. What is read must have the digest
+it was asked for by.
+"""
+
+import logging
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from deployments.engine.adapters import LinearShape, read_adapter
+from deployments.engine.lora import HostAdapter, LoraPool, stage
+from deployments.engine.request import AdapterRef, AdapterRejected
+from deployments.engine.slots import Load
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What became of a load; ``error`` is empty if it succeeded."""
+
+    load: Load
+    error: str
+
+
+class HostTier:
+    """Adapters in host memory, the least recently used dropped beyond ``max_bytes``."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._adapters: OrderedDict[str, HostAdapter] = OrderedDict()
+        self.nbytes = 0
+
+    def get(self, digest: str) -> HostAdapter | None:
+        adapter = self._adapters.get(digest)
+        if adapter is not None:
+            self._adapters.move_to_end(digest)
+        return adapter
+
+    def put(self, digest: str, adapter: HostAdapter) -> None:
+        """Keep an adapter, unless it is larger than the whole tier."""
+        if adapter.nbytes > self._max_bytes:
+            return
+        self._adapters[digest] = adapter
+        self.nbytes += adapter.nbytes
+        while self.nbytes > self._max_bytes:
+            _, dropped = self._adapters.popitem(last=False)
+            self.nbytes -= dropped.nbytes
+
+
+class Loader:
+    """One thread that does loads in order and reports each through ``report``, called from that thread."""
+
+    def __init__(
+        self,
+        pool: LoraPool,
+        linears: Mapping[str, LinearShape],
+        max_rank: int,
+        host_bytes: int,
+        root: str,
+        report: Callable[[Loaded], None],
+    ) -> None:
+        self._pool = pool
+        self._linears = linears
+        self._max_rank = max_rank
+        self._host_bytes = host_bytes
+        self._host = HostTier(host_bytes)
+        self._root = Path(root) if root else None
+        self._report = report
+        self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="farebox-adapters", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the load in progress."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def submit(self, load: Load) -> None:
+        self._queue.put(load)
+
+    def _run(self) -> None:
+        while (load := self._queue.get()) is not None:
+            self._report(Loaded(load, self._load(load)))
+
+    def _load(self, load: Load) -> str:
+        try:
+            self._pool.write(load.slot, self._fetch(load.ref))
+        except AdapterRejected as error:
+            return str(error)
+        except Exception as error:
+            log.exception("loading adapter %s failed", load.ref.name)
+            return f"loading failed: {type(error).__name__}: {error}"
+        return ""
+
+    def _fetch(self, ref: AdapterRef) -> HostAdapter:
+        adapter = self._host.get(ref.digest)
+        if adapter is None:
+            files = read_adapter(
+                Path(ref.path),
+                linears=self._linears,
+                max_rank=self._max_rank,
+                root=self._root,
+                max_bytes=self._host_bytes,
+            )
+            if files.info.digest != ref.digest:
+                raise AdapterRejected(f"its bytes have the digest {files.info.digest}, not {ref.digest}")
+            adapter = stage(files, self._pool.dtype)
+            self._host.put(ref.digest, adapter)
+        return adapter

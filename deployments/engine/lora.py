@@ -1,0 +1,179 @@
+"""Many adapters in one batch: low-rank factors in preallocated slots, applied to rows sorted by slot.
+
+A step names the rows of each slot; every wrapped linear adds ``(x A) B`` of the row's own slot. Rows of
+the base model stand last and never enter this arithmetic, so that adapters cannot change a bit of them.
+Knows slots and tensors, no adapters' names.
+"""
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deployments.engine.adapters import AdapterFiles, LinearShape
+
+RANK_STEP = 8
+"""Ranks are computed in multiples of this: 16 bytes of bfloat16, as grouped matrix products want."""
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Siblings that read the same input, so that one product with all their A factors serves them."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostFactors:
+    """One module's factors in the pool's type: ``a`` ``[rank, in]``, ``b`` ``[rank, out]``, the scaling in b."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HostAdapter:
+    """An adapter ready to be copied into a slot."""
+
+    modules: Mapping[str, HostFactors]
+    nbytes: int
+
+
+@dataclass(slots=True)
+class LoraStep:
+    """What one step does: the first ``rows`` rows belong to slots ``low`` to ``high - 1``, in that order."""
+
+    rows: int
+    low: int
+    high: int
+    ends: Tensor
+    """int32 ``[high - low]``: where each slot's rows end."""
+    ranks: Mapping[str, int]
+    """Module to the largest rank of any adapter in the step; a module that none changes is left out."""
+    shrunk: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Group to its last input and that input's product with A, for the siblings that read the same input."""
+
+
+class LoraGroup:
+    """The A factors of modules that read the same input: ``[slots, rank, members, in]``.
+
+    Rank comes before member so that the first r ranks of all members are one run of memory.
+    """
+
+    def __init__(self, members: Seq[str], slots: int, max_rank: int, in_features: int, like: Tensor) -> None:
+        self.members = tuple(members)
+        self.a = like.new_zeros(slots, max_rank, len(members), in_features)
+
+    def shrink(self, x: Tensor, step: LoraStep) -> Tensor:
+        """x ``[T, in]`` -> ``[members, rows, rank]``, computed once for all members that read the same ``x``."""
+        last = step.shrunk.get(id(self))
+        if last is not None and last[0] is x:
+            return last[1]
+        rank = max(step.ranks.get(member, 0) for member in self.members)
+        factors = self.a[step.low : step.high, :rank].flatten(1, 2).transpose(1, 2)
+        product = functional.grouped_mm(x.view(-1, x.shape[-1])[: step.rows], factors, offs=step.ends)
+        shrunk = product.view(step.rows, rank, len(self.members)).permute(2, 0, 1).contiguous()
+        step.shrunk[id(self)] = (x, shrunk)
+        return shrunk
+
+
+class LoraLinear(nn.Module):
+    """A linear of the base model, and what the adapters add to it."""
+
+    def __init__(self, base: nn.Module, name: str, group: LoraGroup, b: Tensor, pool: "LoraPool") -> None:
+        super().__init__()
+        self.base = base
+        self._name = name
+        self._group = group
+        self._member = group.members.index(name)
+        self._b = b
+        """``[slots, rank, out]``."""
+        self._pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        step = self._pool.step
+        rank = step.ranks.get(self._name, 0) if step else 0
+        if step is None or not rank:
+            return y
+        shrunk = self._group.shrink(x, step)[self._member, :, :rank]
+        y.view(-1, y.shape[-1])[: step.rows] += functional.grouped_mm(
+            shrunk, self._b[step.low : step.high, :rank], offs=step.ends
+        )
+        return y
+
+
+class LoraPool:
+    """All slots of all wrapped modules. Slots in use and slots being written are never the same."""
+
+    def __init__(self, model: nn.Module, linears: Mapping[str, LinearShape], slots: int, max_rank: int) -> None:
+        self.step: LoraStep | None = None
+        self._groups: dict[str, LoraGroup] = {}
+        self._b: dict[str, Tensor] = {}
+        self._slot_ranks: list[dict[str, int]] = [{} for _ in range(slots)]
+        for members in _groups(linears):
+            weight = next(iter(model.get_submodule(members[0]).parameters()))
+            like = torch.empty(0, dtype=weight.dtype, device=weight.device)
+            group = LoraGroup(members, slots, max_rank, linears[members[0]].in_features, like)
+            for name in members:
+                self._groups[name] = group
+                self._b[name] = like.new_zeros(slots, max_rank, linears[name].out_features)
+                model.set_submodule(name, LoraLinear(model.get_submodule(name), name, group, self._b[name], self))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self._b.values())).dtype
+
+    @torch.no_grad()
+    def write(self, slot: int, adapter: HostAdapter) -> None:
+        """Put an adapter into a slot that no step uses; any thread may."""
+        for name, b in self._b.items():
+            group = self._groups[name]
+            a = group.a[slot, :, group.members.index(name)]
+            factors = adapter.modules.get(name)
+            rank = 0 if factors is None else len(factors.a)
+            if factors is not None:
+                a[:rank] = factors.a
+                b[slot, :rank] = factors.b
+            a[rank:].zero_()
+            b[slot, rank:].zero_()
+        self._slot_ranks[slot] = {name: len(factors.a) for name, factors in adapter.modules.items()}
+
+    def plan(self, rows_by_slot: Mapping[int, int]) -> LoraStep | None:
+        """The step over these slots, each with its number of rows; None if there are none."""
+        if not rows_by_slot:
+            return None
+        low, high = min(rows_by_slot), max(rows_by_slot) + 1
+        counts = torch.tensor([rows_by_slot.get(slot, 0) for slot in range(low, high)])
+        ranks: dict[str, int] = {}
+        for slot in rows_by_slot:
+            for name, rank in self._slot_ranks[slot].items():
+                ranks[name] = max(ranks.get(name, 0), -(-rank // RANK_STEP) * RANK_STEP)
+        device = next(iter(self._b.values())).device
+        ends = counts.cumsum(0).to(device=device, dtype=torch.int32)
+        return LoraStep(rows=sum(rows_by_slot.values()), low=low, high=high, ends=ends, ranks=ranks)
+
+
+def stage(files: AdapterFiles, dtype: torch.dtype) -> HostAdapter:
+    """Bring an adapter from its file's types into the pool's, the scaling multiplied into B."""
+    modules: dict[str, HostFactors] = {}
+    for name, delta in files.info.modules.items():
+        a = torch.from_numpy(files.tensor(delta.a).copy()).to(dtype)
+        b = torch.from_numpy(files.tensor(delta.b) * delta.scaling).t().contiguous().to(dtype)
+        modules[name] = HostFactors(a=a, b=b)
+    nbytes = sum(factors.a.nbytes + factors.b.nbytes for factors in modules.values())
+    return HostAdapter(modules=modules, nbytes=nbytes)
+
+
+def _groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Modules that read the same input, together; all others alone."""
+    known = dict.fromkeys(names)
+    groups: list[tuple[str, ...]] = []
+    for name in list(known):
+        if name not in known:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        siblings = next((group for group in SHARED_INPUTS if leaf in group), (leaf,))
+        members = tuple(path for path in (f"{parent}.{sibling}" for sibling in siblings) if path in known)
+        groups.append(members or (name,))
+        for member in groups[-1]:
+            del known[member]
+    return groups

@@ -1,0 +1,168 @@
+"""What the next step computes: continuous batching over a token budget. Pure: no torch, no clock, no thread.
+
+Every running decode is in every step; prefill gets the rest of the budget in chunks; waiting requests
+enter by fairness as far as KV slots and adapter slots allow. A request blocked by its adapter is passed
+over, not waited for, until it has waited long enough for another adapter to give up its slot.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from itertools import chain
+from typing import Protocol
+
+from deployments.engine.fairness import TokenCounters
+from deployments.engine.sequence import Sequence, Work
+from deployments.engine.slots import AdapterSlots
+
+
+class KvSlots(Protocol):
+    """Where sequences keep their keys and values."""
+
+    @property
+    def available(self) -> int:
+        """How many more sequences can be taken."""
+
+    def acquire(self, sequence: Sequence) -> None:
+        """Give the sequence a slot, and set what of its prompt is in there already."""
+
+    def release(self, sequence: Sequence, sound: bool) -> None:
+        """Take the slot back; what is in it may be used again if it is sound."""
+
+
+class Scheduler:
+    """Owns every sequence from ``add`` to ``remove``. Times are seconds on the caller's clock."""
+
+    def __init__(self, kv: KvSlots, slots: AdapterSlots, max_batched_tokens: int, adapter_wait_s: float) -> None:
+        self._kv = kv
+        self._slots = slots
+        self._budget = max_batched_tokens
+        self._adapter_wait_s = adapter_wait_s
+        self._waiting: dict[str, deque[Sequence]] = {}
+        """By fairness key, in order of arrival."""
+        self._running: dict[str, Sequence] = {}
+        """By request id, in order of admission."""
+        self._waited_for: Counter[str] = Counter()
+        """Digest to the number of waiting requests that need it."""
+        self._counters = TokenCounters()
+
+    def add(self, sequence: Sequence) -> None:
+        """A request has come; its adapter begins to load if there is room."""
+        key = sequence.request.fairness_key
+        self._counters.enter(key)
+        self._waiting.setdefault(key, deque()).append(sequence)
+        if sequence.adapter:
+            if self._slots.has_room:
+                self._slots.prepare(sequence.adapter, self._waited_for)
+            self._waited_for[sequence.digest] += 1
+
+    def remove(self, sequence: Sequence, sound: bool = True) -> None:
+        """A request has ended, for whatever reason: everything it held is free again.
+
+        Not ``sound``: what it computed is not to be trusted.
+        """
+        if self._running.pop(sequence.request_id, None) is None:
+            self._unqueue(sequence)
+        else:
+            self._kv.release(sequence, sound and sequence.covered)
+            if sequence.adapter:
+                self._slots.release(sequence.digest)
+        self._counters.leave(sequence.request.fairness_key)
+
+    def schedule(self, now: float) -> list[Work]:
+        """Choose this step's work: the rows of one adapter beside each other, those of the base model last."""
+        budget = self._budget
+        work = []
+        for sequence in self._running.values():
+            if sequence.decoding:
+                work.append(Work(sequence, 1))
+                budget -= 1
+        assert budget >= 0
+        prefills = (sequence for sequence in self._running.values() if not sequence.decoding)
+        for sequence in chain(list(prefills), self._admissions(now)):
+            count = min(budget, len(sequence.token_ids) - sequence.computed)
+            work.append(Work(sequence, count))
+            budget -= count
+            if budget == 0:
+                break
+        return sorted(work, key=_row_order)
+
+    def computed(self, work: Work) -> None:
+        """A step has computed this work; where it completed, a token is generated."""
+        if work.completes:
+            self._counters.charge(work.sequence.request.fairness_key, completion_tokens=1)
+        work.sequence.computed += work.count
+
+    @property
+    def running(self) -> list[Sequence]:
+        return list(self._running.values())
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        return list(chain.from_iterable(self._waiting.values()))
+
+    def _admissions(self, now: float) -> Iterator[Sequence]:
+        """Take in waiting sequences one by one, for as long as the caller has budget for them."""
+        blocked: set[str] = self._draining(now)
+        while self._kv.available:
+            sequence = next((s for s in self._by_turn(now) if self._admit(s, blocked, now)), None)
+            if sequence is None:
+                return
+            yield sequence
+
+    def _by_turn(self, now: float) -> Iterator[Sequence]:
+        """Those that an adapter slot has kept waiting too long, then key by key, least served first."""
+        yield from sorted(self._starved(now), key=_blocked_since)
+        for key in sorted(self._waiting, key=self._counters.served):
+            yield from self._waiting[key]
+
+    def _admit(self, sequence: Sequence, blocked: set[str], now: float) -> bool:
+        if sequence.digest in blocked:
+            return False
+        if sequence.adapter:
+            slot = self._slots.acquire(sequence.adapter, self._waited_for)
+            if slot is None:
+                blocked.add(sequence.digest)
+                if not self._slots.has(sequence.digest) and sequence.blocked_since is None:
+                    sequence.blocked_since = now
+                return False
+            sequence.adapter_slot = slot
+        self._unqueue(sequence)
+        self._kv.acquire(sequence)
+        self._running[sequence.request_id] = sequence
+        self._counters.charge(sequence.request.fairness_key, prompt_tokens=sequence.prompt_tokens - sequence.cached)
+        return True
+
+    def _starved(self, now: float) -> list[Sequence]:
+        return [
+            s for s in self.waiting if s.blocked_since is not None and now - s.blocked_since >= self._adapter_wait_s
+        ]
+
+    def _draining(self, now: float) -> set[str]:
+        """Adapters that take no new requests, so that their slots fall to starved ones: those soonest done."""
+        homeless = {s.digest for s in self._starved(now) if not self._slots.has(s.digest)}
+        if not homeless:
+            return set()
+        work_left: Counter[str] = Counter()
+        for sequence in self._running.values():
+            work_left[sequence.digest] += sequence.tokens_left
+        victims = sorted((r.ref.digest for r in self._slots.victims()), key=lambda digest: (work_left[digest], digest))
+        return set(victims[: len(homeless)])
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        key = sequence.request.fairness_key
+        self._waiting[key].remove(sequence)
+        if not self._waiting[key]:
+            del self._waiting[key]
+        if sequence.adapter:
+            self._waited_for[sequence.digest] -= 1
+            if not self._waited_for[sequence.digest]:
+                del self._waited_for[sequence.digest]
+
+
+def _row_order(work: Work) -> tuple[bool, int, int]:
+    return work.sequence.adapter_slot < 0, work.sequence.adapter_slot, work.sequence.kv_slot
+
+
+def _blocked_since(sequence: Sequence) -> float:
+    assert sequence.blocked_since is not None
+    return sequence.blocked_since
