@@ -96,7 +96,7 @@ class LoraReplica:
         lock = self._fetching.setdefault(adapter.digest, asyncio.Lock())
         async with lock:
             try:
-                local = await asyncio.to_thread(artifacts.fetch, adapter.path, self._cache_dir)
+                local = await asyncio.to_thread(artifacts.fetch, adapter.path, self._cache_dir, adapter.digest)
             except artifacts.ArtifactUnavailable as error:
                 raise AdapterRejected(f"adapter {adapter.name!r}: {error}") from error
         return replace(job, adapter=replace(adapter, path=str(local)))
