@@ -6,7 +6,7 @@ Every file of ``billing/store`` talks to the store inside ``guarded``; nobody el
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import ClassVar, Literal
 
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -18,10 +18,13 @@ from billing.store import keys
 
 Durability = Literal["strict", "trusted"]
 
-ANSWER_TIMEOUT_S = 0.25
-"""A store that needs longer for one command is down."""
-DEADLINE_S = 0.28
-"""For one call altogether, waiting for a connection and one more try included."""
+TICK_S = 0.04
+SILENCE_S = 0.24
+"""A store that answers nobody for so long is down: with the tick before it, 503 within 300 ms."""
+QUEUE_S = 5.0
+"""The longest that a call waits for its turn while the store answers others."""
+SOCKET_TIMEOUT_S = 15.0
+"""Only a backstop: ``guarded`` gives up long before."""
 MAX_CONNECTIONS = 64
 SCHEMA = "1"
 
@@ -39,9 +42,9 @@ async def connect(url: str, *, durability: Durability = "strict") -> Redis:
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=MAX_CONNECTIONS,
-        timeout=ANSWER_TIMEOUT_S,
-        socket_timeout=ANSWER_TIMEOUT_S,
-        socket_connect_timeout=ANSWER_TIMEOUT_S,
+        timeout=SOCKET_TIMEOUT_S,
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=SOCKET_TIMEOUT_S,
         retry=Retry(NoBackoff(), 1),
         decode_responses=True,
     )
@@ -87,17 +90,52 @@ def _refuse_lossy(info: dict[str, object]) -> None:
 
 
 @asynccontextmanager
-async def guarded(deadline_s: float = DEADLINE_S) -> AsyncIterator[None]:
-    """Turn every way in which the store can fail into ``StoreUnavailable``, within the deadline.
+async def guarded(silence_s: float = SILENCE_S) -> AsyncIterator[None]:
+    """Turn every way in which the store can fail into ``StoreUnavailable``, in time.
 
     Whether a command took effect is then unknown: every one can be sent again.
     """
     try:
-        async with asyncio.timeout(deadline_s):
-            yield
+        async with asyncio.timeout(None) as timeout:
+            watch = _Watch(timeout, silence_s)
+            try:
+                yield
+            finally:
+                watch.end()
+            _Watch.answered_at = watch.loop.time()
     except (exceptions.ConnectionError, exceptions.TimeoutError, TimeoutError, OSError) as error:
         raise StoreUnavailable(f"the metering store does not answer: {error or 'timeout'}") from error
     except exceptions.ResponseError as error:
         if isinstance(error, exceptions.OutOfMemoryError) or str(error).startswith(_UNFIT):
             raise StoreUnavailable(f"the metering store cannot write: {error}") from error
         raise
+
+
+class _Watch:
+    """Ends a call when the store has been silent towards this whole process for too long.
+
+    Silence is counted in ticks of the event loop, so that a process which was itself kept from
+    running, or which sent more than the store can answer at once, does not take the store for dead.
+    """
+
+    answered_at: ClassVar[float] = 0.0
+    """When any call of this process was last answered, by the loop's clock."""
+
+    def __init__(self, timeout: asyncio.Timeout, silence_s: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._timeout, self._silence_s = timeout, silence_s
+        self._silent_s = self._waited_s = 0.0
+        self._ticked_at = self.loop.time()
+        self._timer = self.loop.call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._waited_s += TICK_S
+        self._silent_s = 0.0 if _Watch.answered_at > self._ticked_at else self._silent_s + TICK_S
+        self._ticked_at = now = self.loop.time()
+        if self._silent_s >= self._silence_s - TICK_S / 2 or self._waited_s >= max(QUEUE_S, self._silence_s):
+            self._timeout.reschedule(now)
+        else:
+            self._timer = self.loop.call_later(TICK_S, self._tick)
+
+    def end(self) -> None:
+        self._timer.cancel()

@@ -25,7 +25,7 @@ MARKER_STRETCH_MS = 3_600_000
 """A settled request id is remembered for at least two of these."""
 MOVEMENT_TTL_MS = 400 * 24 * 3_600_000
 """How long a payment's or refund's id is remembered: longer than Dodo could send it again."""
-SWEEP_DEADLINE_S = 2.0
+SWEEP_SILENCE_S = 2.0
 """For work that no client waits for."""
 
 
@@ -85,7 +85,7 @@ class Ledger:
         for one in progress:
             by_shard[shard_of(one.tenant)] += [one.request_id, pack_usage(one.usage), str(one.list_nanos)]
         gone: set[RequestId] = set()
-        async with guarded(SWEEP_DEADLINE_S):
+        async with guarded(SWEEP_SILENCE_S):
             for number, arguments in by_shard.items():
                 shard = Shard(number)
                 gone |= set(await self._checkpoint(keys=[shard.holds, shard.leases], args=arguments))
@@ -135,7 +135,7 @@ class Ledger:
         return expired
 
     async def _overdue(self, limit: int) -> list[tuple[Shard, RequestId, TenantId]]:
-        async with guarded(SWEEP_DEADLINE_S):
+        async with guarded(SWEEP_SILENCE_S):
             seconds, microseconds = await self._redis.time()
             now = seconds * 1000 + microseconds // 1000
             pipe = self._redis.pipeline(transaction=False)

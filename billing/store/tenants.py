@@ -24,7 +24,7 @@ CACHE_S = 0.9
 MAX_CACHED = 20_000
 SECRET_LENGTH_MAX = 128
 UPDATE_TRIES = 20
-LIST_DEADLINE_S = 5.0
+LIST_SILENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Tenants:
 
     async def customers_wanted(self) -> list[TenantId]:
         """Tenants that no Dodo customer is known for, by id."""
-        async with guarded(LIST_DEADLINE_S):
+        async with guarded(LIST_SILENCE_S):
             return [TenantId(str(i)) for i in sorted(await self._redis.smembers(names.CUSTOMERS_WANTED))]
 
     async def add_key(self, key: ApiKey) -> None:
@@ -119,7 +119,7 @@ class Tenants:
 
     async def keys(self, tenant_id: TenantId) -> list[ApiKey]:
         """All keys of a tenant, revoked ones too, oldest first."""
-        async with guarded(LIST_DEADLINE_S):
+        async with guarded(LIST_SILENCE_S):
             hashes = sorted(await self._redis.smembers(shard_for(tenant_id).keys_of(tenant_id)))
             texts = await _get_all(self._redis, [names.api_key(str(digest)) for digest in hashes])
         found = [ApiKey.model_validate_json(text) for text in texts if text]
@@ -184,7 +184,7 @@ class Tenants:
 
     async def list(self) -> list[Tenant]:
         """All tenants by id."""
-        async with guarded(LIST_DEADLINE_S):
+        async with guarded(LIST_SILENCE_S):
             ids = sorted(await self._redis.smembers(names.TENANTS))
             texts = await _get_all(self._redis, [shard_for(TenantId(str(i))).tenant(TenantId(str(i))) for i in ids])
         return [Tenant.model_validate_json(text) for text in texts if text]
