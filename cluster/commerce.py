@@ -7,11 +7,14 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
 
 import httpx
 
 from billing.catalogue import Catalogue
 from billing.dodo import Dodo, DodoSettings
+from billing.dodo_sync import SyncReport, sync
 from billing.errors import BillingError
 from billing.store.connection import connect
 from cluster.children import Child
@@ -37,7 +40,19 @@ def resolved(settings: Settings) -> ServeConfig:
     """
     from cluster.check import resolve
 
-    return addressed(resolve(settings.config), settings)
+    return at_home(addressed(resolve(settings.config), settings), Home(settings.home))
+
+
+def at_home(config: ServeConfig, home: Home) -> ServeConfig:
+    """Put what gateways and replicas keep on disk into this farebox's folder, unless the file says where."""
+    places = {"spool_dir": home.spool, "adapter_cache_dir": home.adapters}
+    changed = deepcopy(config)
+    for app in changed["applications"]:
+        args = app.get("args") or {}
+        for name, place in places.items():
+            if name in args and not Path(str(args[name])).is_absolute():
+                args[name] = str(place)
+    return changed
 
 
 def catalogue_of(config: ServeConfig) -> Catalogue:
@@ -72,20 +87,18 @@ def wait_for_sandbox(url: str, child: Child) -> None:
             time.sleep(0.05)
 
 
-def register(config: ServeConfig, env: Mapping[str, str]) -> str:
-    """Make what we sell known to Dodo, idempotently; returns the webhook's secret.
+def register(config: ServeConfig, env: Mapping[str, str]) -> SyncReport:
+    """Make what we sell, and where webhooks go, known to Dodo; the same again changes nothing.
 
     Raises:
         DodoUnavailable, DodoRefused: Dodo's answer.
     """
-    from billing.dodo_sync import sync
 
-    async def tell() -> str:
+    async def tell() -> SyncReport:
         dodo = Dodo(DodoSettings.from_env(env))
         redis = await connect(env["REDIS_URL"])
         try:
-            report = await sync(dodo, redis, catalogue_of(config), f"{env['FAREBOX_PUBLIC_URL']}/webhooks/dodo")
-            return await dodo.webhook_secret(report.webhook_id)
+            return await sync(dodo, redis, catalogue_of(config), f"{env['FAREBOX_PUBLIC_URL']}/webhooks/dodo")
         finally:
             await redis.aclose()
             await dodo.close()

@@ -51,7 +51,7 @@ def service_environment(
         made["DODO_PAYMENTS_WEBHOOK_KEY"] = kept.webhook_secret
     else:
         made["DODO_PAYMENTS_API_KEY"] = env["DODO_PAYMENTS_API_KEY"]
-        made["DODO_PAYMENTS_WEBHOOK_KEY"] = env.get("DODO_PAYMENTS_WEBHOOK_KEY") or kept.webhook_secret
+        made["DODO_PAYMENTS_WEBHOOK_KEY"] = env.get("DODO_PAYMENTS_WEBHOOK_KEY", "")
     return made
 
 

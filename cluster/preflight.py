@@ -17,10 +17,6 @@ _OPTIONS = {
     "FAREBOX_DASHBOARD_PORT": "--dashboard-port",
     "FAREBOX_SANDBOX_PORT": "--sandbox-port",
 }
-    "FAREBOX_PORT": "--port",
-    "FAREBOX_DASHBOARD_PORT": "--dashboard-port",
-    "FAREBOX_SANDBOX_PORT": "--sandbox-port",
-}
 
 
 class Obstacle(Exception):

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import secrets
+from base64 import b64encode
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -69,8 +70,8 @@ class Secrets:
     admin_key: str
     dodo_api_key: str
     ray_token: str
-    webhook_secret: str = ""
-    """Dodo chooses it; known once the webhook was registered."""
+    webhook_secret: str
+    """What the offline Dodo signs its webhooks with."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,14 @@ class Home:
         return self.path / "demo.json"
 
     @property
+    def spool(self) -> Path:
+        return self.path / "spool"
+
+    @property
+    def adapters(self) -> Path:
+        return self.path / "adapters"
+
+    @property
     def deployed(self) -> Path:
         """The configuration last sent to Serve, as it was sent."""
         return self.path / "deployed.json"
@@ -118,12 +127,10 @@ class Home:
                 admin_key=f"fba_{secrets.token_urlsafe(24)}",
                 dodo_api_key=f"sandbox_{secrets.token_urlsafe(24)}",
                 ray_token=secrets.token_hex(32),
+                webhook_secret=f"whsec_{b64encode(secrets.token_bytes(24)).decode()}",
             )
-            self.keep(made)
+            write_private(self.path / "secrets.json", json.dumps(asdict(made), indent=2))
             return made
-
-    def keep(self, kept: Secrets) -> None:
-        write_private(self.path / "secrets.json", json.dumps(asdict(kept), indent=2))
 
     def run(self) -> Run | None:
         """The run that this folder last told of, alive or not."""
@@ -154,7 +161,9 @@ class Home:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise AlreadyRunning(f"a farebox already runs in {self.path}") from None
+            raise AlreadyRunning(
+                f"a farebox already runs in {self.path}: `farebox status` shows it, `farebox down` stops it"
+            ) from None
         return lock
 
     @property

@@ -62,14 +62,16 @@ class Supervisor:
         check_ports(settings, needs_sandbox=self._dodo == SANDBOX)
         self._run = replace(self._run, ports_base=free_block(home.path).base)
         store_url = self._start_store()
+        env = service_environment(settings, self._secrets, store_url)
+        self._start_ray(env)
         if self._dodo == SANDBOX:
             self._start_sandbox()
         self._say("checking the configuration")
         config = commerce.resolved(settings)
         if self._dodo == SANDBOX:
             self._say("telling the offline Dodo what is for sale")
-            self._register(config, store_url)
-        self._start_ray(store_url)
+            commerce.wait_for_sandbox(settings.sandbox_url, self._children["sandbox"])
+            commerce.register(config, env)
         self._deploy(config)
         if self._dodo == SANDBOX:
             self._say("making the demo's tenants")
@@ -132,39 +134,33 @@ class Supervisor:
         self._say("starting the offline Dodo")
         command = [sys.executable, "-m", "cluster.dodo_sandbox.server"]
         command += ["--port", str(self._settings.sandbox_port), "--state", str(self._home.dodo)]
-        command += ["--api-key", self._secrets.dodo_api_key]
-        env = inherited() | ray_node.source_path()
-        self._start_child("sandbox", command, env)
-        commerce.wait_for_sandbox(self._settings.sandbox_url, self._children["sandbox"])
+        secrets = {
+            "DODO_PAYMENTS_API_KEY": self._secrets.dodo_api_key,
+            "DODO_PAYMENTS_WEBHOOK_KEY": self._secrets.webhook_secret,
+        }
+        self._start_child("sandbox", command, inherited() | ray_node.source_path() | secrets)
 
-    def _start_ray(self, store_url: str) -> None:
+    def _start_ray(self, env: dict[str, str]) -> None:
         self._say("starting Ray")
         settings, home = self._settings, self._home
         temp = ray_node.folder(home.path)
         ray_node.clear(temp)
-        env = inherited()
-        env |= ray_node.environment(settings, self._run.ports, temp, self._secrets.ray_token)
-        env |= service_environment(settings, self._secrets, store_url)
+        env = inherited() | ray_node.environment(settings, self._run.ports, temp, self._secrets.ray_token) | env
         self._start_child("ray", ray_node.command(settings, self._run.ports, temp), env)
-        self._api = ServeApi(settings.dashboard_url, self._secrets.ray_token)
-        deadline = time.monotonic() + RAY_UP_TIMEOUT_S
-        while not self._api.is_up():
-            if self._children["ray"].has_ended or time.monotonic() > deadline:
-                raise LaunchError(f"Ray did not start; the end of its log:\n{self._children['ray'].tail()}")
-            time.sleep(0.1)
 
     def _deploy(self, config: ServeConfig) -> None:
-        assert self._api is not None
+        ray = self._children["ray"]
+        self._api = ServeApi(self._settings.dashboard_url, self._secrets.ray_token)
+        self._say("waiting for Ray")
+        deadline = time.monotonic() + RAY_UP_TIMEOUT_S
+        while not self._api.is_up():
+            if ray.has_ended or time.monotonic() > deadline:
+                raise LaunchError(f"Ray did not start; the end of its log:\n{ray.tail()}")
+            time.sleep(0.1)
         self._say("deploying")
         write_private(self._home.deployed, json.dumps(config, indent=2))
         launch.put(self._api, config)
         launch.wait_healthy(self._api, self._settings.api_url, self._say, self._timeout_s)
-
-    def _register(self, config: ServeConfig, store_url: str) -> None:
-        env = service_environment(self._settings, self._secrets, store_url)
-        secret = commerce.register(config, env)
-        self._secrets = replace(self._secrets, webhook_secret=secret)
-        self._home.keep(self._secrets)
 
     def _end_serve(self, api: ServeApi) -> None:
         try:

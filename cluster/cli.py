@@ -1,0 +1,235 @@
+"""The ``farebox`` command: a thin shell over the supervisor and what operators ask for.
+
+Knows options, exit codes and words for people; every refusal is one message on stderr and exit code 1.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster import children, commerce, operate, panel
+from cluster.environment import SANDBOX, dodo_environment
+from cluster.first_run import ensure_models
+from cluster.launch import HEALTHY_TIMEOUT_S
+from cluster.operate import NotRunning, Running
+from cluster.preflight import Obstacle, check_machine, check_ports
+from cluster.settings import Settings, SettingsError
+from cluster.state import AlreadyRunning, Home, Phase
+from cluster.supervisor import supervise
+
+DOWN_TIMEOUT_S = 20.0
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Sell your LoRA adapters as an API.")
+dodo = typer.Typer(no_args_is_help=True, help="What Dodo Payments knows of this farebox.")
+app.add_typer(dodo, name="dodo")
+out = Console()
+err = Console(stderr=True)
+
+File = Annotated[Path, typer.Argument(help="a serve_config.yaml")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="what to serve [default: serve_config.yaml]")]
+PortOption = Annotated[int | None, typer.Option(help="of the API [default: 8000, or FAREBOX_PORT]")]
+DashboardOption = Annotated[int | None, typer.Option(help="of Ray's dashboard [default: 8265]")]
+SandboxOption = Annotated[int | None, typer.Option(help="of the offline Dodo [default: 8010]")]
+HaproxyOption = Annotated[
+    bool | None, typer.Option("--haproxy/--no-haproxy", help="in front of the API [default: yes]")
+]
+
+
+@app.command()
+def up(
+    detach: Annotated[bool, typer.Option("--detach", help="return once it is healthy; it runs on")] = False,
+    config: ConfigOption = None,
+    port: PortOption = None,
+    dashboard_port: DashboardOption = None,
+    sandbox_port: SandboxOption = None,
+    haproxy: HaproxyOption = None,
+    timeout: Annotated[float, typer.Option(help="seconds until it must be healthy")] = HEALTHY_TIMEOUT_S,
+) -> None:
+    """Start everything: the store, the offline Dodo, Ray, the API. Ctrl-C stops all of it."""
+    with _refusals():
+        settings = Settings.from_env(
+            config=config,
+            api_port=port,
+            dashboard_port=dashboard_port,
+            sandbox_port=sandbox_port,
+            haproxy=haproxy,
+        )
+        sandbox = dodo_environment() == SANDBOX
+        check_machine(settings)
+        home = Home.open(settings)
+        home.lock().close()
+        if not children.strays(home.path):
+            check_ports(settings, needs_sandbox=sandbox)
+        ensure_models(settings)
+        if detach:
+            _start_detached(settings, timeout)
+            out.print(panel.newcomer(settings, sandbox))
+            return
+        with panel.steps(out) as say:
+
+            def ready(_: str) -> None:
+                say("running; Ctrl-C stops it")
+                out.print(panel.newcomer(settings, sandbox))
+
+            supervise(settings, say, ready, timeout)
+
+
+@app.command()
+def down() -> None:
+    """Stop the farebox of this folder; what it sold and is owed stays."""
+    with _refusals():
+        running = Running.find(Settings.from_env())
+        os.kill(running.run.pid, signal.SIGTERM)
+        with panel.steps(out) as say:
+            say("stopping")
+            deadline = time.monotonic() + DOWN_TIMEOUT_S
+            while running.home.is_locked:
+                if time.monotonic() > deadline:
+                    raise Obstacle(f"it does not end: see {running.home.logs}, or kill process {running.run.pid}")
+                time.sleep(0.1)
+        out.print("farebox is stopped")
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+    """Show what runs. Exit code 0 means healthy, 1 anything else."""
+    with _refusals():
+        found = operate.status(Settings.from_env())
+    if as_json:
+        print(found.to_json())
+    else:
+        out.print(panel.status_table(found))
+    raise typer.Exit(0 if found.is_healthy else 1)
+
+
+@app.command()
+def check(file: File = Path("serve_config.yaml")) -> None:
+    """Is this file right? Every key, price and adapter, in a table."""
+    from cluster import check as checking
+
+    with _refusals():
+        report = checking.check(file)
+    out.print(report.table())
+    raise typer.Exit(0 if report.is_right else 1)
+
+
+@app.command()
+def deploy(file: File = Path("serve_config.yaml")) -> None:
+    """Check a file, apply it, and return when every gateway serves it."""
+    with _refusals():
+        with panel.steps(out) as say:
+            catalogue = operate.deploy(Settings.from_env(), file, say)
+        out.print(f"in force: {', '.join(model.identity for model in catalogue.models)}", highlight=False)
+
+
+@app.command()
+def scale(replicas: Annotated[str, typer.Argument(help="a number of LoRA replicas, or `auto`")]) -> None:
+    """Run exactly so many LoRA replicas; `auto` goes back to the file's own bounds."""
+    with _refusals():
+        if replicas != "auto" and not replicas.isdigit():
+            raise SettingsError(f"a number or `auto`, not {replicas!r}")
+        with panel.steps(out) as say:
+            number = operate.scale(Settings.from_env(), None if replicas == "auto" else int(replicas), say)
+        out.print(f"{number} LoRA replicas run")
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(help="part of a file's name, such as Gateway; all when empty")] = "",
+    lines: Annotated[int, typer.Option("-n", help="last lines of each")] = 20,
+) -> None:
+    """Show the ends of the logs: ours, the store's and Ray Serve's."""
+    with _refusals():
+        for path in operate.log_files(Settings.from_env()):
+            if name.lower() in path.name.lower() and path.stat().st_size:
+                out.rule(str(path), align="left")
+                tail = path.read_text(errors="replace").splitlines()[-lines:]
+                out.print("\n".join(tail), markup=False, highlight=False)
+
+
+@app.command()
+def token() -> None:
+    """Print the token that Ray's dashboard asks for."""
+    with _refusals():
+        print(Home.open(Settings.from_env()).secrets().ray_token)
+
+
+@app.command("dodo-sandbox", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def dodo_sandbox(context: typer.Context) -> None:
+    """Run the offline Dodo alone, with the options of `python -m cluster.dodo_sandbox.server`."""
+    from cluster.dodo_sandbox.server import main
+
+    with _refusals():
+        settings = Settings.from_env()
+        home = Home.open(settings)
+        defaults = ["--port", str(settings.sandbox_port), "--state", str(home.dodo)]
+        defaults += ["--api-key", home.secrets().dodo_api_key, "--webhook-secret", home.secrets().webhook_secret]
+        main([*defaults, *context.args])
+
+
+@dodo.command("sync")
+def dodo_sync() -> None:
+    """Make packs, plans, the meter and the webhook known to Dodo; the same again changes nothing."""
+    with _refusals():
+        running = Running.find(Settings.from_env())
+        config = commerce.resolved(running.settings)
+        report = commerce.register(config, running.environment())
+        out.print(f"made: {', '.join(report.created) or 'nothing new'}; found: {', '.join(report.found) or 'nothing'}")
+        for drift in report.drift:
+            err.print(f"differs: {drift}")
+        if report.webhook_secret and dodo_environment() != SANDBOX:
+            out.print("set DODO_PAYMENTS_WEBHOOK_KEY to the secret that Dodo's dashboard shows for this webhook")
+
+
+def _start_detached(settings: Settings, timeout_s: float) -> None:
+    """Start a supervisor that outlives this command, and wait until it says how it went."""
+    home = Home.open(settings)
+    home.forget_run()
+    command = [sys.executable, "-m", "cluster.detached", str(timeout_s)]
+    env = os.environ | {name: str(port) for name, port in settings.public_ports.items()}
+    env |= {"FAREBOX_HOME": str(home.path), "FAREBOX_CONFIG": str(settings.config)}
+    env |= {"FAREBOX_HAPROXY": "1" if settings.haproxy else "0"}
+    log = home.logs / "supervisor.log"
+    with log.open("ab") as sink:
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
+        )
+    with panel.steps(out) as say:
+        told = ""
+        while True:
+            run = home.run()
+            if run is not None and run.pid == process.pid:
+                if run.phase is Phase.HEALTHY:
+                    return
+                if run.phase is Phase.STARTING and run.step != told:
+                    say(told := run.step)
+            if process.poll() is not None:
+                raise Obstacle(run.problem if run and run.problem else f"it did not start: see {log}")
+            time.sleep(0.1)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Say what is wrong and leave with exit code 1."""
+    try:
+        yield
+    except (*commerce.FAILURES, AlreadyRunning, NotRunning) as error:
+        err.print(f"[bold red]farebox:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The supervisor as a process of its own, for ``farebox up --detach``; its log is ``supervisor.log``."""
+
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from cluster import commerce
+from cluster.settings import Settings
+from cluster.state import AlreadyRunning
+from cluster.supervisor import supervise
+
+
+def main() -> None:
+    """Run one farebox as the environment describes it; argument 1 is the seconds it has to become healthy."""
+    settings = Settings.from_env(config=Path(os.environ["FAREBOX_CONFIG"]))
+    try:
+        supervise(settings, _log, lambda _: _log("healthy"), float(sys.argv[1]))
+    except (*commerce.FAILURES, AlreadyRunning) as error:
+        _log(str(error))
+        raise SystemExit(1) from None
+
+
+def _log(text: str) -> None:
+    print(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

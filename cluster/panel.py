@@ -1,0 +1,88 @@
+"""What people see: the steps of a start, the newcomer's panel, the state of things, in tables.
+
+Knows Rich and the shapes of what is shown; asks nobody.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from cluster.launch import Say
+from cluster.operate import Status
+from cluster.settings import Settings
+from cluster.state import Home
+
+QUESTION = "What is the capital of Japan?"
+
+
+@contextmanager
+def steps(console: Console) -> Iterator[Say]:
+    """Show steps as they come: one line that changes on a terminal, a line each in a log."""
+    if not console.is_terminal:
+        yield lambda text: console.print(f"· {text}", highlight=False)
+        return
+    with console.status("") as spinner:
+        yield lambda text: spinner.update(text)
+
+
+def newcomer(settings: Settings, sandbox: bool) -> Group:
+    """Everything that somebody who has just started their first farebox needs, and one line that works."""
+    home = Home(settings.home)
+    rows = [("API", f"{settings.api_url}/v1"), ("Ray dashboard", settings.dashboard_url)]
+    command = ""
+    if sandbox:
+        demo = json.loads(home.demo.read_text())
+        key = demo["tenants"]["prepaid"]["api_key"]
+        rows.insert(1, ("demo key", f"{key}  (tenant prepaid; the others: {home.demo})"))
+        rows.append(("Dodo sandbox", f"{settings.sandbox_url}  (no account, no real money)"))
+        command = curl(settings.api_url, key)
+    rows.append(("data", str(home.path)))
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    parts: list[Panel | Text] = [Panel(table, title="farebox is up", title_align="left", expand=False)]
+    if command:
+        parts.append(Text(f"\nAsk the pirate:\n\n{command}\n", no_wrap=True, overflow="ignore"))
+    parts.append(
+        Text(
+            "Next: `farebox status`, `farebox deploy serve_config.yaml` after an edit, `farebox down` to stop.\n"
+            "The dashboard asks for a token: `farebox token` prints it."
+        )
+    )
+    return Group(*parts)
+
+
+def curl(api_url: str, key: str) -> str:
+    """A shell line, pasteable as it stands."""
+    body = json.dumps({"model": "pirate", "messages": [{"role": "user", "content": QUESTION}]})
+    return (
+        f"curl -s {api_url}/v1/chat/completions \\\n"
+        f"  -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\\n"
+        f"  -d '{body}'"
+    )
+
+
+def status_table(status: Status) -> Group:
+    """The state of a farebox, for people."""
+    style = "green" if status.is_healthy else "red"
+    parts: list[Text | Table] = [Text(f"farebox is {status.phase}", style=style)]
+    if status.problem:
+        parts.append(Text(status.problem))
+    if status.applications:
+        table = Table("application", "deployment", "status", "replicas", "message")
+        for app in status.applications.values():
+            for d in app.deployments:
+                table.add_row(app.name, d.name, d.status, f"{d.running} of {d.target}", d.message[:200])
+        parts.append(table)
+    if status.run is not None and status.applications:
+        run = status.run
+        parts.append(Text(f"API {run.api_url}  dashboard {run.dashboard_url}  sandbox {run.sandbox_url or '-'}"))
+    if status.billing:
+        shown = ", ".join(f"{k} {v}" for k, v in status.billing.items() if isinstance(v, int | str))
+        parts.append(Text(f"billing: {shown}"))
+    return Group(*parts)
