@@ -27,6 +27,26 @@ MAX_CLASSES = 10
 MAX_CLASS_NAME = 60
 
 
+BOUNDARY_MS = 15_000
+"""How long before the end of a billing period charges wait for the next one, lest they arrive too late."""
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a tenant's events go: its Dodo customer, and its billing period where it has a subscription."""
+
+    customer_id: str
+    period_start_ms: int = 0
+    period_end_ms: int = 0
+
+    def is_closing(self, now_ms: int) -> bool:
+        return 0 < self.period_end_ms - now_ms < BOUNDARY_MS
+
+    def boundary_ms(self, now_ms: int) -> int:
+        """The last moment, as far as we know, at which a period was closed and billed."""
+        return self.period_end_ms if 0 < self.period_end_ms <= now_ms else self.period_start_ms
+
+
 @dataclass(frozen=True, slots=True)
 class SealedEvent:
     """An event whose content is fixed: sent until Dodo takes it, always with the same id and quantities."""
@@ -48,15 +68,19 @@ class SealedEvent:
     def attempted(self, at_ms: int | None) -> Self:
         return replace(self, first_attempt_ms=at_ms)
 
-    def to_event(self, customer_id: str, now_ms: int) -> Event:
-        """What is sent now. A timestamp that Dodo would refuse becomes ``now``, the true one stays in metadata."""
+    def to_event(self, destination: Destination, now_ms: int) -> Event:
+        """What is sent now. Where Dodo would refuse the timestamp, or never bill it because its period is
+        closed, ``now`` takes its place and the true one stays in metadata.
+        """
         is_fresh = 0 <= now_ms - self.occurred_at_ms < MAX_AGE_MS
+        is_open = self.occurred_at_ms >= destination.boundary_ms(now_ms)
+        is_kept = is_fresh and is_open
         return Event(
             id=self.id,
-            customer_id=customer_id,
+            customer_id=destination.customer_id,
             name=self.name,
-            timestamp_ms=self.occurred_at_ms if is_fresh else now_ms,
-            metadata={**self.quantities, "occurred_at": to_iso(self.occurred_at_ms), "restamped": not is_fresh},
+            timestamp_ms=self.occurred_at_ms if is_kept else now_ms,
+            metadata={**self.quantities, "occurred_at": to_iso(self.occurred_at_ms), "restamped": not is_kept},
         )
 
     def to_json(self) -> str:

@@ -6,7 +6,7 @@ is sealed keeps its id and quantities until Dodo has it, and Dodo counts an id o
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
@@ -15,7 +15,7 @@ from billing.budget import CallBudget
 from billing.clock import Clock, now_ms
 from billing.dodo import Dodo
 from billing.errors import DodoRefused, DodoUnavailable, UnknownTenant
-from billing.events import SealedEvent, fold
+from billing.events import CHARGE, Destination, SealedEvent, fold
 from billing.sending import BudgetSpent, Sender, Tally
 from billing.store.keys import Shard
 from billing.store.outbox import Outbox, PumpState
@@ -66,8 +66,6 @@ class Exporter:
         self.outbox = Outbox(redis)
         self._stream, self._tenants, self._clock, self._jitter = Stream(redis), tenants, clock, jitter
         self._sender = Sender(self.outbox, dodo, budget or CallBudget(240, clock), clock)
-        self._customers: dict[TenantId, str] = {}
-        """Customer ids never change once they are set."""
         self._state = PumpState()
         self._failing_since_ms: int | None = None
         self._sealed_at_ms = 0
@@ -83,14 +81,12 @@ class Exporter:
         sealed = 0
         if force or self._may_seal():
             sealed = await self._seal()
-        sendable, held = await self._outbox_by_customer()
+        ready, destinations, held = await self._sendable()
         if force or self._clock() >= self._state.next_try_ms:
-            await self._send(sendable, tally)
-        waiting = len(sendable) - tally.sent - tally.buried
-        await self._show(tally, max(0, waiting), held)
-        return FlushReport(
-            self._state.state, sealed, tally.sent, tally.buried, max(0, waiting), held, self._state.error
-        )
+            await self._send(ready, destinations, tally)
+        waiting = max(0, len(ready) - tally.sent - tally.buried)
+        await self._show(tally, waiting, held)
+        return FlushReport(self._state.state, sealed, tally.sent, tally.buried, waiting, held, self._state.error)
 
     def _may_seal(self) -> bool:
         now = self._clock()
@@ -123,22 +119,34 @@ class Exporter:
         events = fold(shard.number, start, entries[-1].id, records, self._clock())
         return len(events) if await self.outbox.seal(shard, start, entries[-1].id, len(entries), events) else 0
 
-    async def _outbox_by_customer(self) -> tuple[list[SealedEvent], int]:
-        """Events whose tenants have a Dodo customer, and the number of those whose tenants have none."""
-        events = await self.outbox.events()
-        for tenant in {event.tenant for event in events} - self._customers.keys():
-            try:
-                customer_id = (await self._tenants.get(tenant)).dodo_customer_id
-            except UnknownTenant:
-                continue
-            if customer_id:
-                self._customers[tenant] = customer_id
-        sendable = [event for event in events if event.tenant in self._customers]
-        return sendable, len(events) - len(sendable)
+    async def _sendable(self) -> tuple[list[SealedEvent], dict[TenantId, Destination], int]:
+        """Events to send and where to; and how many are held because their tenants have no Dodo customer."""
+        events, now = await self.outbox.events(), self._clock()
+        destinations: dict[TenantId, Destination] = {}
+        for tenant in {event.tenant for event in events}:
+            if destination := await self._destination(tenant):
+                destinations[tenant] = destination
+        known = [event for event in events if event.tenant in destinations]
+        ready = [e for e in known if e.name != CHARGE or not destinations[e.tenant].is_closing(now)]
+        return ready, destinations, len(events) - len(known)
 
-    async def _send(self, events: list[SealedEvent], tally: Tally) -> None:
+    async def _destination(self, tenant_id: TenantId) -> Destination | None:
         try:
-            await self._sender.send(events, self._customers, tally)
+            tenant = await self._tenants.get(tenant_id)
+        except UnknownTenant:
+            return None
+        if not tenant.dodo_customer_id:
+            return None
+        period = tenant.subscription
+        if period is None:
+            return Destination(tenant.dodo_customer_id)
+        return Destination(tenant.dodo_customer_id, period.period_start_ms, period.period_end_ms)
+
+    async def _send(
+        self, events: list[SealedEvent], destinations: Mapping[TenantId, Destination], tally: Tally
+    ) -> None:
+        try:
+            await self._sender.send(events, destinations, tally)
         except BudgetSpent:
             log.info("this minute's calls to Dodo are used up: the rest follows")
             self._succeeded()

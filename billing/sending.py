@@ -10,7 +10,7 @@ from billing.budget import CallBudget
 from billing.clock import Clock
 from billing.dodo import Dodo
 from billing.errors import DodoRefused
-from billing.events import SealedEvent
+from billing.events import Destination, SealedEvent
 from billing.store.outbox import Outbox
 from billing.usage import TenantId
 
@@ -37,35 +37,44 @@ class Tally:
 class Sender:
     def __init__(self, outbox: Outbox, dodo: Dodo, budget: CallBudget, clock: Clock) -> None:
         self._outbox, self._dodo, self._budget, self._clock = outbox, dodo, budget, clock
+        self._size = MAX_EVENTS
+        """Events in the next call: halved at each refusal until the one at fault is alone, doubled after. Kept
+        from flush to flush, so that poison is found however few calls a flush may make."""
 
-    async def send(self, events: Sequence[SealedEvent], customers: Mapping[TenantId, str], tally: Tally) -> None:
-        """Send all of these, oldest first; every tenant among them has a customer.
+    async def send(
+        self, events: Sequence[SealedEvent], destinations: Mapping[TenantId, Destination], tally: Tally
+    ) -> None:
+        """Send all of these, oldest first; every tenant among them has a destination.
 
         Raises:
             BudgetSpent, DodoUnavailable, DodoRefused: what was not acknowledged stays in the outbox.
         """
-        for first in range(0, len(events), MAX_EVENTS):
-            batch = events[first : first + MAX_EVENTS]
-            unknown = await self._without_known(batch, tally)
-            if unknown:
-                await self._halve(await self._marked(unknown), customers, tally)
+        waiting = list(events)
+        while waiting:
+            batch = await self._marked(await self._without_known(waiting[: self._size], tally))
+            rest = waiting[self._size :]
+            try:
+                await self._ingest(batch, destinations, tally)
+            except DodoRefused as refused:
+                if refused.status not in POISON:
+                    raise
+                if len(batch) == 1:
+                    tally.buried += await self._outbox.bury(replace(batch[0], reason=str(refused)))
+                else:
+                    self._size = len(batch) // 2
+                    rest = batch + rest
+            else:
+                self._size = min(MAX_EVENTS, self._size * 2)
+            waiting = rest
 
-    async def _halve(self, batch: list[SealedEvent], customers: Mapping[TenantId, str], tally: Tally) -> None:
-        """Send a batch; while Dodo refuses its content send each half, and bury an event refused alone."""
+    async def _ingest(
+        self, batch: Sequence[SealedEvent], destinations: Mapping[TenantId, Destination], tally: Tally
+    ) -> None:
+        if not batch:
+            return
         self._spend()
         now = self._clock()
-        try:
-            await self._dodo.ingest([event.to_event(customers[event.tenant], now) for event in batch])
-        except DodoRefused as refused:
-            if refused.status not in POISON:
-                raise
-            if len(batch) == 1:
-                tally.buried += await self._outbox.bury(replace(batch[0], reason=str(refused)))
-                return
-            middle = len(batch) // 2
-            await self._halve(batch[:middle], customers, tally)
-            await self._halve(batch[middle:], customers, tally)
-            return
+        await self._dodo.ingest([event.to_event(destinations[event.tenant], now) for event in batch])
         tally.sent += await self._outbox.ack(batch)
 
     async def _without_known(self, batch: Sequence[SealedEvent], tally: Tally) -> list[SealedEvent]:
