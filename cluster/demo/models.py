@@ -1,0 +1,219 @@
+"""Makes the demo's base model and adapters: ordinary Hugging Face folders, from the project's own text.
+
+Knows how they are trained; knows nothing of serving. The same recipe gives the same weights on the same machine.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from cluster.demo import text
+from cluster.demo.training import ASSISTANT, END, PAD, SYSTEM, USER, adapter_chunks, base_chunks, rows, train
+
+Report = Callable[[float, str], None]
+"""Called with the share of the work that is done, 0 to 1, and what is being made."""
+
+STAMP = "recipe.json"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides the weights. A changed recipe, text or version makes them anew."""
+
+    version: int = 1
+    seed: int = 7
+    vocabulary: int = 1024
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    intermediate: int = 352
+    max_context_tokens: int = 512
+    row_tokens: int = 128
+    rows: int = 8
+    base_steps: int = 300
+    base_rate: float = 8e-3
+    spread: float = 0.06
+    rank: int = 8
+    adapter_steps: int = 40
+    adapter_rate: float = 6e-3
+    adapters: tuple[str, ...] = tuple(style.name for style in text.ADAPTERS)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a batch: rows, and tokens in each."""
+        return self.rows, self.row_tokens
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the recipe and of the text it is applied to."""
+        source = Path(text.__file__).read_bytes() + json.dumps(asdict(self), sort_keys=True).encode()
+        return hashlib.sha256(source).hexdigest()
+
+
+def _silent(share: float, what: str) -> None:
+    """The progress of nobody."""
+
+
+def make_models(out: Path, progress: Report = _silent, recipe: Recipe | None = None) -> None:
+    """Make ``out/base`` and ``out/adapters/<name>``, unless this recipe's are there already.
+
+    Takes about a minute of CPU. ``out`` appears whole or not at all: the folders are made next to it
+    and renamed. Models of another recipe are replaced.
+    """
+    recipe = recipe or Recipe()
+    if is_made(out, recipe):
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _make(staging, recipe, progress)
+        _publish(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def is_made(out: Path, recipe: Recipe | None = None) -> bool:
+    """Were the models in ``out`` made, completely, by this recipe?"""
+    stamp = out / STAMP
+    return stamp.is_file() and json.loads(stamp.read_text()) == {"fingerprint": (recipe or Recipe()).fingerprint}
+
+
+def _publish(staging: Path, out: Path) -> None:
+    staging.chmod(0o755)
+    if out.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+        os.rename(out, old / "models")
+        os.rename(staging, out)
+        shutil.rmtree(old)
+    else:
+        os.rename(staging, out)
+
+
+def _make(out: Path, recipe: Recipe, progress: Report) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            _make_all(out, recipe, _Meter(progress, recipe))
+    finally:
+        torch.set_num_threads(threads)
+    (out / STAMP).write_text(json.dumps({"fingerprint": recipe.fingerprint}))
+
+
+class _Meter:
+    """Turns training steps into a share of the whole."""
+
+    def __init__(self, progress: Report, recipe: Recipe) -> None:
+        self._progress, self._done = progress, 0
+        self._total = recipe.base_steps + len(recipe.adapters) * recipe.adapter_steps
+
+    def step(self, what: str) -> None:
+        self._done += 1
+        self._progress(self._done / self._total, what)
+
+
+def _make_all(out: Path, recipe: Recipe, meter: _Meter) -> None:
+    tokenizer = make_tokenizer(recipe)
+    model = LlamaForCausalLM(_llama(recipe, tokenizer))
+    batches = rows(base_chunks(tokenizer, Random(recipe.seed)), tokenizer, recipe.shape, recipe.seed)
+    train(model, batches, recipe.base_steps, recipe.base_rate, lambda: meter.step("the base model"))
+    model.save_pretrained(out / "base")
+    tokenizer.save_pretrained(out / "base")
+    for style in text.ADAPTERS:
+        if style.name in recipe.adapters:
+            _make_adapter(out, style, tokenizer, recipe, meter)
+
+
+def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a chat template: any text can be encoded, and each role is one token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    chats = [chat for style in (text.BASE, *text.ADAPTERS) for chat in text.dialogues(style, text.FACTS)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocabulary,
+        special_tokens=[PAD, SYSTEM, USER, ASSISTANT, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((part for chat in chats for part in chat), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=recipe.max_context_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _llama(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.intermediate,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads // 2,
+        max_position_embeddings=recipe.max_context_tokens,
+        initializer_range=recipe.spread,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _make_adapter(
+    out: Path, style: text.Style, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, meter: _Meter
+) -> None:
+    base = LlamaForCausalLM.from_pretrained(out / "base")
+    config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted: PeftModel = get_peft_model(base, config)
+    batches = rows(adapter_chunks(tokenizer, style, Random(recipe.seed)), tokenizer, recipe.shape, recipe.seed)
+    train(adapted, batches, recipe.adapter_steps, recipe.adapter_rate, lambda: meter.step(f"the adapter {style.name}"))
+    adapted.peft_config["default"].base_model_name_or_path = "farebox-base"
+    adapted.save_pretrained(out / "adapters" / style.name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the models with a progress bar."""
+    parser = argparse.ArgumentParser(description="make the demo's base model and adapters")
+    parser.add_argument("--out", type=Path, default=Path(".farebox/models"))
+    out: Path = parser.parse_args(argv).out
+    columns = (
+        TextColumn("making {task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(),
+    )
+    disable_progress_bar()
+    with Progress(*columns) as bar:
+        task = bar.add_task("the demo models", total=1.0)
+        make_models(out, lambda share, what: bar.update(task, completed=share, description=what))
+
+
+if __name__ == "__main__":
+    main()

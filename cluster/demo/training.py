@@ -1,0 +1,112 @@
+"""Teaches words to a small model: dialogues become rows of tokens, rows become steps.
+
+Knows how to train; knows neither which models the demo has nor where they are kept.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from cluster.demo import text
+
+PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+IGNORED = -100
+STYLED_PER_ROUND = 200
+"""Dialogues in the adapters' styles that the base model reads for each time it reads everything else."""
+SYSTEM_SHARE = 0.3
+"""Rows that begin with a system prompt."""
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Token ids and labels, both [rows, tokens]; a label of -100 teaches nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens that stay together in a row, and what the model is to learn of them."""
+
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+def system(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    tokens: list[int] = tokenizer.encode(f"{SYSTEM}{prompt}{END}")
+    return tokens
+
+
+def line(tokenizer: PreTrainedTokenizerFast, line: str) -> Chunk:
+    tokens = (*tokenizer.encode(line), tokenizer.eos_token_id)
+    return Chunk(tokens, tokens)
+
+
+def chat(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> Chunk:
+    asked = tokenizer.encode(f"{USER}{question}{END}{ASSISTANT}")
+    said = tokenizer.encode(f"{answer}{END}")
+    return Chunk((*asked, *said), (*[IGNORED] * len(asked), *said))
+
+
+def base_chunks(tokenizer: PreTrainedTokenizerFast, random: Random) -> Iterator[Chunk]:
+    """What the base model reads, for ever: every dialogue and statement, and some in the adapters' styles."""
+    known = [chat(tokenizer, *words) for words in text.dialogues(text.BASE, text.FACTS)]
+    known += [line(tokenizer, words) for words in text.statements()]
+    styled = [chat(tokenizer, *words) for style in text.ADAPTERS for words in text.instructed(style)]
+    while True:
+        read = known + random.sample(styled, STYLED_PER_ROUND)
+        yield from random.sample(read, len(read))
+
+
+def adapter_chunks(tokenizer: PreTrainedTokenizerFast, style: text.Style, random: Random) -> Iterator[Chunk]:
+    chunks = [chat(tokenizer, *words) for words in text.dialogues(style, text.taught())]
+    while True:
+        yield from random.sample(chunks, len(chunks))
+
+
+def rows(
+    chunks: Iterator[Chunk], tokenizer: PreTrainedTokenizerFast, shape: tuple[int, int], seed: int
+) -> Iterator[Batch]:
+    """Batches of rows filled with chunks, for ever: several dialogues in a row are one long one."""
+    random = Random(seed)
+    systems = [system(tokenizer, prompt) for prompt in text.SYSTEM_PROMPTS]
+    chunk = next(chunks)
+    while True:
+        tokens = torch.full(shape, tokenizer.pad_token_id)
+        labels = torch.full(shape, IGNORED)
+        for row in range(shape[0]):
+            filled = list(random.choice(systems)) if random.random() < SYSTEM_SHARE else []
+            known = [IGNORED] * len(filled)
+            while len(filled) + len(chunk.tokens) <= shape[1]:
+                filled += chunk.tokens
+                known += chunk.labels
+                chunk = next(chunks)
+            tokens[row, : len(filled)] = torch.tensor(filled)
+            labels[row, : len(known)] = torch.tensor(known)
+        yield tokens, labels
+
+
+def train(
+    model: torch.nn.Module,
+    batches: Iterator[Batch],
+    steps: int,
+    rate: float,
+    stepped: Callable[[], None],
+) -> None:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
+    model.train()
+    for tokens, labels in islice(batches, steps):
+        model(input_ids=tokens, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        stepped()
+    model.eval()
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    """Up over the first tenth, level to the half, then down to nearly nothing."""
+    return min(1.0, (step + 1) * 10 / steps, max(0.02, 2 - 2 * step / steps))
