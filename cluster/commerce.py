@@ -110,7 +110,7 @@ def seed_demo(settings: Settings, home: Home, kept: Secrets) -> None:
     """Make the demo's tenants over the running API, and keep their keys in ``demo.json``."""
     from cluster.demo.tenants import seed
 
-    tenants = asyncio.run(seed(settings.api_url, kept.admin_key, settings.sandbox_url))
+    tenants = asyncio.run(seed(settings.api_url, kept.admin_key, settings.sandbox_url, _known_keys(home)))
     demo = {
         "base_url": settings.api_url,
         "admin_key": kept.admin_key,
@@ -122,3 +122,11 @@ def seed_demo(settings: Settings, home: Home, kept: Secrets) -> None:
         },
     }
     write_private(home.demo, json.dumps(demo, indent=2))
+
+
+def _known_keys(home: Home) -> dict[str, str]:
+    """The demo tenants' keys of an earlier run, so that a restart leaves them valid."""
+    try:
+        return {name: tenant["api_key"] for name, tenant in json.loads(home.demo.read_text())["tenants"].items()}
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return {}
