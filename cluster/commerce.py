@@ -5,6 +5,7 @@ Knows which part of billing does each; decides nothing about money.
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -18,6 +19,7 @@ from billing.dodo_sync import SyncReport, sync
 from billing.errors import BillingError
 from billing.store.connection import connect
 from cluster.children import Child
+from cluster.demo.tenants import SeedFailed, seed
 from cluster.launch import LaunchError, addressed, user_config
 from cluster.preflight import Obstacle
 from cluster.serve_api import ServeConfig, ServeUnavailable
@@ -26,7 +28,7 @@ from cluster.state import Home, Secrets, write_private
 from cluster.valkey import StoreError
 from deployments.catalogue import read_catalogue
 
-FAILURES = (Obstacle, SettingsError, LaunchError, StoreError, ServeUnavailable, BillingError)
+FAILURES = (Obstacle, SettingsError, LaunchError, StoreError, ServeUnavailable, SeedFailed, BillingError)
 """All that can keep a farebox from starting or make it end, each saying what to do."""
 
 SANDBOX_TIMEOUT_S = 30.0
@@ -108,12 +110,11 @@ def register(config: ServeConfig, env: Mapping[str, str]) -> SyncReport:
 
 def seed_demo(settings: Settings, home: Home, kept: Secrets) -> None:
     """Make the demo's tenants over the running API, and keep their keys in ``demo.json``."""
-    from cluster.demo.tenants import seed
-
-    tenants = asyncio.run(seed(settings.api_url, kept.admin_key, settings.sandbox_url, _known_keys(home)))
+    admin_key = os.environ.get("FAREBOX_ADMIN_KEY") or kept.admin_key
+    tenants = asyncio.run(seed(settings.api_url, admin_key, settings.sandbox_url, _known_keys(home)))
     demo = {
         "base_url": settings.api_url,
-        "admin_key": kept.admin_key,
+        "admin_key": admin_key,
         "dodo_sandbox_url": settings.sandbox_url,
         "webhook_secret": kept.webhook_secret,
         "tenants": {

@@ -82,7 +82,7 @@ def status_table(status: Status) -> Group:
     if status.run is not None and status.applications:
         run = status.run
         parts.append(Text(f"API {run.api_url}  dashboard {run.dashboard_url}  sandbox {run.sandbox_url or '-'}"))
-    if status.billing:
-        shown = ", ".join(f"{k} {v}" for k, v in status.billing.items() if isinstance(v, int | str))
-        parts.append(Text(f"billing: {shown}"))
+    for name in ("pump", "backlog"):
+        if isinstance(said := status.billing.get(name), dict):
+            parts.append(Text(f"{name}: " + ", ".join(f"{key} {value}" for key, value in said.items() if value != "")))
     return Group(*parts)

@@ -95,6 +95,7 @@ def environment(settings: Settings, ports: RayPorts, temp: Path, token: str) -> 
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replica_grpc.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replica_grpc.stop - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",
         **(_haproxy(ports, temp) if settings.haproxy and sys.platform == "linux" else {}),
     }
 
