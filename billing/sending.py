@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from billing.budget import CallBudget
 from billing.clock import Clock
 from billing.dodo import Dodo
-from billing.errors import DodoRefused
+from billing.errors import DodoRefused, DodoUnavailable
 from billing.events import Destination, SealedEvent
 from billing.store.outbox import Outbox
 from billing.usage import TenantId
 
 MAX_EVENTS = 1_000
 """Dodo's limit of one call."""
+PROBE_EVENTS = 8
+"""After a failure so few are tried first: only what was attempted must ever be looked up."""
 DOUBTFUL_MS = 60 * 60_000
 """How long we count on Dodo to remember an id. After that we ask before we send it again."""
 POISON = (400, 413, 422)
@@ -55,6 +57,9 @@ class Sender:
             rest = waiting[self._size :]
             try:
                 await self._ingest(batch, destinations, tally)
+            except DodoUnavailable:
+                self._size = PROBE_EVENTS
+                raise
             except DodoRefused as refused:
                 if refused.status not in POISON:
                     raise
