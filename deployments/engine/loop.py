@@ -128,8 +128,9 @@ class Engine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
-        self._loader.stop()
+        if self._thread.ident is not None:
+            self._thread.join()
+            self._loader.stop()
 
     def submit(self, request: GenerateRequest, emit: Emit) -> None:
         """Take a request. ``emit`` is called from the engine's thread and must return at once.

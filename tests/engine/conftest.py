@@ -66,7 +66,9 @@ def tokenizer() -> Tokenizer:
         special_tokens=["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"],
         show_progress=False,
     )
-    made.train_from_iterator(["the quick brown fox jumps over the lazy dog, größer als süß 東京 🙂 " * 20], trainer)
+    made.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog while five wizards vex a bold judge " * 20], trainer
+    )
     return made
 
 

@@ -1,0 +1,155 @@
+"""A model is served only if this engine computes what the model computes."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
+
+from deployments.engine.model import Model, linear_shapes
+from deployments.engine.request import ModelRefused
+from deployments.engine.sequence import Span
+from deployments.engine.settings import EngineSettings
+from tests.engine.conftest import VOCABULARY
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+def _saved(config: PretrainedConfig, path: Path) -> str:
+    torch.manual_seed(2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES, tie_word_embeddings=True),
+        Qwen2Config(**SIZES),
+        Qwen3Config(**SIZES, head_dim=16),
+        MistralConfig(**SIZES, sliding_window=None),
+        GemmaConfig(**SIZES, head_dim=16),
+        Phi3Config(**SIZES),
+        GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_supported_architectures_pass_their_check(
+    config: PretrainedConfig, settings: EngineSettings, tmp_path: Path
+) -> None:
+    model = Model(replace(settings, model_path=_saved(config, tmp_path)))
+    assert model.linears == linear_shapes(tmp_path)
+    assert model.linears
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(**SIZES, head_dim=16), "caps its attention scores"),
+        (MistralConfig(**SIZES, sliding_window=16), "window of 16 tokens"),
+        (
+            BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=4),
+            "does not let its attention be replaced",
+        ),
+        (
+            LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0,
+                        "original_max_position_embeddings": 64}),
+            "longest sequence in the batch",
+        ),
+        (LlamaConfig(**{**SIZES, "max_position_embeddings": 64}), "the model's context is 64"),
+    ],
+    ids=["softcap", "sliding window", "no hook", "dynamic positions", "short context"],
+)  # fmt: skip
+def test_a_model_that_cannot_be_served_right_is_refused(
+    config: PretrainedConfig, reason: str, settings: EngineSettings, tmp_path: Path
+) -> None:
+    path = _saved(config, tmp_path)
+    with pytest.raises(ModelRefused, match=reason):
+        Model(replace(settings, model_path=path))
+
+
+def test_a_window_that_the_context_fits_into_is_served(settings: EngineSettings, tmp_path: Path) -> None:
+    Model(replace(settings, model_path=_saved(MistralConfig(**SIZES, sliding_window=128), tmp_path)))
+
+
+def test_a_wrong_answer_at_start_is_refused(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should a future model hand its attention something that this engine overlooks."""
+    from deployments.engine import attention
+
+    right = attention._over_slots
+    monkeypatch.setattr(attention, "_over_slots", lambda *args: right(*args) * 1.05)
+    with pytest.raises(ModelRefused, match="computes other logits"):
+        Model(settings)
+
+
+def test_what_is_no_decoder_is_refused(settings: EngineSettings, tmp_path: Path) -> None:
+    T5Config(vocab_size=VOCABULARY).save_pretrained(tmp_path)
+    with pytest.raises(ModelRefused, match="encoder-decoder"):
+        Model(replace(settings, model_path=str(tmp_path)))
+
+
+def test_what_is_no_model_is_refused(settings: EngineSettings, base_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelRefused):
+        Model(replace(settings, model_path=str(tmp_path / "nowhere")))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelRefused):
+        Model(replace(settings, model_path=str(tmp_path)))
+    shutil.copy(base_path / "config.json", tmp_path / "config.json")
+    with pytest.raises(ModelRefused):
+        Model(replace(settings, model_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"device": "abacus"},
+        {"dtype": "int8"},
+        {"max_running": 24},
+        {"max_adapter_rank": 12},
+        {"adapter_slots": 0},
+        {"torch_threads": 0},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(settings: EngineSettings, wrong: dict[str, int]) -> None:
+    with pytest.raises(ModelRefused, match=next(iter(wrong))):
+        Model(replace(settings, **wrong))
+
+
+def test_what_others_left_behind_in_the_memory_does_not_matter(settings: EngineSettings) -> None:
+    """Slots are neither emptied nor in order: two decodes that read over a third, dirty slot."""
+    model = Model(settings)
+    prompts = [tuple(range(10 * i + 4, 10 * i + 10)) for i in range(3)]
+    alone = [model.forward([Span(i, -1, 0, prompt, True)])[0] for i, prompt in enumerate(prompts)]
+    model.forward([Span(slot, -1, 0, tuple(range(4, 100)), True) for slot in range(6)])
+    spans = [Span(slot, -1, 0, prompt[:-1], False) for slot, prompt in zip((4, 0, 2), prompts, strict=True)]
+    assert model.forward(spans).shape[0] == 0
+    last = [Span(slot, -1, 5, prompt[-1:], True) for slot, prompt in zip((4, 0, 2), prompts, strict=True)]
+    torch.testing.assert_close(model.forward(last), torch.stack(alone), atol=1e-4, rtol=1e-4)
