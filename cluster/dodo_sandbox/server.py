@@ -21,6 +21,7 @@ from cluster.dodo_sandbox.faults import ABORT_EXTENSION
 
 DEFAULT_PORT = 8010
 START_TIMEOUT_S = 10.0
+BACKLOG = 512
 
 
 class AbortableProtocol(H11Protocol):
@@ -33,10 +34,11 @@ class AbortableProtocol(H11Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises OSError when the port is taken; port 0 takes a free one."""
+    """A socket that takes connections from now on; port 0 takes a free one. Raises OSError when it is taken."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((host, port))
+    bound.listen(BACKLOG)
     return bound
 
 

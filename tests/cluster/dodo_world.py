@@ -103,7 +103,7 @@ class World:
     dodo: DodoPayments
     http: httpx.Client
 
-    def admin(self, path: str, **order: object) -> httpx.Response:
+    def admin(self, path: str, /, **order: object) -> httpx.Response:
         answer = self.http.post(f"/_sandbox/{path}", json=order)
         assert answer.is_success, answer.text
         return answer

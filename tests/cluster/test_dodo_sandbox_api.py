@@ -179,7 +179,7 @@ def test_an_account_has_at_most_fifty_meters(there: World) -> None:
     made = [there.meter("count") for _ in range(50)]
     with pytest.raises(dodopayments.BadRequestError) as refused:
         there.meter("count")
-    assert refused.value.body["code"] == "METER_LIMIT_REACHED"  # type: ignore[index]
+    assert refused.value.body["code"] == "METER_LIMIT_REACHED"
     there.dodo.meters.archive(made[0])
     there.meter("count")
 
@@ -188,7 +188,10 @@ def test_an_account_has_at_most_fifty_meters(there: World) -> None:
 def test_a_meter_that_adds_needs_a_key(there: World, kind: str) -> None:
     with pytest.raises(dodopayments.UnprocessableEntityError):
         there.dodo.meters.create(
-            name="m", event_name="e", measurement_unit="u", aggregation={"type": kind}  # type: ignore[typeddict-item]
+            name="m",
+            event_name="e",
+            measurement_unit="u",
+            aggregation={"type": kind},
         )
 
 
@@ -203,7 +206,11 @@ def nested(depth: int) -> dict[str, object]:
 def test_a_filter_has_at_most_three_levels(there: World, depth: int, taken: bool) -> None:
     def make() -> None:
         there.dodo.meters.create(
-            name="m", event_name="e", measurement_unit="u", aggregation={"type": "count"}, filter=nested(depth)  # type: ignore[arg-type]
+            name="m",
+            event_name="e",
+            measurement_unit="u",
+            aggregation={"type": "count"},
+            filter=nested(depth),
         )
 
     if taken:

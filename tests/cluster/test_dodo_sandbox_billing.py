@@ -17,8 +17,7 @@ def there(tmp_path: Path) -> Iterator[World]:
 
 
 def code(error: pytest.ExceptionInfo[dodopayments.APIStatusError]) -> str:
-    return str(error.value.body["code"])  # type: ignore[index]
-
+    return str(error.value.body["code"])
 
 
 def test_a_paid_pack_is_one_payment_with_its_cart_and_the_sessions_metadata(there: World) -> None:
@@ -69,7 +68,7 @@ def test_a_cart_names_known_products_and_customers_in_sane_numbers(there: World)
     line = {"product_id": pack.product_id, "quantity": 1}
     for cart in ([], [line] * 21):
         with pytest.raises(dodopayments.UnprocessableEntityError):
-            there.dodo.checkout_sessions.create(product_cart=cart)  # type: ignore[arg-type]
+            there.dodo.checkout_sessions.create(product_cart=cart)
     with pytest.raises(dodopayments.NotFoundError):
         there.dodo.checkout_sessions.create(product_cart=[{"product_id": "pdt_none", "quantity": 1}])
 
@@ -109,7 +108,7 @@ def test_what_is_paid_is_not_the_price_once_there_is_tax(there: World) -> None:
 
 def test_the_buyer_chooses_what_a_pay_what_you_want_pack_costs(there: World) -> None:
     price = {"type": "one_time_price", "currency": "USD", "price": 500, "pay_what_you_want": True}
-    open_ = there.dodo.products.create(name="Any", price=price, tax_category="saas")  # type: ignore[arg-type]
+    open_ = there.dodo.products.create(name="Any", price=price, tax_category="saas")
     line = {"product_id": open_.product_id, "quantity": 1, "amount": 777}
     session = there.dodo.checkout_sessions.create(product_cart=[line])
     assert there.admin(f"pay/{session.session_id}").json()["total_amount"] == 777
@@ -289,7 +288,10 @@ def test_a_plan_change_now_is_billed_by_its_mode(there: World, mode: str, due: i
     half = (one.next_billing_date - one.previous_billing_date) / 2
     there.admin("clock", now=(one.previous_billing_date + half).isoformat())
     changed = there.dodo.subscriptions.change_plan(
-        one.subscription_id, product_id=there.recurring(3000).product_id, quantity=1, proration_billing_mode=mode  # type: ignore[arg-type]
+        one.subscription_id,
+        product_id=there.recurring(3000).product_id,
+        quantity=1,
+        proration_billing_mode=mode,
     )
     bill = there.dodo.payments.retrieve(str(changed.payment_id))
     assert (bill.charge_type, bill.total_amount) == ("plan_change", due)

@@ -30,12 +30,12 @@ def event(customer: str, event_id: str = "e", **more: object) -> dict[str, objec
 
 def refused(there: World, *events: dict[str, object]) -> str:
     with pytest.raises(dodopayments.BadRequestError) as error:
-        there.dodo.usage_events.ingest(events=events)  # type: ignore[arg-type]
-    return str(error.value.body["code"])  # type: ignore[index]
+        there.dodo.usage_events.ingest(events=events)
+    return str(error.value.body["code"])
 
 
 def taken(there: World, *events: dict[str, object]) -> int:
-    return there.dodo.usage_events.ingest(events=events).ingested_count  # type: ignore[arg-type]
+    return there.dodo.usage_events.ingest(events=events).ingested_count
 
 
 def stored(there: World) -> int:
@@ -203,10 +203,10 @@ def test_a_filter_leaves_out_what_lacks_the_property(operator: str, value: objec
 
 
 def test_filters_nest_with_and_and_or() -> None:
-    either = {"conjunction": "or", "clauses": [{"key": "n", "operator": "less_than_or_equals", "value": 1},
-                                               {"key": "n", "operator": "greater_than_or_equals", "value": 9}]}  # fmt: skip
-    both = {"conjunction": "and", "clauses": [either, {"conjunction": "and", "clauses": [
-        {"key": "on", "operator": "equals", "value": True}]}]}  # fmt: skip
+    low = {"key": "n", "operator": "less_than_or_equals", "value": 1}
+    high = {"key": "n", "operator": "greater_than_or_equals", "value": 9}
+    on = {"conjunction": "and", "clauses": [{"key": "on", "operator": "equals", "value": True}]}
+    both = {"conjunction": "and", "clauses": [{"conjunction": "or", "clauses": [low, high]}, on]}
     filter_ = Filter.model_validate(both)
     assert [n for n in range(11) if filter_.admits({"n": n, "on": True})] == [0, 1, 9, 10]
     assert not filter_.admits({"n": 0, "on": False})

@@ -50,7 +50,7 @@ def there(tmp_path: Path) -> Iterator[World]:
 
 def listen(there: World, shop: Merchant, *types: str) -> str:
     if types:
-        return there.dodo.webhooks.create(url=shop.url, filter_types=list(types)).id  # type: ignore[arg-type]
+        return there.dodo.webhooks.create(url=shop.url, filter_types=list(types)).id
     return there.dodo.webhooks.create(url=shop.url).id
 
 
@@ -240,7 +240,7 @@ def test_webhooks_are_sent_again_out_of_order(there: World, shop: Merchant) -> N
     for _ in range(3):
         there.buy(customer, there.pack())
     shop.wait(3)
-    order = [one["message"]["id"] for one in reversed(deliveries(there))]  # type: ignore[index]
+    order = [one["message"]["id"] for one in reversed(deliveries(there))]
     shop.heard.clear()
     there.admin("webhooks/redeliver", order="reverse")
     assert [one.id for one in shop.heard] == order[::-1]
