@@ -23,8 +23,6 @@ SILENCE_S = 0.24
 """A store that answers nobody for so long is down: with the tick before it, 503 within 300 ms."""
 QUEUE_S = 5.0
 """The longest that a call waits for its turn while the store answers others."""
-SOCKET_TIMEOUT_S = 15.0
-"""Only a backstop: ``guarded`` gives up long before."""
 MAX_CONNECTIONS = 64
 SCHEMA = "1"
 
@@ -33,7 +31,9 @@ _UNFIT = ("OOM", "MISCONF", "NOREPLICAS", "LOADING", "READONLY", "CLUSTERDOWN", 
 
 
 async def connect(url: str, *, durability: Durability = "strict") -> Redis:
-    """A client with bounded waits, of a store that was verified.
+    """A client of a store that was verified. Every wait for it is bounded by ``guarded``, and only there.
+
+    The client's own timeouts stay off: before Python 3.12 they may swallow a task's cancellation.
 
     Raises:
         StoreUnavailable: it does not answer.
@@ -42,9 +42,9 @@ async def connect(url: str, *, durability: Durability = "strict") -> Redis:
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=MAX_CONNECTIONS,
-        timeout=SOCKET_TIMEOUT_S,
-        socket_timeout=SOCKET_TIMEOUT_S,
-        socket_connect_timeout=SOCKET_TIMEOUT_S,
+        timeout=None,
+        socket_timeout=None,
+        socket_connect_timeout=None,
         retry=Retry(NoBackoff(), 1),
         decode_responses=True,
     )

@@ -114,6 +114,21 @@ async def test_a_process_that_slept_does_not_blame_the_store(store: Redis) -> No
     assert await looking == "True"
 
 
+async def test_a_cancelled_call_ends(ledger: Ledger) -> None:
+    """Python 3.11's ``wait_for`` swallowed one cancellation in a few hundred: a gateway then never stopped."""
+
+    async def look_for_ever() -> None:
+        while True:
+            await ledger.account(ACME)
+
+    for n in range(400):
+        looking = asyncio.create_task(look_for_ever())
+        await asyncio.sleep(n / 400_000)
+        looking.cancel()
+        done, _ = await asyncio.wait({looking}, timeout=1)
+        assert looking in done
+
+
 async def test_a_full_store_takes_no_hold_and_still_settles(store: Redis, ledger: Ledger) -> None:
     await ledger.grant(money(1_000_000))
     await ledger.hold(request())

@@ -1,0 +1,112 @@
+"""Limits of a key: exact across processes, and never kept by what is dead."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from redis.asyncio import Redis
+
+from billing.account import HoldRequest
+from billing.errors import InsufficientCredits, RateLimited
+from billing.plans import Limits
+from billing.store.holds import Ledger
+from billing.store.keys import shard_for
+from tests.billing.samples import ACME, FREE, money, request, settlement
+
+
+def limited(request_id: str, limits: Limits, **changes: object) -> HoldRequest:
+    return request(request_id, limits=limits, price=FREE, **changes)
+
+
+async def test_a_minute_s_requests_may_come_at_once_and_the_next_waits(ledger: Ledger) -> None:
+    limits = Limits(requests_per_minute=600)
+    holds = [await ledger.hold(limited(f"req_{n}", limits)) for n in range(600 // 100)]
+    assert [h.limits_left.requests for h in holds][:2] == [599, 598]
+    assert holds[0].limits_left.requests_reset_s == pytest.approx(0.1, abs=0.01)
+    few = Limits(requests_per_minute=2)
+    for n in range(2):
+        await ledger.hold(limited(f"few_{n}", few, key_id="key_2"))
+    with pytest.raises(RateLimited) as refused:
+        await ledger.hold(limited("few_2", few, key_id="key_2"))
+    assert (refused.value.kind, refused.value.limit) == ("requests", 2)
+    assert 29 < refused.value.retry_after_s <= 30
+
+
+async def test_a_place_is_free_again_when_its_time_has_come(ledger: Ledger) -> None:
+    limits = Limits(requests_per_minute=240)  # one each 250 ms
+    answers = await asyncio.gather(
+        *(ledger.hold(limited(f"req_{n}", limits)) for n in range(300)), return_exceptions=True
+    )
+    refused = [a for a in answers if isinstance(a, RateLimited)]
+    assert 30 <= len(refused) <= 60
+    await asyncio.sleep(refused[-1].retry_after_s + 0.05)
+    await ledger.hold(limited("req_again", limits))
+
+
+async def test_keys_do_not_share_a_limit(ledger: Ledger) -> None:
+    limits = Limits(requests_per_minute=1)
+    await ledger.hold(limited("req_1", limits, key_id="key_1"))
+    await ledger.hold(limited("req_2", limits, key_id="key_2"))
+
+
+async def test_tokens_are_reserved_and_what_was_not_used_comes_back(ledger: Ledger) -> None:
+    limits = Limits(tokens_per_minute=60)
+    first = await ledger.hold(limited("req_1", limits))
+    assert first.limits_left.tokens == 30
+    await ledger.hold(limited("req_2", limits))
+    with pytest.raises(RateLimited) as refused:
+        await ledger.hold(limited("req_3", limits))
+    assert (refused.value.kind, refused.value.limit) == ("tokens", 60)
+    for n in (1, 2):
+        await ledger.settle(settlement(f"req_{n}", completion=5))
+    assert (await ledger.hold(limited("req_3", limits))).limits_left.tokens == 0
+
+
+async def test_one_request_larger_than_the_limit_passes_when_nothing_else_was_used(ledger: Ledger) -> None:
+    limits = Limits(tokens_per_minute=10)
+    await ledger.hold(limited("req_1", limits))
+    with pytest.raises(RateLimited):
+        await ledger.hold(limited("req_2", limits))
+
+
+async def test_a_refusal_for_want_of_credit_uses_no_place(ledger: Ledger) -> None:
+    limits = Limits(requests_per_minute=1, concurrent_requests=1)
+    for n in range(3):
+        with pytest.raises(InsufficientCredits):
+            await ledger.hold(request(f"req_{n}", limits=limits))
+    await ledger.grant(money(100_000))
+    await ledger.hold(request("req_9", limits=limits))
+
+
+async def test_no_more_run_at_once_than_may(ledger: Ledger) -> None:
+    limits = Limits(concurrent_requests=2)
+    answers = await asyncio.gather(
+        *(ledger.hold(limited(f"req_{n}", limits)) for n in range(20)), return_exceptions=True
+    )
+    refused = [a for a in answers if isinstance(a, RateLimited)]
+    assert (len(refused), refused[0].kind) == (18, "concurrency")
+    running = next(a for a in answers if not isinstance(a, BaseException))
+    await ledger.settle(replace(settlement(), request_id=running.request.request_id))
+    await ledger.hold(limited("req_again", limits))
+    with pytest.raises(RateLimited):
+        await ledger.hold(limited("req_more", limits))
+
+
+async def test_a_dead_gateway_s_requests_stop_counting_with_their_leases(ledger: Ledger, store: Redis) -> None:
+    limits = Limits(concurrent_requests=2)
+    for n in range(2):
+        await ledger.hold(limited(f"req_{n}", limits, lease_ms=30))
+    await asyncio.sleep(0.06)
+    await ledger.hold(limited("req_2", limits))
+    assert await store.smembers(shard_for(ACME).slots(ACME, "key_1")) == {"req_2"}
+
+
+async def test_a_repeat_counts_once(ledger: Ledger) -> None:
+    limits = Limits(requests_per_minute=1, tokens_per_minute=30, concurrent_requests=1)
+    for _ in range(3):
+        await ledger.hold(limited("req_1", limits))
+
+
+async def test_limits_forget_a_key_that_is_not_used(ledger: Ledger, store: Redis) -> None:
+    await ledger.hold(limited("req_1", Limits(requests_per_minute=5)))
+    assert 0 < await store.pttl(shard_for(ACME).limits(ACME)) <= 120_000
