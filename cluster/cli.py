@@ -28,7 +28,12 @@ from cluster.supervisor import supervise
 
 DOWN_TIMEOUT_S = 20.0
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Sell your LoRA adapters as an API.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Sell your LoRA adapters as an API.",
+)
 dodo = typer.Typer(no_args_is_help=True, help="What Dodo Payments knows of this farebox.")
 app.add_typer(dodo, name="dodo")
 out = Console()

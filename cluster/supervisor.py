@@ -25,7 +25,7 @@ from cluster.serve_api import ServeApi, ServeConfig, ServeUnavailable
 from cluster.settings import Settings, free_block
 from cluster.state import Home, Phase, Run, Secrets, write_private
 
-RAY_UP_TIMEOUT_S = 60.0
+RAY_UP_TIMEOUT_S = 120.0
 SERVE_STOP_S, RAY_STOP_S, CHILD_STOP_S = 5.0, 2.0, 1.0
 """Their sum, and the store's last write, stay under ten seconds."""
 RESTARTS_MAX = 5
