@@ -15,7 +15,17 @@ from dodopayments.types import EventInputParam
 from dodopayments.types.price_param import PriceParam
 from pydantic import BaseModel
 
-from billing.dodo_wire import DodoMeter, DodoProduct, DodoSubscription, Payment, UsagePeriod, Wire, WireError, to_iso
+from billing.dodo_wire import (
+    DodoEvent,
+    DodoMeter,
+    DodoProduct,
+    DodoSubscription,
+    Payment,
+    UsagePeriod,
+    Wire,
+    WireError,
+    to_iso,
+)
 from billing.errors import DodoMisconfigured, DodoRefused, DodoUnavailable
 from billing.tenants import Tenant
 
@@ -27,6 +37,9 @@ TENANT_TAG = "farebox_tenant"
 """Metadata key that says which tenant a Dodo customer is."""
 TRANSIENT = (408, 409, 425, 429)
 """Statuses below 500 that a later try may change."""
+
+_UNREADABLE = (APIConnectionError, APIResponseValidationError, httpx.HTTPError, ValueError, TypeError, AttributeError)
+"""No answer, or none that the SDK can read: it trips over a list that is no JSON with an AttributeError."""
 
 Environment = Literal["sandbox", "test_mode", "live_mode"]
 T = TypeVar("T")
@@ -129,6 +142,11 @@ class Dodo:
             raise
         return getattr(reply, "event_id", None) == event_id
 
+    async def events_of(self, customer_id: str, page: int) -> list[DodoEvent]:
+        """One page of a customer's events, numbered from 0; the last one is shorter than ``PAGE``."""
+        call = self._sdk.usage_events.list(customer_id=customer_id, page_number=page, page_size=PAGE)
+        return [_parse(DodoEvent.read, item) for item in await _items(call)]
+
     async def create_customer(self, tenant: Tenant) -> str:
         """The id of this tenant's customer: the one that carries its tag, else a new one."""
         for wire in await self._pages(lambda page: self._list_customers(tenant.email, page)):
@@ -229,13 +247,18 @@ class Dodo:
         """All items of a list that Dodo numbers from page 0."""
         found: list[Wire] = []
         for page in range(MAX_PAGES):
-            items = _wire(await _call(fetch(page))).get("items")
-            if not isinstance(items, list):
-                raise DodoUnavailable("no items in the reply")
-            found += cast(list[Wire], items)
+            items = await _items(fetch(page))
+            found += items
             if len(items) < PAGE:
                 break
         return found
+
+
+async def _items(call: Awaitable[object]) -> list[Wire]:
+    items = _wire(await _call(call)).get("items")
+    if not isinstance(items, list):
+        raise DodoUnavailable("no items in the reply")
+    return cast(list[Wire], items)
 
 
 async def _call(call: Awaitable[T]) -> T:
@@ -243,7 +266,7 @@ async def _call(call: Awaitable[T]) -> T:
         return await call
     except APIStatusError as error:
         raise _refusal(error) from error
-    except (APIConnectionError, APIResponseValidationError, httpx.HTTPError, ValueError) as error:
+    except _UNREADABLE as error:
         raise DodoUnavailable(f"{type(error).__name__}: {error}") from error
 
 
@@ -265,7 +288,10 @@ def _retry_after(response: httpx.Response) -> float:
 def _wire(reply: object) -> Wire:
     if not isinstance(reply, BaseModel):
         raise DodoUnavailable(f"no JSON object in the reply: {str(reply)[:100]!r}")
-    return reply.model_dump(mode="json", warnings=False)
+    try:
+        return reply.model_dump(mode="json", warnings=False)
+    except ValueError as error:
+        raise DodoUnavailable(f"unreadable reply: {error}") from error
 
 
 def _read(read: Callable[[Wire], T], reply: object) -> T:

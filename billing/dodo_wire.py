@@ -16,6 +16,8 @@ Wire = Mapping[str, object]
 """A JSON object as it came."""
 
 MS_PER_SECOND = 1_000
+MAX_DIGITS = 30
+"""Of a whole number: ``1e999999`` would take minutes to write out."""
 
 
 class WireError(ValueError):
@@ -182,6 +184,27 @@ class DodoProduct:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class DodoEvent:
+    """A usage event as Dodo keeps it."""
+
+    id: str
+    name: str
+    metadata: Wire
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        return cls(text(wire, "event_id"), text(wire, "event_name"), _object(wire.get("metadata")))
+
+    def quantity(self, name: str) -> int:
+        """A whole metadata value, 0 where there is none.
+
+        Raises:
+            WireError: it is no whole number.
+        """
+        return integer(self.metadata, name, 0)
+
+
 def read_json(body: bytes | str) -> Wire:
     """The JSON object in ``body``.
 
@@ -215,9 +238,11 @@ def integer(wire: Wire, name: str, default: int | None = None) -> int:
         return default
     try:
         number = Decimal(str(value))
+        if number.adjusted() > MAX_DIGITS:
+            raise OverflowError
         whole = int(number)
     except (InvalidOperation, ValueError, OverflowError):
-        raise WireError(f"{name} is no number: {value!r}") from None
+        raise WireError(f"{name} is no number: {str(value)[:50]!r}") from None
     if whole != number:
         raise WireError(f"{name} is no whole number: {value!r}")
     return whole

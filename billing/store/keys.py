@@ -37,6 +37,9 @@ PAYMENTS = "fb:payments"
 PUMP = "fb:pump"
 """Hash: the exporter's state for people: last flush, last error, stopped or not."""
 
+ARCHIVE = "fb:archive"
+"""String: the URL under which archived entries lie."""
+
 
 def api_key(key_hash: str) -> str:
     return f"fb:key:{key_hash}"
@@ -79,6 +82,11 @@ class Shard:
     def cursor(self) -> str:
         """Hash: the export cursor and the running sums of what was sealed, acked and dead."""
         return f"{self.tag}:cursor"
+
+    @property
+    def archived(self) -> str:
+        """Hash: tenant to the number of its last archived entry; the archive cursor is in ``cursor``."""
+        return f"{self.tag}:archived"
 
     @property
     def outbox(self) -> str:

@@ -4,7 +4,7 @@ Knows the text of a bucket, a hold and a usage; the same formats stand in ``lua/
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from billing.account import Bucket, Hold, HoldRequest, LimitsLeft
 from billing.errors import BillingError, CreditOnHold, DuplicateRequest, InsufficientCredits, RateLimited
@@ -118,6 +118,11 @@ def _head(request: HoldRequest) -> str:
         "price_version": request.price.version,
     }
     return json.dumps(frozen, separators=(",", ":"))[1:-1]
+
+
+def unpack_draws(rows: Iterable[Sequence[str]]) -> tuple[Draw, ...]:
+    """What an open hold drew, as it stands in the hold."""
+    return tuple(Draw(BucketId(bucket), _UNIT[unit], int(amount)) for bucket, unit, amount in rows)
 
 
 def unpack_hold(request: HoldRequest, reply: Sequence[str]) -> Hold:

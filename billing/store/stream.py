@@ -46,6 +46,18 @@ class Entry:
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise UnreadableEntry(f"entry {self.id} of {self.tenant}: {type(error).__name__} {error}") from error
 
+    @property
+    def number(self) -> int:
+        """Its place among the tenant's entries, from 1.
+
+        Raises:
+            UnreadableEntry: it has none.
+        """
+        try:
+            return int(json.loads(self.payload)["seq"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnreadableEntry(f"entry {self.id} of {self.tenant} has no number") from error
+
     def movement(self) -> Mapping[str, object]:
         """Source, unit, amount and bucket of an entry that is no usage."""
         value: Mapping[str, object] = json.loads(self.payload)
@@ -69,23 +81,24 @@ class Stream:
             for shard in ALL_SHARDS:
                 pipe.xrange(shard.stream, min=_behind(positions.get(shard.number, "0-0")), count=count)
             found = await pipe.execute()
-        return {shard: _entries(raw) for shard, raw in zip(ALL_SHARDS, found, strict=True) if raw}
+        return {shard: entries_in(raw) for shard, raw in zip(ALL_SHARDS, found, strict=True) if raw}
 
     async def of(self, tenant: TenantId, start: str = FIRST, end: str = LAST, count: int = 1000) -> list[Entry]:
         """Entries of the tenant's whole shard, oldest first, both ends included."""
         async with guarded(BULK_DEADLINE_S):
-            return _entries(await self._redis.xrange(shard_for(tenant).stream, min=start, max=end, count=count))
+            return entries_in(await self._redis.xrange(shard_for(tenant).stream, min=start, max=end, count=count))
 
     async def newest(self, tenant: TenantId, before: str = LAST, count: int = 1000) -> list[Entry]:
         """Entries of the tenant's whole shard, newest first, from ``before`` on."""
         async with guarded(BULK_DEADLINE_S):
-            return _entries(await self._redis.xrevrange(shard_for(tenant).stream, max=before, count=count))
+            return entries_in(await self._redis.xrevrange(shard_for(tenant).stream, max=before, count=count))
 
 
 def _behind(position: str) -> str:
     return f"({position}" if position != "0-0" else FIRST
 
 
-def _entries(raw: object) -> list[Entry]:
+def entries_in(raw: object) -> list[Entry]:
+    """Entries as the store answers them."""
     rows = cast(Sequence[tuple[str, Mapping[str, str]]], raw or ())
     return [Entry(id_, fields["k"], TenantId(fields["t"]), fields["p"]) for id_, fields in rows]

@@ -1,0 +1,195 @@
+"""The archive: stream entries of closed times in Parquet files, by date, readable by any tool.
+
+Knows files; the store's part, how far the archive has come and what may be trimmed, is ``archiving``'s.
+The same entries may lie in two files after a crash: an entry's stream id tells them apart.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, date, datetime
+from pathlib import PurePosixPath
+from typing import IO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from billing.errors import BillingError
+from billing.store.books import order
+from billing.store.keys import Shard
+from billing.store.stream import Entry
+from billing.usage import TenantId
+
+MS_PER_SECOND = 1_000
+_ENTRY = ("id", "kind", "tenant", "payload")
+"""Columns that an entry is made of; the others repeat its payload for those who query the files."""
+
+
+class ArchiveUnavailable(BillingError):
+    """The archive's files cannot be written or read."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One entry as it stands in a file. Amounts are nanos; columns of usage are 0 or empty for a grant."""
+
+    id: str
+    kind: str
+    tenant: str
+    occurred_at_ms: int
+    adapter: str
+    status: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    requests: int
+    compute_ms: int
+    list_nanos: int
+    charged_nanos: int
+    overage_nanos: int
+    payload: str
+
+
+_SCHEMA = pa.schema([(f.name, pa.int64() if f.type is int else pa.string()) for f in fields(_Line)])
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """``s07_1700000000000-0_1700000009999-3.parquet``: a shard's entries from one stream id to another."""
+
+    path: str
+    first: str
+    last: str
+
+    @classmethod
+    def read(cls, path: str) -> "_File":
+        _, first, last = PurePosixPath(path).stem.split("_")
+        return cls(path, first, last)
+
+    def overlaps(self, start_ms: int, end_ms: int | None) -> bool:
+        return order(self.last)[0] >= start_ms and (end_ms is None or order(self.first)[0] < end_ms)
+
+
+class Archive:
+    """Files under one local path or fsspec URL. Every call blocks: run it on a thread."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ArchiveUnavailable(f"archive {url}: {error}") from error
+
+    def write(self, shard: Shard, entries: Sequence[Entry]) -> int:
+        """Keep these entries of a shard, in order; durable on return. How many files that made.
+
+        Raises:
+            UnreadableEntry: one of them is none of ours; nothing of its day was written.
+            ArchiveUnavailable: some may have been written; write all of them again.
+        """
+        days: defaultdict[date, list[Entry]] = defaultdict(list)
+        for entry in entries:
+            days[_day(entry.id)].append(entry)
+        for day, group in days.items():
+            folder = f"{self._root}/date={day.isoformat()}"
+            name = f"s{shard.number:02d}_{group[0].id}_{group[-1].id}.parquet"
+            table = pa.Table.from_pylist([_line(entry) for entry in group], schema=_SCHEMA)
+            try:
+                self._fs.makedirs(folder, exist_ok=True)
+                self._put(folder, name, table)
+            except OSError as error:
+                raise ArchiveUnavailable(f"archive {self.url}: {error}") from error
+        return len(days)
+
+    def _put(self, folder: str, name: str, table: pa.Table) -> None:
+        """A file appears under its name only when it is whole."""
+        draft = f"{folder}/.{name}.draft"
+        with self._fs.open(draft, "wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            self._sync(file)
+        self._fs.mv(draft, f"{folder}/{name}")
+        if isinstance(self._fs, LocalFileSystem):
+            for name_of_folder in (folder, self._root):
+                _sync_folder(name_of_folder)
+
+    def _sync(self, file: IO[bytes]) -> None:
+        if isinstance(self._fs, LocalFileSystem):
+            os.fsync(file.fileno())
+
+    def read(
+        self, shard: Shard, start_ms: int = 0, end_ms: int | None = None, tenant: TenantId | None = None
+    ) -> list[Entry]:
+        """Entries from ``start_ms`` until before ``end_ms``, each once, in the order they took effect.
+
+        Raises:
+            ArchiveUnavailable: a file cannot be read.
+        """
+        found: dict[str, Entry] = {}
+        filters = None if tenant is None else [("tenant", "=", tenant)]
+        try:
+            for file in self._files(shard):
+                if file.overlaps(start_ms, end_ms):
+                    with self._fs.open(file.path, "rb") as source:
+                        table = pq.read_table(source, columns=list(_ENTRY), filters=filters)
+                    found |= {entry.id: entry for entry in _entries(table)}
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ArchiveUnavailable(f"archive {self.url}: {error}") from error
+        inside = (
+            e for e in found.values() if start_ms <= order(e.id)[0] and (end_ms is None or order(e.id)[0] < end_ms)
+        )
+        return sorted(inside, key=lambda entry: order(entry.id))
+
+    def last(self, shard: Shard) -> str:
+        """The newest stream id of a shard that is archived; ``0-0`` where nothing is."""
+        return max((file.last for file in self._files(shard)), key=order, default="0-0")
+
+    def _files(self, shard: Shard) -> list[_File]:
+        return sorted(
+            (_File.read(path) for path in self._fs.glob(f"{self._root}/date=*/s{shard.number:02d}_*.parquet")),
+            key=lambda file: order(file.first),
+        )
+
+
+def _day(entry_id: str) -> date:
+    return datetime.fromtimestamp(order(entry_id)[0] // MS_PER_SECOND, UTC).date()
+
+
+def _entries(table: pa.Table) -> Iterable[Entry]:
+    columns = (table.column(name).to_pylist() for name in _ENTRY)
+    return (Entry(id_, kind, TenantId(tenant), payload) for id_, kind, tenant, payload in zip(*columns, strict=True))
+
+
+def _line(entry: Entry) -> dict[str, object]:
+    whole: dict[str, object] = {name: 0 if _SCHEMA.field(name).type == pa.int64() else "" for name in _SCHEMA.names}
+    whole |= {"id": entry.id, "kind": entry.kind, "tenant": entry.tenant, "payload": entry.payload}
+    whole["occurred_at_ms"] = order(entry.id)[0]
+    if not entry.is_usage:
+        return whole
+    record = entry.record()
+    usage = record.usage
+    return whole | {
+        "occurred_at_ms": record.occurred_at_ms,
+        "adapter": record.adapter,
+        "status": record.status.value,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "requests": usage.requests,
+        "compute_ms": usage.compute_ms,
+        "list_nanos": record.list_nanos,
+        "charged_nanos": record.charged_nanos,
+        "overage_nanos": record.overage_nanos,
+    }
+
+
+def _sync_folder(path: str) -> None:
+    """A new name is durable when its folder is."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,97 @@
+"""Moves entries that are sealed and old enough from the stream to the archive, then trims the stream.
+
+Every step is repeatable: killed between any two, or run twice at once, nothing is lost or counted twice.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from billing.archive import Archive
+from billing.errors import BillingError
+from billing.store.books import order
+from billing.store.keys import ALL_SHARDS, Shard
+from billing.store.shelf import Shelf
+from billing.store.stream import Entry, UnreadableEntry
+from billing.usage import TenantId
+
+KEEP_MS = 6 * 3_600_000
+"""A settle that is repeated finds its record in the stream; its marker is forgotten sooner than this."""
+WINDOW_ENTRIES = 5_000
+
+log = logging.getLogger("farebox.billing.archive")
+
+
+class NumbersBroken(BillingError):
+    """A tenant's entries have a gap or a repeat: they stay where they are until that is explained."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveReport:
+    """What one run did, in entries."""
+
+    archived: int
+    trimmed: int
+    problems: tuple[str, ...] = ()
+    """Shards that stand still, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Archiver:
+    redis: Redis
+    archive: Archive
+    keep_ms: int = KEEP_MS
+    """Entries younger than this stay in the stream, and out of the archive."""
+
+    async def run_once(self) -> ArchiveReport:
+        """Archive and trim every shard; one that cannot be archived keeps no other waiting.
+
+        Raises:
+            StoreUnavailable, ArchiveUnavailable: the rest waits for the next run.
+        """
+        shelf, archived, trimmed = Shelf(self.redis), 0, 0
+        problems: list[str] = []
+        await shelf.announce(self.archive.url)
+        until_ms = await shelf.now_ms() - self.keep_ms
+        for shard in ALL_SHARDS:
+            try:
+                archived += await self._archive(shelf, shard, until_ms)
+            except (NumbersBroken, UnreadableEntry) as error:
+                problems.append(f"shard {shard.number} is not archived further: {error}")
+                log.error(problems[-1])
+            trimmed += await shelf.trim(shard, self.keep_ms)
+        return ArchiveReport(archived, trimmed, tuple(problems))
+
+    async def _archive(self, shelf: Shelf, shard: Shard, until_ms: int) -> int:
+        start, sealed = await shelf.position(shard)
+        until = min(sealed, f"{max(0, until_ms)}-0", key=order)
+        moved = 0
+        while order(start) < order(until):
+            entries = await shelf.window(shard, start, until, WINDOW_ENTRIES)
+            if not entries:
+                break
+            numbers = advance(await shelf.numbers(shard), entries)
+            await asyncio.to_thread(self.archive.write, shard, entries)
+            if not await shelf.move(shard, start, entries[-1].id, numbers):
+                break  # another archiver is at it
+            moved, start = moved + len(entries), entries[-1].id
+        return moved
+
+
+def advance(last: dict[TenantId, int], entries: Iterable[Entry]) -> dict[TenantId, int]:
+    """The last number of each tenant in ``entries``, which go on without a gap from ``last``.
+
+    Raises:
+        NumbersBroken: they do not.
+        UnreadableEntry: one has no number.
+    """
+    reached: dict[TenantId, int] = {}
+    for entry in entries:
+        expected = reached.get(entry.tenant, last.get(entry.tenant, 0)) + 1
+        if entry.number != expected:
+            raise NumbersBroken(f"{entry.tenant}'s entry {entry.id} has the number {entry.number}, not {expected}")
+        reached[entry.tenant] = expected
+    return reached

@@ -1,0 +1,73 @@
+"""How far each shard is archived, in the store, and the trimming of what lies behind.
+
+Every change is one atomic step; the files themselves are the archive's.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from billing.store.connection import guarded
+from billing.store.keys import ARCHIVE, Shard
+from billing.store.outbox import START
+from billing.store.stream import BULK_DEADLINE_S, Entry, entries_in
+from billing.usage import TenantId
+
+LUA = Path(__file__).parent / "lua"
+
+
+async def archive_url(redis: Redis) -> str:
+    """Where the archive is, as the archiver last said it; empty where nothing was archived."""
+    async with guarded():
+        return str(await redis.get(ARCHIVE) or "")
+
+
+class Shelf:
+    """The archive cursor of every shard."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._shelve = redis.register_script((LUA / "shelve.lua").read_text())
+        self._trim = redis.register_script((LUA / "trim.lua").read_text())
+
+    async def announce(self, url: str) -> None:
+        """Tell everyone who reads old entries where they are."""
+        async with guarded():
+            await self._redis.set(ARCHIVE, url)
+
+    async def position(self, shard: Shard) -> tuple[str, str]:
+        """The stream ids up to which a shard is archived, and sealed for export."""
+        async with guarded(BULK_DEADLINE_S):
+            archived, sealed = await self._redis.hmget(shard.cursor, ["archived", "at"])
+        return str(archived or START), str(sealed or START)
+
+    async def now_ms(self) -> int:
+        """The store's own clock."""
+        async with guarded(BULK_DEADLINE_S):
+            seconds, microseconds = await self._redis.time()
+        return int(seconds) * 1_000 + int(microseconds) // 1_000
+
+    async def window(self, shard: Shard, after: str, until: str, count: int) -> list[Entry]:
+        """Up to ``count`` entries behind ``after``, ``until`` included."""
+        async with guarded(BULK_DEADLINE_S):
+            return entries_in(await self._redis.xrange(shard.stream, min=f"({after}", max=until, count=count))
+
+    async def numbers(self, shard: Shard) -> dict[TenantId, int]:
+        """The last archived number of each tenant."""
+        async with guarded(BULK_DEADLINE_S):
+            found = await self._redis.hgetall(shard.archived)
+        return {TenantId(str(tenant)): int(number) for tenant, number in found.items()}
+
+    async def move(self, shard: Shard, start: str, end: str, numbers: Mapping[TenantId, int]) -> bool:
+        """Move the archive cursor from ``start`` to ``end``; ``False`` if it stood elsewhere."""
+        args: list[str | int] = [start, end]
+        for tenant, number in numbers.items():
+            args += (tenant, number)
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._shelve(keys=[shard.cursor, shard.archived], args=args))
+
+    async def trim(self, shard: Shard, keep_ms: int) -> int:
+        """Remove what is sealed, archived and older than ``keep_ms``. How many entries that were."""
+        async with guarded(BULK_DEADLINE_S):
+            return int(await self._trim(keys=[shard.cursor, shard.stream], args=[keep_ms]))

@@ -1,0 +1,251 @@
+"""The books are proved to the nano: right they pass, and whatever is altered is found and named."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from billing.account import Grant
+from billing.budget import CallBudget
+from billing.clock import now_ms
+from billing.dodo import PAGE, Dodo, DodoSettings, Event
+from billing.events import CHARGE, USAGE, SealedEvent
+from billing.reconcile import Reconciler
+from billing.store.books import UnreadableBooks
+from billing.store.keys import shard_for
+from billing.store.outbox import Outbox
+from billing.store.tenants import Tenants
+from billing.usage import Unit
+from cluster.dodo_sandbox.server import SandboxServer
+from tests.billing.movements import ACME, ZETA, House
+
+API_KEY = "sandbox_test"
+
+
+@pytest.fixture
+async def house(redis: Redis, tmp_path: Path) -> AsyncIterator[House]:
+    """Mixed movements, all of them exported and acknowledged."""
+    with SandboxServer(tmp_path / "dodo", API_KEY) as sandbox:
+        dodo = Dodo(DodoSettings(API_KEY, base_url=sandbox.url))
+        house = House(redis, dodo)
+        try:
+            await house.open()
+            await house.move()
+            await house.flush()
+            yield house
+        finally:
+            await dodo.close()
+
+
+async def assert_found(house: House, proof: str, named: str, difference: int | None = None) -> None:
+    report = await house.reconcile()
+    assert not report.is_clean
+    found = [row for row in report.faults if row.proof == proof]
+    assert found, report.faults
+    assert any(named in row.named for row in found), found
+    if difference is not None:
+        assert difference in [row.difference for row in found], found
+
+
+async def test_books_of_every_kind_of_movement_are_clean(house: House) -> None:
+    report = await house.reconcile()
+    assert report.faults == ()
+    assert report.is_clean
+    proofs = {line.proof: line for line in report.summary()}
+    assert {"records", "sequence", "credit", "held", "exposure", f"exported {CHARGE}", f"dodo {CHARGE}"} < proofs.keys()
+    assert proofs[f"dodo {USAGE}"].found > 0
+    assert proofs["exposure"].found > 0
+    assert proofs["held"].found > 0
+
+
+async def test_books_are_clean_while_usage_waits_sealed_and_unsealed(house: House) -> None:
+    await house.serve("req_unsealed")
+    assert (await house.reconcile()).is_clean
+    await house.redis.hset(shard_for(ACME).cursor, "unrelated", 1)
+    assert (await house.reconcile()).is_clean
+
+
+async def test_credit_that_pays_a_debt_is_no_drift(house: House) -> None:
+    await house.refund()
+    report = await house.reconcile()
+    assert report.faults == ()
+
+
+async def test_an_empty_store_is_clean(redis: Redis) -> None:
+    assert (await Reconciler(redis).run()).rows == ()
+
+
+@pytest.mark.parametrize("by", [1, -1])
+async def test_one_nano_in_a_bucket_is_found_and_named(house: House, by: int) -> None:
+    name = shard_for(ACME).buckets(ACME)
+    unit, remaining, *rest = str(await house.redis.hget(name, "payment:1")).split("|")
+    await house.redis.hset(name, "payment:1", "|".join([unit, str(int(remaining) + by), *rest]))
+    await assert_found(house, "credit", "bucket payment:1", by)
+
+
+async def test_credit_moved_from_one_bucket_to_another_is_found(house: House) -> None:
+    await house.ledger.grant(Grant("payment:9", ACME, Unit.NANOS, 1_000))
+    name = shard_for(ACME).buckets(ACME)
+    for bucket, by in (("payment:1", 7), ("payment:9", -7)):
+        unit, remaining, *rest = str(await house.redis.hget(name, bucket)).split("|")
+        await house.redis.hset(name, bucket, "|".join([unit, str(int(remaining) + by), *rest]))
+    await assert_found(house, "credit", "bucket payment:9", 0)
+
+
+async def test_a_bucket_that_is_gone_is_named(house: House) -> None:
+    await house.redis.hdel(shard_for(ACME).buckets(ACME), "payment:1")
+    await assert_found(house, "credit", "bucket payment:1 has 0 of")
+
+
+async def test_a_deleted_record_is_named_by_its_neighbours(house: House) -> None:
+    entry = await _entry_of(house, "rec_req_money")
+    await house.redis.xdel(shard_for(ACME).stream, entry)
+    await assert_found(house, "sequence", "missing between rec_req_last_call and rec_req_allowed", -1)
+
+
+async def test_the_last_record_deleted_is_found_too(house: House) -> None:
+    entry = await _entry_of(house, "rec_req_gone_late")
+    await house.redis.xdel(shard_for(ACME).stream, entry)
+    await assert_found(house, "sequence", "missing after rec_req_gone")
+
+
+async def test_a_doubled_record_is_named(house: House) -> None:
+    stream = shard_for(ACME).stream
+    entry = await _entry_of(house, "rec_req_money")
+    ((_, fields),) = await house.redis.xrange(stream, entry, entry)
+    await house.redis.xadd(stream, fields)
+    await assert_found(house, "sequence", "rec_req_money has the number", 1)
+    await assert_found(house, "credit", "bucket payment:1")
+
+
+async def test_a_record_whose_charge_was_altered_is_named(house: House) -> None:
+    def dearer(record: dict[str, object]) -> None:
+        record["charged_nanos"] = int(str(record["charged_nanos"])) + 1
+
+    await _rewrite(house, "rec_req_money", dearer)
+    await assert_found(house, "records", "rec_req_money charges", 1)
+    await assert_found(house, f"exported {USAGE}", "its records say", -1)
+
+
+async def test_a_record_altered_in_all_its_parts_no_longer_matches_its_bucket(house: House) -> None:
+    def dearer(record: dict[str, object]) -> None:
+        draws = record["draws"]
+        assert isinstance(draws, list)
+        draws[0]["amount"] += 1
+        record["charged_nanos"] = record["list_nanos"] = int(str(record["charged_nanos"])) + 1
+
+    await _rewrite(house, "rec_req_money", dearer)
+    await assert_found(house, "credit", "bucket payment:1", 1)
+
+
+async def test_an_entry_that_is_none_of_ours_is_named(house: House) -> None:
+    entry = await house.redis.xadd(shard_for(ACME).stream, {"k": "usage", "t": ACME, "p": "{}"})
+    await assert_found(house, "records", f"entry {entry} cannot be read")
+
+
+async def test_a_hold_deleted_by_hand_is_found(house: House) -> None:
+    await house.redis.hdel(shard_for(ACME).holds, "req_open")
+    await assert_found(house, "held", "bucket payment:1 counts 50000 held of 0", 50_000)
+    await assert_found(house, "open holds", "field open", 1)
+
+
+async def test_a_hold_that_would_never_end_is_named(house: House) -> None:
+    await house.redis.zrem(shard_for(ACME).leases, "req_open")
+    await assert_found(house, "open holds", "hold req_open has no lease", 0)
+
+
+async def test_one_nano_of_exposure_is_found(house: House) -> None:
+    await house.redis.hincrby(shard_for(ZETA).account(ZETA), "overage", 1)
+    await assert_found(house, "exposure", "field overage", 1)
+
+
+@pytest.mark.parametrize("field", ["acked_charge", "acked_covered", "dead_charge", "sealed_covered"])
+async def test_one_nano_in_a_running_sum_is_found(house: House, field: str) -> None:
+    shard = shard_for(ZETA)
+    await house.redis.hincrby(shard.cursor, field, 1)
+    await assert_found(house, f"exported {CHARGE if 'charge' in field else USAGE}", f"shard {shard.number} counts")
+
+
+async def test_a_sealed_event_altered_in_the_outbox_is_named(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    (event,) = await _left_in_outbox(house, monkeypatch)
+    shard = shard_for(ACME)
+    await house.redis.hset(shard.outbox, event.id, replace(event, covered_nanos=event.covered_nanos + 1).to_json())
+    await assert_found(house, "sealed event", f"event {event.id}", -1)
+    await assert_found(house, f"exported {USAGE}", "sealed", 1)
+
+
+async def test_an_event_that_dodo_has_and_we_never_sent_is_found(house: House) -> None:
+    customer = (await Tenants(house.redis).get(ACME)).dodo_customer_id
+    await house.dodo.ingest([Event("forged", customer, CHARGE, now_ms(), {"charge_nanos": 1})])
+    await assert_found(house, f"dodo {CHARGE}", "1 events at Dodo", 1)
+
+
+async def test_an_event_that_dodo_took_and_we_do_not_know_of_waits(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _left_in_outbox(house, monkeypatch)
+    assert (await house.reconcile()).faults == ()
+    await house.flush()
+    assert (await house.reconcile()).is_clean
+
+
+async def test_every_page_of_dodos_events_is_counted(house: House) -> None:
+    customer = (await Tenants(house.redis).get(ACME)).dodo_customer_id
+    events = [Event(f"e{n}", customer, CHARGE, now_ms(), {"charge_nanos": 1}) for n in range(2 * PAGE + 1)]
+    await house.dodo.ingest(events)
+    await assert_found(house, f"dodo {CHARGE}", "201 events at Dodo", 201)
+
+
+async def test_a_dodo_that_does_not_answer_leaves_its_proof_open(house: House) -> None:
+    dodo = Dodo(DodoSettings(API_KEY, base_url="http://127.0.0.1:9"))
+    report = await Reconciler(house.redis, dodo, budget=CallBudget(1_000)).run()
+    await dodo.close()
+    assert report.faults == ()
+    assert report.unproven
+    assert not report.is_clean
+
+
+async def test_a_value_that_farebox_does_not_write_is_an_error_that_says_where(house: House) -> None:
+    await house.redis.hset(shard_for(ACME).holds, "req_odd", "{}")
+    with pytest.raises(UnreadableBooks, match=f"shard {shard_for(ACME).number}"):
+        await house.reconcile()
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+async def _left_in_outbox(house: House, monkeypatch: pytest.MonkeyPatch) -> list[SealedEvent]:
+    """Send one event of acme, and die before it is acknowledged."""
+
+    async def die(*_: object) -> int:
+        raise Killed
+
+    await house.serve("req_again")
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "ack", die)
+        with pytest.raises(Killed):
+            await house.flush()
+    return await Outbox(house.redis).events()
+
+
+async def _entry_of(house: House, record_id: str) -> str:
+    for id_, fields in await house.redis.xrange(shard_for(ACME).stream):
+        if f'"{record_id}"' in fields["p"]:
+            return str(id_)
+    raise AssertionError(f"no {record_id}")
+
+
+async def _rewrite(house: House, record_id: str, change: Callable[[dict[str, object]], None]) -> None:
+    """Alter one record as an intruder would: every entry is written again under its own id."""
+    stream = shard_for(ACME).stream
+    entries = await house.redis.xrange(stream)
+    await house.redis.delete(stream)
+    for id_, fields in entries:
+        payload = json.loads(fields["p"])
+        if payload.get("record_id") == record_id:
+            change(payload)
+        await house.redis.xadd(stream, {**fields, "p": json.dumps(payload)}, id=id_)
