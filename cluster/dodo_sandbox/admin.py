@@ -16,7 +16,7 @@ from cluster.dodo_sandbox.customers import customer_of
 from cluster.dodo_sandbox.delivery import Courier
 from cluster.dodo_sandbox.errors import bad_request, not_found, unprocessable
 from cluster.dodo_sandbox.faults import Faults, Rule
-from cluster.dodo_sandbox.outbox import Delivery, Message
+from cluster.dodo_sandbox.outbox import Delivery, Message, State
 from cluster.dodo_sandbox.payments import Payment
 from cluster.dodo_sandbox.refunds import CreateRefund, Refund, refund
 from cluster.dodo_sandbox.state import Here, Settings
@@ -72,6 +72,24 @@ class Redelivered(Command):
 
 class Count(Command):
     count: int
+
+
+class DeliveryState(Command):
+    """One message on its way to one endpoint; ``webhook_id`` is what the receiver sees as ``webhook-id``."""
+
+    webhook_id: str
+    type: str
+    resource_id: str
+    endpoint_id: str
+    state: State
+    attempts: int
+    last_status: str
+    due_ms: int
+    emitted_ms: int
+
+
+class Deliveries(Command):
+    data: list[DeliveryState]
 
 
 @dataclass(frozen=True)
@@ -198,9 +216,23 @@ async def renew(subscription_id: str, sandbox: Here) -> Subscription:
 
 
 @router.get("/webhooks")
-async def list_deliveries(sandbox: Here, limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> list[Delivery]:
-    """The latest deliveries first; ``message.id`` is the header ``webhook-id``."""
-    return sandbox.outbox.recent(limit)
+async def list_deliveries(sandbox: Here, limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Deliveries:
+    """The latest first."""
+    return Deliveries(data=[_delivery_state(one) for one in sandbox.outbox.recent(limit)])
+
+
+def _delivery_state(one: Delivery) -> DeliveryState:
+    return DeliveryState(
+        webhook_id=one.message.id,
+        type=one.message.type,
+        resource_id=one.message.resource_id,
+        endpoint_id=one.endpoint_id,
+        state=one.state,
+        attempts=one.attempts,
+        last_status=one.last_status,
+        due_ms=one.due_ms,
+        emitted_ms=one.message.emitted_ms,
+    )
 
 
 @router.post("/webhooks/flush")

@@ -41,6 +41,9 @@ LIFETIME = timedelta(hours=24)
 router = APIRouter()
 
 
+WebUrl = Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
+
+
 class CartLine(Wire):
     product_id: str
     quantity: Annotated[int, Field(ge=1, le=10_000)]
@@ -62,8 +65,8 @@ class SubscriptionData(Wire):
 class CreateSession(Wire):
     product_cart: Annotated[list[CartLine], Field(min_length=1, max_length=CART_MAX)]
     customer: SessionCustomer | None = None
-    return_url: str | None = None
-    cancel_url: str | None = None
+    return_url: WebUrl | None = None
+    cancel_url: WebUrl | None = None
     metadata: LimitedMetadata | None = None
     subscription_data: SubscriptionData | None = None
     confirm: bool = False
@@ -195,6 +198,11 @@ def _start(
     return planned(sandbox, start, now)
 
 
+def currency_of(sandbox: Sandbox, session: SessionRecord) -> str:
+    """The one currency of all its products."""
+    return product_of(sandbox, session.request.product_cart[0].product_id).price.currency
+
+
 def cart_lines(sandbox: Sandbox, session: SessionRecord) -> list[Line]:
     """What is due today, before tax; a trial's first charge is nothing."""
     lines = []
@@ -231,7 +239,7 @@ def _cart_charge(
         for one in starts
     ]
     return Charge(
-        customer_id=customer.customer_id, currency=_products(sandbox, session)[0][1].price.currency,
+        customer_id=customer.customer_id, currency=currency_of(sandbox, session),
         lines=cart_lines(sandbox, session), metadata=session.request.metadata or {},
         charge_type="new" if starts else None, subscription_ids=[one.subscription_id for one in starts],
         service_periods=periods, product_cart=bought or None, checkout_session_id=session.id, payment_method_id=method,

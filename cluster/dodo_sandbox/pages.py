@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader
 
-from cluster.dodo_sandbox.checkout import SessionRecord, cart_lines, pay, session_of
+from cluster.dodo_sandbox.checkout import SessionRecord, cart_lines, currency_of, pay, session_of
 from cluster.dodo_sandbox.customers import CustomerRecord, customer_of
 from cluster.dodo_sandbox.errors import ApiError
 from cluster.dodo_sandbox.events import sums
@@ -35,7 +35,7 @@ def money(cents: int, currency: str = "USD") -> str:
 
 
 def time(value: datetime) -> str:
-    return value.strftime("%d %b %Y, %H:%M:%S")
+    return value.strftime("%d %b %Y, %H:%M")
 
 
 def number(value: int | float) -> str:
@@ -84,6 +84,7 @@ def _cart_page(sandbox: Sandbox, session: SessionRecord, failed: PaymentRecord |
     return render(
         "checkout.html",
         session=session,
+        currency=currency_of(sandbox, session),
         lines=lines,
         tax=sum(line.tax for line in lines),
         total=sum(line.amount + line.tax for line in lines),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from dodopayments import DodoPayments
+from dodopayments import DodoPayments, UnprocessableEntityError
 
 from tests.cluster.dodo_world import API_KEY, World, world
 
@@ -104,6 +104,12 @@ def test_the_pay_button_pays_once_and_returns_to_the_shop(there: World) -> None:
     again = there.http.post(f"/checkout/{session}/pay", data={"card": "good"}, follow_redirects=True)
     assert "Paid $5.00" in again.text
     assert len(there.dodo.payments.list().items) == 1
+
+
+def test_a_shop_is_returned_to_by_http_only(there: World) -> None:
+    for url in ("javascript:alert(1)", "file:///etc/passwd", "back"):
+        with pytest.raises(UnprocessableEntityError):
+            there.session(there.customer(), there.pack(), return_url=url)
 
 
 def test_a_declined_card_on_the_page_can_be_tried_again(there: World) -> None:

@@ -55,7 +55,7 @@ def listen(there: World, shop: Merchant, *types: str) -> str:
 
 
 def deliveries(there: World) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = there.http.get("/_sandbox/webhooks").json()
+    found: list[dict[str, object]] = there.http.get("/_sandbox/webhooks").json()["data"]
     return found
 
 
@@ -240,7 +240,7 @@ def test_webhooks_are_sent_again_out_of_order(there: World, shop: Merchant) -> N
     for _ in range(3):
         there.buy(customer, there.pack())
     shop.wait(3)
-    order = [one["message"]["id"] for one in reversed(deliveries(there))]
+    order = [one["webhook_id"] for one in reversed(deliveries(there))]
     shop.heard.clear()
     there.admin("webhooks/redeliver", order="reverse")
     assert [one.id for one in shop.heard] == order[::-1]
