@@ -94,6 +94,7 @@ class Gateway:
         self._runs: dict[RequestId, Run] = {}
         self._kept: set[asyncio.Task[object]] = set()
         self._loops: list[asyncio.Task[None]] = []
+        self._is_stopped = False
 
     async def authenticate(self, authorization: str) -> Principal:
         """Who sends a request, from its ``Authorization`` header. Raises InvalidKey, TenantSuspended."""
@@ -191,14 +192,18 @@ class Gateway:
         ]
 
     async def stop(self) -> None:
-        """Settle what is open as far as it got, and wait for it; bounded by STOP_TIMEOUT_S."""
+        """Settle what is open as far as it got, and wait for it; bounded by STOP_TIMEOUT_S. Once is enough."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
         for run in list(self._runs.values()):
             run.leave()
         if self._kept:
             await asyncio.wait(set(self._kept), timeout=STOP_TIMEOUT_S)
         for loop in self._loops:
             loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        if self._loops:
+            await asyncio.wait(self._loops, timeout=STOP_TIMEOUT_S)
         self._spool.close()
 
     @property

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from billing.account import Grant
 from billing.money import Nanos, parse_usd
+from billing.store.connection import connect
 from billing.tenants import Tenant, new_key
 from billing.usage import TenantId, Unit
 from deployments.api.application import make_app
@@ -105,6 +106,15 @@ def events(reply: httpx.Response) -> list[dict[str, object]]:
     """The JSON of a stream's data lines, without ``[DONE]``."""
     lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: ")]
     return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+@pytest.fixture
+async def redis(store_url: str) -> AsyncIterator[Redis]:
+    """A client as a gateway has it, of an empty store."""
+    client = await connect(store_url)
+    await client.flushall()
+    yield client
+    await client.aclose()
 
 
 @pytest.fixture(scope="session")
