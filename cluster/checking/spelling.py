@@ -1,0 +1,80 @@
+"""Finds keys that a pydantic schema does not have, at every depth, and guesses what was meant.
+
+Ray's own schema ignores unknown keys without a word: a misspelt one deploys and does nothing.
+"""
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Annotated, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from cluster.checking.document import Place
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownKey:
+    """A key that nothing reads."""
+
+    place: Place
+    known: tuple[str, ...]
+    """The keys that stand beside it in the schema."""
+
+    @property
+    def problem(self) -> str:
+        return f"unknown key `{self.place[-1]}`: {did_you_mean(str(self.place[-1]), self.known)}"
+
+
+def did_you_mean(word: str, known: tuple[str, ...]) -> str:
+    """The nearest known word, or all of them."""
+    near = get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    return f"did you mean `{near[0]}`?" if near else f"known here are {', '.join(known)}"
+
+
+def unknown_keys(value: object, schema: object, place: Place = ()) -> Iterator[UnknownKey]:
+    """Every key under ``value`` that ``schema``, a pydantic model or any annotation of one, does not have."""
+    choices = tuple(_choices(schema))
+    if isinstance(value, Mapping):
+        model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is not None:
+            yield from _unknown_in_model(value, model, place)
+            return
+        for inside in _insides(choices, dict, Mapping):
+            for key, item in value.items():
+                yield from unknown_keys(item, inside[1], (*place, str(key)))
+    elif isinstance(value, list):
+        for inside in _insides(choices, list, tuple):
+            for position, item in enumerate(value):
+                yield from unknown_keys(item, inside[0], (*place, position))
+
+
+def _unknown_in_model(value: Mapping[object, object], model: type[BaseModel], place: Place) -> Iterator[UnknownKey]:
+    fields = {alias: field for name, field in model.model_fields.items() for alias in (name, field.alias) if alias}
+    for key, item in value.items():
+        here = (*place, str(key))
+        if key not in fields:
+            yield UnknownKey(here, tuple(sorted(fields)))
+        else:
+            yield from unknown_keys(item, fields[str(key)].annotation, here)
+
+
+def _choices(schema: object) -> Iterator[object]:
+    """The members of a union, unwrapped."""
+    origin = get_origin(schema)
+    if origin is Annotated:
+        yield from _choices(get_args(schema)[0])
+    elif origin in (Union, types.UnionType):
+        for member in get_args(schema):
+            yield from _choices(member)
+    else:
+        yield schema
+
+
+def _insides(choices: tuple[object, ...], *origins: object) -> Iterator[tuple[object, ...]]:
+    """Type arguments of the first container among the choices that has any."""
+    for choice in choices:
+        if get_origin(choice) in origins and get_args(choice):
+            yield get_args(choice)
+            return
