@@ -21,6 +21,8 @@ from deployments.engine.adapters import CONFIG_FILE, WEIGHTS_BYTES, WEIGHTS_FILE
 from deployments.engine.request import AdapterRejected
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+Listed = Mapping[str, object]
+"""What a backend tells of one file."""
 MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 """Of a base model's folder only these are fetched: no pickles and no code."""
 
@@ -48,11 +50,12 @@ def local_path(path: str) -> Path:
     return Path(path.removeprefix("file://")).expanduser()
 
 
-def fetch(path: str, cache_dir: Path, digest: str = "") -> Path:
+def fetch(path: str, cache_dir: Path, digest: str = "", *, without_weights: bool = False) -> Path:
     """The local folder of a base model or an adapter.
 
     ``digest``, for adapters, is what fetched bytes must have; a cached copy of that digest saves every
     look at the network. A local folder is returned unread: whoever loads it digests what it reads.
+    ``without_weights`` leaves a base model's tensors where they are: its shapes stand in its config.
 
     Raises:
         ArtifactUnavailable: not there, not reachable, or its bytes are not those of ``digest``.
@@ -64,15 +67,15 @@ def fetch(path: str, cache_dir: Path, digest: str = "") -> Path:
         return folder
     if digest and (cached := cache_dir / digest).is_dir():
         return cached
-    return _fetch_url(path, cache_dir, digest)
+    return _fetch_url(path, cache_dir, digest, without_weights)
 
 
-def _fetch_url(url: str, cache_dir: Path, digest: str) -> Path:
+def _fetch_url(url: str, cache_dir: Path, digest: str, without_weights: bool) -> Path:
     """Download into the cache: whole or not at all, however many processes do it at once."""
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _named_errors(url):
         filesystem, root = fsspec.core.url_to_fs(url)
-        files = _choose(url, filesystem.ls(root, detail=True))
+        files = _choose(url, filesystem.ls(root, detail=True), without_weights)
     is_adapter = CONFIG_FILE in files
     found = cache_dir / f"fetched-{_listing_key(url, files)}"
     if not digest and not is_adapter and found.is_dir():
@@ -88,7 +91,9 @@ def _fetch_url(url: str, cache_dir: Path, digest: str) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _choose(url: str, listing: Iterable[Mapping[str, object]]) -> dict[str, Mapping[str, object]]:
+def _choose(
+    url: str, listing: Iterable[Mapping[str, object]], without_weights: bool
+) -> dict[str, Mapping[str, object]]:
     """Files worth fetching by name: an adapter's two, or those of a base model."""
     files = {PurePosixPath(str(info["name"])).name: info for info in listing if info.get("type") == "file"}
     if CONFIG_FILE in files:
@@ -96,7 +101,8 @@ def _choose(url: str, listing: Iterable[Mapping[str, object]]) -> dict[str, Mapp
         if int(str(files.get(WEIGHTS_FILE, {}).get("size") or 0)) > WEIGHTS_BYTES:
             raise ArtifactUnavailable(f"{url}: {WEIGHTS_FILE} is larger than {WEIGHTS_BYTES} bytes")
         return files
-    files = {name: info for name, info in files.items() if name.endswith(MODEL_SUFFIXES)}
+    suffixes = tuple(s for s in MODEL_SUFFIXES if not (without_weights and s == ".safetensors"))
+    files = {name: info for name, info in files.items() if name.endswith(suffixes)}
     if not files:
         raise ArtifactUnavailable(f"{url}: neither a model nor an adapter is there")
     return files
