@@ -1,5 +1,6 @@
 """A gateway on a real store with a link of clockwork, spoken to over ASGI."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -92,10 +93,14 @@ class House:
 
     async def settled(self) -> None:
         """Wait for what outlives connections."""
-        import asyncio
-
         while self.services.gateway._kept:
             await asyncio.wait(set(self.services.gateway._kept))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Look again every few milliseconds; the test's own timeout is the bound."""
+    while not condition():  # noqa: ASYNC110, nothing there sets an event
+        await asyncio.sleep(0.005)
 
 
 def bearer(key: str) -> dict[str, str]:

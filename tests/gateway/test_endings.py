@@ -19,7 +19,7 @@ from deployments.api.application import make_app
 from deployments.engine.request import EngineFailed, FinishReason
 from deployments.link import ReplicaLost
 from deployments.services import Services
-from tests.gateway.conftest import House, events
+from tests.gateway.conftest import House, events, until
 from tests.gateway.scripted import ScriptedLink
 from tests.gateway.test_completions import records
 
@@ -64,8 +64,7 @@ async def hang_up(house: House, key: str, after_chunks: int, stream: bool = True
     }
     task = asyncio.create_task(house.app(scope, receive, send))
     if after_chunks == 0:
-        while not house.link.steps:
-            await asyncio.sleep(0.005)
+        await until(lambda: bool(house.link.steps))
         task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await house.settled()
@@ -102,8 +101,7 @@ async def test_a_call_cut_by_the_server_in_front_is_settled_as_left(
 async def test_a_client_that_leaves_while_its_hold_is_made_pays_nothing(house: House) -> None:
     key = await house.tenant(usd="1.00")
     task = asyncio.create_task(house.chat(key))
-    while not house.services.gateway._kept:
-        await asyncio.sleep(0)
+    await until(lambda: bool(house.services.gateway._kept))
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await house.settled()
@@ -155,12 +153,13 @@ async def test_a_hold_that_expired_elsewhere_ends_the_stream_and_what_was_delive
     link.length, link.pause_s = 60, 0.02
     key = await house.tenant(usd="1.00")
     task = asyncio.create_task(house.chat(key, stream=True, max_tokens=50))
-    while not link.steps:
-        await asyncio.sleep(0.01)
+    await until(lambda: bool(link.steps))
     [request_id] = link.steps
     shard = shard_for(TenantId("acme"))
-    await house.redis.zadd(shard.leases, {request_id: 1})
-    await house.services.ledger.expire()
+    expired = 0
+    while not expired:  # a checkpoint may renew it in between
+        await house.redis.zadd(shard.leases, {request_id: 1})
+        expired = await house.services.ledger.expire()
     reply = await task
     assert events(reply)[-1]["error"]["code"] == "metering_unavailable"
     assert link.steps[request_id] < 50
@@ -175,8 +174,7 @@ async def test_a_shutdown_settles_what_is_open(house: House, link: ScriptedLink)
     link.length, link.pause_s = 60, 0.02
     key = await house.tenant(usd="1.00")
     task = asyncio.create_task(house.chat(key, stream=True, max_tokens=50))
-    while not link.steps:
-        await asyncio.sleep(0.01)
+    await until(lambda: bool(link.steps))
     await house.services.gateway.stop()
     [record] = await records(house)
     assert record.status is Status.CANCELLED
@@ -239,8 +237,7 @@ async def test_a_running_stream_outlives_the_store_and_its_record_is_replayed(
     key = await house.tenant(usd="1.00")
     link.length, link.pause_s = 10, 0.02
     task = asyncio.create_task(house.chat(key, stream=True))
-    while not link.steps:
-        await asyncio.sleep(0.005)
+    await until(lambda: bool(link.steps))
     fragile.hang()
     reply = await task
     chunks = events(reply)
@@ -249,8 +246,7 @@ async def test_a_running_stream_outlives_the_store_and_its_record_is_replayed(
     assert "[DONE]" not in reply.text
     assert house.services.gateway.spooled == 1
     fragile.resume()
-    while house.services.gateway.spooled:
-        await asyncio.sleep(0.05)
+    await until(lambda: not house.services.gateway.spooled)
     [record] = await records(house)
     assert (record.status, record.usage.completion_tokens) == (Status.COMPLETE, 10)
     assert await house.balance() == parse_usd("1.00") - PROMPT - 10 * ONE
@@ -261,15 +257,13 @@ async def test_an_answer_that_cannot_be_recorded_is_withheld_and_free(fragile: F
     key = await house.tenant(usd="1.00")
     link.length, link.pause_s = 10, 0.02
     task = asyncio.create_task(house.chat(key))
-    while not link.steps:
-        await asyncio.sleep(0.005)
+    await until(lambda: bool(link.steps))
     fragile.hang()
     reply = await task
     assert reply.status_code == 503
     assert "tok" not in reply.text
     fragile.resume()
-    while house.services.gateway.spooled:
-        await asyncio.sleep(0.05)
+    await until(lambda: not house.services.gateway.spooled)
     assert sum(record.charged_nanos for record in await records(house)) in (0, PROMPT + 10 * ONE)
 
 
