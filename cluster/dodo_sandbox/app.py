@@ -1,8 +1,10 @@
 """Puts the sandbox together: routes, limits, faults, and the two tasks that run beside them."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -36,6 +38,9 @@ from cluster.dodo_sandbox.store import Store
 
 DEFAULT_URL = "http://127.0.0.1:8010"
 RENEWAL_POLL_S = 1.0
+FAILURE_PAUSE_S = 1.0
+
+log = logging.getLogger(__name__)
 
 API = (
     customers,
@@ -61,7 +66,12 @@ def create_app(
     webhook_secret: str | None = None,
     public_url: str = DEFAULT_URL,
 ) -> FastAPI:
-    """The sandbox on the state in ``state_dir``; its tasks run while the app's lifespan does."""
+    """The sandbox on the state in ``state_dir``; its tasks run while the app's lifespan does.
+
+    Raises ValueError for a webhook secret that is not ``whsec_`` and base64.
+    """
+    if webhook_secret is not None and not endpoints.well_formed(webhook_secret):
+        raise ValueError("a webhook secret is whsec_ followed by base64")
     store = Store(state_dir)
     sandbox = Sandbox(store, SandboxClock(store, clock), Outbox(store, clock), api_key, public_url)
     endpoints.adopt_secret(sandbox, webhook_secret)
@@ -82,7 +92,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     sandbox: Sandbox = app.state.sandbox
     async with httpx.AsyncClient(trust_env=False) as client:
         app.state.courier = Courier(sandbox, client)
-        tasks = [asyncio.create_task(app.state.courier.run()), asyncio.create_task(_renew(sandbox))]
+        tasks = [asyncio.create_task(_forever(work)) for work in (app.state.courier.round, partial(_renew, sandbox))]
         yield
         for task in tasks:
             task.cancel()
@@ -91,7 +101,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     sandbox.store.close()
 
 
-async def _renew(sandbox: Sandbox) -> None:
+async def _forever(work: Callable[[], Awaitable[None]]) -> None:
+    """The outermost loop of a task: one failed round is logged and does not end the sandbox."""
     while True:
-        cycle.run_due(sandbox)
-        await asyncio.sleep(RENEWAL_POLL_S)
+        try:
+            await work()
+        except Exception:
+            log.exception("a round of the sandbox's background work failed")
+            await asyncio.sleep(FAILURE_PAUSE_S)
+
+
+async def _renew(sandbox: Sandbox) -> None:
+    cycle.run_due(sandbox)
+    await asyncio.sleep(RENEWAL_POLL_S)

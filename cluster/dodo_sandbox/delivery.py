@@ -7,6 +7,7 @@ followed (developer-resources/webhooks).
 import asyncio
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import httpx
@@ -65,28 +66,24 @@ def signed_headers(message_id: str, secret: str, body: bytes, at: datetime) -> d
 
 
 class Courier:
-    """Delivers what is due, a few at a time, until stopped."""
+    """Delivers what is due, a few at a time."""
 
     def __init__(self, sandbox: Sandbox, client: httpx.AsyncClient) -> None:
         self._sandbox = sandbox
         self._client = client
 
-    async def run(self) -> None:
-        """Never returns; cancel it. What was under way then is sent again after a restart."""
-        outbox = self._sandbox.outbox
-        while True:
-            outbox.woken.clear()
-            settings = self._sandbox.settings
-            due = [] if settings.webhooks_paused else outbox.due(PARALLEL)
-            if settings.webhooks_shuffled:
-                random.shuffle(due)
-            if due:
-                await asyncio.gather(*(self.deliver(delivery) for delivery in due))
-                continue
-            try:
-                await asyncio.wait_for(outbox.woken.wait(), POLL_S)
-            except TimeoutError:
-                continue
+    async def round(self) -> None:
+        """Send what is due, or wait for work. What a kill interrupts is sent again after the restart."""
+        outbox, settings = self._sandbox.outbox, self._sandbox.settings
+        outbox.woken.clear()
+        due = [] if settings.webhooks_paused else outbox.due(PARALLEL)
+        if settings.webhooks_shuffled:
+            random.shuffle(due)
+        if due:
+            await asyncio.gather(*(self.deliver(delivery) for delivery in due))
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(outbox.woken.wait(), POLL_S)
 
     async def deliver(self, delivery: Delivery) -> None:
         """One attempt, sent as often as the settings say; the last answer counts."""

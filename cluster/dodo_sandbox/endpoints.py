@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 
 from fastapi import APIRouter, Query, Response
 from pydantic import Field
+from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 from cluster.dodo_sandbox.errors import not_found
 from cluster.dodo_sandbox.outbox import PayloadKind
@@ -25,6 +26,7 @@ FILTER_PREFIXES = (
 router = APIRouter()
 
 EventType = Annotated[str, Field(pattern="^(" + "|".join(p[:-1] for p in FILTER_PREFIXES) + r")\.[a-z_]+$")]
+HeaderText = Annotated[str, Field(pattern=r"^[\x21-\x7e][\x20-\x7e]*$")]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
 
 
@@ -59,7 +61,7 @@ class CreateEndpoint(Wire):
     description: str | None = None
     disabled: bool | None = None
     filter_types: list[EventType] | None = None
-    headers: dict[str, str] | None = None
+    headers: dict[HeaderText, HeaderText] | None = None
     idempotency_key: str | None = None
     metadata: dict[str, str] | None = None
     rate_limit: Annotated[int, Field(ge=0)] | None = None
@@ -96,6 +98,15 @@ class EndpointHeaders(Wire):
 
 def generated_secret() -> str:
     return "whsec_" + base64.b64encode(secrets.token_bytes(24)).decode()
+
+
+def well_formed(secret: str) -> bool:
+    """Whether a receiver with the ``standardwebhooks`` library could check what this secret signs."""
+    try:
+        Webhook(secret)
+    except (ValueError, EmptyWebhookSecretError):
+        return False
+    return secret.startswith("whsec_")
 
 
 def adopt_secret(sandbox: Sandbox, given: str | None) -> None:

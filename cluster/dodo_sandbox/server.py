@@ -107,13 +107,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM; exits with a message when the port is taken."""
+    """Serve until SIGINT or SIGTERM; exits with a message when the port is taken or the secret is malformed."""
     arguments = parse(argv)
     try:
         bound = listen(arguments.host, arguments.port)
     except OSError as error:
         raise SystemExit(f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror}") from None
-    server = make_server(bound, arguments.state, arguments.api_key, arguments.webhook_secret)
+    try:
+        server = make_server(bound, arguments.state, arguments.api_key, arguments.webhook_secret)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     print(f"Dodo sandbox (no real money) on {url_of(bound)}", flush=True)
     server.run(sockets=[bound])
 

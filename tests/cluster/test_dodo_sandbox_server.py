@@ -13,6 +13,7 @@ import httpx
 import pytest
 from dodopayments import DodoPayments, UnprocessableEntityError
 
+from cluster.dodo_sandbox.app import create_app
 from tests.cluster.dodo_world import API_KEY, World, world
 
 
@@ -70,6 +71,12 @@ def test_it_says_when_its_port_is_taken_and_when_it_has_no_key(tmp_path: Path, t
     assert f"cannot listen on 127.0.0.1:{port}" in taken.stderr
     keyless = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=30)
     assert "an API key is needed" in keyless.stderr
+
+
+@pytest.mark.parametrize("secret", ["secret", "whsec_", "whsec_!!!!"])
+def test_a_webhook_secret_that_cannot_sign_is_refused_at_start(tmp_path: Path, secret: str) -> None:
+    with pytest.raises(ValueError, match="whsec_"):
+        create_app(tmp_path, api_key=API_KEY, webhook_secret=secret)
 
 
 def test_its_log_holds_no_key(tmp_path: Path) -> None:
