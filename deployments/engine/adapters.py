@@ -26,7 +26,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_BYTES = 64 * 1024
 HEADER_BYTES = 16 * 1024 * 1024
 WEIGHTS_BYTES = 4 * 1024**3
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TENSOR_KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<side>[AB])\.weight")
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 EXPONENT_OF_BF16 = 0x7F80
@@ -162,8 +161,6 @@ def _locate(path: Path, root: Path | None) -> tuple[Path, Path]:
     folder = Path(os.path.realpath(path))
     if not folder.is_dir():
         raise AdapterRejected(f"{path} is not a folder")
-    if not NAME.fullmatch(folder.name):
-        raise AdapterRejected(f"the adapter's folder may not be called {folder.name!r}")
     allowed = folder if root is None else Path(os.path.realpath(root))
     if not folder.is_relative_to(allowed):
         raise AdapterRejected(f"{path} lies outside {root}")

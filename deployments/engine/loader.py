@@ -88,17 +88,15 @@ class Loader:
 
     def _run(self) -> None:
         while (load := self._queue.get()) is not None:
-            self._report(Loaded(load, self._load(load)))
-
-    def _load(self, load: Load) -> str:
-        try:
-            self._pool.write(load.slot, self._fetch(load.ref))
-        except AdapterRejected as error:
-            return str(error)
-        except Exception as error:
-            log.exception("loading adapter %s failed", load.ref.name)
-            return f"loading failed: {type(error).__name__}: {error}"
-        return ""
+            reason = ""
+            try:
+                self._pool.write(load.slot, self._fetch(load.ref))
+            except AdapterRejected as error:
+                reason = str(error)
+            except Exception as error:
+                log.exception("loading adapter %s failed", load.ref.name)
+                reason = f"loading failed: {type(error).__name__}: {error}"
+            self._report(Loaded(load, reason))
 
     def _fetch(self, ref: AdapterRef) -> HostAdapter:
         adapter = self._host.get(ref.digest)

@@ -173,7 +173,10 @@ class Engine:
         self._post(_Extended({request_id: now + seconds for request_id, seconds in deadlines.items()}))
 
     def pin(self, refs: Iterable[AdapterRef]) -> None:
-        """Load these and keep them in their slots, instead of those pinned before; one slot stays unpinned."""
+        """Keep these in their slots, instead of those pinned before, and load what finds a slot now.
+
+        The first of them come first; one slot always stays for others.
+        """
         self._post(_Pinned(tuple(refs)))
 
     def check(self) -> None:
@@ -292,7 +295,7 @@ class Engine:
             case _Pinned(refs):
                 self._slots.pin(ref.digest for ref in refs)
                 for ref in refs:
-                    self._slots.prepare(ref, ())
+                    self._scheduler.prepare(ref)
             case Loaded():
                 self._loaded(message)
         self._start_loads()

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Protocol
 
 from deployments.engine.fairness import TokenCounters
+from deployments.engine.request import AdapterRef
 from deployments.engine.sequence import Sequence, Work
 from deployments.engine.slots import AdapterSlots
 
@@ -91,6 +92,10 @@ class Scheduler:
         if work.completes:
             self._counters.charge(work.sequence.request.fairness_key, completion_tokens=1)
         work.sequence.computed += work.count
+
+    def prepare(self, ref: AdapterRef) -> None:
+        """Load an adapter that nobody waits for yet, if a slot can be had."""
+        self._slots.prepare(ref, self._waited_for)
 
     @property
     def running(self) -> list[Sequence]:

@@ -106,8 +106,8 @@ class AdapterSlots:
         return reason if now - when < FAILURE_S else None
 
     def pin(self, digests: Iterable[str]) -> None:
-        """Keep these in their slots once they are there; one slot always stays for the others."""
-        self._pinned = frozenset(sorted(digests)[: self.count - 1])
+        """Keep these, the first of them first, in their slots once they are there; one slot stays for the others."""
+        self._pinned = frozenset(list(digests)[: self.count - 1])
 
     def has(self, digest: str) -> bool:
         """It has a slot, loaded or being loaded."""
@@ -125,7 +125,8 @@ class AdapterSlots:
     @property
     def residents(self) -> list[Resident]:
         """Those that are loaded, in the order of their slots."""
-        return sorted((r for r in self._residents.values() if r.ready), key=lambda resident: resident.slot)
+        everyone = list(self._residents.values())  # at once: other threads ask too
+        return sorted((r for r in everyone if r.ready), key=lambda resident: resident.slot)
 
     def _evict(self, waited_for: Collection[str]) -> bool:
         idle = [

@@ -41,8 +41,8 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_crowd(engine: Engine
         return request(f"r{i}", (4 + i, *PROMPT), refs[name] if name else None, sampling=sampling)
 
     crowd = run(engine, *(seeded(i) for i in range(20)))
-    alone = [run(engine, seeded(i))[0].token_ids for i in range(20)]
-    assert [one.token_ids for one in crowd] == alone
+    for i in (0, 1, 6, 13, 19):
+        assert run(engine, seeded(i))[0].token_ids == crowd[i].token_ids
 
 
 def test_without_a_seed_answers_differ(engine: Engine) -> None:

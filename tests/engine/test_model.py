@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -21,11 +22,13 @@ from transformers import (
     T5Config,
 )
 
+from deployments.engine.adapters import read_adapter
+from deployments.engine.lora import stage
 from deployments.engine.model import Model, linear_shapes
 from deployments.engine.request import ModelRefused
 from deployments.engine.sequence import Span
 from deployments.engine.settings import EngineSettings
-from tests.engine.conftest import VOCABULARY
+from tests.engine.conftest import VOCABULARY, peft_on_newer_transformers
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -48,25 +51,51 @@ def _saved(config: PretrainedConfig, path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SIZES, tie_word_embeddings=True),
-        Qwen2Config(**SIZES),
-        Qwen3Config(**SIZES, head_dim=16),
-        MistralConfig(**SIZES, sliding_window=None),
-        GemmaConfig(**SIZES, head_dim=16),
-        Phi3Config(**SIZES),
-        GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
-    ],
-    ids=lambda config: config.model_type,
-)
+SUPPORTED = [
+    LlamaConfig(**SIZES, tie_word_embeddings=True),
+    Qwen2Config(**SIZES),
+    Qwen3Config(**SIZES, head_dim=16),
+    MistralConfig(**SIZES, sliding_window=None),
+    GemmaConfig(**SIZES, head_dim=16),
+    Phi3Config(**SIZES),
+    GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
+]
+
+
+@pytest.mark.parametrize("config", SUPPORTED, ids=lambda config: config.model_type)
 def test_supported_architectures_pass_their_check(
     config: PretrainedConfig, settings: EngineSettings, tmp_path: Path
 ) -> None:
     model = Model(replace(settings, model_path=_saved(config, tmp_path)))
     assert model.linears == linear_shapes(tmp_path)
     assert model.linears
+
+
+@pytest.mark.parametrize("config", SUPPORTED, ids=lambda config: config.model_type)
+def test_an_adapter_computes_what_peft_computes_on_every_supported_architecture(
+    config: PretrainedConfig, settings: EngineSettings, tmp_path: Path
+) -> None:
+    path = _saved(config, tmp_path / "base")
+    with peft_on_newer_transformers():
+        oracle = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(path),
+            LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", fan_in_fan_out=config.model_type == "gpt2"),
+        ).eval()
+    for key, weight in oracle.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(weight, std=0.1)
+    oracle.save_pretrained(tmp_path / "adapter")
+    prompt = (5, 9, 200, 31, 7)
+    with torch.inference_mode():
+        expected = oracle(input_ids=torch.tensor([prompt])).logits[0, -1]
+    model = Model(replace(settings, model_path=path))
+    files = read_adapter(tmp_path / "adapter", linears=model.linears, max_rank=16)
+    assert files.info.modules.keys() == model.linears.keys()
+    model.lora.write(1, stage(files, torch.float32))
+    beside = [Span(1, 1, 0, prompt, True), Span(0, -1, 0, prompt, True)]
+    adapted, base = model.forward(beside)
+    torch.testing.assert_close(adapted, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+    assert not torch.allclose(base, adapted, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,22 @@ def test_mixed_requests_get_the_tokens_that_peft_gives_one_at_a_time(
     assert stats.mixed_steps > 0
     assert stats.max_adapters_in_step >= 3
     assert stats.adapter_loads > len(refs), "adapters were evicted and came back"
-    assert stats.cached_tokens > 0
     assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.queued_tokens) == (0, 0, 0, 0)
+
+
+def test_a_prompt_whose_start_is_cached_gets_the_same_tokens(
+    engine: Engine, refs: dict[str, AdapterRef], oracle: Oracle
+) -> None:
+    start = tuple(range(20, 60))
+    for adapter in (None, "all8"):
+        ref = refs[adapter] if adapter else None
+        run(engine, request("first", start, ref))
+        prompts = [start, (*start, 99, 98), (*start[:25], 97), (*start[:3], 96)]
+        answers = [run(engine, request("r", prompt, ref, max_tokens=12))[0] for prompt in prompts]
+        assert [answer.pieces[-1].cached_tokens for answer in answers] == [39, 40, 25, 0]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            whole = oracle.greedy(adapter, prompt, 12)
+            assert answer.token_ids[: len(whole)] == whole
 
 
 def test_adapters_answer_differently_from_each_other_and_the_base(engine: Engine, refs: dict[str, AdapterRef]) -> None:
