@@ -3,12 +3,16 @@
 Holds nothing that the store does not: it may be killed at any time. Nobody waits for it.
 """
 
+import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from ray.serve.metrics import Gauge
+from ray.util.metrics import Gauge
 
+from billing.archive import Archive
+from billing.archiving import Archiver, ArchiveReport
 from billing.counters import Counters
 from billing.dodo import DodoSettings
 from billing.errors import StoreRefused
@@ -18,6 +22,8 @@ from billing.store.connection import connect
 from billing.store.outbox import Backlog, PumpState, Sums
 from billing.usage import TenantId
 from deployments.config import BillingArgs
+
+ARCHIVE_INTERVAL_S = 6 * 3_600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +37,13 @@ class BillingStatus:
     """By shard, the stream id up to which everything is sealed; shards without entries are left out."""
     parked_webhooks: int
     chores: tuple[ChoreStatus, ...]
+    pid: int
 
 
 class BillingActor:
     """A timer around repeatable functions; see ``billing.pump``."""
+
+    _is_open = False
 
     def __init__(self, args: BillingArgs) -> None:
         url = os.environ.get("REDIS_URL", "")
@@ -52,7 +61,10 @@ class BillingActor:
         )
         self._gauges = _Gauges()
         self._pump.chores.append(Chore("metrics", 10.0, self._measure))
+        if args.archive_url:
+            self._pump.chores.append(Chore("archive", ARCHIVE_INTERVAL_S, partial(_archive, args.archive_url)))
         self._pump.start()
+        self._is_open = True
 
     async def counters(self) -> dict[TenantId, Counters]:
         """Requests, tokens and nanos per tenant since the stream began, up to this moment."""
@@ -70,6 +82,7 @@ class BillingActor:
             cursors={shard: at for shard, at in (await outbox.cursors()).items() if at != "0-0"},
             parked_webhooks=await parts.webhooks.inbox.parked_count(),
             chores=self._pump.statuses(),
+            pid=os.getpid(),
         )
 
     async def flush(self) -> FlushReport:
@@ -80,14 +93,23 @@ class BillingActor:
         """Serve replaces this replica after three failures: only for a timer that stands still."""
         self._pump.check()
 
-    async def __del__(self) -> None:
-        """Serve awaits this before it ends the replica on purpose."""
+    async def close(self) -> None:
+        """End the timers after a last flush."""
+        self._is_open = False
         await self._pump.stop()
+
+    def __del__(self) -> Coroutine[None, None, None] | None:
+        """Serve calls this, and awaits what it returns, before it ends the replica on purpose."""
+        return self.close() if self._is_open else None
 
     async def _measure(self, parts: Parts) -> None:
         backlog = await parts.exporter.outbox.backlog()
         state = await parts.exporter.outbox.shown()
         self._gauges.show(backlog, state, await parts.webhooks.inbox.parked_count())
+
+
+async def _archive(url: str, parts: Parts) -> ArchiveReport:
+    return await Archiver(parts.redis, await asyncio.to_thread(Archive, url)).run_once()
 
 
 class _Gauges:
