@@ -4,9 +4,10 @@ Knows files; the store's part, how far the archive has come and what may be trim
 The same entries may lie in two files after a crash: an entry's stream id tells them apart.
 """
 
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, date, datetime
 from pathlib import PurePosixPath
@@ -17,19 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from billing.errors import BillingError
-from billing.store.books import order
+from billing.errors import ArchiveUnavailable
 from billing.store.keys import Shard
-from billing.store.stream import Entry
+from billing.store.stream import Entry, order
 from billing.usage import TenantId
 
 MS_PER_SECOND = 1_000
 _ENTRY = ("id", "kind", "tenant", "payload")
 """Columns that an entry is made of; the others repeat its payload for those who query the files."""
-
-
-class ArchiveUnavailable(BillingError):
-    """The archive's files cannot be written or read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +73,11 @@ class Archive:
     """Files under one local path or fsspec URL. Every call blocks: run it on a thread."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise ArchiveUnavailable(f"archive {url}: {error}") from error
+        self.url = str(self._fs.unstrip_protocol(self._root))
 
     def write(self, shard: Shard, entries: Sequence[Entry]) -> int:
         """Keep these entries of a shard, in order; durable on return. How many files that made.
@@ -129,19 +125,38 @@ class Archive:
             ArchiveUnavailable: a file cannot be read.
         """
         found: dict[str, Entry] = {}
+        for file in self._files(shard):
+            if file.overlaps(start_ms, end_ms):
+                found |= self._entries(file, tenant)
+        end = math.inf if end_ms is None else end_ms
+        return [e for e in sorted(found.values(), key=_place) if start_ms <= _place(e)[0] < end]
+
+    def newest_records(self, shard: Shard, tenant: TenantId, before: str, count: int) -> list[Entry]:
+        """Up to ``count`` usage entries of a tenant, newest first, older than the stream id ``before``.
+
+        Raises:
+            ArchiveUnavailable: a file cannot be read.
+        """
+        found: dict[str, Entry] = {}
+        newest: list[Entry] = []
+        for file in sorted(self._files(shard), key=lambda file: order(file.last), reverse=True):
+            if len(newest) == count and order(file.last) < _place(newest[-1]):
+                break
+            older = self._entries(file, tenant).values()
+            found |= {entry.id: entry for entry in older if entry.is_usage and _place(entry) < order(before)}
+            newest = sorted(found.values(), key=_place, reverse=True)[:count]
+        return newest
+
+    def _entries(self, file: _File, tenant: TenantId | None) -> dict[str, Entry]:
         filters = None if tenant is None else [("tenant", "=", tenant)]
         try:
-            for file in self._files(shard):
-                if file.overlaps(start_ms, end_ms):
-                    with self._fs.open(file.path, "rb") as source:
-                        table = pq.read_table(source, columns=list(_ENTRY), filters=filters)
-                    found |= {entry.id: entry for entry in _entries(table)}
+            with self._fs.open(file.path, "rb") as source:
+                table = pq.read_table(source, columns=list(_ENTRY), filters=filters)
         except (OSError, pa.ArrowInvalid) as error:
-            raise ArchiveUnavailable(f"archive {self.url}: {error}") from error
-        inside = (
-            e for e in found.values() if start_ms <= order(e.id)[0] and (end_ms is None or order(e.id)[0] < end_ms)
-        )
-        return sorted(inside, key=lambda entry: order(entry.id))
+            raise ArchiveUnavailable(f"archive {self.url}: {file.path}: {error}") from error
+        columns = (table.column(name).to_pylist() for name in _ENTRY)
+        rows = zip(*columns, strict=True)
+        return {id_: Entry(id_, kind, TenantId(of), payload) for id_, kind, of, payload in rows}
 
     def last(self, shard: Shard) -> str:
         """The newest stream id of a shard that is archived; ``0-0`` where nothing is."""
@@ -158,9 +173,8 @@ def _day(entry_id: str) -> date:
     return datetime.fromtimestamp(order(entry_id)[0] // MS_PER_SECOND, UTC).date()
 
 
-def _entries(table: pa.Table) -> Iterable[Entry]:
-    columns = (table.column(name).to_pylist() for name in _ENTRY)
-    return (Entry(id_, kind, TenantId(tenant), payload) for id_, kind, tenant, payload in zip(*columns, strict=True))
+def _place(entry: Entry) -> tuple[int, int]:
+    return order(entry.id)
 
 
 def _line(entry: Entry) -> dict[str, object]:

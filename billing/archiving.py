@@ -12,10 +12,9 @@ from redis.asyncio import Redis
 
 from billing.archive import Archive
 from billing.errors import BillingError
-from billing.store.books import order
 from billing.store.keys import ALL_SHARDS, Shard
 from billing.store.shelf import Shelf
-from billing.store.stream import Entry, UnreadableEntry
+from billing.store.stream import Entry, UnreadableEntry, order
 from billing.usage import TenantId
 
 KEEP_MS = 6 * 3_600_000

@@ -180,6 +180,10 @@ class StoreRefused(BillingError):
     """The store is not fit to keep money (evicts keys, writes no log, wrong shard count)."""
 
 
+class ArchiveUnavailable(BillingError):
+    """The archive's files cannot be written or read."""
+
+
 @dataclass(eq=False)
 class DodoUnavailable(BillingError):
     """Dodo Payments does not answer, or not as it should: whether it acted is unknown. Try again later."""

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from billing.dodo_wire import DodoEvent, WireError
 from billing.events import CHARGE, USAGE, SealedEvent
 from billing.proofs import Fold, Row, few
-from billing.store.books import ShardState, order
+from billing.store.books import ShardState
+from billing.store.stream import order
 from billing.usage import TenantId
 
 AMOUNT = {CHARGE: "charge_nanos", USAGE: "covered_nanos"}

@@ -1,22 +1,30 @@
-"""What a tenant used: its records, newest first, and their sums, read from the live stream.
+"""What a tenant used: its records, newest first, and their sums, from the live stream and the archive together.
 
 Knows how to page and to add up; the stream is shared by a shard, so others' entries are passed over.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from redis.asyncio import Redis
 
 from billing.money import Nanos
-from billing.store.stream import LAST, Entry, Stream
+from billing.store.keys import shard_for
+from billing.store.shelf import archive_url
+from billing.store.stream import Entry, Stream, order
 from billing.usage import TenantId, UsageRecord
+
+if TYPE_CHECKING:
+    from billing.archive import Archive
 
 GroupBy = Literal["model", "day"]
 
 READ = 1_000
+END = f"{2**63}-0"
+"""A stream id after every entry."""
 MAX_SCANNED = 20_000
 """Entries looked at for one page: a page may come short, or empty, with a cursor to go on from."""
 
@@ -67,19 +75,44 @@ async def records(redis: Redis, tenant: TenantId, cursor: str = "", limit: int =
         ValueError: the cursor is none of ours.
     """
     stream, found, scanned = Stream(redis), list[UsageRecord](), 0
-    before = f"({_checked(cursor)}" if cursor else LAST
+    before = _checked(cursor) if cursor else END
     while scanned < MAX_SCANNED:
-        entries = await stream.newest(tenant, before, READ)
+        entries = await stream.newest(tenant, f"({before}", READ)
         for entry in entries:
             if entry.tenant == tenant and entry.is_usage:
                 found.append(entry.record())
                 if len(found) == limit:
                     return Page(tuple(found), entry.id)
+        before = entries[-1].id if entries else before
         if len(entries) < READ:
-            return Page(tuple(found))
+            return await _archived(redis, tenant, found, before, limit)
         scanned += len(entries)
-        before = f"({entries[-1].id}"
-    return Page(tuple(found), before[1:])
+    return Page(tuple(found), before)
+
+
+async def _archived(redis: Redis, tenant: TenantId, found: list[UsageRecord], before: str, limit: int) -> Page:
+    """The rest of a page whose newer part the stream had."""
+    archive = await archive_of(redis)
+    if archive is None:
+        return Page(tuple(found))
+    missing = limit - len(found)
+    older = await asyncio.to_thread(archive.newest_records, shard_for(tenant), tenant, before, missing)
+    page = (*found, *(entry.record() for entry in older))
+    return Page(page, older[-1].id if len(older) == missing else "")
+
+
+async def archive_of(redis: Redis) -> "Archive | None":
+    """Where entries go that have left the stream.
+
+    Raises:
+        ArchiveUnavailable: there is one that cannot be reached from here.
+    """
+    url = await archive_url(redis)
+    if not url:
+        return None
+    from billing.archive import Archive  # whoever has no archive need not load Parquet
+
+    return await asyncio.to_thread(Archive, url)
 
 
 async def totals(
@@ -87,17 +120,31 @@ async def totals(
 ) -> list[Total]:
     """Sums of the records settled from ``start_ms`` until before ``end_ms``, in order of their groups."""
     groups: dict[str, Total] = {}
-    async for entry in _between(Stream(redis), tenant, start_ms, end_ms):
+    async for entry in _between(redis, tenant, start_ms, end_ms):
         record = entry.record()
         name = _group(record, group_by)
         groups[name] = groups.get(name, Total(name)).plus(record)
     return [groups[name] for name in sorted(groups)]
 
 
-async def _between(stream: Stream, tenant: TenantId, start_ms: int, end_ms: int) -> AsyncIterator[Entry]:
+async def _between(redis: Redis, tenant: TenantId, start_ms: int, end_ms: int) -> AsyncIterator[Entry]:
+    """Archived entries first, then those of the stream behind them: what is in both is taken once."""
     if end_ms <= start_ms:
         return
     start, end = f"{max(start_ms, 0)}-0", f"({end_ms}-0"
+    if archive := await archive_of(redis):
+        shard = shard_for(tenant)
+        last = await asyncio.to_thread(archive.last, shard)
+        for entry in await asyncio.to_thread(archive.read, shard, start_ms, end_ms, tenant):
+            if entry.is_usage and order(entry.id) <= order(last):
+                yield entry
+        if order(last) >= order(start):
+            start = f"({last}"
+    async for entry in _live(Stream(redis), tenant, start, end):
+        yield entry
+
+
+async def _live(stream: Stream, tenant: TenantId, start: str, end: str) -> AsyncIterator[Entry]:
     while True:
         entries = await stream.of(tenant, start, end, READ)
         for entry in entries:

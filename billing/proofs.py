@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from billing.account import Bucket
 from billing.events import CHARGE, USAGE
-from billing.store.books import AccountState, OpenHold, ShardState, order
-from billing.store.stream import Entry, UnreadableEntry
+from billing.store.books import AccountState, OpenHold, ShardState
+from billing.store.stream import Entry, UnreadableEntry, order
 from billing.usage import OVERAGE, BucketId, TenantId, Unit
 
 MAX_NAMED = 5

@@ -66,6 +66,8 @@ class BillingArgs(_Config):
     expire_interval_s: Annotated[float, Field(ge=0.2)] = 5.0
     requests_per_minute: Annotated[int, Field(ge=1)] = 240
     """Calls to Dodo a minute, at most: its default tier allows 240."""
+    archive_url: str = ""
+    """Where old usage records go as Parquet, a local path or fsspec URL; empty keeps all of them in the store."""
     durability: Literal["strict", "trusted"] = "strict"
 
 

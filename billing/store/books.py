@@ -16,7 +16,7 @@ from billing.store.connection import guarded
 from billing.store.keys import Shard
 from billing.store.outbox import START, Sums
 from billing.store.packing import unpack_bucket, unpack_draws
-from billing.store.stream import BULK_DEADLINE_S, FIRST, Entry, entries_in
+from billing.store.stream import BULK_DEADLINE_S, FIRST, Entry, entries_in, order
 from billing.usage import Draw, RequestId, TenantId
 
 READ = 1_000
@@ -155,12 +155,6 @@ class ShardReader:
         self.add(entries)
         if entries:
             self._at = entries[-1].id
-
-
-def order(entry_id: str) -> tuple[int, int]:
-    """What stream ids are sorted by: store milliseconds, then a number."""
-    ms, _, number = entry_id.partition("-")
-    return int(ms), int(number)
 
 
 def _account(numbers: Mapping[str, str], live: Mapping[str, str], retired: Mapping[str, str]) -> AccountState:

@@ -98,6 +98,12 @@ def _behind(position: str) -> str:
     return f"({position}" if position != "0-0" else FIRST
 
 
+def order(entry_id: str) -> tuple[int, int]:
+    """What stream ids are sorted by: store milliseconds, then a number."""
+    ms, _, number = entry_id.partition("-")
+    return int(ms), int(number)
+
+
 def entries_in(raw: object) -> list[Entry]:
     """Entries as the store answers them."""
     rows = cast(Sequence[tuple[str, Mapping[str, str]]], raw or ())

@@ -93,6 +93,7 @@ ANSWERS: Mapping[type[BaseException], Answer] = {
     SpoolFull: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=5),
     billing.StoreUnavailable: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=1),
     billing.StoreRefused: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=5),
+    billing.ArchiveUnavailable: Answer(503, "archive_unavailable", SERVER, "Archive Unavailable", retry_after_s=5),
     billing.DodoUnavailable: Answer(503, "payments_unavailable", SERVER, "Payments Unavailable", retry_after_s=5),
     billing.DodoRefused: Answer(502, "payments_refused", SERVER, "Payments Refused", should_retry=False),
     NotConfigured: Answer(503, "not_ready", SERVER, "Not Ready", retry_after_s=1),
