@@ -63,7 +63,7 @@ class Subscriptions:
         def change(tenant: Tenant) -> Tenant:
             if tenant.subscription != before.subscription:
                 raise _Raced
-            stored = _stored(found, plan_name, catalogue.plans[plan_name], tenant, past_due_ends_at_ms, self._clock())
+            stored = as_stored(found, plan_name, catalogue.plans[plan_name], tenant, past_due_ends_at_ms, self._clock())
             return applied(tenant, stored, catalogue.default_plan, self._clock())
 
         return await self._tenants.update(before.id, change)
@@ -98,7 +98,7 @@ def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_m
     return tenant.model_copy(update={"subscription": subscription, "plan": plan})
 
 
-def _stored(
+def as_stored(
     found: DodoSubscription, plan_name: str, plan: Plan, tenant: Tenant, past_due_ends_at_ms: int | None, now_ms: int
 ) -> Subscription:
     grace_ends = None
