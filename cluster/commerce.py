@@ -40,7 +40,7 @@ def resolved(settings: Settings) -> ServeConfig:
     Raises:
         LaunchError: something in it is wrong; every finding is in the message.
     """
-    from cluster.check import resolve
+    from cluster.check import resolve  # loads torch and Ray: `farebox status` should not
 
     return at_home(addressed(resolve(settings.config), settings), Home(settings.home))
 
