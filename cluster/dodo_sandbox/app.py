@@ -106,7 +106,7 @@ async def _forever(work: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
             await work()
-        except Exception:
+        except Exception:  # the task's outermost loop: without it one bad row would end all renewals
             log.exception("a round of the sandbox's background work failed")
             await asyncio.sleep(FAILURE_PAUSE_S)
 
