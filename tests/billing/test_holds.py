@@ -249,6 +249,19 @@ class TestDrawOrder:
             await ledger.hold(request("req_4", funding=november))
         assert [b.remaining for b in (await ledger.account(ACME)).buckets] == [WORST - 10_000]
 
+    async def test_an_allowance_that_a_change_of_plan_put_aside_comes_back_as_it_was(
+        self, ledger: Ledger, clock: SteppedClock
+    ) -> None:
+        free = Funding(_allowance("allowance:free", 2 * WORST, clock.now_ms + 1_000))
+        pro = Funding(_allowance("allowance:pro", WORST, clock.now_ms + 1_000))
+        await ledger.hold(request("req_1", funding=free))
+        await ledger.settle(settlement("req_1", completion=20))
+        await ledger.hold(request("req_2", funding=pro))
+        await ledger.settle(settlement("req_2", completion=20))
+        await ledger.hold(request("req_3", funding=free))
+        with pytest.raises(CreditOnHold):
+            await ledger.hold(request("req_4", funding=free))
+
     async def test_an_allowance_needs_its_plan(self, ledger: Ledger, clock: SteppedClock) -> None:
         funding = Funding(_allowance("allowance:1", 2 * WORST, clock.now_ms + 1_000))
         await ledger.hold(request("req_1", funding=funding))
@@ -267,6 +280,7 @@ class TestDrawOrder:
         assert await store.hkeys(shard.retired(ACME)) == ["payment:1"]
         assert await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", WORST)) == WORST
         assert (await ledger.account(ACME)).balance_nanos == -WORST
+        assert await store.hkeys(shard.retired(ACME)) == []
 
 
 def _allowance(bucket_id: str, amount: int, ends_at_ms: int) -> Bucket:
@@ -469,6 +483,32 @@ class TestLeases:
         await ledger.hold(request("req_2", max_tokens=42))  # leaves 6,000 of 100,000
         record = (await ledger.settle(settlement(completion=8))).record
         assert (record.charged_nanos, record.list_nanos, record.balance_nanos) == (6_000, 26_000, 0)
+
+    async def test_a_late_settle_leaves_what_pays_a_debt(self, ledger: Ledger, clock: SteppedClock) -> None:
+        await ledger.grant(money(WORST))
+        await ledger.hold(request("req_0"))
+        await ledger.settle(settlement("req_0", completion=20))
+        await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", WORST))
+        funding = Funding(_allowance("allowance:1", WORST + 30_000, clock.now_ms + 1_000))
+        await ledger.hold(request(lease_ms=self.SHORT_MS, funding=funding))
+        await asyncio.sleep(2 * self.SHORT_MS / 1000)
+        await ledger.expire()
+        await ledger.hold(request("req_2", funding=funding, max_tokens=5))
+        record = (await ledger.settle(settlement(completion=20))).record
+        assert (record.charged_nanos, record.balance_nanos) == (10_000, 0)
+
+    async def test_a_hold_renewed_between_being_found_and_billed_is_left_alone(
+        self, ledger: Ledger, store: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await ledger.grant(money(100_000))
+        await ledger.hold(request())
+
+        async def overdue(_: int) -> list[object]:
+            return [(shard_for(ACME), "req_1", ACME)]
+
+        monkeypatch.setattr(ledger, "_overdue", overdue)
+        assert await ledger.expire() == 0
+        assert (await ledger.account(ACME)).open_holds == 1
 
     async def test_a_late_settle_of_a_covered_request_takes_its_call(self, ledger: Ledger) -> None:
         await ledger.grant(calls(1, "payment:2"))
