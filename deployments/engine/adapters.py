@@ -6,30 +6,24 @@ adapter's configuration can make it rewrite the shared base weights.
 """
 
 import hashlib
-import json
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deployments.engine.peft_config import LARGEST_SCALING, PeftConfig, parse_config
 from deployments.engine.request import AdapterRejected
+from deployments.engine.tensors import HEADER_BYTES, TensorSpan, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_BYTES = 64 * 1024
-HEADER_BYTES = 16 * 1024 * 1024
 WEIGHTS_BYTES = 4 * 1024**3
 TENSOR_KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<side>[AB])\.weight")
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-EXPONENT_OF_BF16 = 0x7F80
-"""All bits of a bfloat16's exponent; set together they mean an infinity or no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +38,10 @@ class LinearShape:
 class ModuleDelta:
     """Where one module's two factors lie in the weights: ``a`` is [rank, in], ``b`` is [out, rank]."""
 
-    a: "TensorSpan"
-    b: "TensorSpan"
+    a: TensorSpan
+    b: TensorSpan
     rank: int
     scaling: float
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpan:
-    """One tensor of a safetensors file: its type, shape and bytes, counted from the end of the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +67,7 @@ class AdapterFiles:
 
     def tensor(self, span: TensorSpan) -> NDArray[np.float32]:
         """A tensor as float32, shape as in the file."""
-        raw = np.frombuffer(self.weights[span.start : span.end], dtype=DTYPES[span.dtype])
-        if span.dtype == "BF16":
-            raw = (raw.astype(np.uint32) << 16).view(np.float32)
-        return raw.astype(np.float32, copy=False).reshape(span.shape)
+        return span.as_float32(self.weights)
 
 
 def inspect_adapter(
@@ -213,50 +194,13 @@ def _judge(
     linears: Mapping[str, LinearShape] | None,
     max_rank: int | None,
 ) -> dict[str, ModuleDelta]:
-    factors = _factors(dict(_spans(header, body_bytes)))
+    factors = _factors(dict(read_header(header, body_bytes)))
     modules = {module: _delta(module, pair, config, max_rank) for module, pair in factors.items()}
     if not modules:
         raise AdapterRejected(f"{WEIGHTS_FILE} holds no LoRA weights")
     if linears is not None:
         _check_modules(modules, config, linears)
     return modules
-
-
-def _spans(header: bytes, body_bytes: int) -> Iterator[tuple[str, TensorSpan]]:
-    """The header's tensors; their bytes must fill the body without gap or overlap."""
-    try:
-        content = json.loads(header)
-    except (ValueError, RecursionError) as error:
-        raise AdapterRejected(f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterRejected(f"{WEIGHTS_FILE} is not a safetensors file: its header is no object")
-    spans = {name: _span(name, entry) for name, entry in content.items() if name != "__metadata__"}
-    expected = 0
-    for name, span in sorted(spans.items(), key=lambda item: item[1].start):
-        if span.start != expected:
-            raise AdapterRejected(f"{name}: its bytes do not follow the tensor before it")
-        expected = span.end
-        yield name, span
-    if expected != body_bytes:
-        raise AdapterRejected(f"{WEIGHTS_FILE} has {body_bytes} bytes of weights where its header says {expected}")
-
-
-def _span(name: str, entry: object) -> TensorSpan:
-    if not isinstance(entry, dict):
-        raise AdapterRejected(f"{name}: its header entry is no object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise AdapterRejected(f"{name} has the type {dtype!r}; float32, float16 and bfloat16 are read")
-    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(shape) != 2 or len(offsets) != 2:
-        raise AdapterRejected(f"{name} must be a matrix, not of shape {shape!r} at {offsets!r}")
-    size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-    if size == 0 or offsets[1] - offsets[0] != size:
-        raise AdapterRejected(f"{name} of shape {shape} does not have {offsets[1] - offsets[0]} bytes")
-    return TensorSpan(dtype=dtype, shape=tuple(shape), start=offsets[0], end=offsets[1])
-
-
-def _whole_numbers(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**48 for item in value)
 
 
 def _factors(spans: Mapping[str, TensorSpan]) -> dict[str, dict[str, TensorSpan]]:
@@ -308,8 +252,5 @@ def _check_modules(modules: Mapping[str, ModuleDelta], config: PeftConfig, linea
 
 def _check_finite(files: AdapterFiles) -> None:
     for module, delta in files.info.modules.items():
-        for span in (delta.a, delta.b):
-            raw = np.frombuffer(files.weights[span.start : span.end], dtype=DTYPES[span.dtype])
-            bad = (raw & EXPONENT_OF_BF16) == EXPONENT_OF_BF16 if span.dtype == "BF16" else ~np.isfinite(raw)
-            if bad.any():
-                raise AdapterRejected(f"{module} has weights that are not finite numbers")
+        if not delta.a.is_finite(files.weights) or not delta.b.is_finite(files.weights):
+            raise AdapterRejected(f"{module} has weights that are not finite numbers")

@@ -1,0 +1,188 @@
+"""The engine's thread: take messages, step, answer. Everything here belongs to that thread alone."""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+
+from deployments.engine.inbox import Aborted, Extended, Inbox, Message, Pinned, Submitted
+from deployments.engine.loader import Loaded, Loader
+from deployments.engine.model import Model
+from deployments.engine.output import Output
+from deployments.engine.request import FinishReason
+from deployments.engine.sampler import Row, sample
+from deployments.engine.scheduler import Scheduler
+from deployments.engine.sequence import Sequence, Work
+from deployments.engine.slots import AdapterSlots
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.25
+"""Longest sleep while requests wait for something: deadlines are noticed this late at most."""
+MIXED = 3
+"""A step with this many different adapters counts as mixed, the base model being one."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """Counters that only grow; see ``EngineStats``."""
+
+    steps: int = 0
+    mixed_steps: int = 0
+    max_adapters_in_step: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    cached_tokens: int = 0
+    requests_finished: int = 0
+    requests_aborted: int = 0
+    adapter_loads: int = 0
+
+    def step(self, plan: list[Work]) -> None:
+        """A step has computed this work."""
+        self.steps += 1
+        self.prompt_tokens += sum(work.count for work in plan if not work.sequence.decoding)
+        adapters = len({work.sequence.digest for work in plan})
+        self.max_adapters_in_step = max(self.max_adapters_in_step, adapters)
+        self.mixed_steps += adapters >= MIXED
+
+
+@dataclass(slots=True)
+class Worker:
+    """Turns messages into answers; every request submitted gets exactly one last piece."""
+
+    inbox: Inbox
+    model: Model
+    scheduler: Scheduler
+    slots: AdapterSlots
+    loader: Loader
+    outputs: dict[str, Output]
+    """Requests that were taken in and have no last piece yet, by id."""
+    counts: Counts
+
+    def run(self, torch_threads: int) -> None:
+        """Work until the inbox is stopped, or something fails that no single request can be blamed for."""
+        torch.set_num_threads(torch_threads)
+        try:
+            while not self.inbox.stopping:
+                self._receive()
+                self._step()
+        except Exception as error:
+            log.exception("the engine has failed")
+            self.inbox.stop(failure=f"{type(error).__name__}: {error}")
+        self._answer_all()
+
+    def _receive(self) -> None:
+        """Wait for something to do, and apply what has come."""
+        idle_s = IDLE_WAIT_S if self.outputs else None
+        for message in self.inbox.take(0.0 if self.scheduler.running else idle_s):
+            self._apply(message)
+        self._start_loads()
+        now = time.monotonic()
+        for output in [output for output in self.outputs.values() if output.sequence.deadline <= now]:
+            self._end(output, FinishReason.ABORT, error="its deadline has passed")
+
+    def _apply(self, message: Message) -> None:
+        match message:
+            case Submitted(output):
+                self._take_in(output)
+            case Aborted(request_id):
+                if request_id in self.outputs:
+                    self._end(self.outputs[request_id], FinishReason.ABORT)
+            case Extended(deadlines):
+                for request_id in deadlines.keys() & self.outputs.keys():
+                    self.outputs[request_id].sequence.deadline = deadlines[request_id]
+            case Pinned(refs):
+                self.slots.pin(ref.digest for ref in refs)
+                for ref in refs:
+                    self.scheduler.prepare(ref)
+            case Loaded():
+                self._loaded(message)
+
+    def _take_in(self, output: Output) -> None:
+        self.outputs[output.sequence.request_id] = output
+        self.scheduler.add(output.sequence)
+
+    def _loaded(self, message: Loaded) -> None:
+        ref = message.load.ref
+        if not message.error:
+            self.slots.loaded(ref.digest)
+            self.counts.adapter_loads += 1
+            return
+        log.warning("adapter %s is refused: %s", ref.name, message.error)
+        self.slots.failed(ref.digest, message.error, time.monotonic())
+        for output in [output for output in self.outputs.values() if output.sequence.digest == ref.digest]:
+            self._end(output, FinishReason.ERROR, error=f"adapter {ref.name}: {message.error}")
+
+    def _start_loads(self) -> None:
+        for load in self.slots.take_loads():
+            self.loader.submit(load)
+
+    def _step(self) -> None:
+        plan = self.scheduler.schedule(time.monotonic())
+        self._start_loads()
+        if not plan:
+            return
+        started = time.perf_counter()
+        logits = self.model.forward([work.span() for work in plan])
+        completing = [work for work in plan if work.completes]
+        tokens = sample(logits, [_row(work.sequence) for work in completing])
+        _share_time(plan, time.perf_counter() - started)
+        self.counts.step(plan)
+        for work in plan:
+            self.scheduler.computed(work)
+        for work, token in zip(completing, tokens, strict=True):
+            self._deliver(self.outputs[work.sequence.request_id], token)
+
+    def _deliver(self, output: Output, token: int | None) -> None:
+        sequence = output.sequence
+        if token is None:
+            name = f"adapter {sequence.adapter.name}" if sequence.adapter else "the base model"
+            self._end(output, FinishReason.ERROR, error=f"{name} computed something that is not a number")
+            return
+        if not sequence.completion_tokens:
+            self.counts.cached_tokens += sequence.cached
+        self.counts.generation_tokens += 1
+        text, reason = output.take(token)
+        if reason is not None:
+            self._end(output, reason, text=text)
+        elif not output.send(text):
+            self._end(output, FinishReason.ABORT)
+
+    def _end(self, output: Output, reason: FinishReason, text: str | None = None, error: str = "") -> None:
+        """Free all that the request holds, then say its last word."""
+        sequence = output.sequence
+        del self.outputs[sequence.request_id]
+        self.scheduler.remove(sequence, sound=reason is not FinishReason.ERROR)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.counts.requests_finished += 1
+        else:
+            self.counts.requests_aborted += 1
+        self.inbox.answered(sequence.request_id)
+        output.send(output.detokenizer.finish() if text is None else text, reason, error)
+
+    def _answer_all(self) -> None:
+        """Nothing will be computed any more: tell everybody, those in the inbox too."""
+        for message in self.inbox.take(0):
+            if isinstance(message, Submitted):
+                self._take_in(message.output)
+        for output in list(self.outputs.values()):
+            if self.inbox.failure:
+                output.send("", FinishReason.ERROR, self.inbox.failure)
+            else:
+                self._end(output, FinishReason.ABORT, error="the engine is stopping")
+
+
+def _share_time(plan: list[Work], elapsed_s: float) -> None:
+    """Each sequence's part of a step's time, by its tokens."""
+    tokens = sum(work.count for work in plan)
+    for work in plan:
+        work.sequence.compute_s += elapsed_s * work.count / tokens
+
+
+def _row(sequence: Sequence) -> Row:
+    return Row(
+        sampling=sequence.request.sampling,
+        seed=sequence.seed,
+        generated=sequence.token_ids[sequence.prompt_tokens :],
+    )
