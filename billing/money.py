@@ -15,7 +15,7 @@ MAX_BALANCE_NANOS = Nanos(2**53 - 1)
 """Lua keeps numbers as doubles; past this a sum in the store would round."""
 MAX_GRANT_NANOS = Nanos(1_000_000 * NANOS_PER_USD)
 
-_USD = re.compile(r"(?P<sign>-?)(?P<whole>\d{1,9})(?:\.(?P<part>\d{1,9}))?")
+_USD = re.compile(r"(?P<sign>-?)(?P<whole>\d{1,9})(?:\.(?P<part>\d{1,9}))?", re.ASCII)
 
 
 class AmountError(ValueError):
