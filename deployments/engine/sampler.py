@@ -25,8 +25,12 @@ class Row:
     generated: Seq[int]
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, rows: Seq[Row]) -> list[int | None]:
-    """Choose a token for each row of ``logits [rows, vocabulary]``; None where the logits are no numbers."""
+    """Choose a token for each row of ``logits [rows, vocabulary]``; None where the logits are no numbers.
+
+    The logits are the sampler's from here on: penalties change them in place.
+    """
     logits = logits.float()
     sound = logits.amax(-1).isfinite().tolist()
     chosen = _penalised(logits, rows).argmax(-1).tolist()

@@ -51,6 +51,14 @@ def test_without_a_seed_answers_differ(engine: Engine) -> None:
     assert first.token_ids != second.token_ids
 
 
+def test_penalties_keep_an_answer_from_repeating_itself(engine: Engine) -> None:
+    def answer(penalty: float) -> tuple[int, ...]:
+        sampling = SamplingParams(max_tokens=60, temperature=0.0, presence_penalty=penalty, ignore_eos=True)
+        return run(engine, request("r", PROMPT, sampling=sampling))[0].token_ids
+
+    assert len(set(answer(2.0))) > len(set(answer(0.0))) > len(set(answer(-2.0)))
+
+
 def test_totals_grow_piece_by_piece_and_text_is_the_decoded_tokens(engine: Engine) -> None:
     one = run(engine, request("r", PROMPT, max_tokens=40))[0]
     assert one.text == engine.text.decode(one.token_ids)

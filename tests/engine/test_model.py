@@ -182,3 +182,14 @@ def test_what_others_left_behind_in_the_memory_does_not_matter(settings: EngineS
     assert model.forward(spans).shape[0] == 0
     last = [Span(slot, -1, 5, prompt[-1:], True) for slot, prompt in zip((4, 0, 2), prompts, strict=True)]
     torch.testing.assert_close(model.forward(last), torch.stack(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_half_precision_is_served_close_to_full(settings: EngineSettings, adapter_paths: dict[str, Path]) -> None:
+    prompt = (5, 9, 200, 31, 7)
+    answers = []
+    for dtype in ("float32", "bfloat16"):
+        model = Model(replace(settings, dtype=dtype))
+        model.lora.write(0, stage(read_adapter(adapter_paths["all8"], linears=model.linears), model.lora.dtype))
+        answers.append(model.forward([Span(1, 0, 0, prompt, True), Span(0, -1, 0, prompt, True)]).float())
+    full, half = answers
+    assert (full - half).abs().max() < 0.1 * (full.max() - full.min())
