@@ -2,13 +2,17 @@
 
 from dataclasses import replace
 
-from billing.account import Funding, Grant, HoldRequest, Settlement
-from billing.money import Nanos
+from redis.asyncio import Redis
+
+from billing.account import Bucket, Funding, Grant, HoldRequest, Settlement
 from billing.plans import Limits
 from billing.prices import Price
-from billing.usage import RequestId, Status, TenantId, Unit, Usage
+from billing.store.keys import shard_for
+from billing.usage import BucketId, RequestId, Status, TenantId, Unit, Usage, UsageRecord
 
 ACME = TenantId("acme")
+WORST = 50_000
+"""What ``request`` holds."""
 PER_TOKEN = Price.model_validate({"input_per_1m": "1", "output_per_1m": "2"})
 """1,000 nanos for a prompt token, 2,000 for a completion token."""
 FREE = Price(free=True)
@@ -47,5 +51,10 @@ def calls(amount: int, source: str = "payment:1", adapters: tuple[str, ...] = ()
     return Grant(source, ACME, Unit.REQUESTS, amount, adapters=adapters)
 
 
-def nanos(amount: int) -> Nanos:
-    return Nanos(amount)
+def allowance(bucket_id: str, amount: int, ends_at_ms: int) -> Bucket:
+    return Bucket(BucketId(bucket_id), Unit.NANOS, amount, amount, ends_at_ms, is_allowance=True)
+
+
+async def records(store: Redis) -> list[UsageRecord]:
+    entries = await store.xrange(shard_for(ACME).stream)
+    return [UsageRecord.from_json(fields["p"]) for _, fields in entries if fields["k"] == "usage"]
