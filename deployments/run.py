@@ -14,7 +14,14 @@ from billing.catalogue import Model
 from billing.errors import StoreUnavailable
 from billing.money import Nanos
 from billing.usage import NOTHING, RequestId, Status, Usage
-from deployments.engine.request import EngineError, EngineFailed, FinishReason, GenerateRequest, Tokens
+from deployments.engine.request import (
+    AdapterRejected,
+    EngineError,
+    EngineFailed,
+    FinishReason,
+    GenerateRequest,
+    Tokens,
+)
 
 if TYPE_CHECKING:
     from deployments.gateway import Gateway
@@ -128,6 +135,8 @@ class Run:
             completion_tokens=piece.completion_tokens,
             compute_ms=piece.compute_ms,
         )
+        if piece.is_adapter_refused:
+            raise AdapterRejected(piece.error)
         if piece.finish_reason is FinishReason.ERROR:
             raise EngineFailed(piece.error or "the engine failed on this request")
         if piece.finish_reason is FinishReason.ABORT:

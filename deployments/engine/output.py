@@ -38,7 +38,9 @@ class Output:
             return text + self.detokenizer.finish(), FinishReason.LENGTH
         return text, None
 
-    def send(self, text: str, finish_reason: FinishReason | None = None, error: str = "") -> bool:
+    def send(
+        self, text: str, finish_reason: FinishReason | None = None, error: str = "", is_adapter_refused: bool = False
+    ) -> bool:
         """Emit what is new; False if nobody is there to take it any more."""
         sequence = self.sequence
         start = sequence.prompt_tokens + self._sent_tokens
@@ -51,6 +53,7 @@ class Output:
             compute_ms=round(sequence.compute_s * 1000),
             finish_reason=finish_reason,
             error=error,
+            is_adapter_refused=is_adapter_refused,
         )
         self._sent_tokens = sequence.completion_tokens
         try:

@@ -120,6 +120,8 @@ class Tokens:
     compute_ms: int = 0
     finish_reason: FinishReason | None = None
     error: str = ""
+    is_adapter_refused: bool = False
+    """With ``ERROR``: the adapter cannot be loaded, and nothing was computed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ class Worker:
         log.warning("adapter %s is refused: %s", ref.name, message.error)
         self.slots.failed(ref.digest, message.error, time.monotonic())
         for output in [output for output in self.outputs.values() if output.sequence.digest == ref.digest]:
-            self._end(output, FinishReason.ERROR, error=f"adapter {ref.name}: {message.error}")
+            self._end(output, FinishReason.ERROR, error=f"adapter {ref.name}: {message.error}", is_adapter_refused=True)
 
     def _start_loads(self) -> None:
         for load in self.slots.take_loads():
@@ -149,7 +149,14 @@ class Worker:
         elif not output.send(text):
             self._end(output, FinishReason.ABORT)
 
-    def _end(self, output: Output, reason: FinishReason, text: str | None = None, error: str = "") -> None:
+    def _end(
+        self,
+        output: Output,
+        reason: FinishReason,
+        text: str | None = None,
+        error: str = "",
+        is_adapter_refused: bool = False,
+    ) -> None:
         """Free all that the request holds, then say its last word."""
         sequence = output.sequence
         del self.outputs[sequence.request_id]
@@ -159,7 +166,7 @@ class Worker:
         else:
             self.counts.requests_aborted += 1
         self.inbox.answered(sequence.request_id)
-        output.send(output.detokenizer.finish() if text is None else text, reason, error)
+        output.send(output.detokenizer.finish() if text is None else text, reason, error, is_adapter_refused)
 
     def _answer_all(self) -> None:
         """Nothing will be computed any more: tell everybody, those in the inbox too."""

@@ -1,0 +1,411 @@
+"""The whole course on real Serve, in its default mode and behind HAProxy: adapters, receipts, hang-ups, kills."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from cluster import valkey
+from deployments.engine.adapters import digest_adapter
+from tests.engine.conftest import adapter_paths, base_path, tokenizer
+from tests.gateway.conftest import ADMIN_KEY, bearer
+
+__all__ = ["adapter_paths", "base_path", "tokenizer"]
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+CONTEXT = 4096
+T = TypeVar("T")
+REPO = Path(__file__).parent.parent.parent
+
+
+@dataclass
+class Cluster:
+    """A Serve cluster in a process of its own, and a tenant with credit."""
+
+    process: subprocess.Popen[str]
+    base_url: str
+    config: dict[str, object]
+    folder: Path
+    key: str = ""
+
+    def ask(self, command: str) -> object:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def stats(self) -> dict[str, int]:
+        found = self.ask("stats")
+        assert isinstance(found, dict)
+        return found
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key=self.key, max_retries=0, timeout=60)
+
+    def records(self) -> list[dict[str, object]]:
+        return list(httpx.get(f"{self.base_url}/v1/usage/records", headers=bearer(self.key)).json()["data"])
+
+    def account(self) -> dict[str, object]:
+        return dict(httpx.get(f"{self.base_url}/v1/account", headers=bearer(self.key)).json())
+
+    def replica_pids(self, name: str) -> list[int]:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child.pid for child in children if f"ServeReplica:farebox:{name}" in " ".join(_cmdline(child))]
+
+    def ended(self, record_id: str) -> dict[str, object]:
+        return eventually(lambda: next((r for r in self.records() if r["record_id"] == record_id), None))
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return process.cmdline()
+    return []
+
+
+def eventually(look: Callable[[], T | None], seconds: float = 30) -> T:
+    """Look again until there is something to see."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (seen := look()) is not None:
+            return seen
+        time.sleep(0.1)
+    raise AssertionError(f"not seen within {seconds:g} s")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def config_of(base: Path, adapters: dict[str, Path], folder: Path) -> dict[str, object]:
+    entries = [
+        {
+            "id": name,
+            "path": str(path),
+            "digest": digest_adapter(path),
+            "price": {"input_per_1m": "1.00", "output_per_1m": "2.00"},
+        }
+        for name, path in adapters.items()
+    ]
+    farebox = {
+        "name": "farebox",
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": {
+            "model": {"id": "farebox-base", "path": str(base)},
+            "engine": {"max_context_tokens": CONTEXT, "max_batched_tokens": 256},
+            "spool_dir": str(folder / "spool"),
+            "lease_s": 4.0,
+            "checkpoint_s": 0.5,
+        },
+        "deployments": [
+            {
+                "name": "Gateway",
+                "num_replicas": 1,
+                "max_ongoing_requests": 1000,
+                "graceful_shutdown_timeout_s": 2,
+                "graceful_shutdown_wait_loop_s": 0.1,
+                "ray_actor_options": {"num_cpus": 0.1},
+                "user_config": {
+                    "base": {"id": "farebox-base", "price": {"input_per_1m": "1.00", "output_per_1m": "2.00"}},
+                    "adapters": entries,
+                    "plans": {"prepaid": {"kind": "prepaid"}},
+                    "default_plan": "prepaid",
+                },
+            },
+            {
+                "name": "LoraReplica",
+                "num_replicas": 1,
+                "max_ongoing_requests": 272,
+                "graceful_shutdown_timeout_s": 2,
+                "graceful_shutdown_wait_loop_s": 0.1,
+                "ray_actor_options": {"num_cpus": 0.5},
+            },
+        ],
+    }
+    return {"applications": [farebox]}
+
+
+def environment(store: valkey.Valkey, folder: Path, haproxy: bool) -> dict[str, str]:
+    made = os.environ | {
+        "REDIS_URL": store.url,
+        "FAREBOX_ADMIN_KEY": ADMIN_KEY,
+        "PYTHONPATH": str(REPO),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TMPDIR": str(folder / "r"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.05",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",
+    }
+    if haproxy:
+        place = folder / "h"
+        place.mkdir()
+        ports = free_port(), free_port(), free_port()
+        made |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[0]),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[1]),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(place / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(place / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(place / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(place),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(place / "state"),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": "18300",
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": "18399",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": "18400",
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": "18499",
+        }
+    return made
+
+
+@pytest.fixture(scope="module", params=["default", "haproxy"])
+def cluster(request: pytest.FixtureRequest, base_path: Path, adapter_paths: dict[str, Path]) -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="g", dir="/tmp"))
+    base = folder / "base"
+    shutil.copytree(base_path, base)
+    shape = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": CONTEXT}))
+    chosen = {name: adapter_paths[name] for name in ("all8", "attention4")}
+    config, port = config_of(base, chosen, folder), free_port()
+    (folder / "config.json").write_text(json.dumps(config))
+    store = valkey.start(folder / "v")
+    log = (folder / "log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.gateway.serve_house", str(folder / "config.json"), str(port)],
+        env=environment(store, folder, request.param == "haproxy"),
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        start_new_session=True,
+    )
+    made = Cluster(process, f"http://127.0.0.1:{port}", config, folder)
+    try:
+        _await_start(made)
+        yield made
+    finally:
+        _stop(process)
+        log.close()
+        store.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _await_start(cluster: Cluster) -> None:
+    assert cluster.process.stdout is not None
+    for line in cluster.process.stdout:
+        if line.strip() == "READY":
+            break
+    else:
+        raise AssertionError((cluster.folder / "log").read_text()[-5000:])
+    eventually(lambda: httpx.get(f"{cluster.base_url}/readyz", timeout=5).status_code == 200 or None, 90)
+    admin = httpx.Client(base_url=cluster.base_url, headers=bearer(ADMIN_KEY), timeout=10)
+    with admin:
+        assert admin.post("/admin/tenants", json={"id": "acme", "email": "a@example.com"}).status_code == 201
+        assert admin.post("/admin/tenants/acme/grants", json={"source": "t", "usd": "100.00"}).json()["granted"]
+        cluster.key = admin.post("/admin/tenants/acme/keys", json={}).json()["api_key"]
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    assert process.stdout is not None
+    process.stdout.close()
+    for child in family:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def chat(cluster: Cluster, model: str, **more: object) -> openai.types.chat.ChatCompletion:
+    asked = {"max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}} | more
+    messages = [{"role": "user", "content": "the quick brown fox"}]
+    return cluster.client().chat.completions.create(model=model, messages=messages, **asked)  # type: ignore[call-overload, no-any-return]
+
+
+def test_two_adapters_and_the_base_answer_differently_each_with_its_receipt(cluster: Cluster) -> None:
+    answers = {model: chat(cluster, model) for model in ("farebox-base", "all8", "attention4")}
+    assert len({reply.choices[0].message.content for reply in answers.values()}) == 3
+    for model, reply in answers.items():
+        receipt = reply.model_extra["receipt"] if reply.model_extra else {}
+        assert receipt["adapter"].partition("@")[0] == model
+        assert reply.usage is not None
+        assert reply.usage.completion_tokens == 12
+        assert reply._request_id == receipt["record_id"].removeprefix("rec_")
+        assert cluster.ended(receipt["record_id"])["status"] == "complete"
+
+
+def test_a_stream_is_the_same_answer_in_pieces(cluster: Cluster) -> None:
+    whole = chat(cluster, "all8").choices[0].message.content
+    chunks = list(chat(cluster, "all8", stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 12
+    assert chunks[-1].receipt["adapter"].startswith("all8@")
+
+
+def test_headers_by_which_clients_steer_ray_have_no_effect(cluster: Cluster) -> None:
+    headers = bearer(cluster.key) | {
+        "x-request-id": "req_forged",
+        "x-request-timeout-seconds": "0.000001",
+        "x-request-disconnect-disabled": "?1",
+        "serve_multiplexed_model_id": "nobody",
+        "x-session-id": "mine",
+    }
+    body = {"model": "all8", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+    reply = httpx.post(f"{cluster.base_url}/v1/chat/completions", json=body, headers=headers, timeout=30)
+    assert reply.status_code == 200, reply.text
+    assert reply.headers.get_list("x-client-request-id") == ["req_forged"]
+    [request_id] = reply.headers.get_list("x-request-id")
+    assert reply.json()["receipt"]["record_id"] == f"rec_{request_id}"
+
+
+def test_errors_keep_their_shape_through_serve(cluster: Cluster) -> None:
+    reply = httpx.get(f"{cluster.base_url}/v1/nothing")
+    assert reply.status_code == 404
+    assert reply.json()["error"]["code"] == "not_found"
+    assert len(reply.headers.get_list("x-request-id")) == 1
+    with pytest.raises(openai.AuthenticationError) as refused:
+        openai.OpenAI(base_url=f"{cluster.base_url}/v1", api_key="no", max_retries=0).models.list()
+    assert refused.value.code == "invalid_api_key"
+    with pytest.raises(openai.NotFoundError):
+        cluster.client().models.retrieve("nobody")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_stops_the_engine_and_pays_until_then(cluster: Cluster, stream: bool) -> None:
+    before, aborted = len(cluster.records()), cluster.stats()["requests_aborted"]
+    body = {
+        "model": "all8",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 4000,
+        "ignore_eos": True,
+        "stream": stream,
+    }
+    url = f"{cluster.base_url}/v1/chat/completions"
+    if stream:
+        with httpx.stream("POST", url, json=body, headers=bearer(cluster.key), timeout=30) as reply:
+            next(reply.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, headers=bearer(cluster.key), timeout=0.7)
+    record = eventually(lambda: cluster.records()[0] if len(cluster.records()) > before else None)
+    assert record["status"] == "cancelled"
+    assert isinstance(record["completion_tokens"], int)
+    assert record["completion_tokens"] < 3000
+    eventually(lambda: cluster.stats()["requests_aborted"] > aborted or None)
+    settled = cluster.stats()
+    assert settled["running"] == 0
+    time.sleep(0.3)
+    assert cluster.stats()["generation_tokens"] == settled["generation_tokens"]
+
+
+def test_a_new_adapter_serves_without_a_restart_and_a_broken_one_harms_nobody(
+    cluster: Cluster, adapter_paths: dict[str, Path]
+) -> None:
+    pids = cluster.replica_pids("Gateway"), cluster.replica_pids("LoraReplica")
+    config = json.loads(json.dumps(cluster.config))
+    adapters = config["applications"][0]["deployments"][0]["user_config"]["adapters"]
+    price = {"output_per_1m": "2.00"}
+    path = adapter_paths["rslora16"]
+    adapters.append({"id": "fourth", "path": str(path), "digest": digest_adapter(path), "price": price})
+    adapters.append({"id": "changed", "path": str(path), "digest": "0" * 64, "price": price})
+    adapters.append({"id": "broken", "path": str(path), "digest": digest_adapter(path)})
+    (cluster.folder / "next.json").write_text(json.dumps(config))
+    assert cluster.ask(f"deploy {cluster.folder / 'next.json'}") == "deployed"
+    eventually(lambda: "fourth" in {model.id for model in cluster.client().models.list()} or None)
+    assert chat(cluster, "fourth").choices[0].message.content
+    assert chat(cluster, "all8").choices[0].message.content
+    with pytest.raises(openai.NotFoundError):
+        chat(cluster, "broken")
+    with pytest.raises(openai.InternalServerError) as refused:
+        chat(cluster, "changed")
+    assert refused.value.code == "adapter_unavailable"
+    assert (cluster.replica_pids("Gateway"), cluster.replica_pids("LoraReplica")) == pids
+    listed = httpx.get(f"{cluster.base_url}/admin/catalogue", headers=bearer(ADMIN_KEY)).json()["quarantined"]
+    assert [entry["id"] for entry in listed] == ["broken"]
+
+
+def test_a_killed_gateways_request_stops_in_the_engine_and_is_billed_by_its_checkpoint(cluster: Cluster) -> None:
+    before = len(cluster.records())
+    body = {
+        "model": "all8",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 4000,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    url = f"{cluster.base_url}/v1/chat/completions"
+    with (
+        suppress(httpx.HTTPError),
+        httpx.stream("POST", url, json=body, headers=bearer(cluster.key), timeout=60) as reply,
+    ):
+        lines = reply.iter_lines()
+        next(lines)
+        time.sleep(1.2)
+        [pid] = cluster.replica_pids("Gateway")
+        os.kill(pid, signal.SIGKILL)
+        for _ in lines:
+            pass
+    eventually(lambda: _is_ready(cluster) or None, 60)
+    record = eventually(lambda: cluster.records()[0] if len(cluster.records()) > before else None, 30)
+    assert record["status"] == "expired"
+    assert isinstance(record["completion_tokens"], int)
+    assert 0 < record["completion_tokens"] < 4000
+    assert cluster.account()["open_holds"] == 0
+    eventually(lambda: cluster.stats()["running"] == 0 or None)
+
+
+def test_a_killed_replica_leaves_no_hold_and_a_new_one_serves(cluster: Cluster) -> None:
+    before = len(cluster.records())
+    body = {
+        "model": "all8",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 4000,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    url = f"{cluster.base_url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, headers=bearer(cluster.key), timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        [pid] = cluster.replica_pids("LoraReplica")
+        os.kill(pid, signal.SIGKILL)
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
+    record = eventually(lambda: cluster.records()[0] if len(cluster.records()) > before else None)
+    assert record["status"] == "failed"
+    assert cluster.account()["open_holds"] == 0
+    eventually(lambda: _is_ready(cluster) or None, 60)
+    assert chat(cluster, "all8").choices[0].message.content
+
+
+def _is_ready(cluster: Cluster) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"{cluster.base_url}/readyz", timeout=3).status_code == 200
+    return False
