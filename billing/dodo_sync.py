@@ -20,6 +20,7 @@ from billing.events import CHARGE
 from billing.money import NANOS_PER_CENT, divide_up
 from billing.store.connection import guarded
 from billing.store.keys import DODO_IDS
+from billing.store.stream import BULK_DEADLINE_S
 
 METER, WEBHOOK = "meter:charge", "webhook"
 METER_KEY = "charge_nanos"
@@ -92,7 +93,7 @@ async def sync(dodo: Dodo, redis: Redis, catalogue: Catalogue, webhook_url: str 
     Raises:
         DodoUnavailable, DodoRefused: run it again; what was made until then is found.
     """
-    async with guarded():
+    async with guarded(BULK_DEADLINE_S):
         known = cast(dict[str, str], await redis.hgetall(DODO_IDS))
     created: list[str] = []
     ids: dict[str, str] = {}
@@ -119,7 +120,7 @@ async def sync(dodo: Dodo, redis: Redis, catalogue: Catalogue, webhook_url: str 
         ids[WEBHOOK], is_new = await _endpoint(dodo, webhook_url)
         created += [WEBHOOK] if is_new else []
         secret = await dodo.webhook_secret(ids[WEBHOOK])
-    async with guarded():
+    async with guarded(BULK_DEADLINE_S):
         await redis.hset(DODO_IDS, mapping=ids)  # type: ignore[arg-type]
     return SyncReport(tuple(created), tuple(n for n in ids if n not in created), tuple(drift), secret)
 

@@ -183,7 +183,7 @@ class Pump:
             try:
                 async with asyncio.timeout(LIMIT_S):
                     await chore.run(await self.parts())
-            except Exception as error:
+            except Exception as error:  # the outermost loop: whatever fails is counted and tried again
                 chore.failures += 1
                 chore.last_error = f"{type(error).__name__}: {error}"
                 log.warning("%s failed %d times in a row: %s", chore.name, chore.failures, chore.last_error)

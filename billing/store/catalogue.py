@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from billing.catalogue import Catalogue
 from billing.store.connection import guarded
 from billing.store.keys import CATALOGUE_CURRENT, GATEWAYS, catalogue
+from billing.store.stream import BULK_DEADLINE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class GatewayState:
 async def publish(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> str:
     """Put a validated catalogue in force and say that this gateway serves it. Returns its hash."""
     hash_ = value.content_hash
-    async with guarded():
+    async with guarded(BULK_DEADLINE_S):
         await redis.set(catalogue(hash_), value.model_dump_json())
         await redis.set(CATALOGUE_CURRENT, hash_)
     await renew(redis, value, gateway_id, at_ms)
@@ -40,13 +41,13 @@ async def renew(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> 
     """Say that this gateway lives and serves that catalogue; what is in force stays as it is."""
     quarantined = [f"{entry.kind} {entry.id}: {entry.reason}" for entry in value.quarantined]
     said = json.dumps({"hash": value.content_hash, "quarantined": quarantined, "at_ms": at_ms})
-    async with guarded():
+    async with guarded(BULK_DEADLINE_S):
         await redis.hset(GATEWAYS, gateway_id, said)
 
 
 async def current(redis: Redis) -> Catalogue | None:
     """The catalogue in force; ``None`` until a gateway published one."""
-    async with guarded():
+    async with guarded(BULK_DEADLINE_S):
         hash_ = cast(str | None, await redis.get(CATALOGUE_CURRENT))
         text = await redis.get(catalogue(hash_)) if hash_ else None
     return Catalogue.model_validate_json(text) if text else None
@@ -54,7 +55,7 @@ async def current(redis: Redis) -> Catalogue | None:
 
 async def gateways(redis: Redis) -> list[GatewayState]:
     """All gateways that ever published, in order of their ids."""
-    async with guarded():
+    async with guarded(BULK_DEADLINE_S):
         found = cast(dict[str, str], await redis.hgetall(GATEWAYS))
     states = ((gateway_id, json.loads(text)) for gateway_id, text in sorted(found.items()))
     return [GatewayState(id_, s["hash"], tuple(s["quarantined"]), s["at_ms"]) for id_, s in states]
@@ -62,5 +63,5 @@ async def gateways(redis: Redis) -> list[GatewayState]:
 
 async def forget_gateway(redis: Redis, gateway_id: str) -> None:
     """A gateway that has gone serves nothing."""
-    async with guarded():
+    async with guarded(BULK_DEADLINE_S):
         await redis.hdel(GATEWAYS, gateway_id)

@@ -62,7 +62,7 @@ class Inbox:
 
     async def receive(self, delivery: Delivery, next_try_ms: int) -> Delivery:
         """Keep a delivery before anything is done with it; returns the one known under this id, if any."""
-        async with guarded():
+        async with guarded(BULK_DEADLINE_S):
             is_new = await self._redis.hsetnx(INBOX, delivery.id, json.dumps(asdict(delivery)))
             if not is_new:
                 known = await self.get(delivery.id)
@@ -71,13 +71,13 @@ class Inbox:
             return delivery
 
     async def get(self, webhook_id: str) -> Delivery | None:
-        async with guarded():
+        async with guarded(BULK_DEADLINE_S):
             text = cast(str | None, await self._redis.hget(INBOX, webhook_id))
         return Delivery.from_json(text) if text else None
 
     async def finish(self, delivery: Delivery) -> None:
         """Applied or kept: it is not tried again."""
-        async with guarded():
+        async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             pipe.hset(INBOX, delivery.id, json.dumps(asdict(delivery)))
             pipe.zrem(INBOX_PARKED, delivery.id)
@@ -85,7 +85,7 @@ class Inbox:
 
     async def park(self, delivery: Delivery, next_try_ms: int) -> None:
         """Keep it, with its reason, until ``next_try_ms``."""
-        async with guarded():
+        async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             pipe.hset(INBOX, delivery.id, json.dumps(asdict(delivery)))
             pipe.zadd(INBOX_PARKED, {delivery.id: next_try_ms})
@@ -100,7 +100,7 @@ class Inbox:
         return [Delivery.from_json(text) for text in texts if text]
 
     async def parked_count(self) -> int:
-        async with guarded():
+        async with guarded(BULK_DEADLINE_S):
             return int(await self._redis.zcard(INBOX_PARKED))
 
     async def prune(self, before_ms: int) -> int:
@@ -117,19 +117,19 @@ class Inbox:
 
     async def fix_terms(self, payment_id: str, terms: Sequence[Term]) -> tuple[Term, ...]:
         """What a payment buys: these terms, or those fixed when it was first seen."""
-        async with guarded():
+        async with guarded(BULK_DEADLINE_S):
             await self._redis.hsetnx(PAYMENTS, payment_id, json.dumps([asdict(term) for term in terms]))
             text = await self._redis.hget(PAYMENTS, payment_id)
         return _terms(cast(str, text))
 
     async def terms(self, payment_id: str) -> tuple[Term, ...] | None:
-        async with guarded():
+        async with guarded(BULK_DEADLINE_S):
             text = cast(str | None, await self._redis.hget(PAYMENTS, payment_id))
         return _terms(text) if text else None
 
     async def names(self) -> dict[str, str]:
         """Dodo's id to our name, such as ``pack:small``, of everything that was made at Dodo."""
-        async with guarded():
+        async with guarded(BULK_DEADLINE_S):
             found = cast(dict[str, str], await self._redis.hgetall(DODO_IDS))
         return {id_: name for name, id_ in found.items()}
 

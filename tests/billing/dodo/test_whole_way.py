@@ -1,10 +1,16 @@
 """From a real hold and settle to Dodo's invoice: three books, one sum."""
 
+import asyncio
+import random
+import sys
+from pathlib import Path
+
 from billing.account import Funding, Grant, HoldRequest, Settlement
 from billing.money import Nanos
 from billing.prices import Price
+from billing.store.outbox import Outbox
 from billing.usage import RequestId, Status, TenantId, Unit, Usage
-from tests.billing.dodo.world import World
+from tests.billing.dodo.world import World, assert_same
 
 ACME = TenantId("acme")
 PRICE = Price.model_validate({"input_per_1m": "1", "output_per_1m": "2"})
@@ -45,3 +51,37 @@ async def test_ledger_records_and_dodo_agree_to_the_nano(world: World) -> None:
     assert told[ACME, "charge_nanos"] == overage == (await world.ledger.account(ACME)).overage_nanos
     assert told[ACME, "covered_nanos"] == charged - overage == 95_000
     assert (told[ACME, "requests"], told[ACME, "completion_tokens"]) == (9, sum(range(9)))
+
+
+async def test_killed_processes_and_a_failing_dodo_change_no_sum(world: World, store_url: str, repo: Path) -> None:
+    """Two pumps at a time, each killed with SIGKILL at a random moment, while half the calls fail."""
+    dice = random.Random(20_261_123)
+    names = [f"tenant-{number}" for number in range(5)]
+    for name in names:
+        await world.tenant(name)
+    await world.fault("status:500", "drop_before", "drop_after", "status_after:503", rate=0.5)
+    for _ in range(3):
+        pumps = [await _pump(world, store_url, repo) for _ in range(2)]
+        for pump in pumps:
+            for _ in range(20):
+                await world.use(dice.choice(names), charged=dice.randrange(1, 10**9), overage=dice.randrange(2))
+                await asyncio.sleep(dice.random() * 0.02)
+            pump.kill()
+            await pump.communicate()
+    await world.heal()
+    await world.exporter().flush_once()
+    assert_same(await world.told(), world.sums)
+    sums = await Outbox(world.redis).sums()
+    assert (sums.sealed_events, sums.dead_events) == (sums.acked_events, 0)
+    assert sums.sealed_covered + sums.sealed_charge == sum(
+        nanos for (_, key), nanos in world.sums.items() if key in ("covered_nanos", "charge_nanos")
+    )
+
+
+async def _pump(world: World, store_url: str, repo: Path) -> asyncio.subprocess.Process:
+    command = ["-m", "tests.billing.dodo.pumping", store_url, str(world.operator.base_url)]
+    pipe = asyncio.subprocess.PIPE
+    pump = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=repo, stdout=pipe, stderr=pipe)
+    assert pump.stdout is not None
+    assert await pump.stdout.readline() == b"pumping\n"
+    return pump

@@ -1,0 +1,116 @@
+"""Timestamps, periods, budgets and long outages: when Dodo is told, not how much."""
+
+from datetime import datetime
+
+import pytest
+
+from billing.dodo import Event
+from billing.store.outbox import Outbox
+from billing.tenants import Subscription, SubscriptionStatus
+from billing.usage import TenantId
+from tests.billing.dodo.world import DAY, HOUR, MINUTE, SECOND, World, assert_same
+
+
+@pytest.mark.parametrize(("ago_ms", "restamped"), [(55 * MINUTE - 1, False), (55 * MINUTE, True), (DAY, True)])
+async def test_a_stale_timestamp_becomes_now_and_the_true_one_stays_in_metadata(
+    world: World, ago_ms: int, restamped: bool
+) -> None:
+    await world.tenant("acme")
+    await world.use("acme", ago_ms=ago_ms)
+    assert (await world.exporter().flush_once()).sent == 1
+    ((event),) = await world.events()
+    assert event["metadata"]["restamped"] is restamped  # type: ignore[index]
+    occurred = world.clock() - ago_ms
+    told = _ms(str(event["timestamp"]))
+    assert told == (world.clock() if restamped else occurred)
+    assert _ms(str(event["metadata"]["occurred_at"])) == occurred  # type: ignore[index]
+
+
+async def test_a_clock_ahead_of_ours_is_restamped(world: World) -> None:
+    await world.tenant("acme")
+    await world.use("acme", ago_ms=-10 * MINUTE)
+    assert (await world.exporter().flush_once()).sent == 1
+
+
+async def test_an_attempt_of_more_than_an_hour_ago_is_looked_up_before_it_is_repeated(world: World) -> None:
+    for name in ("taken", "lost"):
+        await world.tenant(name)
+    exporter = world.exporter()
+    await world.use("taken")
+    await world.fault("drop_after", times=1)
+    await exporter.flush_once()
+    await world.use("lost")
+    await world.fault("drop_before", times=1)
+    await exporter.flush_once(force=True)
+    world.clock.move(HOUR)
+    await world.fault("status:500", path="/events/ingest")
+    report = await world.exporter().flush_once()
+    assert report.sent == 1, "Dodo had it: acknowledged without being sent again"
+    await world.heal()
+    assert (await world.exporter().flush_once()).sent == 1
+    assert_same(await world.told(), world.sums)
+
+
+async def test_calls_are_bounded_and_the_rest_follows(world: World) -> None:
+    for number in range(6):
+        await world.tenant(f"tenant-{number}")
+        await world.tenants.set_customer(TenantId(f"tenant-{number}"), f"cus_nobody_{number}")
+        await world.use(f"tenant-{number}")
+    exporter = world.exporter(calls_per_minute=12)
+    calls = 0
+    real = world.dodo.ingest
+
+    async def counting(events: list[Event]) -> int:
+        nonlocal calls
+        calls += 1
+        return await real(events)
+
+    world.dodo.ingest = counting  # type: ignore[method-assign, assignment]
+    await exporter.flush_once()
+    assert calls == 2
+    for _ in range(20):
+        world.clock.move(6 * SECOND)
+        await exporter.flush_once()
+    assert (await Outbox(world.redis).backlog()).outbox_events == 0
+    assert (await Outbox(world.redis).sums()).dead_events == 6
+
+
+async def test_in_a_long_outage_windows_are_wide_and_sums_still_equal(world: World) -> None:
+    await world.tenant("acme")
+    exporter = world.exporter()
+    await world.fault("status:503")
+    for _ in range(96):
+        await world.use("acme", overage=50)
+        await exporter.flush_once()
+        world.clock.move(5 * MINUTE)
+    waiting = await Outbox(world.redis).events()
+    assert len(waiting) <= 2 * (4 * 8 + 3), "four windows an hour, two events each, and three from the start"
+    assert sum(event.first_attempt_ms is not None for event in waiting) <= 10, "an outage is probed with few events"
+    await world.heal()
+    await exporter.flush_once(force=True)
+    await exporter.flush_once(force=True)
+    assert_same(await world.told(), world.sums)
+
+
+async def test_charges_of_a_closed_billing_period_are_billed_in_the_next(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    start = world.clock()
+
+    def subscribed(period_end_ms: int) -> Subscription:
+        active = SubscriptionStatus.ACTIVE
+        return Subscription(id="sub", plan="payg", status=active, period_start_ms=0, period_end_ms=period_end_ms)
+
+    period = {"subscription": subscribed(start + 10 * SECOND)}
+    await world.tenants.update(TenantId("acme"), lambda tenant: tenant.model_copy(update=period))
+    await world.use("acme", charged=70, overage=70)
+    exporter = world.exporter()
+    assert (await exporter.flush_once()).waiting == 0
+    assert await world.events() == [], "so close to the end it might arrive too late"
+    world.clock.move(11 * SECOND)
+    assert (await exporter.flush_once()).sent == 1
+    ((event),) = await world.events()
+    assert _ms(str(event["timestamp"])) == world.clock()
+
+
+def _ms(moment: str) -> int:
+    return round(datetime.fromisoformat(moment).timestamp() * 1000)

@@ -1,0 +1,96 @@
+"""A subscription is believed only from Dodo itself, and its payment repays what it invoiced."""
+
+from billing.store.inbox import Outcome
+from billing.store.keys import shard_for
+from billing.tenants import SubscriptionStatus
+from billing.usage import TenantId
+from tests.billing.dodo.world import API_KEY, DAY, HOUR, World, delivery
+
+ACME = TenantId("acme")
+USD = 1_000_000_000
+AUTH = {"Authorization": f"Bearer {API_KEY}"}
+
+
+async def test_a_started_subscription_sets_the_plan_and_its_period(world: World) -> None:
+    await world.tenant("acme")
+    started = (await subscribe(world, "plan:pro"))["subscription_id"]
+    await world.webhooks().receive(*delivery("subscription.active", {"subscription_id": started}))
+    tenant = await world.tenants.get(ACME)
+    assert (tenant.plan, tenant.subscription and tenant.subscription.plan) == ("pro", "pro")
+    assert tenant.subscription is not None
+    assert (tenant.subscription.id, tenant.subscription.status) == (started, SubscriptionStatus.ACTIVE)
+    assert abs(tenant.subscription.period_start_ms - world.clock()) < 2
+    assert 27 * DAY < tenant.subscription.period_end_ms - world.clock() < 32 * DAY
+
+
+async def test_a_webhooks_own_state_is_not_believed(world: World) -> None:
+    await world.tenant("acme")
+    started = (await subscribe(world, "plan:pro"))["subscription_id"]
+    stale = {"subscription_id": started, "status": "cancelled", "product_id": "prd_other"}
+    await world.webhooks().receive(*delivery("subscription.cancelled", stale))
+    assert (await world.tenants.get(ACME)).plan == "pro"
+
+
+async def test_a_cancelled_subscription_gives_the_default_plan_back(world: World) -> None:
+    await world.tenant("acme")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    await world.webhooks().receive(*delivery("subscription.active", {"subscription_id": started}))
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "cancelled"}, headers=AUTH)
+    await world.webhooks().receive(*delivery("subscription.cancelled", {"subscription_id": started}, "msg_2"))
+    tenant = await world.tenants.get(ACME)
+    assert tenant.plan == "prepaid"
+    assert tenant.subscription is not None
+    assert not tenant.subscription.extends_credit(world.clock())
+
+
+async def test_a_second_live_subscription_is_parked_until_the_first_has_ended(world: World) -> None:
+    await world.tenant("acme")
+    webhooks = world.webhooks()
+    first, second = [str((await subscribe(world, plan))["subscription_id"]) for plan in ("plan:payg", "plan:pro")]
+    await webhooks.receive(*delivery("subscription.active", {"subscription_id": first}, "msg_1"))
+    parked = await webhooks.receive(*delivery("subscription.active", {"subscription_id": second}, "msg_2"))
+    assert (parked.outcome, (await world.tenants.get(ACME)).plan) == (Outcome.WAITING, "payg")
+    await world.operator.patch(f"/subscriptions/{first}", json={"status": "cancelled"}, headers=AUTH)
+    await webhooks.receive(*delivery("subscription.cancelled", {"subscription_id": first}, "msg_3"))
+    world.clock.move(HOUR)
+    assert await webhooks.replay() == 1
+    assert (await world.tenants.get(ACME)).plan == "pro"
+
+
+async def test_the_payment_of_a_renewal_repays_exactly_the_usage_it_invoiced(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}, "msg_0"))
+    spent = 12_345_678_901
+    await world.use("acme", charged=spent, overage=spent)
+    await world.redis.hset(shard_for(ACME).account(ACME), "overage", str(spent + 99))
+    await world.exporter().flush_once()
+    world.clock.move(32 * DAY)
+    (await world.operator.post("/_sandbox/clock", json={"advance_s": 0})).raise_for_status()
+    payments = (await world.operator.get("/payments", headers=AUTH)).json()["items"]
+    (renewal,) = [p for p in payments if p["charge_type"] == "renewal"]
+    assert renewal["includes_usage"] is True
+    for copy in range(3):
+        await webhooks.receive(*delivery("payment.succeeded", renewal, f"msg_{copy + 1}"))
+    assert (await world.ledger.account(ACME)).overage_nanos == 99
+    stored = (await world.tenants.get(ACME)).subscription
+    assert stored is not None
+    assert stored.period_end_ms > world.clock(), "the payment brought the new period too"
+
+
+async def test_a_period_that_ended_without_news_is_looked_up(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}))
+    world.clock.move(32 * DAY)
+    await world.operator.post("/_sandbox/clock", json={"advance_s": 0})
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 1
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 0
+
+
+async def subscribe(world: World, name: str) -> dict[str, object]:
+    payment = await world.buy("acme", name)
+    assert payment["status"] == "succeeded"
+    return payment
