@@ -225,6 +225,7 @@ def _start_detached(settings: Settings, timeout_s: float) -> None:
                 if run.phase is Phase.STARTING and run.step != told:
                     say(told := run.step)
             if process.poll() is not None:
+                run = home.run()
                 raise Obstacle(run.problem if run and run.problem else f"it did not start: see {log}")
             time.sleep(0.1)
 

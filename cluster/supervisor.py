@@ -91,7 +91,7 @@ class Supervisor:
             if self._store is not None and self._store.process.poll() is not None:
                 self._count_restart("the store")
                 self._store.kill()
-                self._store = valkey.start(self._home.store)
+                self._store = self._run_store()
             sandbox = self._children.get("sandbox")
             if sandbox is not None and sandbox.has_ended:
                 self._count_restart("the sandbox")
@@ -122,13 +122,15 @@ class Supervisor:
             self._say("using the store of REDIS_URL")
         else:
             self._say("starting the store")
-            os.environ[OWNER] = str(self._home.path)
-            self._store = valkey.start(self._home.store)
+            self._store = self._run_store()
             url = self._store.url
         commerce.verify_store(url)
         self._run = replace(self._run, store_url=url)
         self._tell_pids()
         return url
+
+    def _run_store(self) -> valkey.Valkey:
+        return valkey.start(self._home.store, env=inherited() | {OWNER: str(self._home.path)})
 
     def _start_sandbox(self) -> None:
         self._say("starting the offline Dodo")
@@ -216,14 +218,13 @@ def supervise(settings: Settings, say: Say, ready: Say, timeout_s: float = launc
         Obstacle, SettingsError, LaunchError, StoreError, BillingError: what is in the way, and what to do.
     """
     home = Home.open(settings)
-    with home.lock():
+    with home.lock(), _signals():
         supervisor = Supervisor(settings, home, say, timeout_s)
         problem = ""
         try:
-            with _signals():
-                supervisor.start()
-                ready("")
-                supervisor.watch()
+            supervisor.start()
+            ready("")
+            supervisor.watch()
         except StopAsked:
             say("stopping")
         except commerce.FAILURES as error:
@@ -245,6 +246,9 @@ def _signals() -> Iterator[None]:
         raise StopAsked
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in numbers:
-        signal.signal(number, ask)
-    yield
+    before = [signal.signal(number, ask) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

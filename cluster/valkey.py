@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -80,7 +80,7 @@ def find_server() -> Path:
     )
 
 
-def start(data_dir: Path, server: Path | None = None) -> Valkey:
+def start(data_dir: Path, server: Path | None = None, env: Mapping[str, str] | None = None) -> Valkey:
     """Start a server on ``data_dir`` and wait until it answers. Call from the main thread.
 
     Every write is on disk before it is acknowledged (AOF ``always``), nothing is evicted, and
@@ -101,6 +101,7 @@ def start(data_dir: Path, server: Path | None = None) -> Valkey:
     with log.open("ab") as out:
         process = subprocess.Popen(
             _command(server or find_server(), data_dir.resolve(), socket),
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
