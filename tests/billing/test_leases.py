@@ -34,14 +34,14 @@ async def running_for(leases: Leases, seconds: float) -> None:
 
 async def test_a_lease_lasts_as_long_as_its_gateway(ledger: Ledger, store: Redis) -> None:
     await ledger.grant(money(100_000))
-    await ledger.hold(request(lease_ms=200))
+    await ledger.hold(request(lease_ms=600))
     lost = Lost()
-    leases = Leases(ledger, lost, checkpoint_s=0.05, expire_s=0.05)
+    leases = Leases(ledger, lost, checkpoint_s=0.1, expire_s=0.1)
     leases.update(progress())
-    await running_for(leases, 0.6)
+    await running_for(leases, 1.2)
     assert (lost.ids, (await ledger.account(ACME)).open_holds) == (set(), 1)
     leases.drop(RequestId("req_1"))
-    await running_for(leases, 0.4)
+    await running_for(leases, 1.5)
     ((_, entry),) = await store.xrevrange(shard_for(ACME).stream, count=1)
     record = UsageRecord.from_json(entry["p"])
     assert (record.status, record.usage.completion_tokens) == (Status.EXPIRED, 5)

@@ -59,7 +59,9 @@ async def test_tokens_are_reserved_and_what_was_not_used_comes_back(ledger: Ledg
     assert (refused.value.kind, refused.value.limit) == ("tokens", 60)
     for n in (1, 2):
         await ledger.settle(settlement(f"req_{n}", completion=5))
-    assert (await ledger.hold(limited("req_3", limits))).limits_left.tokens == 0
+    left = (await ledger.hold(limited("req_3", limits))).limits_left.tokens
+    assert left is not None
+    assert left < 10, "only what time itself gave back"
 
 
 async def test_one_request_larger_than_the_limit_passes_when_nothing_else_was_used(ledger: Ledger) -> None:
