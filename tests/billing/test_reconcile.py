@@ -1,5 +1,6 @@
 """The books are proved to the nano: right they pass, and whatever is altered is found and named."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -76,6 +77,25 @@ async def test_credit_that_pays_a_debt_is_no_drift(house: House) -> None:
 
 async def test_an_empty_store_is_clean(redis: Redis) -> None:
     assert (await Reconciler(redis).run()).rows == ()
+
+
+async def test_books_that_move_while_they_are_read_are_clean(house: House) -> None:
+    done = asyncio.Event()
+    await house.ledger.grant(Grant("payment:busy", ACME, Unit.NANOS, 10_000_000))
+
+    async def work() -> None:
+        for n in range(60):
+            await house.serve(f"req_busy_{n}")
+            if n % 20 == 0:
+                await house.flush()
+        done.set()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(work())
+        while not done.is_set():
+            assert (await house.reconcile()).faults == ()
+    await house.flush()
+    assert (await house.reconcile()).is_clean
 
 
 @pytest.mark.parametrize("by", [1, -1])
