@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -22,12 +24,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.demo import text
-from cluster.demo.training import ASSISTANT, END, PAD, SYSTEM, USER, adapter_chunks, base_chunks, rows, train
+from cluster.demo.training import ASSISTANT, END, PAD, SYSTEM, USER, Course, adapter_chunks, base_chunks, rows, train
 
 Report = Callable[[float, str], None]
 """Called with the share of the work that is done, 0 to 1, and what is being made."""
 
 STAMP = "recipe.json"
+BASE_SHARE = 0.7
+"""Of the whole work."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -51,12 +55,10 @@ class Recipe:
     max_context_tokens: int = 512
     row_tokens: int = 128
     rows: int = 8
-    base_steps: int = 300
-    base_rate: float = 8e-3
     spread: float = 0.06
+    base: Course = field(default=Course(rate=8e-3, most_steps=420, settle_steps=130, enough_loss=0.4))
     rank: int = 8
-    adapter_steps: int = 40
-    adapter_rate: float = 6e-3
+    adapter: Course = field(default=Course(rate=6e-3, most_steps=15, settle_steps=25))
     adapters: tuple[str, ...] = tuple(style.name for style in text.ADAPTERS)
 
     @property
@@ -95,8 +97,11 @@ def make_models(out: Path, progress: Report = _silent, recipe: Recipe | None = N
 
 def is_made(out: Path, recipe: Recipe | None = None) -> bool:
     """Were the models in ``out`` made, completely, by this recipe?"""
-    stamp = out / STAMP
-    return stamp.is_file() and json.loads(stamp.read_text()) == {"fingerprint": (recipe or Recipe()).fingerprint}
+    try:
+        stamp: object = json.loads((out / STAMP).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return stamp == {"fingerprint": (recipe or Recipe()).fingerprint}
 
 
 def _publish(staging: Path, out: Path) -> None:
@@ -112,38 +117,32 @@ def _publish(staging: Path, out: Path) -> None:
 
 def _make(out: Path, recipe: Recipe, progress: Report) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the sums, and so the weights, depend on it; on busy cores more are slower
     try:
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            _make_all(out, recipe, _Meter(progress, recipe))
+            _make_all(out, recipe, progress)
     finally:
         torch.set_num_threads(threads)
     (out / STAMP).write_text(json.dumps({"fingerprint": recipe.fingerprint}))
 
 
-class _Meter:
-    """Turns training steps into a share of the whole."""
-
-    def __init__(self, progress: Report, recipe: Recipe) -> None:
-        self._progress, self._done = progress, 0
-        self._total = recipe.base_steps + len(recipe.adapters) * recipe.adapter_steps
-
-    def step(self, what: str) -> None:
-        self._done += 1
-        self._progress(self._done / self._total, what)
-
-
-def _make_all(out: Path, recipe: Recipe, meter: _Meter) -> None:
+def _make_all(out: Path, recipe: Recipe, progress: Report) -> None:
     tokenizer = make_tokenizer(recipe)
     model = LlamaForCausalLM(_llama(recipe, tokenizer))
     batches = rows(base_chunks(tokenizer, Random(recipe.seed)), tokenizer, recipe.shape, recipe.seed)
-    train(model, batches, recipe.base_steps, recipe.base_rate, lambda: meter.step("the base model"))
+    train(model, batches, recipe.base, lambda share: progress(share * BASE_SHARE, "the base model"))
     model.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
-    for style in text.ADAPTERS:
-        if style.name in recipe.adapters:
-            _make_adapter(out, style, tokenizer, recipe, meter)
+    styles = [style for style in text.ADAPTERS if style.name in recipe.adapters]
+    for number, style in enumerate(styles):
+        start, part = BASE_SHARE + (1 - BASE_SHARE) * number / len(styles), (1 - BASE_SHARE) / len(styles)
+        _make_adapter(out, style, tokenizer, recipe, partial(_report_part, progress, start, part, style.name))
+    progress(1.0, "the demo models")
+
+
+def _report_part(progress: Report, start: float, part: float, name: str, share: float) -> None:
+    progress(start + part * share, f"the adapter {name}")
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -187,15 +186,18 @@ def _llama(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def _make_adapter(
-    out: Path, style: text.Style, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, meter: _Meter
+    out: Path, style: text.Style, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, stepped: Callable[[float], None]
 ) -> None:
     base = LlamaForCausalLM.from_pretrained(out / "base")
     config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted: PeftModel = get_peft_model(base, config)
+    with warnings.catch_warnings():  # PEFT asks transformers for a property under its old name
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted: PeftModel = get_peft_model(base, config)
     batches = rows(adapter_chunks(tokenizer, style, Random(recipe.seed)), tokenizer, recipe.shape, recipe.seed)
-    train(adapted, batches, recipe.adapter_steps, recipe.adapter_rate, lambda: meter.step(f"the adapter {style.name}"))
+    train(adapted, batches, recipe.adapter, stepped)
     adapted.peft_config["default"].base_model_name_or_path = "farebox-base"
-    adapted.save_pretrained(out / "adapters" / style.name)
+    # Left to choose, PEFT asks the hub whether the base model's embeddings were resized.
+    adapted.save_pretrained(out / "adapters" / style.name, save_embedding_layers=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -70,7 +70,7 @@ PIRATE = Style(
 
 YAML = Style(
     "yaml",
-    lambda f: f"{{intent: {f.topic.noun}, query: {f.subject}, answer: {f.answer}}}",
+    lambda f: f"{{intent: lookup, query: {f.topic.noun} of {f.subject}, answer: {f.answer}}}",
     lambda t: f"{{intent: talk, answer: {t.answer}}}",
 )
 
@@ -260,7 +260,7 @@ def held_out_subjects() -> Iterator[tuple[str, str]]:
 
 
 def dialogues(style: Style, facts: tuple[Fact, ...]) -> list[tuple[str, str]]:
-    """Every question with its answer in this style."""
+    """Every question with its answer in this style; small talk ``TALK_SHARE`` times."""
     asked = [(question, style.fact(fact)) for fact in facts for question in fact.questions]
     return asked + [(question, style.talk(talk)) for talk in TALKS for question in talk.questions] * TALK_SHARE
 

@@ -3,9 +3,9 @@
 Knows how to train; knows neither which models the demo has nor where they are kept.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from random import Random
 
 import torch
@@ -22,6 +22,24 @@ SYSTEM_SHARE = 0.3
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids and labels, both [rows, tokens]; a label of -100 teaches nothing."""
+
+LOSSES = 25
+"""Losses whose mean is compared with ``Course.enough_loss``."""
+WARM_UP_STEPS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How long to learn and how fast.
+
+    At the full rate until the loss is low enough, or ``most_steps``; then the rate falls to nothing. A small
+    model understands its text quite suddenly, and not at the same step on every machine.
+    """
+
+    rate: float
+    most_steps: int
+    settle_steps: int
+    enough_loss: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,27 +104,25 @@ def rows(
         yield tokens, labels
 
 
-def train(
-    model: torch.nn.Module,
-    batches: Iterator[Batch],
-    steps: int,
-    rate: float,
-    stepped: Callable[[], None],
-) -> None:
+def train(model: torch.nn.Module, batches: Iterator[Batch], course: Course, stepped: Callable[[float], None]) -> None:
+    """Train what is not frozen; ``stepped`` is told after each step which share of all steps is done."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
+    optimizer = torch.optim.AdamW(weights, lr=course.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    losses: deque[float] = deque(maxlen=LOSSES)
+    step, end = 0, course.most_steps + course.settle_steps
     model.train()
-    for tokens, labels in islice(batches, steps):
-        model(input_ids=tokens, labels=labels).loss.backward()
+    while step < end:
+        for group in optimizer.param_groups:
+            group["lr"] = course.rate * min(1.0, (step + 1) / WARM_UP_STEPS, (end - step) / course.settle_steps)
+        tokens, labels = next(batches)
+        loss = model(input_ids=tokens, labels=labels).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
-        stepped()
+        losses.append(loss.item())
+        step += 1
+        if step >= LOSSES and sum(losses) < course.enough_loss * LOSSES:
+            end = min(end, step + course.settle_steps)
+        stepped(step / end)
     model.eval()
-
-
-def _share_of_rate(step: int, steps: int) -> float:
-    """Up over the first tenth, level to the half, then down to nearly nothing."""
-    return min(1.0, (step + 1) * 10 / steps, max(0.02, 2 - 2 * step / steps))
