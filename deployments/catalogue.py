@@ -60,8 +60,8 @@ def read_catalogue(raw: object, last_good: Catalogue | None = None) -> Catalogue
     """
     aside: list[Quarantined] = []
     config = raw if isinstance(raw, Mapping) else {}
-    if not isinstance(raw, Mapping):
-        aside.append(Quarantined(kind="config", id="user_config", reason="must be a mapping"))
+    if not config:
+        aside.append(Quarantined(kind="config", id="user_config", reason="must be a mapping, and not an empty one"))
     aside += [
         Quarantined(kind="config", id=str(key), reason="unknown key: check its spelling")
         for key in config
@@ -93,10 +93,14 @@ def _models(config: Mapping[object, object], old: Catalogue, aside: list[Quarant
         if reason:
             aside.append(Quarantined(kind=kind, id=name, reason=reason))
         if model is None and name not in taken:
-            model = last.get(name)
+            model = last.get(name) or (_base_of(old) if kind == "base" else None)
         if model is not None:
             taken.add(model.id)
             yield model
+
+
+def _base_of(old: Catalogue) -> Model | None:
+    return next((model for model in old.models if not model.is_adapter), None)
 
 
 def _entries(config: Mapping[object, object], aside: list[Quarantined]) -> Iterator[tuple[str, str, object]]:

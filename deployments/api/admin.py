@@ -14,7 +14,7 @@ from billing.account import Grant
 from billing.admission import plan_of
 from billing.clock import now_ms
 from billing.money import NANOS_PER_USD
-from billing.plans import Plan, Quota
+from billing.plans import Plan
 from billing.prices import Usd
 from billing.store import catalogue as board
 from billing.store.outbox import Outbox
@@ -77,12 +77,10 @@ class NewGrant(_Asked):
     expires_days: Annotated[int, Field(ge=1, le=3650)] | None = None
 
     def to_grant(self, tenant: TenantId) -> Grant:
-        quota = Quota(requests=self.requests, usd=self.usd, adapters=self.adapters) if self.requests else None
         if (self.requests is None) == (self.usd is None) or (self.usd is not None and self.adapters):
             raise BadRequest("give either usd or requests; adapters only with requests", "usd")
         expires = None if self.expires_days is None else now_ms() + self.expires_days * DAY_MS
-        unit = Unit.NANOS if quota is None else Unit.REQUESTS
-        amount = int(self.usd or 0) if quota is None else quota.amount
+        unit, amount = (Unit.NANOS, int(self.usd)) if self.usd is not None else (Unit.REQUESTS, self.requests or 0)
         if not 0 < amount <= 1_000_000 * NANOS_PER_USD:
             raise BadRequest("a grant is above 0 and at most 1000000", "usd")
         return Grant(f"operator:{self.source}", tenant, unit, amount, expires, self.adapters)

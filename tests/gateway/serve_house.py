@@ -1,6 +1,7 @@
 """Runs both-mode Serve for the tests, in a process of its own: Ray reads its environment at import.
 
-``python -m tests.gateway.serve_house CONFIG.json PORT`` deploys, prints ``READY``, then answers commands, one a line.
+``python -m tests.gateway.serve_house CONFIG.json PORT MARK`` deploys, prints ``READY``, then answers commands, one a
+line, each answer behind MARK: Ray prints to the same stream.
 """
 
 import asyncio
@@ -54,7 +55,7 @@ async def answer(command: str) -> object:
 
 async def serve_commands() -> None:
     while line := (await asyncio.to_thread(sys.stdin.readline)).strip():
-        print(json.dumps(await answer(line)), flush=True)
+        print(sys.argv[3] + json.dumps(await answer(line)), flush=True)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ __all__ = ["adapter_paths", "base_path", "tokenizer"]
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 CONTEXT = 4096
+ANSWER = "ANSWER "
 T = TypeVar("T")
 REPO = Path(__file__).parent.parent.parent
 
@@ -48,7 +49,10 @@ class Cluster:
         assert self.process.stdout is not None
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        raise AssertionError((self.folder / "log").read_text()[-3000:])
 
     def stats(self) -> dict[str, int]:
         found = self.ask("stats")
@@ -192,7 +196,7 @@ def cluster(request: pytest.FixtureRequest, base_path: Path, adapter_paths: dict
     store = valkey.start(folder / "v")
     log = (folder / "log").open("w")
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.gateway.serve_house", str(folder / "config.json"), str(port)],
+        [sys.executable, "-m", "tests.gateway.serve_house", str(folder / "config.json"), str(port), ANSWER],
         env=environment(store, folder, request.param == "haproxy"),
         cwd=REPO,
         stdin=subprocess.PIPE,
