@@ -157,7 +157,7 @@ class Gateway:
             raise MeteringUnavailable("the record of this request waits for the metering store") from error
         finally:
             self._untrack(run)
-        self.metrics.settled(run.model.id, receipt.record.status, receipt.record.usage)
+        self.metrics.settled(run.model.id, receipt.record)
         return receipt
 
     async def _spool_away(self, settlement: Settlement) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,15 +39,22 @@ logger = logging.getLogger(__name__)
 class GatewayIngress:
     """A Serve deployment's class around one ``Gateway``."""
 
-    async def __init__(self, args: FareboxArgs, handle: "DeploymentHandle[object]") -> None:
+    _is_open = False
+
+    # Serve awaits an async constructor: the store's client belongs to the replica's own event loop.
+    async def __init__(  # type: ignore[misc]
+        self, args: FareboxArgs, handle: "DeploymentHandle[object]"
+    ) -> None:
         self._shelf = Shelf()
         redis = await connect_patiently(store_url(os.environ), args)
-        base = await asyncio.to_thread(artifacts.fetch, args.model.path, Path(args.adapter_cache_dir))
+        cache = Path(args.adapter_cache_dir)
+        base = await asyncio.to_thread(artifacts.fetch, args.model.path, cache, without_weights=True)
         self._services = build_services(
             args, Text(base), redis, ServeLink(handle), self._shelf, os.environ, _replica_name()
         )
         self._changed = asyncio.Event()
         self._publishing = asyncio.create_task(self._publish_for_ever())
+        self._is_open = True
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return make_app(self._services)
@@ -62,7 +69,12 @@ class GatewayIngress:
     async def check_health(self) -> None:
         assert not self._publishing.done(), "the publishing loop never ends on its own"
 
-    async def __del__(self) -> None:
+    def __del__(self) -> Coroutine[None, None, None] | None:
+        """Serve calls this, and awaits what it returns, after it drained the replica."""
+        return self.close() if self._is_open else None
+
+    async def close(self) -> None:
+        self._is_open = False
         self._publishing.cancel()
         with suppress(StoreUnavailable):
             await board.forget_gateway(self._services.redis, self._services.gateway_id)

@@ -12,6 +12,7 @@ from deployments.engine.request import (
     AdapterRejected,
     EngineError,
     EngineFailed,
+    EngineStats,
     GenerateRequest,
     Overloaded,
     RequestRejected,
@@ -73,4 +74,8 @@ class ReplicaLink(Protocol):
 
     async def is_ready(self) -> bool:
         """Does a replica answer?"""
+        ...
+
+    async def stats(self) -> Mapping[str, EngineStats]:
+        """Every replica's own counters, by the replica's id; those that do not answer are left out."""
         ...

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from billing.usage import Status, Usage
+from billing.usage import UsageRecord
 from deployments.engine.request import EngineStats
 
 SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
@@ -37,6 +37,7 @@ class GatewayMetrics:
         self._requests = Counter("farebox_requests", "Requests settled", tag_keys=("model", "status"))
         self._refusals = Counter("farebox_refusals", "Requests refused", tag_keys=("code",))
         self._tokens = Counter("farebox_tokens", "Tokens billed", tag_keys=("model", "kind"))
+        self._charged = Counter("farebox_charged_nanos", "Nanos of a dollar charged", tag_keys=("model",))
         self._spooled = Counter("farebox_spooled_settles", "Settles that had to wait for the store")
         self._open = Gauge("farebox_open_holds", "Holds that this gateway has open")
         self._first = Histogram("farebox_time_to_first_token_seconds", "From the hold to the first token", SECONDS)
@@ -47,8 +48,11 @@ class GatewayMetrics:
     def first_token(self, seconds: float) -> None:
         self._first.observe(seconds)
 
-    def settled(self, model: str, status: Status, usage: Usage) -> None:
-        self._requests.inc(1, tags={"model": model, "status": status.value})
+    def settled(self, model: str, record: UsageRecord) -> None:
+        usage = record.usage
+        self._requests.inc(1, tags={"model": model, "status": record.status.value})
+        if record.charged_nanos:
+            self._charged.inc(record.charged_nanos, tags={"model": model})
         for kind, count in (
             ("prompt", usage.prompt_tokens),
             ("cached", usage.cached_tokens),
@@ -80,3 +84,14 @@ class EngineMetrics:
         for name, gauge in self._gauges.items():
             gauge.set(now[name])
         self._last = stats
+
+
+def exposition(stats: Mapping[str, EngineStats]) -> str:
+    """Engines' counters and gauges in Prometheus' text format, one line a replica."""
+    lines = []
+    for kind, names in (("counter", ENGINE_COUNTERS), ("gauge", ENGINE_GAUGES)):
+        for name, text in names.items():
+            full = f"farebox_engine_{name}" + ("_total" if kind == "counter" else "")
+            lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
+            lines += [f'{full}{{replica="{replica}"}} {getattr(one, name)}' for replica, one in stats.items()]
+    return "\n".join(lines) + "\n"

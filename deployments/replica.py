@@ -1,20 +1,33 @@
 """One engine behind Serve: jobs in, streams of token pieces out.
 
-Knows Serve and the engine; knows no tenant and no money.
+Knows Serve and the engine, and of what is for sale only which adapters are pinned.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+import logging
+import os
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ray import serve
+from redis.asyncio import Redis
 
+from billing.catalogue import Model
+from billing.errors import StoreUnavailable
+from billing.store import catalogue as board
 from deployments import artifacts
 from deployments.config import EngineConfig, FareboxArgs
 from deployments.engine.loop import Engine
-from deployments.engine.request import AdapterRejected, EngineError, GenerateRequest, Tokens
+from deployments.engine.request import (
+    AdapterRef,
+    AdapterRejected,
+    EngineError,
+    EngineStats,
+    GenerateRequest,
+    Tokens,
+)
 from deployments.engine.settings import EngineSettings
 from deployments.link import Refused
 from deployments.metrics import EngineMetrics
@@ -22,12 +35,17 @@ from deployments.metrics import EngineMetrics
 SEND_INTERVAL_S = 0.015
 """After the first piece, tokens wait this long for company: each send costs Serve more than a token costs us."""
 STATS_INTERVAL_S = 2.0
+PIN_INTERVAL_S = 5.0
 ADVERTISED = 256
 """Adapters whose requests Serve's router sends here first; the engine keeps its own cache."""
+
+logger = logging.getLogger(__name__)
 
 
 class LoraReplica:
     """A Serve deployment's class: one GPU, one ``Engine``."""
+
+    _is_open = False
 
     def __init__(self, args: FareboxArgs) -> None:
         self._cache_dir = Path(args.adapter_cache_dir)
@@ -36,11 +54,11 @@ class LoraReplica:
         self._engine.start()
         self._fetching: dict[str, asyncio.Lock] = {}
         self._metrics = EngineMetrics()
-        self._publishing: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_open = True
 
     async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens | Refused, None]:
         """The job's output: the first piece at once, then whatever has queued. Closing it aborts the job."""
-        self._publishing = self._publishing or asyncio.create_task(self._publish_for_ever())
         outbox = Outbox(asyncio.get_running_loop())
         try:
             if job.adapter is not None:
@@ -66,25 +84,31 @@ class LoraReplica:
         self._engine.check()
         return True
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve replaces a replica whose engine died."""
+        self._start_loops()
         self._engine.check()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         stats = self._engine.stats()
         return {"queued": float(stats.waiting), "running": float(stats.running)}
 
-    async def stats(self) -> dict[str, object]:
-        """The engine's counters, for people and tests."""
-        return asdict(self._engine.stats())
+    async def stats(self) -> tuple[str, EngineStats]:
+        """This replica's id and its engine's counters."""
+        return serve.get_replica_context().replica_id.unique_id, self._engine.stats()
 
-    async def __del__(self) -> None:
-        """Serve calls this after it drained the replica."""
-        if self._publishing is not None:
-            self._publishing.cancel()
+    async def close(self) -> None:
+        """End the engine and everything around it."""
+        self._is_open = False
+        for task in self._tasks:
+            task.cancel()
         await asyncio.to_thread(self._engine.stop)
 
-    @serve.multiplexed(max_num_models_per_replica=ADVERTISED)
+    def __del__(self) -> Coroutine[None, None, None] | None:
+        """Serve calls this, and awaits what it returns, after it drained the replica."""
+        return self.close() if self._is_open else None
+
+    @serve.multiplexed(max_num_models_per_replica=ADVERTISED)  # type: ignore[untyped-decorator]
     async def _advertise(self, identity: str) -> str:
         """Tells Serve's router who is at home here; holds nothing, so that evicting it unloads nothing."""
         return identity
@@ -101,10 +125,42 @@ class LoraReplica:
                 raise AdapterRejected(f"adapter {adapter.name!r}: {error}") from error
         return replace(job, adapter=replace(adapter, path=str(local)))
 
+    def _start_loops(self) -> None:
+        """On the loop that Serve runs us on, which the constructor does not know yet."""
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._publish_for_ever())]
+            if url := os.environ.get("REDIS_URL", ""):
+                self._tasks.append(asyncio.create_task(self._pin_for_ever(url)))
+
+    async def _pin_for_ever(self, store_url: str) -> None:
+        """Keep in their slots the adapters that the catalogue in force pins."""
+        redis = Redis.from_url(store_url, decode_responses=True)
+        pinned: tuple[Model, ...] = ()
+        while True:
+            with suppress(StoreUnavailable):
+                catalogue = await board.current(redis)
+                wanted = tuple(model for model in catalogue.models if model.pinned) if catalogue else ()
+                if wanted != pinned:
+                    self._engine.pin([ref for model in wanted if (ref := await self._local(_ref_of(model)))])
+                    pinned = wanted
+            await asyncio.sleep(PIN_INTERVAL_S)
+
+    async def _local(self, ref: AdapterRef) -> AdapterRef | None:
+        try:
+            local = await asyncio.to_thread(artifacts.fetch, ref.path, self._cache_dir, ref.digest)
+        except artifacts.ArtifactUnavailable as error:
+            logger.warning("adapter %s cannot be pinned: %s", ref.name, error)
+            return None
+        return replace(ref, path=str(local))
+
     async def _publish_for_ever(self) -> None:
         while True:
             self._metrics.publish(self._engine.stats())
             await asyncio.sleep(STATS_INTERVAL_S)
+
+
+def _ref_of(model: Model) -> AdapterRef:
+    return AdapterRef(model.id, model.digest, model.path)
 
 
 class Outbox:

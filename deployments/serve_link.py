@@ -11,10 +11,11 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.engine.request import EngineFailed, GenerateRequest, Overloaded, Tokens
+from deployments.engine.request import EngineFailed, EngineStats, GenerateRequest, Overloaded, Tokens
 from deployments.link import Refused, ReplicaLost
 
 READY_TIMEOUT_S = 1.0
+BROADCAST_TIMEOUT_S = 2.0
 
 
 class ServeLink:
@@ -46,9 +47,9 @@ class ServeLink:
                 call.cancel()
 
     async def extend(self, deadlines: Mapping[str, float]) -> None:
-        calls = self._handle.broadcast("extend", dict(deadlines))
         with suppress(RayError, TimeoutError, DeploymentUnavailableError):
-            await calls.results_async()
+            calls = self._handle.broadcast("extend", dict(deadlines))
+            await calls.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
 
     async def is_ready(self) -> bool:
         try:
@@ -56,3 +57,10 @@ class ServeLink:
                 return bool(await self._handle.ping.remote())
         except (TimeoutError, RayError, BackPressureError, DeploymentUnavailableError):
             return False
+
+    async def stats(self) -> Mapping[str, EngineStats]:
+        with suppress(RayError, TimeoutError, DeploymentUnavailableError):
+            calls = self._handle.broadcast("stats")
+            answers = await calls.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
+            return dict(answer for answer in answers if isinstance(answer, tuple))
+        return {}

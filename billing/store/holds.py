@@ -148,6 +148,14 @@ class Ledger:
             holds = await pipe.execute() if found else []
         return [(s, RequestId(i), _tenant_in(h)) for (s, i), h in zip(found, holds, strict=True) if h]
 
+    async def open_holds(self) -> int:
+        """Holds of all tenants that are not settled yet."""
+        async with guarded(SWEEP_SILENCE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hlen(shard.holds)
+            return sum(await pipe.execute())
+
     async def grant(self, grant: Grant) -> bool:
         """Fill a bucket, once per source.
 

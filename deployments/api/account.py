@@ -98,7 +98,7 @@ async def usage(
             "start": first.isoformat(),
             "end": last.isoformat(),
             "group_by": group_by,
-            "data": [_total_json(total) for total in totals],
+            "data": [_total_json(total, group_by) for total in totals],
         }
     )
 
@@ -107,13 +107,18 @@ def _midnight(day: date) -> int:
     return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 1000
 
 
-def _total_json(total: history.Total) -> Json:
-    plain: Json = asdict(total)
+def _total_json(total: history.Total, group_by: str) -> Json:
     return {
-        (name.removesuffix("_nanos") + "_usd" if name.endswith("_nanos") else name): (
-            format_usd(value) if name.endswith("_nanos") and isinstance(value, int) else value
-        )
-        for name, value in plain.items()
+        group_by: total.group,
+        "records": total.records,
+        "requests": total.requests,
+        "prompt_tokens": total.prompt_tokens,
+        "cached_tokens": total.cached_tokens,
+        "completion_tokens": total.completion_tokens,
+        "compute_ms": total.compute_ms,
+        "list_usd": format_usd(total.list_nanos),
+        "charged_usd": format_usd(total.charged_nanos),
+        "overage_usd": format_usd(total.overage_nanos),
     }
 
 
@@ -146,9 +151,10 @@ def record_json(record: UsageRecord) -> Json:
         "price_version": record.price_version,
         "status": record.status.value,
         "occurred_at_ms": record.occurred_at_ms,
-        **asdict(record.usage),
+        "usage": asdict(record.usage),
         "list_usd": format_usd(record.list_nanos),
-        "cost_usd": format_usd(record.charged_nanos),
+        "charged_usd": format_usd(record.charged_nanos),
+        "overage_usd": format_usd(record.overage_nanos),
         "balance_usd": format_usd(record.balance_nanos),
         "draws": [draw_json(draw) for draw in record.draws],
     }

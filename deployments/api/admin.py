@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from billing.account import Grant
@@ -23,6 +23,7 @@ from billing.usage import TenantId, Unit
 from deployments.api.account import account_json
 from deployments.api.errors import AdminDenied, BadRequest, NotFound
 from deployments.catalogue import as_json
+from deployments.metrics import exposition
 from deployments.services import Parts, services_of
 
 DAY_MS = 24 * 3_600_000
@@ -40,6 +41,7 @@ async def operator(request: Request) -> None:
 
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
+metrics_router = APIRouter(dependencies=[Depends(operator)])
 
 
 class _Asked(BaseModel):
@@ -175,7 +177,7 @@ async def gateways(parts: Parts) -> JSONResponse:
 
 @router.get("/billing")
 async def billing(parts: Parts) -> JSONResponse:
-    """The billing actor's state as it last wrote it, its cursors, running sums and backlog."""
+    """The billing actor's state as it last wrote it, its cursors and sums, and what is not told or settled yet."""
     outbox = Outbox(parts.redis)
     state, sums, backlog = await outbox.shown(), await outbox.sums(), await outbox.backlog()
     return JSONResponse(
@@ -183,11 +185,28 @@ async def billing(parts: Parts) -> JSONResponse:
             "object": "billing",
             "pump": asdict(state),
             "sums": asdict(sums),
-            "backlog": asdict(backlog) | {"is_clear": backlog.is_clear},
+            "backlog": backlog.unsealed_entries + backlog.outbox_events,
+            "open_holds": await parts.ledger.open_holds(),
+            "unsealed_entries": backlog.unsealed_entries,
+            "outbox_events": backlog.outbox_events,
+            "dead_events": backlog.dead_events,
             "cursors": {str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
             "unsettled_on_this_gateway": parts.gateway.spooled,
         }
     )
+
+
+@router.get("/engines")
+async def engines(parts: Parts) -> JSONResponse:
+    """Every replica's engine, as it counts itself."""
+    stats = await parts.gateway.link.stats()
+    return JSONResponse({"object": "list", "data": [{"replica": name, **asdict(s)} for name, s in stats.items()]})
+
+
+@metrics_router.get("/metrics")
+async def metrics(parts: Parts) -> PlainTextResponse:
+    """The engines' counters in Prometheus' text format; all of a node's metrics stand at Ray's own endpoint."""
+    return PlainTextResponse(exposition(await parts.gateway.link.stats()))
 
 
 @router.get("/dead-letters")

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 
-from deployments.engine.request import EngineError, FinishReason, GenerateRequest, Tokens
+from deployments.engine.request import EngineError, EngineStats, FinishReason, GenerateRequest, Tokens
 
 
 @dataclass
@@ -65,3 +65,7 @@ class ScriptedLink:
 
     async def is_ready(self) -> bool:
         return self.is_up
+
+    async def stats(self) -> Mapping[str, EngineStats]:
+        steps = sum(self.steps.values())
+        return {"scripted": EngineStats(steps=steps, generation_tokens=steps)} if self.is_up else {}

@@ -44,9 +44,6 @@ def deploy(config: dict[str, object]) -> None:
 
 
 async def answer(command: str) -> object:
-    handle = serve.get_deployment_handle("LoraReplica", "farebox")
-    if command == "stats":
-        return await handle.stats.remote()
     if command.startswith("deploy "):
         await asyncio.to_thread(lambda: deploy(json.loads(Path(command.removeprefix("deploy ")).read_text())))
         return "deployed"

@@ -49,7 +49,7 @@ async def test_usage_adds_up_to_the_receipts(house: House) -> None:
     receipts = [(await house.chat(key, model=model)).json()["receipt"] for model in ("pirate", "pirate", "gratis")]
     await house.chat(other)
     usage = await get(house, "/v1/usage", key)
-    rows = {row["group"]: row for row in usage["data"]}  # type: ignore[attr-defined]
+    rows = {row["model"]: row for row in usage["data"]}  # type: ignore[attr-defined]
     assert rows["pirate"]["records"] == 2
     assert rows["pirate"]["charged_usd"] == "0.030000"
     assert rows["gratis"]["charged_usd"] == "0.000000"
@@ -189,11 +189,20 @@ async def test_the_catalogue_shows_what_was_set_aside(house: House) -> None:
 async def test_the_billing_page_works_before_the_actor_ever_ran(house: House) -> None:
     await house.chat(await house.tenant())
     billing = (await admin(house, "GET", "billing")).json()
-    assert billing["backlog"]["is_clear"] is False
+    assert billing["backlog"] == 2, "the grant and the record"
+    assert billing["open_holds"] == 0
     assert billing["pump"]["state"] == "starting"
     assert billing["unsettled_on_this_gateway"] == 0
     assert (await admin(house, "GET", "dead-letters")).json()["data"] == []
     assert (await admin(house, "GET", "gateways")).json()["data"] == []
+
+
+async def test_engines_and_metrics_are_for_the_operator(house: House) -> None:
+    await house.chat(await house.tenant())
+    assert (await admin(house, "GET", "engines")).json()["data"][0]["steps"] == 5
+    check(await house.client.get("/metrics"), 401, "invalid_admin_key")
+    lines = (await house.client.get("/metrics", headers=ADMIN)).text.splitlines()
+    assert 'farebox_engine_steps_total{replica="scripted"} 5' in lines
 
 
 async def test_a_checkout_asks_dodo_for_the_tenants_own_customer(house: House, redis: Redis) -> None:
