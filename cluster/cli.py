@@ -79,13 +79,13 @@ def up(
         ensure_models(settings)
         if detach:
             _start_detached(settings, timeout)
-            out.print(panel.newcomer(settings, sandbox))
+            panel.show_newcomer(out, settings, sandbox)
             return
         with panel.steps(out) as say:
 
             def ready(_: str) -> None:
                 say("running; Ctrl-C stops it")
-                out.print(panel.newcomer(settings, sandbox))
+                panel.show_newcomer(out, settings, sandbox)
 
             supervise(settings, say, ready, timeout)
 

@@ -24,8 +24,9 @@ def ensure_models(settings: Settings) -> None:
     if not _wants_demo(settings) or _are_fresh(settings.models):
         return
     check_disk(settings.config.parent)
-    command = [sys.executable, "-m", "cluster.demo.models", "--out", str(settings.models)]
-    done = subprocess.run(command, env=inherited() | ray_node.source_path(), check=False)
+    command = [sys.executable, "-W", "ignore", "-m", "cluster.demo.models", "--out", str(settings.models)]
+    env = inherited() | ray_node.source_path() | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=env, check=False)
     if done.returncode != 0:
         raise Obstacle(f"the demo models could not be made: `{' '.join(command)}` shows why")
     _stamp(settings.models).touch()

@@ -18,6 +18,7 @@ from cluster.settings import Settings
 from cluster.state import Home
 
 QUESTION = "What is the capital of Japan?"
+NEXT = "Next: edit serve_config.yaml, then `farebox check` and `farebox deploy` it; `farebox status`; `farebox down`."
 
 
 @contextmanager
@@ -30,31 +31,24 @@ def steps(console: Console) -> Iterator[Say]:
         yield lambda text: spinner.update(text)
 
 
-def newcomer(settings: Settings, sandbox: bool) -> Group:
-    """Everything that somebody who has just started their first farebox needs, and one line that works."""
+def show_newcomer(console: Console, settings: Settings, sandbox: bool) -> None:
+    """Print all that somebody who has just started their first farebox needs, and one line that works."""
     home = Home(settings.home)
-    rows = [("API", f"{settings.api_url}/v1"), ("Ray dashboard", settings.dashboard_url)]
+    rows = [("API", f"{settings.api_url}/v1"), ("Ray dashboard", f"{settings.dashboard_url}  (`farebox token`)")]
     command = ""
     if sandbox:
-        demo = json.loads(home.demo.read_text())
-        key = demo["tenants"]["prepaid"]["api_key"]
-        rows.insert(1, ("demo key", f"{key}  (tenant prepaid; the others: {home.demo})"))
+        key = json.loads(home.demo.read_text())["tenants"]["prepaid"]["api_key"]
+        rows.insert(1, ("demo key", key))
         rows.append(("Dodo sandbox", f"{settings.sandbox_url}  (no account, no real money)"))
-        command = curl(settings.api_url, key)
+        rows.append(("more keys", str(home.demo)))
+        command = f"\nAsk the pirate:\n\n{curl(settings.api_url, key)}\n"
     rows.append(("data", str(home.path)))
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
         table.add_row(Text(name, style="bold"), Text(value))
-    parts: list[Panel | Text] = [Panel(table, title="farebox is up", title_align="left", expand=False)]
-    if command:
-        parts.append(Text(f"\nAsk the pirate:\n\n{command}\n", no_wrap=True, overflow="ignore"))
-    parts.append(
-        Text(
-            "Next: `farebox status`, `farebox deploy serve_config.yaml` after an edit, `farebox down` to stop.\n"
-            "The dashboard asks for a token: `farebox token` prints it."
-        )
-    )
-    return Group(*parts)
+    console.print(Panel(table, title="farebox is up", title_align="left", expand=False))
+    # Soft wrapping leaves lines whole, so that they can be copied from a terminal of any width.
+    console.print(command + NEXT, soft_wrap=True, highlight=False, markup=False)
 
 
 def curl(api_url: str, key: str) -> str:

@@ -102,13 +102,16 @@ class Supervisor:
         """End everything in the order Serve, Ray, store, so that open settles find their store."""
         self._run = self._home.tell(replace(self._run, phase=Phase.STOPPING))
         if self._api is not None:
+            self._print("ending Ray Serve")
             self._end_serve(self._api)
+        self._print("ending Ray")
         for name in ("ray", "sandbox"):
             if child := self._children.pop(name, None):
                 child.end(RAY_STOP_S if name == "ray" else CHILD_STOP_S)
         spared = {self._store.pid} if self._store else set()
         children.end_strays(self._home.path, spared, CHILD_STOP_S)
         if self._store is not None:
+            self._print("ending the store")
             self._store.stop()
             self._store = None
         self._home.forget_run()
@@ -226,7 +229,7 @@ def supervise(settings: Settings, say: Say, ready: Say, timeout_s: float = launc
             ready("")
             supervisor.watch()
         except StopAsked:
-            say("stopping")
+            say("asked to stop")
         except commerce.FAILURES as error:
             problem = str(error)
             raise

@@ -2,14 +2,16 @@
 
 import json
 import os
-import re
+import shlex
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from click.testing import Result
+from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster import launch, panel
@@ -138,11 +140,15 @@ def test_options_go_before_the_file_in_host_and_port(home: Home) -> None:
     assert config["http_options"] == {"host": "127.0.0.1", "port": 9001, "keep_alive_timeout_s": 9}
 
 
-def test_the_printed_line_is_a_shell_command_with_valid_json() -> None:
-    line = panel.curl("http://127.0.0.1:8000", "fbx_key")
-    body = re.search(r"-d '(.*)'", line)
-    assert body is not None
-    assert json.loads(body[1])["model"] == "pirate"
+def test_the_printed_line_works_when_copied_from_a_narrow_terminal(home: Home) -> None:
+    home.demo.write_text(json.dumps({"tenants": {"prepaid": {"api_key": "fbx_" + "k" * 32}}}))
+    printed = StringIO()
+    panel.show_newcomer(Console(file=printed, width=40), Settings.from_env(), sandbox=True)
+    line = printed.getvalue().split("Ask the pirate:")[1].split("Next:")[0]
+    words = shlex.split(line)
+    assert words[0] == "curl"
+    assert f"Authorization: Bearer fbx_{'k' * 32}" in words
+    assert json.loads(words[words.index("-d") + 1])["model"] == "pirate"
 
 
 def test_a_healthy_status_needs_every_application() -> None:
