@@ -2,9 +2,9 @@
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import httpx
 import pytest
@@ -19,7 +19,7 @@ from deployments.api.application import make_app
 from deployments.engine.request import EngineFailed, FinishReason
 from deployments.link import ReplicaLost
 from deployments.services import Services
-from tests.gateway.conftest import House, events, until
+from tests.gateway.conftest import House, events, memory_folder, until
 from tests.gateway.scripted import ScriptedLink
 from tests.gateway.test_completions import records
 
@@ -197,10 +197,9 @@ class Fragile:
 
 
 @pytest.fixture
-async def fragile(
-    tmp_path: Path, link: ScriptedLink, make_house: Callable[[Redis, ScriptedLink], Services]
-) -> AsyncIterator[Fragile]:
-    server = valkey.start(tmp_path / "v")
+async def fragile(link: ScriptedLink, make_house: Callable[[Redis, ScriptedLink], Services]) -> AsyncIterator[Fragile]:
+    folder = memory_folder("w")
+    server = valkey.start(folder)
     redis = await connect(server.url)
     services = make_house(redis, link)
     app = make_app(services)
@@ -213,6 +212,7 @@ async def fragile(
         await services.gateway.stop()
     await redis.aclose()
     server.stop()
+    shutil.rmtree(folder)
 
 
 async def test_a_hung_store_refuses_new_requests_in_time(fragile: Fragile) -> None:
