@@ -74,8 +74,7 @@ def end_strays(home: Path, spare: Collection[int] = (), patience_s: float = 3.0)
     left = strays(home, spare)
     for process in left:
         _signal(process, signal.SIGTERM)
-    _, stubborn = psutil.wait_procs(left, timeout=patience_s)
-    _kill(stubborn)
+    _kill(_wait(left, patience_s))
     deadline = time.monotonic() + patience_s
     while (late := strays(home, spare)) and time.monotonic() < deadline:
         _kill(late)
@@ -114,7 +113,23 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
     left = list(processes)
     for process in left:
         _signal(process, signal.SIGKILL)
-    psutil.wait_procs(left, timeout=2)
+    _wait(left, 2.0)
+
+
+def _wait(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those still alive at the end of it. Corpses do not count: in a container nobody may bury them."""
+    left = list(processes)
+    deadline = time.monotonic() + timeout_s
+    while (left := [p for p in left if _is_alive(p)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:

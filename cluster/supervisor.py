@@ -26,8 +26,8 @@ from cluster.settings import Settings, free_block
 from cluster.state import Home, Phase, Run, Secrets, write_private
 
 RAY_UP_TIMEOUT_S = 120.0
-SERVE_STOP_S, RAY_STOP_S, CHILD_STOP_S = 5.0, 2.0, 1.0
-"""Their sum, and the store's last write, stay under ten seconds."""
+SERVE_STOP_S, RAY_STOP_S, CHILD_STOP_S = 6.0, 0.5, 1.0
+"""Their sum, and the store's last write, stay under ten seconds. Serve has what is worth waiting for."""
 RESTARTS_MAX = 5
 """Of the store or the sandbox within one run: one that keeps dying is not helped by another start."""
 _WATCH_S = 0.5
