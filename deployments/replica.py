@@ -31,9 +31,8 @@ from deployments.engine.request import (
 from deployments.engine.settings import EngineSettings
 from deployments.link import Refused
 from deployments.metrics import EngineMetrics
+from deployments.pieces import Outbox
 
-SEND_INTERVAL_S = 0.015
-"""After the first piece, tokens wait this long for company: each send costs Serve more than a token costs us."""
 STATS_INTERVAL_S = 2.0
 PIN_INTERVAL_S = 5.0
 ADVERTISED = 256
@@ -117,6 +116,8 @@ class LoraReplica:
         """The same job with the adapter's files on this machine. One fetch at a time for each digest."""
         adapter = job.adapter
         assert adapter is not None, "asked for an adapter's files without an adapter"
+        if not artifacts.is_url(adapter.path):
+            return replace(job, adapter=replace(adapter, path=str(artifacts.local_path(adapter.path))))
         lock = self._fetching.setdefault(adapter.digest, asyncio.Lock())
         async with lock:
             try:
@@ -161,48 +162,6 @@ class LoraReplica:
 
 def _ref_of(model: Model) -> AdapterRef:
     return AdapterRef(model.id, model.digest, model.path)
-
-
-class Outbox:
-    """Pieces of one request on their way from the engine's thread to the event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._waiting: list[Tokens] = []
-        self._arrived = asyncio.Event()
-        self._finished = asyncio.Event()
-
-    def put(self, piece: Tokens) -> None:
-        """Called from the engine's thread."""
-        with suppress(RuntimeError):  # the loop closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._take, piece)
-
-    def _take(self, piece: Tokens) -> None:
-        self._waiting.append(piece)
-        self._arrived.set()
-        if piece.finish_reason is not None:
-            self._finished.set()
-
-    async def pieces(self) -> AsyncGenerator[Tokens, None]:
-        while True:
-            await self._arrived.wait()
-            piece = join(self._waiting)
-            self._waiting = []
-            self._arrived.clear()
-            yield piece
-            if piece.finish_reason is not None:
-                return
-            with suppress(TimeoutError):
-                async with asyncio.timeout(SEND_INTERVAL_S):
-                    await self._finished.wait()
-
-
-def join(pieces: list[Tokens]) -> Tokens:
-    """Several pieces of one request as one: new tokens and text in order, totals of the last."""
-    if len(pieces) == 1:
-        return pieces[0]
-    token_ids = tuple(token for piece in pieces for token in piece.token_ids)
-    return replace(pieces[-1], token_ids=token_ids, text="".join(piece.text for piece in pieces))
 
 
 def engine_settings(config: EngineConfig, model_path: Path) -> EngineSettings:

@@ -4,9 +4,10 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 import pytest
@@ -171,22 +172,22 @@ def args(tmp_path: Path) -> FareboxArgs:
     )
 
 
+MakeServices = Callable[..., Services]
+
+
 @pytest.fixture
-def make_house(text: Text, args: FareboxArgs) -> Callable[[Redis, ScriptedLink], Services]:
-    def make(redis: Redis, link: ScriptedLink) -> Services:
+def make_services(text: Text, args: FareboxArgs) -> MakeServices:
+    def make(redis: Redis, link: ScriptedLink, environ: Mapping[str, str] = MappingProxyType({})) -> Services:
         shelf = Shelf()
         shelf.put(USER_CONFIG)
-        environ = {"FAREBOX_ADMIN_KEY": ADMIN_KEY}
-        return build_services(args, text, redis, link, shelf, environ, "gw_test")
+        return build_services(args, text, redis, link, shelf, {"FAREBOX_ADMIN_KEY": ADMIN_KEY, **environ}, "gw_test")
 
     return make
 
 
 @pytest.fixture
-async def house(
-    redis: Redis, link: ScriptedLink, make_house: Callable[[Redis, ScriptedLink], Services]
-) -> AsyncIterator[House]:
-    services = make_house(redis, link)
+async def house(redis: Redis, link: ScriptedLink, make_services: MakeServices) -> AsyncIterator[House]:
+    services = make_services(redis, link)
     app = make_app(services)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://farebox") as client:

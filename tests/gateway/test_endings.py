@@ -4,7 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -18,8 +18,7 @@ from cluster import valkey
 from deployments.api.application import make_app
 from deployments.engine.request import EngineFailed, FinishReason
 from deployments.link import ReplicaLost
-from deployments.services import Services
-from tests.gateway.conftest import House, events, memory_folder, until
+from tests.gateway.conftest import House, MakeServices, events, memory_folder, until
 from tests.gateway.scripted import ScriptedLink
 from tests.gateway.test_completions import records
 
@@ -197,11 +196,11 @@ class Fragile:
 
 
 @pytest.fixture
-async def fragile(link: ScriptedLink, make_house: Callable[[Redis, ScriptedLink], Services]) -> AsyncIterator[Fragile]:
+async def fragile(link: ScriptedLink, make_services: MakeServices) -> AsyncIterator[Fragile]:
     folder = memory_folder("w")
     server = valkey.start(folder)
     redis = await connect(server.url)
-    services = make_house(redis, link)
+    services = make_services(redis, link)
     app = make_app(services)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://farebox") as client:
