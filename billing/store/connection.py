@@ -104,7 +104,7 @@ async def guarded(silence_s: float = SILENCE_S) -> AsyncIterator[None]:
                 watch.end()
             _Watch.answered_at = watch.loop.time()
     except (exceptions.ConnectionError, exceptions.TimeoutError, TimeoutError, OSError) as error:
-        raise StoreUnavailable(f"the metering store does not answer: {error or 'timeout'}") from error
+        raise StoreUnavailable(f"the metering store does not answer: {str(error) or 'timeout'}") from error
     except exceptions.ResponseError as error:
         if isinstance(error, exceptions.OutOfMemoryError) or str(error).startswith(_UNFIT):
             raise StoreUnavailable(f"the metering store cannot write: {error}") from error

@@ -1,29 +1,20 @@
 """The three books of a running farebox, compared: receipts, the ledger, what Dodo was told."""
 
 from collections import Counter
-from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
 from tests.e2e.load import Outcome, usd
 from tests.e2e.stack import Stack, Tenant, wait_for
 
-Record = dict[str, object]
+Record = dict[str, Any]
+"""One JSON object of the API."""
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Nanos and tokens of one customer under one event name."""
-
-    nanos: int
-    prompt_tokens: int
-    completion_tokens: int
-    requests: int
-
-
-def records(stack: Stack, tenant: Tenant) -> list[dict[str, object]]:
+def records(stack: Stack, tenant: Tenant) -> list[Record]:
     """Every usage record of a tenant, page by page, as its own key sees them."""
-    found: list[dict[str, object]] = []
+    found: list[Record] = []
     cursor = ""
     with httpx.Client(base_url=stack.base_url, headers=_bearer(tenant.api_key), timeout=60) as client:
         while True:
@@ -49,10 +40,17 @@ def wait_until_flushed(stack: Stack, timeout_s: float = 60) -> None:
     wait_for(is_done, timeout_s, "the backlog did not reach 0")
 
 
+def account(stack: Stack, tenant: Tenant) -> Record:
+    reply = httpx.get(f"{stack.base_url}/v1/account", headers=_bearer(tenant.api_key), timeout=30)
+    reply.raise_for_status()
+    found: Record = reply.json()
+    return found
+
+
 def assert_books_agree(stack: Stack, outcome: Outcome) -> Counter[str]:
     """Receipts equal records, records equal Dodo's sums, to the nano; returns records by status."""
     statuses: Counter[str] = Counter()
-    seen: dict[str, dict[str, object]] = {}
+    seen: dict[str, Record] = {}
     sandbox = httpx.get(f"{stack.sandbox_url}/_sandbox/sums", timeout=30).json()
     for tenant in stack.tenants.values():
         mine = records(stack, tenant)
@@ -68,14 +66,14 @@ def assert_books_agree(stack: Stack, outcome: Outcome) -> Counter[str]:
     return statuses
 
 
-def _assert_told(mine: list[dict[str, object]], told: dict[str, dict[str, int]], name: str) -> None:
+def _assert_told(mine: list[Record], told: dict[str, dict[str, int]], name: str) -> None:
     overage = sum(usd(str(record["overage_usd"])) for record in mine)
     covered = sum(usd(str(record["charged_usd"])) for record in mine) - overage
     charge, usage = told.get("farebox.charge", {}), told.get("farebox.usage", {})
     assert charge.get("charge_nanos", 0) == overage, f"{name}: charged differs"
     assert usage.get("covered_nanos", 0) == covered, f"{name}: covered differs"
     for field in ("prompt_tokens", "completion_tokens"):
-        ours = sum(int(str(record["usage"][field])) for record in mine)  # type: ignore[index]
+        ours = sum(int(record["usage"][field]) for record in mine)
         assert charge.get(field, 0) + usage.get(field, 0) == ours, f"{name}: {field} differ"
 
 

@@ -19,14 +19,20 @@ QUESTIONS = (
     "What sound does a dog make?",
 )
 
+RETRY_S = 0.5
+MOST_RETRIES = 60
+
 
 @dataclass
 class Outcome:
     """What the clients of one load saw. ``receipts`` maps record id to the receipt."""
 
     receipts: dict[str, dict[str, str]] = field(default_factory=dict)
-    statuses: list[int] = field(default_factory=list)
     hung_up: int = 0
+    refusals: list[str] = field(default_factory=list)
+    """The message of every reply that was no 200."""
+    retried: int = 0
+    """Attempts answered 503 with Retry-After: nothing was served or charged, and the client tried again."""
     broken: list[str] = field(default_factory=list)
     """Calls cut by the server: a connection lost or a stream without its end."""
 
@@ -52,10 +58,9 @@ async def run(stack: Stack, tenants: Sequence[Tenant], calls: int, *, at_once: i
             headers = {"Authorization": f"Bearer {tenant.api_key}"}
             async with gate:
                 try:
-                    if number % 2:
-                        await _json(client, body, headers, outcome)
-                    else:
-                        await _stream(client, body, headers, outcome, hang_up=number % 10 == 0)
+                    while not await _send(client, body, headers, outcome, hang_up=number % 10 == 0):
+                        outcome.retried += 1
+                        await asyncio.sleep(RETRY_S)
                 except httpx.HTTPError as error:
                     outcome.broken.append(type(error).__name__)
 
@@ -68,34 +73,41 @@ async def run(stack: Stack, tenants: Sequence[Tenant], calls: int, *, at_once: i
     return outcome
 
 
-async def _json(client: httpx.AsyncClient, body: dict[str, object], headers: dict[str, str], outcome: Outcome) -> None:
-    reply = await client.post("/v1/chat/completions", json=body, headers=headers)
-    outcome.statuses.append(reply.status_code)
-    if reply.status_code == 200:
-        outcome.keep(reply.json()["receipt"])
-
-
-async def _stream(
+async def _send(
     client: httpx.AsyncClient, body: dict[str, object], headers: dict[str, str], outcome: Outcome, *, hang_up: bool
-) -> None:
+) -> bool:
+    """One attempt; False where the server asks for another, as OpenAI's SDK would make."""
     async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
-        outcome.statuses.append(reply.status_code)
+        if reply.status_code == 503 and "retry-after" in reply.headers and outcome.retried < MOST_RETRIES:
+            return False
         if reply.status_code != 200:
-            await reply.aread()
+            outcome.refusals.append((await reply.aread()).decode())
+        elif not body["stream"]:
+            outcome.keep(json.loads(await reply.aread())["receipt"])
+        elif hang_up:
+            await _first_line(reply)
+            outcome.hung_up += 1
+        else:
+            await _read_to_the_end(reply, outcome)
+        return True
+
+
+async def _first_line(reply: httpx.Response) -> None:
+    async for line in reply.aiter_lines():
+        if line.startswith("data: "):
             return
-        receipt = None
-        async for line in reply.aiter_lines():
-            if not line.startswith("data: "):
-                continue
-            if hang_up:
-                outcome.hung_up += 1
-                return
-            if line == "data: [DONE]":
-                assert receipt is not None, "the receipt comes before [DONE]"
-                outcome.keep(receipt)
-                return
+
+
+async def _read_to_the_end(reply: httpx.Response, outcome: Outcome) -> None:
+    receipt = None
+    async for line in reply.aiter_lines():
+        if line == "data: [DONE]":
+            assert receipt is not None, "the receipt comes before [DONE]"
+            outcome.keep(receipt)
+            return
+        if line.startswith("data: "):
             receipt = json.loads(line.removeprefix("data: ")).get("receipt", receipt)
-        outcome.broken.append("stream without [DONE]")
+    outcome.broken.append("stream without [DONE]")
 
 
 def usd(text: str) -> int:

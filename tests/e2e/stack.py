@@ -44,6 +44,12 @@ class Stack:
     def cli(self, *words: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return farebox(self.env, *words, check=check, timeout=timeout)
 
+    @property
+    def metrics_url(self) -> str:
+        """Ray's Prometheus endpoint of this node."""
+        run = json.loads(self.cli("status", "--json", check=False).stdout)["run"]
+        return f"http://127.0.0.1:{run['ports_base'] + 6}/metrics"
+
     def admin(self, path: str) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.admin_key}"}
         return httpx.get(f"{self.base_url}/admin/{path}", headers=headers, timeout=30)

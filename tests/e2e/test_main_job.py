@@ -1,7 +1,6 @@
 """From a request to a bill that Dodo has, on a whole farebox."""
 
 import asyncio
-from collections.abc import Callable
 from decimal import Decimal
 
 import httpx
@@ -12,7 +11,11 @@ from openai import AsyncOpenAI, OpenAI
 from tests.e2e import books, load
 from tests.e2e.stack import Stack, Tenant, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # connections that a kill cut
+]
 
 QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
 
@@ -122,7 +125,7 @@ def test_receipts_records_and_dodos_sums_agree_to_the_nano(stack: Stack, kills: 
     assert outcome.hung_up > 0
     if not kills:
         assert not outcome.broken
-        assert set(outcome.statuses) == {200}
+        assert not outcome.refusals
     books.wait_until_flushed(stack, 120)
     statuses = books.assert_books_agree(stack, outcome)
     assert statuses["complete"] >= len(outcome.receipts)
@@ -131,15 +134,10 @@ def test_receipts_records_and_dodos_sums_agree_to_the_nano(stack: Stack, kills: 
 
 
 def _metric(stack: Stack, name: str) -> float:
-    reply = httpx.get(f"{stack.base_url}/metrics", headers={"Authorization": f"Bearer {stack.admin_key}"}, timeout=30)
+    reply = httpx.get(stack.metrics_url, timeout=30)
     lines = [line for line in reply.text.splitlines() if name in line and not line.startswith("#")]
     return max((float(line.rsplit(" ", 1)[1]) for line in lines), default=0.0)
 
 
 def _balance(stack: Stack, tenant: Tenant) -> Decimal:
-    headers = {"Authorization": f"Bearer {tenant.api_key}"}
-    reply = httpx.get(f"{stack.base_url}/v1/account", headers=headers, timeout=30)
-    return Decimal(reply.json()["balance_usd"])
-
-
-Condition = Callable[[], bool]
+    return Decimal(str(books.account(stack, tenant)["balance_usd"]))

@@ -16,7 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.e2e import books, load
 from tests.e2e.stack import Stack, running, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # connections that a kill cut
+]
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -91,7 +95,7 @@ def test_a_new_adapter_answers_as_peft_does_while_a_load_runs_unharmed(
 
     outcome, answered_s = asyncio.run(deploy_under_load())
     assert not outcome.broken
-    assert set(outcome.statuses) == {200}
+    assert not outcome.refusals
     assert {process.pid for process in either.processes("farebox:")} == before, "no process was restarted"
     assert answered_s < 10, "loads on first use, while a load runs"
 
@@ -124,13 +128,13 @@ def test_a_client_that_leaves_stops_the_engine_and_is_billed_until_then(either: 
     known = {record["record_id"] for record in books.records(either, tenant)}
     read_one_chunk(either, tenant.api_key)
 
-    def settled() -> list[dict[str, object]]:
+    def settled() -> list[books.Record]:
         return [record for record in books.records(either, tenant) if record["record_id"] not in known]
 
     wait_for(lambda: bool(settled()), 20, "the hung up request was not settled")
     (record,) = settled()
     assert record["status"] == "cancelled"
-    assert 0 < record["usage"]["completion_tokens"] < 400  # type: ignore[index]
+    assert 0 < record["usage"]["completion_tokens"] < 400
     assert_engine_idle(either)
 
 
@@ -144,11 +148,7 @@ def test_a_killed_gateway_leaves_no_hold_and_no_running_engine(either: Stack) ->
             next(lines)
             either.kill("farebox:Gateway")
     wait_for(lambda: is_ready(either), 60, "no gateway came back")
-    wait_for(
-        lambda: either.admin("billing").status_code == 200 and either.admin("billing").json()["open_holds"] == 0,
-        60,
-        "the dead gateway's hold stayed open",
-    )
+    wait_for(lambda: books.account(either, tenant)["open_holds"] == 0, 60, "the dead gateway's hold stayed open")
     (record,) = [r for r in books.records(either, tenant) if r["record_id"] not in known]
     assert record["status"] == "expired"
     assert_engine_idle(either)
@@ -163,7 +163,7 @@ def test_scaling_by_hand_adds_a_replica_and_takes_it_away(stack: Stack) -> None:
     wait_for(lambda: len(stack.processes("farebox:LoraReplica")) == 1, 180, "the second replica did not leave")
     for seen in (outcome, outcome_while_leaving):
         assert not seen.broken
-        assert set(seen.statuses) == {200}
+        assert not seen.refusals
 
 
 def complete(stack: Stack, model: str, max_tokens: int) -> httpx.Response:
