@@ -6,6 +6,8 @@ Knows which part of billing does each; decides nothing about money.
 import asyncio
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -18,8 +20,10 @@ from billing.dodo import Dodo, DodoSettings
 from billing.dodo_sync import SyncReport, sync
 from billing.errors import BillingError
 from billing.store.connection import connect
+from cluster import children, ray_node
 from cluster.children import Child
 from cluster.demo.tenants import SeedFailed, seed
+from cluster.environment import inherited
 from cluster.launch import LaunchError, addressed, user_config
 from cluster.preflight import Obstacle
 from cluster.serve_api import ServeConfig, ServeUnavailable
@@ -32,6 +36,8 @@ FAILURES = (Obstacle, SettingsError, LaunchError, StoreError, ServeUnavailable, 
 """All that can keep a farebox from starting or make it end, each saying what to do."""
 
 SANDBOX_TIMEOUT_S = 30.0
+CHECK_TIMEOUT_S = 600.0
+"""Adapters behind a URL are fetched to be checked."""
 
 
 def resolved(settings: Settings) -> ServeConfig:
@@ -43,6 +49,28 @@ def resolved(settings: Settings) -> ServeConfig:
     from cluster.check import resolve  # loads torch and Ray: `farebox status` should not
 
     return at_home(addressed(resolve(settings.config), settings), Home(settings.home))
+
+
+def begin_check(settings: Settings, home: Home) -> Child:
+    """Start checking the configuration file aside; ``end_check`` has the result."""
+    (home.logs / "check.log").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "cluster.resolving", str(settings.config), str(home.checked)]
+    return children.start("check", command, inherited() | ray_node.source_path(), home.path, home.logs / "check.log")
+
+
+def end_check(check: Child, settings: Settings, home: Home) -> ServeConfig:
+    """What ``resolved`` would give, once the check that was begun has ended.
+
+    Raises:
+        LaunchError: something in the file is wrong; every finding is in the message.
+    """
+    try:
+        exit_code = check.process.wait(CHECK_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"checking {settings.config} took longer than {CHECK_TIMEOUT_S:g} s") from None
+    if exit_code != 0:
+        raise LaunchError(check.log.read_text(errors="replace").strip() or "the check of the configuration was killed")
+    return at_home(addressed(json.loads(home.checked.read_text()), settings), home)
 
 
 def at_home(config: ServeConfig, home: Home) -> ServeConfig:

@@ -114,6 +114,11 @@ class Home:
         return self.path / "adapters"
 
     @property
+    def checked(self) -> Path:
+        """The configuration as its check resolved it, before it was sent."""
+        return self.path / "checked.json"
+
+    @property
     def deployed(self) -> Path:
         """The configuration last sent to Serve, as it was sent."""
         return self.path / "deployed.json"

@@ -61,13 +61,14 @@ class Supervisor:
             self._say(f"ended {ended} processes that an earlier run left")
         check_ports(settings, needs_sandbox=self._dodo == SANDBOX)
         self._run = replace(self._run, ports_base=free_block(home.path).base)
+        check = commerce.begin_check(settings, home)
         store_url = self._start_store()
         env = service_environment(settings, self._secrets, store_url)
         self._start_ray(env)
         if self._dodo == SANDBOX:
             self._start_sandbox()
         self._say("checking the configuration")
-        config = commerce.resolved(settings)
+        config = commerce.end_check(check, settings, home)
         if self._dodo == SANDBOX:
             self._say("telling the offline Dodo what is for sale")
             commerce.wait_for_sandbox(settings.sandbox_url, self._children["sandbox"])

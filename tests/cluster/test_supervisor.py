@@ -57,7 +57,8 @@ def settings(tmp_path: Path, repo: Path, haproxy: bool, monkeypatch: pytest.Monk
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, settings: Settings, builder: str) -> None:
-    monkeypatch.setattr(commerce, "resolved", lambda s: addressed(config_of(builder), s))
+    monkeypatch.setattr(commerce, "begin_check", lambda *_: None)
+    monkeypatch.setattr(commerce, "end_check", lambda *_: addressed(config_of(builder), settings))
 
 
 @dataclass
@@ -160,3 +161,14 @@ def assert_store_comes_back(settings: Settings, run: Run) -> None:
         time.sleep(0.1)
     assert client.get("fb:test") == b"kept"
     client.close()
+
+
+def test_a_wrong_configuration_is_told_with_every_finding(tmp_path: Path) -> None:
+    config = tmp_path / "serve_config.yaml"
+    config.write_text("applications: []\nhttp_optoins: {}\n")
+    settings = Settings(tmp_path / ".farebox", config)
+    home = Home.open(settings)
+    with pytest.raises(LaunchError) as refused:
+        commerce.end_check(commerce.begin_check(settings, home), settings, home)
+    assert "http_optoins" in str(refused.value)
+    assert "billed" in str(refused.value), "more than the first finding is told"
