@@ -63,6 +63,9 @@ class Run:
         except asyncio.CancelledError:
             self.leave()
             raise
+        finally:
+            if self._first is None:
+                self._fail()
         self._gateway.metrics.first_token(time.monotonic() - started)
 
     async def pieces(self) -> AsyncGenerator[Tokens, None]:
@@ -95,6 +98,9 @@ class Run:
         except asyncio.CancelledError:
             self.leave()
             raise
+        finally:
+            if self.finish_reason is None:
+                self._fail()
         return "".join(text), await self.settle(is_delivered=False)
 
     async def settle(self, is_delivered: bool = True) -> Receipt:
@@ -109,6 +115,10 @@ class Run:
     def leave(self) -> None:
         """The client is gone: stop the engine and bill what it made until now. Returns at once."""
         self._start_ending(Status.CANCELLED, self.usage)
+
+    def _fail(self) -> None:
+        """Whatever else went wrong is a bug of ours: free. Does nothing where an ending has begun."""
+        self._start_ending(Status.FAILED, NOTHING)
 
     def lose(self) -> None:
         """The hold is no longer ours: the next piece is the last."""

@@ -33,6 +33,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     include_usage: bool = False
+    """Usage comes in the last chunk either way: it stands beside the receipt."""
 
 
 class Part(BaseModel):
@@ -116,10 +117,6 @@ class Sampled(BaseModel):
     @property
     def is_streamed(self) -> bool:
         return bool(self.stream)
-
-    @property
-    def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class ChatRequest(Sampled):

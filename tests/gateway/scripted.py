@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 
-from deployments.engine.request import EngineError, EngineStats, FinishReason, GenerateRequest, Tokens
+from deployments.engine.request import EngineStats, FinishReason, GenerateRequest, Tokens
 
 
 @dataclass
@@ -16,7 +16,7 @@ class ScriptedLink:
 
     length: int = 5
     pause_s: float = 0.0
-    failure: EngineError | None = None
+    failure: Exception | None = None
     fails_at: int = 0
     ends_with: FinishReason | None = None
     """Overrides the reason of the last piece."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -135,6 +136,20 @@ async def test_an_answer_that_we_lose_is_free(house: House, link: ScriptedLink, 
     [record] = await records(house)
     assert (record.status, record.charged_nanos) == (Status.FAILED, 0)
     assert await house.balance() == parse_usd("1.00")
+
+
+@pytest.mark.parametrize("fails_at", [0, 3])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_bug_of_ours_leaves_no_hold_open(house: House, link: ScriptedLink, stream: bool, fails_at: int) -> None:
+    link.length, link.failure, link.fails_at = 10, RuntimeError("nobody foresaw this"), fails_at
+    key = await house.tenant(usd="1.00")
+    with suppress(RuntimeError):
+        reply = await house.chat(key, stream=stream)
+        assert stream or reply.status_code == 500
+    await house.settled()
+    assert await house.open_holds() == 0
+    [record] = await records(house)
+    assert record.charged_nanos == (PROMPT + 3 * ONE if stream and fails_at else 0)
 
 
 @pytest.mark.parametrize("reason", [FinishReason.ERROR, FinishReason.ABORT])
