@@ -41,7 +41,7 @@ def show_newcomer(console: Console, settings: Settings, sandbox: bool) -> None:
         rows.insert(1, ("demo key", key))
         rows.append(("Dodo sandbox", f"{settings.sandbox_url}  (no account, no real money)"))
         rows.append(("more keys", str(home.demo)))
-        command = f"\nAsk the pirate:\n\n{curl(settings.api_url, key)}\n"
+        command = f"\nAsk the pirate:\n\n{curl(settings.api_url, key)}\n\n"
     rows.append(("data", str(home.path)))
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
