@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import httpx
 
@@ -15,6 +16,8 @@ TIMEOUT_S = 60.0
 KEY_NAME = "demo"
 _POLL_S = 0.1
 _CALL_TIMEOUT_S = 30.0
+
+E = TypeVar("E", bound=Exception)
 
 
 class SeedFailed(Exception):
@@ -65,12 +68,26 @@ async def seed(
         ) as admin,
         httpx.AsyncClient(base_url=sandbox_url, timeout=_CALL_TIMEOUT_S) as sandbox,
     ):
-        made = (_seed_one(planned, admin, sandbox, (known_keys or {}).get(planned.name, "")) for planned in PLANNED)
         try:
-            tenants = await asyncio.gather(*made)
-        except httpx.HTTPError as error:
+            async with asyncio.TaskGroup() as group:
+                tasks = {
+                    planned.name: group.create_task(
+                        _seed_one(planned, admin, sandbox, (known_keys or {}).get(planned.name, ""))
+                    )
+                    for planned in PLANNED
+                }
+        except* httpx.HTTPError as errors:
+            error = _first(errors)
             raise SeedFailed(f"{error.request.url} does not answer: {error or type(error).__name__}") from error
-    return dict(zip((planned.name for planned in PLANNED), tenants, strict=True))
+        except* SeedFailed as errors:
+            raise _first(errors) from None
+    return {name: task.result() for name, task in tasks.items()}
+
+
+def _first(errors: BaseExceptionGroup[E]) -> E:
+    """What failed first: the rest was ended because of it."""
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 async def _seed_one(
@@ -78,9 +95,8 @@ async def _seed_one(
 ) -> DemoTenant:
     path = f"/admin/tenants/{planned.name}"
     order = {"id": planned.name, "email": f"{planned.name}@example.com", "plan": planned.plan, "name": planned.name}
-    reply = await admin.post("/admin/tenants", json=order)
-    if reply.status_code != httpx.codes.CONFLICT:
-        _json(reply)
+    if planned.name not in {tenant["id"] for tenant in _list(await _ask(admin, "GET", "/admin/tenants"))}:
+        await _ask(admin, "POST", "/admin/tenants", order)
     key = await _key(admin, path, known_key)
     customer = await _eventually(f"Dodo's customer of {planned.name}", lambda: _customer(admin, path))
     async with httpx.AsyncClient(
@@ -92,16 +108,23 @@ async def _seed_one(
 
 async def _key(admin: httpx.AsyncClient, path: str, known: str) -> str:
     """The key of an earlier time if it still works, else a new one in place of those before it."""
-    if known and (await admin.get("/v1/account", headers={"Authorization": f"Bearer {known}"})).is_success:
+    if known and await _works(admin, known):
         return known
-    for key in _list(_json(await admin.get(f"{path}/keys"))["data"]):
+    for key in _list(await _ask(admin, "GET", f"{path}/keys")):
         if key["name"] == KEY_NAME and key["revoked_at_ms"] is None:
-            _json(await admin.delete(f"{path}/keys/{key['id']}"))
-    return str(_json(await admin.post(f"{path}/keys", json={"name": KEY_NAME}))["api_key"])
+            await _ask(admin, "DELETE", f"{path}/keys/{key['id']}")
+    return str((await _ask(admin, "POST", f"{path}/keys", {"name": KEY_NAME}))["api_key"])
+
+
+async def _works(client: httpx.AsyncClient, key: str) -> bool:
+    reply = await _patiently(
+        client.build_request("GET", "/v1/account", headers={"Authorization": f"Bearer {key}"}), client
+    )
+    return reply.is_success
 
 
 async def _customer(admin: httpx.AsyncClient, path: str) -> str:
-    return str(_json(await admin.get(path))["dodo_customer_id"])
+    return str((await _ask(admin, "GET", path))["dodo_customer_id"])
 
 
 async def _buy(planned: Planned, caller: httpx.AsyncClient, sandbox: httpx.AsyncClient) -> None:
@@ -109,26 +132,34 @@ async def _buy(planned: Planned, caller: httpx.AsyncClient, sandbox: httpx.Async
     if not (planned.pack or planned.subscribes) or await _has_bought(planned, caller):
         return
     order = {"plan": planned.plan} if planned.subscribes else {"pack": planned.pack}
-    session = str(_json(await _patiently(lambda: caller.post("/v1/checkout", json=order)))["session_id"])
-    _json(await sandbox.post(f"/_sandbox/pay/{session}"))
+    session = (await _ask(caller, "POST", "/v1/checkout", order))["session_id"]
+    await _ask(sandbox, "POST", f"/_sandbox/pay/{session}")
     await _eventually(f"the credit that {planned.name} bought", lambda: _has_bought(planned, caller))
 
 
 async def _has_bought(planned: Planned, caller: httpx.AsyncClient) -> bool:
     """A subscription stays on the account; a pack is there, or was used up by recorded requests."""
-    account = _json(await caller.get("/v1/account"))
+    account = await _ask(caller, "GET", "/v1/account")
     if planned.subscribes:
         return account["subscription"] is not None
-    if account["packs"]:
-        return True
-    return bool(_json(await caller.get("/v1/usage/records", params={"limit": 1}))["data"])
+    return bool(account["packs"] or _list(await _ask(caller, "GET", "/v1/usage/records?limit=1")))
 
 
-async def _patiently(call: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
-    """Repeat a call while its answer is 503: something is still being made ready."""
+async def _ask(
+    client: httpx.AsyncClient, method: str, path: str, body: Mapping[str, str] | None = None
+) -> dict[str, object]:
+    reply = await _patiently(client.build_request(method, path, json=body), client)
+    if not reply.is_success:
+        raise SeedFailed(f"{method} {reply.request.url} answered {reply.status_code}: {reply.text[:300]}")
+    answer: dict[str, object] = reply.json()
+    return answer
+
+
+async def _patiently(request: httpx.Request, client: httpx.AsyncClient) -> httpx.Response:
+    """Send it, again while the answer is 503: something is still being made ready, or the machine is busy."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        reply = await call()
+        reply = await client.send(request)
         if reply.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
             return reply
         await asyncio.sleep(_POLL_S)
@@ -143,14 +174,7 @@ async def _eventually(what: str, ask: Callable[[], Awaitable[str | bool]]) -> st
     return str(found)
 
 
-def _json(reply: httpx.Response) -> dict[str, object]:
-    if not reply.is_success:
-        request = reply.request
-        raise SeedFailed(f"{request.method} {request.url} answered {reply.status_code}: {reply.text[:300]}")
-    body: dict[str, object] = reply.json()
-    return body
-
-
-def _list(value: object) -> list[dict[str, object]]:
-    assert isinstance(value, list), "the API lists under `data`"
-    return value
+def _list(answer: dict[str, object]) -> list[dict[str, object]]:
+    listed = answer["data"]
+    assert isinstance(listed, list), "the API lists under `data`"
+    return listed
