@@ -34,6 +34,7 @@ class Cluster:
     config: dict[str, object]
     folder: Path
     key: str = ""
+    _client: openai.OpenAI | None = None
 
     def ask(self, command: str) -> object:
         assert self.process.stdin is not None
@@ -50,8 +51,18 @@ class Cluster:
         [engine] = reply.json()["data"]
         return dict(engine)
 
+    @property
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", int(self.base_url.rpartition(":")[2])
+
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key=self.key, max_retries=0, timeout=60)
+        if self._client is None:
+            self._client = openai.OpenAI(base_url=f"{self.base_url}/v1", api_key=self.key, max_retries=0, timeout=60)
+        return self._client
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
 
     def records(self) -> list[dict[str, object]]:
         return list(httpx.get(f"{self.base_url}/v1/usage/records", headers=bearer(self.key)).json()["data"])
@@ -147,7 +158,6 @@ def environment(store: valkey.Valkey, folder: Path, haproxy: bool) -> dict[str, 
         "RAY_AUTH_MODE": "disabled",
         "RAY_TMPDIR": str(folder / "r"),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "120",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.05",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",
