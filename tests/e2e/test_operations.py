@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # connections that a kill cut
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft, of transformers
+    pytest.mark.filterwarnings("ignore:.*config file:UserWarning", "ignore:.*remote file:UserWarning"),  # of peft
 ]
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
