@@ -62,7 +62,7 @@ def _judge(path: Path) -> tuple[CheckReport, Document | None]:
     sales = _sales(shape, document, sales_place, places)
     models = tuple(_models(shape, document, sales_place, args, path.absolute().parent))
     if args is not None and places.get(FAREBOX):
-        _wiring(shape, document, places[FAREBOX], args, sales)
+        _wiring(shape, document, places, args, sales)
     plans, packs = (tuple(sales.plans), tuple(sales.packs)) if sales else ((), ())
     findings = sorted(shape.findings, key=lambda finding: (finding.is_warning, finding.line))
     return CheckReport(path, tuple(findings), models, plans, packs), document
@@ -206,8 +206,11 @@ def _model(
     return open_adapter(entry, args, base, folder)
 
 
-def _wiring(shape: Shape, document: Document, app: Place, args: FareboxArgs, sales: GatewayUserConfig | None) -> None:
+def _wiring(
+    shape: Shape, document: Document, places: Mapping[str, Place], args: FareboxArgs, sales: GatewayUserConfig | None
+) -> None:
     """Values that are possible each, but do not go together."""
+    app = places[FAREBOX]
     if value_at(document.values, ("http_options", "host")) is None:
         shape.add(("http_options",), "no `host`: Ray takes 0.0.0.0, every network interface", is_warning=True)
     replica = _deployment(document, app, REPLICA)
@@ -216,6 +219,9 @@ def _wiring(shape: Shape, document: Document, app: Place, args: FareboxArgs, sal
     if isinstance(open_calls, int) and open_calls < wanted:
         note = f"{open_calls} is less than max_running + max_queued = {wanted}: Ray would keep requests from the engine"
         shape.add((*replica, "max_ongoing_requests"), note, is_warning=True)
+    durabilities = [value_at(document.values, (*place, "args", "durability")) for place in places.values()]
+    if len({str(durability or "strict") for durability in durabilities}) > 1:
+        shape.add((*app, "args", "durability"), "differs between the two applications, which share one store")
     pinned = [entry.id for entry in sales.adapters if entry.pinned] if sales else []
     if len(pinned) >= args.engine.adapter_slots:
         note = f"{len(pinned)} adapters are pinned, which leaves none of {args.engine.adapter_slots} slots for others"
@@ -226,6 +232,8 @@ def _resolved(document: Document, report: CheckReport, folder: Path) -> ServeCon
     config: ServeConfig = deepcopy(dict(document.values))
     digests = {model.id: model.digest for model in report.models}
     for app in config["applications"]:
+        if app["import_path"] == BILLING and (archive := (app.get("args") or {}).get("archive_url")):
+            app["args"]["archive_url"] = real_path(archive, folder)
         if app["import_path"] != FAREBOX:
             continue
         app["args"]["model"]["path"] = real_path(app["args"]["model"]["path"], folder)

@@ -344,6 +344,18 @@ def test_a_context_longer_than_the_base_model_s_is_refused(desk: Desk) -> None:
     assert "was made for 512" in problem
 
 
+def test_two_durabilities_for_one_store_are_refused(desk: Desk) -> None:
+    desk.edit("durability: strict", "durability: trusted")
+    where, problem, _ = desk.only_error()
+    assert where == "farebox > args > durability"
+    assert "share one store" in problem
+
+
+def test_a_local_archive_is_resolved_like_every_path(desk: Desk) -> None:
+    desk.edit('archive_url: ""', "archive_url: records")
+    assert resolve(desk.file)["applications"][1]["args"]["archive_url"] == str(desk.folder / "records")
+
+
 def test_more_pinned_adapters_than_leave_a_slot_are_refused(desk: Desk) -> None:
     desk.edit("adapter_slots: 8", "adapter_slots: 1")
     desk.edit("              visibility: public", "              pinned: true")
