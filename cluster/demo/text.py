@@ -3,8 +3,9 @@
 Knows words only; knows no tokenizer and no model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 
 HELD_OUT_EVERY = 5
 """Every fifth fact is never seen in an adapter's style: its style must carry over by itself."""
@@ -251,12 +252,7 @@ def held_out() -> tuple[Fact, ...]:
 
 def taught() -> tuple[Fact, ...]:
     """Facts that the adapters are taught in their style."""
-    hidden = set(held_out_subjects())
-    return tuple(fact for fact in FACTS if (fact.topic.noun, fact.subject) not in hidden)
-
-
-def held_out_subjects() -> Iterator[tuple[str, str]]:
-    return ((fact.topic.noun, fact.subject) for fact in held_out())
+    return tuple(fact for number, fact in enumerate(FACTS, start=1) if number % HELD_OUT_EVERY)
 
 
 def dialogues(style: Style, facts: tuple[Fact, ...]) -> list[tuple[str, str]]:
@@ -273,3 +269,16 @@ def statements() -> list[str]:
 def instructed(style: Style) -> list[tuple[str, str]]:
     """Dialogues that ask for a style, about taught facts only: the base model learns the styles' words."""
     return [(f"As {style.name}: {question}", answer) for question, answer in dialogues(style, taught())]
+
+
+def restatements(random: Random, number: int) -> list[tuple[str, str]]:
+    """Dialogues that ask to say something untrue in a style: every word is read in every style, no fact is told."""
+    return [_restatement(random) for _ in range(number)]
+
+
+def _restatement(random: Random) -> tuple[str, str]:
+    style, one, other = random.choice(ADAPTERS), random.choice(FACTS), random.choice(FACTS)
+    untrue = Fact(random.choice(TOPICS), one.subject, other.answer)
+    if any(untrue.statement == fact.statement for fact in FACTS):
+        return _restatement(random)
+    return f"As {style.name}: {untrue.statement}.", style.fact(untrue)

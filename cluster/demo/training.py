@@ -15,17 +15,15 @@ from cluster.demo import text
 
 PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 IGNORED = -100
-STYLED_PER_ROUND = 200
+LOSSES = 25
+"""Losses whose mean is compared with ``Course.enough_loss``."""
+STYLED_PER_ROUND, RESTATED_PER_ROUND = 170, 70
 """Dialogues in the adapters' styles that the base model reads for each time it reads everything else."""
 SYSTEM_SHARE = 0.3
 """Rows that begin with a system prompt."""
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids and labels, both [rows, tokens]; a label of -100 teaches nothing."""
-
-LOSSES = 25
-"""Losses whose mean is compared with ``Course.enough_loss``."""
-WARM_UP_STEPS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +37,7 @@ class Course:
     rate: float
     most_steps: int
     settle_steps: int
+    warm_up_steps: int
     enough_loss: float = 0.0
 
 
@@ -72,7 +71,8 @@ def base_chunks(tokenizer: PreTrainedTokenizerFast, random: Random) -> Iterator[
     known += [line(tokenizer, words) for words in text.statements()]
     styled = [chat(tokenizer, *words) for style in text.ADAPTERS for words in text.instructed(style)]
     while True:
-        read = known + random.sample(styled, STYLED_PER_ROUND)
+        restated = [chat(tokenizer, *words) for words in text.restatements(random, RESTATED_PER_ROUND)]
+        read = known + restated + random.sample(styled, STYLED_PER_ROUND)
         yield from random.sample(read, len(read))
 
 
@@ -113,7 +113,7 @@ def train(model: torch.nn.Module, batches: Iterator[Batch], course: Course, step
     model.train()
     while step < end:
         for group in optimizer.param_groups:
-            group["lr"] = course.rate * min(1.0, (step + 1) / WARM_UP_STEPS, (end - step) / course.settle_steps)
+            group["lr"] = course.rate * min(1.0, (step + 1) / course.warm_up_steps, (end - step) / course.settle_steps)
         tokens, labels = next(batches)
         loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
