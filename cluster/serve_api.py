@@ -3,6 +3,7 @@
 Knows the dashboard's address and token. What a configuration should hold is not its business.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +50,16 @@ class Application:
     @property
     def problem(self) -> str:
         """What Serve says is wrong, deployments first: theirs holds the replica's own error."""
-        said = [f"{d.name}: {d.message}" for d in self.deployments if d.message]
-        return "\n".join(said) or self.message
+        said = [f"{d.name}: {cause(d.message)}" for d in self.deployments if d.message]
+        return "\n".join(said) or cause(self.message)
+
+
+def cause(message: str) -> str:
+    """The line of a traceback that names the error; any other message as it stands."""
+    if "Traceback (most recent call last)" not in message:
+        return message
+    lines = [line for line in re.sub(r"\x1b\[\d+m", "", message).splitlines() if line.strip()]
+    return f"{lines[-1].strip()}\n(all of it: `farebox logs`)"
 
 
 class ServeApi:

@@ -14,7 +14,7 @@ from click.testing import Result
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cluster import launch, panel
+from cluster import launch, panel, serve_api
 from cluster.cli import app
 from cluster.operate import Status
 from cluster.serve_api import Application, Deployment
@@ -123,6 +123,17 @@ def test_a_problem_is_told_in_the_replicas_own_words() -> None:
     app_ = Application("farebox", "DEPLOYING", "deploying", (broken,))
     assert "no such folder" in app_.problem
     assert "deploying" not in app_.problem
+
+
+def test_of_a_traceback_its_last_line_is_told() -> None:
+    message = """failed to start. Error:
+\x1b[36mray::ServeReplica\x1b[39m
+RuntimeError: Traceback (most recent call last):
+  File "replica.py", line 1, in __init__
+deployments.engine.request.ModelRefused: device is cuda, but torch sees no GPU
+"""
+    assert serve_api.cause(message).startswith("deployments.engine.request.ModelRefused: device is cuda")
+    assert serve_api.cause("waiting for resources: 2 CPUs") == "waiting for resources: 2 CPUs"
 
 
 def test_scaling_pins_the_bounds_and_leaves_the_rest() -> None:
