@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FUNCTION_LINES_MAX = 60
 FILE_LINES_MAX = 350
+TEST_FILE_LINES_MAX = 500
+"""Tables of cases are long without being hard to read."""
 PACKAGES = ("billing", "deployments", "cluster")
 DIVIDES = ("billing/money.py",)
 """Where the one division of money stands."""
@@ -37,7 +39,7 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionD
 @pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
 def test_a_function_fits_on_a_screen_and_a_file_has_one_subject(path: Path) -> None:
     text = path.read_text()
-    assert text.count("\n") <= FILE_LINES_MAX
+    assert text.count("\n") <= (FILE_LINES_MAX if path in SOURCES else TEST_FILE_LINES_MAX)
     long = [
         f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
         for node in functions(ast.parse(text))
@@ -77,14 +79,14 @@ def test_the_module_of_money_holds_no_float_and_no_true_division() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_a_broad_except_stands_only_where_its_reason_is_written(path: Path) -> None:
+def test_a_broad_except_passes_on_logs_or_says_why(path: Path) -> None:
     text = path.read_text()
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ExceptHandler):
             caught = "" if node.type is None else ast.unparse(node.type)
-            is_reraised = isinstance(node.body[-1], ast.Raise)
-            if caught in ("", "Exception", "BaseException") and not is_reraised:
+            is_passed_on = isinstance(node.body[-1], ast.Raise) or ".exception(" in ast.unparse(node)
+            if caught in ("", "Exception", "BaseException") and not is_passed_on:
                 assert "#" in lines[node.lineno - 1], f"line {node.lineno}: say why everything is caught"
 
 
