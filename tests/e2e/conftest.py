@@ -20,8 +20,10 @@ def models() -> Path:
 
 @pytest.fixture(scope="session")
 def config(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped configuration with absolute paths, in a folder that tests may write to."""
+    """The shipped configuration with absolute paths and one LoRA replica, in a folder that tests may write to."""
     raw = yaml.safe_load((REPO / "serve_config.yaml").read_text().replace(".farebox/models", str(models)))
+    replica = raw["applications"][0]["deployments"][1]
+    replica["autoscaling_config"]["max_replicas"] = 1  # only where a test asks for more
     path = tmp_path_factory.mktemp("config") / "serve_config.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     return path

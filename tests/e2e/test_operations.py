@@ -168,6 +168,40 @@ def test_scaling_by_hand_adds_a_replica_and_takes_it_away(stack: Stack) -> None:
         assert not seen.refusals
 
 
+def test_a_flood_brings_a_second_replica_that_leaves_later_and_cuts_nothing(
+    stack: Stack, config: Path, tmp_path: Path
+) -> None:
+    raw = yaml.safe_load(config.read_text())
+    bounds = raw["applications"][0]["deployments"][1]["autoscaling_config"]
+    bounds |= {"max_replicas": 2, "target_ongoing_requests": 4, "upscale_delay_s": 1, "downscale_delay_s": 5}
+    elastic = tmp_path / "serve_config.yaml"
+    elastic.write_text(yaml.safe_dump(raw, sort_keys=False))
+    stack.cli("deploy", str(elastic))
+
+    async def flood() -> list[load.Outcome]:
+        seen = []
+        while len(stack.processes("farebox:LoraReplica")) < 2:
+            assert len(seen) < 30, "no second replica"
+            seen.append(await load.run(stack, [stack.tenants["prepaid"]], 60, at_once=40, seed=len(seen)))
+        wait_for(lambda: healthy_replicas(stack) == 2, 60, "the second replica is not healthy")
+        while len(stack.processes("farebox:LoraReplica")) == 2:
+            assert len(seen) < 200, "the second replica did not leave"
+            seen.append(await load.run(stack, [stack.tenants["prepaid"]], 4, at_once=2, seed=len(seen)))
+        return seen
+
+    for outcome in asyncio.run(flood()):
+        assert not outcome.broken
+        assert not outcome.refusals
+    stack.cli("deploy", str(config))
+
+
+def healthy_replicas(stack: Stack) -> int:
+    """As Ray's dashboard API counts them."""
+    applications = json.loads(stack.cli("status", "--json", check=False).stdout)["applications"]
+    (replica,) = [d for d in applications["farebox"]["deployments"] if d["name"] == "LoraReplica"]
+    return sum(state == "RUNNING" for state in replica["replicas"])
+
+
 def complete(stack: Stack, model: str, max_tokens: int) -> httpx.Response:
     headers = {"Authorization": f"Bearer {stack.tenants['prepaid'].api_key}"}
     body = {"model": model, "messages": MESSAGES, "max_tokens": max_tokens, "temperature": 0}
