@@ -1,6 +1,7 @@
 """One supervisor from start to stop, with a real store, a real sandbox and a real Ray around a small application."""
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -16,7 +17,7 @@ import pytest
 import redis
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-from cluster import children, commerce
+from cluster import children, commerce, ray_node
 from cluster.launch import LaunchError, addressed
 from cluster.serve_api import ServeConfig
 from cluster.settings import Settings
@@ -54,6 +55,7 @@ def settings(tmp_path: Path, repo: Path, haproxy: bool, monkeypatch: pytest.Monk
     made = Settings(tmp_path / ".farebox", config, *ports, haproxy=haproxy)
     yield made
     assert not children.strays(made.home)
+    shutil.rmtree(ray_node.folder(made.home))
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, settings: Settings, builder: str) -> None:
