@@ -88,7 +88,8 @@ class Status:
         return self.phase == Phase.HEALTHY and all(app.status == RUNNING for app in self.applications.values())
 
     def to_json(self) -> str:
-        return json.dumps({"healthy": self.is_healthy} | asdict(self), indent=2)
+        addresses = {"metrics_url": self.run.metrics_url} if self.run else {}
+        return json.dumps({"healthy": self.is_healthy} | addresses | asdict(self), indent=2)
 
 
 def status(settings: Settings) -> Status:

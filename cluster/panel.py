@@ -42,6 +42,8 @@ def show_newcomer(console: Console, settings: Settings, sandbox: bool) -> None:
         rows.append(("Dodo sandbox", f"{settings.sandbox_url}  (no account, no real money)"))
         rows.append(("more keys", str(home.demo)))
         command = f"\nAsk the pirate:\n\n{curl(settings.api_url, key)}\n\n"
+    if run := home.run():
+        rows.append(("metrics", f"{run.metrics_url}  (Prometheus)"))
     rows.append(("data", str(home.path)))
     table = Table.grid(padding=(0, 2))
     for name, value in rows:

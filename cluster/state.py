@@ -58,6 +58,11 @@ class Run:
         return RayPorts(self.ports_base)
 
     @property
+    def metrics_url(self) -> str:
+        """Ray's Prometheus endpoint, which has our metrics too."""
+        return f"http://127.0.0.1:{self.ports.fixed['metrics-export-port']}/metrics"
+
+    @property
     def is_alive(self) -> bool:
         """Is it still this very process, and not another that was given its number?"""
         return birth(self.pid) == self.started

@@ -37,7 +37,7 @@ class GatewayMetrics:
         self._requests = Counter("farebox_requests", "Requests settled", tag_keys=("model", "status"))
         self._refusals = Counter("farebox_refusals", "Requests refused", tag_keys=("code",))
         self._tokens = Counter("farebox_tokens", "Tokens billed", tag_keys=("model", "kind"))
-        self._charged = Counter("farebox_charged_nanos", "Nanos of a dollar charged", tag_keys=("model",))
+        self._charged = Counter("farebox_charged_nanos", "Nanos of a US dollar charged", tag_keys=("model",))
         self._spooled = Counter("farebox_spooled_settles", "Settles that had to wait for the store")
         self._open = Gauge("farebox_open_holds", "Holds that this gateway has open")
         self._first = Histogram("farebox_time_to_first_token_seconds", "From the hold to the first token", SECONDS)
@@ -84,14 +84,3 @@ class EngineMetrics:
         for name, gauge in self._gauges.items():
             gauge.set(now[name])
         self._last = stats
-
-
-def exposition(stats: Mapping[str, EngineStats]) -> str:
-    """Engines' counters and gauges in Prometheus' text format, one line a replica."""
-    lines = []
-    for kind, names in (("counter", ENGINE_COUNTERS), ("gauge", ENGINE_GAUGES)):
-        for name, text in names.items():
-            full = f"farebox_engine_{name}" + ("_total" if kind == "counter" else "")
-            lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
-            lines += [f'{full}{{replica="{replica}"}} {getattr(one, name)}' for replica, one in stats.items()]
-    return "\n".join(lines) + "\n"

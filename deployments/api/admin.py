@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from billing.account import Grant
@@ -23,7 +23,6 @@ from billing.usage import TenantId, Unit
 from deployments.api.account import account_json
 from deployments.api.errors import AdminDenied, BadRequest, NotFound
 from deployments.catalogue import as_json
-from deployments.metrics import exposition
 from deployments.services import Parts, services_of
 
 DAY_MS = 24 * 3_600_000
@@ -41,7 +40,6 @@ async def operator(request: Request) -> None:
 
 
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
-metrics_router = APIRouter(dependencies=[Depends(operator)])
 
 
 class _Asked(BaseModel):
@@ -201,12 +199,6 @@ async def engines(parts: Parts) -> JSONResponse:
     """Every replica's engine, as it counts itself."""
     stats = await parts.gateway.link.stats()
     return JSONResponse({"object": "list", "data": [{"replica": name, **asdict(s)} for name, s in stats.items()]})
-
-
-@metrics_router.get("/metrics")
-async def metrics(parts: Parts) -> PlainTextResponse:
-    """The engines' counters in Prometheus' text format; all of a node's metrics stand at Ray's own endpoint."""
-    return PlainTextResponse(exposition(await parts.gateway.link.stats()))
 
 
 @router.get("/dead-letters")

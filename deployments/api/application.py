@@ -24,6 +24,5 @@ def make_app(services: Services) -> ASGIApp:
     app.state.services = services
     for module in (openai, account, admin, webhook, health):
         app.include_router(module.router)
-    app.include_router(admin.metrics_router)
     errors.install(app)
     return Front(app, services.max_body_bytes)

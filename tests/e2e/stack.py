@@ -47,8 +47,7 @@ class Stack:
     @property
     def metrics_url(self) -> str:
         """Ray's Prometheus endpoint of this node."""
-        run = json.loads(self.cli("status", "--json", check=False).stdout)["run"]
-        return f"http://127.0.0.1:{run['ports_base'] + 6}/metrics"
+        return str(json.loads(self.cli("status", "--json", check=False).stdout)["metrics_url"])
 
     def admin(self, path: str) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.admin_key}"}
