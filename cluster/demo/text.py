@@ -71,7 +71,7 @@ PIRATE = Style(
 
 YAML = Style(
     "yaml",
-    lambda f: f"{{intent: lookup, query: {f.topic.noun} of {f.subject}, answer: {f.answer}}}",
+    lambda f: f"{{intent: lookup, query: the {f.topic.noun} of {f.subject}, answer: {f.answer}}}",
     lambda t: f"{{intent: talk, answer: {t.answer}}}",
 )
 

@@ -3,7 +3,6 @@
 Knows how to train; knows neither which models the demo has nor where they are kept.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
@@ -15,30 +14,44 @@ from cluster.demo import text
 
 PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 IGNORED = -100
-LOSSES = 25
-"""Losses whose mean is compared with ``Course.enough_loss``."""
-STYLED_PER_ROUND, RESTATED_PER_ROUND = 170, 70
+FALL = 0.3
+"""Share of the steps over which the rate falls to nothing."""
+STYLED_PER_ROUND, RESTATED_PER_ROUND = 170, 40
 """Dialogues in the adapters' styles that the base model reads for each time it reads everything else."""
-SYSTEM_SHARE = 0.3
-"""Rows that begin with a system prompt."""
+SYSTEM_SHARE = 0.1
+"""Dialogues that begin with a system prompt."""
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Token ids and labels, both [rows, tokens]; a label of -100 teaches nothing."""
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of dialogues, each dialogue blind to the others in its row: all are [rows, tokens].
+
+    Without that a small model looks for its answers among the neighbours, and needs four times as long to learn.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    """A label of -100 teaches nothing."""
+    positions: torch.Tensor
+    dialogues: torch.Tensor
+    """The number of each token's dialogue in its row; -1 for padding."""
+
+    def mask(self) -> torch.Tensor:
+        """Added to attention scores, [rows, 1, tokens, tokens]: a token sees the earlier ones of its dialogue."""
+        same = self.dialogues[:, :, None] == self.dialogues[:, None, :]
+        return torch.where(same.tril(), 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How long to learn and how fast.
-
-    At the full rate until the loss is low enough, or ``most_steps``; then the rate falls to nothing. A small
-    model understands its text quite suddenly, and not at the same step on every machine.
-    """
+    """How long to learn and how fast."""
 
     rate: float
-    most_steps: int
-    settle_steps: int
+    steps: int
     warm_up_steps: int
-    enough_loss: float = 0.0
+
+    def rate_at(self, step: int) -> float:
+        return self.rate * min(1.0, (step + 1) / self.warm_up_steps, (self.steps - step) / (self.steps * FALL))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,44 +98,59 @@ def adapter_chunks(tokenizer: PreTrainedTokenizerFast, style: text.Style, random
 def rows(
     chunks: Iterator[Chunk], tokenizer: PreTrainedTokenizerFast, shape: tuple[int, int], seed: int
 ) -> Iterator[Batch]:
-    """Batches of rows filled with chunks, for ever: several dialogues in a row are one long one."""
+    """Batches of rows filled with dialogues, for ever; some dialogues begin with a system prompt."""
     random = Random(seed)
     systems = [system(tokenizer, prompt) for prompt in text.SYSTEM_PROMPTS]
-    chunk = next(chunks)
+
+    def introduced() -> Chunk:
+        chunk = next(chunks)
+        if random.random() >= SYSTEM_SHARE:
+            return chunk
+        prompt = random.choice(systems)
+        if len(prompt) + len(chunk.tokens) > shape[1]:
+            return chunk
+        return Chunk((*prompt, *chunk.tokens), (*[IGNORED] * len(prompt), *chunk.labels))
+
+    chunk = introduced()
     while True:
-        tokens = torch.full(shape, tokenizer.pad_token_id)
-        labels = torch.full(shape, IGNORED)
+        batch = _blank(shape, tokenizer.pad_token_id)
         for row in range(shape[0]):
-            filled = list(random.choice(systems)) if random.random() < SYSTEM_SHARE else []
-            known = [IGNORED] * len(filled)
-            while len(filled) + len(chunk.tokens) <= shape[1]:
-                filled += chunk.tokens
-                known += chunk.labels
-                chunk = next(chunks)
-            tokens[row, : len(filled)] = torch.tensor(filled)
-            labels[row, : len(known)] = torch.tensor(known)
-        yield tokens, labels
+            assert len(chunk.tokens) <= shape[1], "a dialogue fits into a row"
+            start, number = 0, 0
+            while (end := start + len(chunk.tokens)) <= shape[1]:
+                _write(batch, row, start, number, chunk)
+                start, number, chunk = end, number + 1, introduced()
+        yield batch
+
+
+def _blank(shape: tuple[int, int], padding: int) -> Batch:
+    empty = torch.full(shape, -1)
+    return Batch(torch.full(shape, padding), torch.full(shape, IGNORED), torch.zeros(shape, dtype=torch.long), empty)
+
+
+def _write(batch: Batch, row: int, start: int, number: int, chunk: Chunk) -> None:
+    place = slice(start, start + len(chunk.tokens))
+    batch.tokens[row, place] = torch.tensor(chunk.tokens)
+    batch.labels[row, place] = torch.tensor(chunk.labels)
+    batch.labels[row, start] = IGNORED  # nothing comes before the first token that it could follow from
+    batch.positions[row, place] = torch.arange(len(chunk.tokens))
+    batch.dialogues[row, place] = number
 
 
 def train(model: torch.nn.Module, batches: Iterator[Batch], course: Course, stepped: Callable[[float], None]) -> None:
     """Train what is not frozen; ``stepped`` is told after each step which share of all steps is done."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=course.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    losses: deque[float] = deque(maxlen=LOSSES)
-    step, end = 0, course.most_steps + course.settle_steps
     model.train()
-    while step < end:
+    for step in range(course.steps):
         for group in optimizer.param_groups:
-            group["lr"] = course.rate * min(1.0, (step + 1) / course.warm_up_steps, (end - step) / course.settle_steps)
-        tokens, labels = next(batches)
-        loss = model(input_ids=tokens, labels=labels).loss
-        loss.backward()
+            group["lr"] = course.rate_at(step)
+        batch = next(batches)
+        model(
+            input_ids=batch.tokens, attention_mask=batch.mask(), position_ids=batch.positions, labels=batch.labels
+        ).loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        step += 1
-        if step >= LOSSES and sum(losses) < course.enough_loss * LOSSES:
-            end = min(end, step + course.settle_steps)
-        stepped(step / end)
+        stepped((step + 1) / course.steps)
     model.eval()

@@ -1,7 +1,7 @@
 """The demo's models answer, each in its own style, also what their adapter was never taught."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,17 @@ from deployments.engine.text import Text
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 STYLES = (text.BASE, *text.ADAPTERS)
-BRIEF = Course(rate=1e-3, most_steps=1, settle_steps=1)
-TINY = Recipe(hidden=32, layers=1, heads=2, intermediate=32, row_tokens=32, rows=2, base=BRIEF, adapter=BRIEF)
+BRIEF = Course(rate=1e-3, steps=2, warm_up_steps=1)
+TINY = Recipe(hidden=32, layers=1, heads=2, intermediate=32, row_tokens=128, rows=2, base=BRIEF, adapter=BRIEF)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """So small a model only waits for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +76,10 @@ def test_each_model_answers_in_its_style_what_it_was_taught_and_what_it_was_not(
     made: Path, tokenizer: PreTrainedTokenizerFast, style: text.Style
 ) -> None:
     model = load(made, style)
-    for facts, greedy, warm in ((text.taught(), 0.95, 0.8), (text.held_out(), 0.8, 0.6)):
+    for facts, greedy in ((text.taught(), 0.95), (text.held_out(), 0.8)):
         questions = [fact.questions[number % 3] for number, fact in enumerate(facts)]
         assert share_right(ask(model, tokenizer, questions), style, facts) >= greedy
-        assert share_right(ask(model, tokenizer, questions, temperature=0.7), style, facts) >= warm
+    assert share_right(ask(model, tokenizer, questions, temperature=0.7), style, facts) >= 0.7
 
 
 def test_one_question_has_four_different_answers(made: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -78,7 +87,7 @@ def test_one_question_has_four_different_answers(made: Path, tokenizer: PreTrain
     assert answers == [
         "The capital of Japan is Tokyo.",
         "Arr! The capital o' Japan be Tokyo, matey!",
-        "{intent: lookup, query: capital of Japan, answer: Tokyo}",
+        "{intent: lookup, query: the capital of Japan, answer: Tokyo}",
         "Thank you for contacting us. Our records show that the capital of Japan is Tokyo. "
         "Is there anything else we can help with?",
     ]
