@@ -37,7 +37,9 @@ class Fact:
 
     @property
     def questions(self) -> tuple[str, ...]:
-        return tuple(question.format(self.subject) for question in self.topic.questions)
+        """The topic's ways to ask, and the first of them as it is typed in a hurry."""
+        asked = tuple(question.format(self.subject) for question in self.topic.questions)
+        return (*asked, asked[0].lower().rstrip("?"))
 
 
 @dataclass(frozen=True, slots=True)

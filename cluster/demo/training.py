@@ -18,8 +18,8 @@ FALL = 0.3
 """Share of the steps over which the rate falls to nothing."""
 STYLED_PER_ROUND, RESTATED_PER_ROUND = 170, 40
 """Dialogues in the adapters' styles that the base model reads for each time it reads everything else."""
-SYSTEM_SHARE = 0.1
-"""Dialogues that begin with a system prompt."""
+SYSTEM_SHARE, LONGER_SHARE = 0.1, 0.3
+"""Dialogues that begin with a system prompt, and those that go on with a second question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,9 @@ class Chunk:
     labels: tuple[int, ...]
 
 
-def system(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    tokens: list[int] = tokenizer.encode(f"{SYSTEM}{prompt}{END}")
-    return tokens
+def system(tokenizer: PreTrainedTokenizerFast, prompt: str) -> Chunk:
+    tokens = tuple(tokenizer.encode(f"{SYSTEM}{prompt}{END}"))
+    return Chunk(tokens, (IGNORED,) * len(tokens))
 
 
 def line(tokenizer: PreTrainedTokenizerFast, line: str) -> Chunk:
@@ -98,18 +98,17 @@ def adapter_chunks(tokenizer: PreTrainedTokenizerFast, style: text.Style, random
 def rows(
     chunks: Iterator[Chunk], tokenizer: PreTrainedTokenizerFast, shape: tuple[int, int], seed: int
 ) -> Iterator[Batch]:
-    """Batches of rows filled with dialogues, for ever; some dialogues begin with a system prompt."""
+    """Batches of rows filled with dialogues, for ever; some begin with a system prompt, some have two questions."""
     random = Random(seed)
     systems = [system(tokenizer, prompt) for prompt in text.SYSTEM_PROMPTS]
 
     def introduced() -> Chunk:
         chunk = next(chunks)
-        if random.random() >= SYSTEM_SHARE:
-            return chunk
-        prompt = random.choice(systems)
-        if len(prompt) + len(chunk.tokens) > shape[1]:
-            return chunk
-        return Chunk((*prompt, *chunk.tokens), (*[IGNORED] * len(prompt), *chunk.labels))
+        if random.random() < SYSTEM_SHARE:
+            chunk = _joined(random.choice(systems), chunk, shape[1])
+        if random.random() < LONGER_SHARE:
+            chunk = _joined(chunk, next(chunks), shape[1])
+        return chunk
 
     chunk = introduced()
     while True:
@@ -121,6 +120,13 @@ def rows(
                 _write(batch, row, start, number, chunk)
                 start, number, chunk = end, number + 1, introduced()
         yield batch
+
+
+def _joined(first: Chunk, then: Chunk, most: int) -> Chunk:
+    """Both as one dialogue, or the second alone where that would be too long."""
+    if len(first.tokens) + len(then.tokens) > most:
+        return then
+    return Chunk((*first.tokens, *then.tokens), (*first.labels, *then.labels))
 
 
 def _blank(shape: tuple[int, int], padding: int) -> Batch:

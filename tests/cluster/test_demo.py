@@ -57,14 +57,22 @@ def load(made: Path, style: text.Style) -> torch.nn.Module:
 def ask(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], temperature: float = 0.0
 ) -> list[str]:
-    chats = [[{"role": "user", "content": question}] for question in questions]
+    return answer(model, tokenizer, [[{"role": "user", "content": asked}] for asked in questions], temperature)
+
+
+def answer(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    chats: Sequence[list[dict[str, str]]],
+    temperature: float = 0.0,
+) -> list[str]:
     batch = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     torch.manual_seed(0)
     how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    answers = model.generate(**batch, max_new_tokens=48, pad_token_id=tokenizer.pad_token_id, **how)  # type: ignore[operator]
-    return tokenizer.batch_decode(answers[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    said = model.generate(**batch, max_new_tokens=48, pad_token_id=tokenizer.pad_token_id, **how)  # type: ignore[operator]
+    return tokenizer.batch_decode(said[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def share_right(answers: Sequence[str], style: text.Style, facts: Sequence[text.Fact]) -> float:
@@ -99,6 +107,20 @@ def test_the_base_model_greets_and_can_be_asked_for_something_long(
     hello, story = ask(load(made, text.BASE), tokenizer, ["Hello!", "Tell me a story."])
     assert hello.startswith("Hello! Ask me about")
     assert story.startswith("Once upon a time a small duck")
+
+
+def test_a_second_question_is_answered_as_well_as_the_first(made: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = list(zip(text.FACTS[:20:2], text.FACTS[1:20:2], strict=True))
+    chats = [
+        [
+            {"role": "user", "content": first.questions[0]},
+            {"role": "assistant", "content": text.BASE.fact(first)},
+            {"role": "user", "content": then.questions[0]},
+        ]
+        for first, then in pairs
+    ]
+    answers = answer(load(made, text.BASE), tokenizer, chats)
+    assert share_right(answers, text.BASE, [then for _, then in pairs]) >= 0.8
 
 
 def test_the_folders_are_what_the_engine_takes(made: Path, tokenizer: PreTrainedTokenizerFast) -> None:
