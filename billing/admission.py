@@ -125,13 +125,14 @@ def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
         start, end = month_of(datetime.fromtimestamp(now_ms // 1000, UTC))
         return Funding(_allowance(plan, f"allowance:free:{start:%Y-%m}", int(end.timestamp()) * 1000))
     subscription = tenant.subscription
-    is_carried = subscription is not None and subscription.plan == tenant.plan and subscription.extends_credit(now_ms)
+    is_carried = subscription is not None and subscription.plan == tenant.plan and subscription.is_live(now_ms)
     if not plan.is_postpaid or subscription is None or not is_carried:
         return Funding()
+    overage_cap = plan.overage_cap if subscription.extends_credit(now_ms) else Nanos(0)
     if plan.allowance is None or now_ms >= subscription.period_end_ms:
-        return Funding(overage_cap=plan.overage_cap)
+        return Funding(overage_cap=overage_cap)
     allowance_id = f"allowance:{subscription.id}:{subscription.period_start_ms}"
-    return Funding(_allowance(plan, allowance_id, subscription.period_end_ms), plan.overage_cap)
+    return Funding(_allowance(plan, allowance_id, subscription.period_end_ms), overage_cap)
 
 
 def _allowance(plan: Plan, bucket_id: str, ends_at_ms: int) -> Bucket:

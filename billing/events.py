@@ -38,9 +38,12 @@ class Destination:
     customer_id: str
     period_start_ms: int = 0
     period_end_ms: int = 0
+    is_last_period: bool = False
+    """No later period will bill what misses this one."""
 
     def is_closing(self, now_ms: int) -> bool:
-        return 0 < self.period_end_ms - now_ms < BOUNDARY_MS
+        """Should charges wait for the next period? Only where there is one."""
+        return not self.is_last_period and 0 < self.period_end_ms - now_ms < BOUNDARY_MS
 
     def boundary_ms(self, now_ms: int) -> int:
         """The last moment, as far as we know, at which a period was closed and billed."""

@@ -140,7 +140,7 @@ class Exporter:
         period = tenant.subscription
         if period is None:
             return Destination(tenant.dodo_customer_id)
-        return Destination(tenant.dodo_customer_id, period.period_start_ms, period.period_end_ms)
+        return Destination(tenant.dodo_customer_id, period.period_start_ms, period.period_end_ms, period.is_last_period)
 
     async def _send(
         self, events: list[SealedEvent], destinations: Mapping[TenantId, Destination], tally: Tally

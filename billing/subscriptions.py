@@ -12,14 +12,12 @@ from billing.dodo_wire import DodoSubscription
 from billing.plans import Plan
 from billing.store.inbox import Inbox
 from billing.store.tenants import Tenants
-from billing.tenants import Subscription, SubscriptionStatus, Tenant
+from billing.tenants import ENDED, Subscription, SubscriptionStatus, Tenant
 
 CatalogueSource = Callable[[], Awaitable[Catalogue | None]]
 
 DAY_MS = 24 * 60 * 60_000
 ATTEMPTS = 5
-ENDED = (SubscriptionStatus.CANCELLED, SubscriptionStatus.EXPIRED, SubscriptionStatus.FAILED)
-"""These never come back; the tenant falls to the default plan."""
 
 
 class NotYet(Exception):
@@ -80,14 +78,14 @@ def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_m
     """The tenant once this state of a subscription is known.
 
     Raises:
-        NotYet: another subscription of the tenant still extends credit: only one may.
+        NotYet: another subscription of the tenant is still live: only one may be.
     """
     current = tenant.subscription
     is_other = current is not None and current.id != subscription.id
     is_ended, is_pending = subscription.status in ENDED, subscription.status is SubscriptionStatus.PENDING
     if is_other and (is_ended or is_pending):
         return tenant
-    if is_other and current is not None and current.extends_credit(now_ms):
+    if is_other and current is not None and current.is_live(now_ms):
         raise NotYet(f"subscription {current.id} of {tenant.id} is live: end it before {subscription.id} counts")
     if is_pending:
         plan = tenant.plan

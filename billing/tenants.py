@@ -39,6 +39,13 @@ class SubscriptionStatus(StrEnum):
     EXPIRED = "expired"
 
 
+ENDED = (SubscriptionStatus.CANCELLED, SubscriptionStatus.EXPIRED, SubscriptionStatus.FAILED)
+"""These never come back; the tenant falls to the default plan."""
+LAST_CHARGES_MS = 120_000
+"""How long before its last period ends a subscription extends no more credit: what was drawn until then must
+settle, wait for a flush and reach Dodo while there is an invoice for it."""
+
+
 class Subscription(_Stored):
     """What we know of the Dodo subscription that carries a tenant's plan."""
 
@@ -50,8 +57,18 @@ class Subscription(_Stored):
     past_due_ends_at_ms: int | None = None
     cancel_at_period_end: bool = False
 
+    @property
+    def is_last_period(self) -> bool:
+        """No period follows this one, so what is not charged in it never is."""
+        return self.cancel_at_period_end or self.status in ENDED
+
     def extends_credit(self, now_ms: int) -> bool:
-        """May postpaid use go on? Only while active, or past due within its grace."""
+        """May postpaid use go on? While it is live, but not up to the very end of its last period."""
+        is_closing = self.is_last_period and now_ms >= self.period_end_ms - LAST_CHARGES_MS
+        return self.is_live(now_ms) and not is_closing
+
+    def is_live(self, now_ms: int) -> bool:
+        """Only while active, or past due within its grace."""
         if self.status is SubscriptionStatus.ACTIVE:
             return True
         return self.status is SubscriptionStatus.PAST_DUE and now_ms < (self.past_due_ends_at_ms or 0)

@@ -81,7 +81,7 @@ class Webhooks:
     async def refresh_overdue(self, tenants: list[Tenant]) -> int:
         """Ask Dodo about subscriptions whose period ended without news. How many there were."""
         overdue = [t.subscription for t in tenants if t.subscription and self._clock() > t.subscription.period_end_ms]
-        live = [s for s in overdue if s.extends_credit(self._clock())]
+        live = [s for s in overdue if s.is_live(self._clock())]
         for subscription in live:
             try:
                 await self._subscriptions.refresh(subscription.id)

@@ -205,6 +205,6 @@ def _product_name(asked: CheckoutRequest, parts: Services, caller: Principal) ->
     if plan is None or not plan.is_postpaid:
         raise NotFound(f"plan {asked.plan!r} cannot be subscribed to")
     subscription = caller.tenant.subscription
-    if subscription is not None and subscription.extends_credit(now_ms()):
+    if subscription is not None and subscription.is_live(now_ms()):
         raise Conflict(f"a subscription to {subscription.plan!r} is active: cancel it first")
     return f"plan:{asked.plan}"

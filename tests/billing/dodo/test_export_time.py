@@ -112,5 +112,22 @@ async def test_charges_of_a_closed_billing_period_are_billed_in_the_next(world: 
     assert _ms(str(event["timestamp"])) == world.clock()
 
 
+async def test_charges_of_a_last_period_are_sent_while_it_is_open(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    last = Subscription(
+        id="sub",
+        plan="payg",
+        status=SubscriptionStatus.ACTIVE,
+        period_start_ms=0,
+        period_end_ms=world.clock() + 10 * SECOND,
+        cancel_at_period_end=True,
+    )
+    await world.tenants.update(TenantId("acme"), lambda t: t.model_copy(update={"subscription": last}))
+    await world.use("acme", charged=70, overage=70)
+    assert (await world.exporter().flush_once()).sent == 1
+    ((event),) = await world.events()
+    assert _ms(str(event["timestamp"])) < last.period_end_ms
+
+
 def _ms(moment: str) -> int:
     return round(datetime.fromisoformat(moment).timestamp() * 1000)

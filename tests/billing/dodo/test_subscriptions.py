@@ -3,12 +3,15 @@
 import pytest
 from redis.asyncio import Redis
 
+from billing.admission import funding_for
 from billing.budget import CallBudget
 from billing.catalogue import Catalogue
 from billing.dodo_wire import DodoSubscription
+from billing.events import BOUNDARY_MS
+from billing.pump import Intervals
 from billing.store import catalogue as catalogue_store
 from billing.subscriptions import NotYet, applied, as_stored
-from billing.tenants import Subscription, SubscriptionStatus, Tenant
+from billing.tenants import LAST_CHARGES_MS, Subscription, SubscriptionStatus, Tenant
 from billing.usage import TenantId
 from tests.billing.dodo.world import CATALOGUE, DAY, MINUTE, SteppedClock
 
@@ -86,6 +89,26 @@ def test_grace_runs_from_the_first_word_of_it_and_never_beyond_dodos(
     assert stored.past_due_ends_at_ms == ends_ms
     assert stored.extends_credit(ends_ms - 1)
     assert not stored.extends_credit(ends_ms)
+
+
+def test_a_last_period_extends_no_credit_that_could_not_be_charged_in_it() -> None:
+    renewing = sub(S.ACTIVE)
+    last = renewing.model_copy(update={"cancel_at_period_end": True})
+    assert renewing.extends_credit(NOW - 1)
+    assert last.extends_credit(NOW - LAST_CHARGES_MS - 1)
+    assert not last.extends_credit(NOW - LAST_CHARGES_MS)
+    assert last.is_live(NOW), "a second subscription must wait until Dodo has ended the first"
+    assert Intervals().flush_s * 1_000 + BOUNDARY_MS <= LAST_CHARGES_MS
+
+
+@pytest.mark.parametrize("ago_ms", [1, LAST_CHARGES_MS])
+def test_a_last_period_s_allowance_lasts_to_its_end_and_its_overage_does_not(ago_ms: int) -> None:
+    last = sub(S.ACTIVE).model_copy(update={"cancel_at_period_end": True, "plan": "pro"})
+    plan = Catalogue.model_validate(CATALOGUE).plans["pro"]
+    funding = funding_for(tenant("pro", last), plan, NOW - ago_ms)
+    assert funding.allowance is not None
+    assert funding.overage_cap == 0
+    assert funding_for(tenant("pro", last), plan, NOW - LAST_CHARGES_MS - 1).overage_cap == plan.overage_cap
 
 
 @pytest.mark.parametrize("per_minute", [1, 5, 6, 7, 60, 240, 1000])
