@@ -4,7 +4,7 @@ import logging
 
 from billing.budget import CallBudget
 from billing.dodo import Dodo
-from billing.errors import DodoRefused, UnknownTenant
+from billing.errors import CustomerTaken, DodoRefused, UnknownTenant
 from billing.store.tenants import Tenants
 from billing.usage import TenantId
 
@@ -33,7 +33,7 @@ async def _create(dodo: Dodo, tenants: Tenants, tenant_id: TenantId) -> bool:
         await tenants.set_customer(tenant_id, customer_id)
     except UnknownTenant:
         return False
-    except DodoRefused as refused:
+    except (DodoRefused, CustomerTaken) as refused:
         log.error("tenant %s gets no Dodo customer and its usage waits: %s", tenant_id, refused)
         return False
     return True

@@ -148,7 +148,11 @@ class Dodo:
         return [_parse(DodoEvent.read, item) for item in await _items(call)]
 
     async def create_customer(self, tenant: Tenant) -> str:
-        """The id of this tenant's customer: the one that carries its tag, else a new one."""
+        """The id of this tenant's customer: the one that carries its tag, else a new one.
+
+        Raises:
+            DodoRefused: Dodo gives the email's customer instead, and its tag is missing or another tenant's.
+        """
         for wire in await self._pages(lambda page: self._list_customers(tenant.email, page)):
             if cast(Wire, wire.get("metadata") or {}).get(TENANT_TAG) == tenant.id:
                 return str(wire["customer_id"])
@@ -158,9 +162,10 @@ class Dodo:
             )
         )
         wire = _wire(made)
-        owner = cast(Wire, wire.get("metadata") or {}).get(TENANT_TAG, tenant.id)
+        owner = cast(Wire, wire.get("metadata") or {}).get(TENANT_TAG)
         if owner != tenant.id:
-            raise DodoRefused(409, "CUSTOMER_SHARED", f"the customer of {tenant.email} is tenant {owner}'s")
+            whose = f"tenant {owner}'s" if owner else f"none of ours: it has no {TENANT_TAG} in its metadata"
+            raise DodoRefused(409, "CUSTOMER_SHARED", f"the customer of {tenant.email} is {whose}")
         return _text(wire, "customer_id")
 
     async def checkout(

@@ -162,6 +162,17 @@ class TenantExists(Refusal):
 
 
 @dataclass(eq=False)
+class CustomerTaken(Refusal):
+    """Two tenants with one Dodo customer would pay each other's bills."""
+
+    customer: str
+    owner: str
+
+    def __str__(self) -> str:
+        return f"Dodo customer {self.customer} is tenant {self.owner}'s: give this tenant another"
+
+
+@dataclass(eq=False)
 class UnknownKey(Refusal):
     key_id: str
 

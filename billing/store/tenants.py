@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from redis.asyncio import Redis
 
 from billing.clock import Clock, now_ms
-from billing.errors import InvalidKey, StoreUnavailable, TenantExists, TenantSuspended, UnknownKey, UnknownTenant
+from billing.errors import (
+    CustomerTaken,
+    InvalidKey,
+    StoreUnavailable,
+    TenantExists,
+    TenantSuspended,
+    UnknownKey,
+    UnknownTenant,
+)
 from billing.store import keys as names
 from billing.store.connection import guarded
 from billing.store.keys import shard_for
@@ -50,7 +58,10 @@ class Tenants:
 
         Raises:
             TenantExists: the id is taken by another.
+            CustomerTaken: its Dodo customer is another tenant's.
         """
+        if tenant.dodo_customer_id:
+            await self._claim(tenant.dodo_customer_id, tenant.id)
         async with guarded():
             await self._redis.sadd(names.TENANTS, tenant.id)
             await self._redis.set(shard_for(tenant.id).tenant(tenant.id), tenant.model_dump_json(), nx=True)
@@ -87,7 +98,14 @@ class Tenants:
             return new == old or bool(await self._swap(keys=[name], args=[old, new]))
 
     async def set_customer(self, tenant_id: TenantId, dodo_customer_id: str) -> Tenant:
-        """Note which Dodo customer a tenant is."""
+        """Note which Dodo customer a tenant is.
+
+        Raises:
+            UnknownTenant: there is none of that id.
+            CustomerTaken: another tenant is that customer.
+        """
+        await self._text_of(tenant_id)
+        await self._claim(dodo_customer_id, tenant_id)
         tenant = await self.update(tenant_id, lambda t: t.model_copy(update={"dodo_customer_id": dodo_customer_id}))
         await self._note_customer(tenant)
         return tenant
@@ -95,10 +113,17 @@ class Tenants:
     async def _note_customer(self, tenant: Tenant) -> None:
         async with guarded():
             if tenant.dodo_customer_id:
-                await self._redis.hset(names.CUSTOMER_TENANTS, tenant.dodo_customer_id, tenant.id)
                 await self._redis.srem(names.CUSTOMERS_WANTED, tenant.id)
             else:
                 await self._redis.sadd(names.CUSTOMERS_WANTED, tenant.id)
+
+    async def _claim(self, dodo_customer_id: str, tenant_id: TenantId) -> None:
+        """A customer is one tenant's for ever, even where that tenant has a newer one: its payments still arrive."""
+        async with guarded():
+            await self._redis.hsetnx(names.CUSTOMER_TENANTS, dodo_customer_id, tenant_id)
+            owner = str(await self._redis.hget(names.CUSTOMER_TENANTS, dodo_customer_id))
+        if owner != tenant_id:
+            raise CustomerTaken(dodo_customer_id, owner)
 
     async def by_customer(self, dodo_customer_id: str) -> Tenant | None:
         async with guarded():

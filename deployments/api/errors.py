@@ -83,6 +83,7 @@ ANSWERS: Mapping[type[BaseException], Answer] = {
     billing.UnknownKey: Answer(404, "key_not_found", INVALID, "Not Found"),
     NotFound: Answer(404, "not_found", INVALID, "Not Found"),
     Conflict: Answer(409, "conflict", INVALID, "Conflict", should_retry=False),
+    billing.CustomerTaken: Answer(409, "customer_taken", INVALID, "Conflict", should_retry=False),
     billing.TenantExists: Answer(409, "tenant_exists", INVALID, "Conflict", should_retry=False),
     billing.SourceReused: Answer(409, "source_reused", INVALID, "Conflict", should_retry=False),
     billing.GrantRefused: Answer(400, "grant_refused", INVALID, "Bad Request"),

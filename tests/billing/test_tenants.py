@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from billing.errors import InvalidKey, TenantExists, TenantSuspended, UnknownKey, UnknownTenant
+from billing.errors import CustomerTaken, InvalidKey, TenantExists, TenantSuspended, UnknownKey, UnknownTenant
 from billing.store.tenants import CACHE_S, Tenants
 from billing.tenants import Subscription, SubscriptionStatus, Tenant, new_key
 from billing.usage import TenantId
@@ -55,6 +55,22 @@ async def test_a_customer_leads_back_to_its_tenant(tenants: Tenants) -> None:
     assert found.id == ACME
     assert await tenants.customers_wanted() == []
     assert await tenants.by_customer("cus_2") is None
+
+
+async def test_a_customer_is_one_tenants_only(tenants: Tenants) -> None:
+    thief = TENANT.model_copy(update={"id": TenantId("thief")})
+    await tenants.create(TENANT)
+    await tenants.create(thief)
+    for _ in range(2):
+        await tenants.set_customer(ACME, "cus_1")
+    with pytest.raises(CustomerTaken, match="acme"):
+        await tenants.set_customer(thief.id, "cus_1")
+    with pytest.raises(CustomerTaken):
+        await tenants.create(TENANT.model_copy(update={"id": TenantId("third"), "dodo_customer_id": "cus_1"}))
+    found = await tenants.by_customer("cus_1")
+    assert found is not None
+    assert (found.id, (await tenants.get(thief.id)).dodo_customer_id) == (ACME, "")
+    assert await tenants.customers_wanted() == [thief.id]
 
 
 async def test_concurrent_updates_all_take_effect(store: Redis) -> None:

@@ -8,7 +8,7 @@ from billing.dodo_wire import DodoSubscription, Payment, WireError, integer, mom
 from billing.errors import DodoMisconfigured, DodoRefused, DodoUnavailable
 from billing.tenants import Tenant
 from billing.usage import TenantId
-from tests.billing.dodo.world import World
+from tests.billing.dodo.world import API_KEY, World
 
 KEY = {"DODO_PAYMENTS_API_KEY": "dodo_test_1"}
 BASE = {"DODO_PAYMENTS_BASE_URL": "http://127.0.0.1:8010"}
@@ -70,6 +70,21 @@ async def test_a_tenants_customer_is_found_again_and_never_shared(world: World) 
     first = await world.dodo.create_customer(one)
     assert await world.dodo.create_customer(one) == first
     assert await world.dodo.create_customer(two) != first
+
+
+@pytest.mark.parametrize("metadata", [{}, {"farebox_tenant": "other"}])
+async def test_a_customer_without_our_tag_is_nobodys(metadata: dict[str, str]) -> None:
+    """Where Dodo answers a creation with the customer that already has this email."""
+    found = {"customer_id": "cus_1", "email": "same@example.com", "name": "Same", "metadata": metadata}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"items": [found]} if request.method == "GET" else found)
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    dodo = Dodo(DodoSettings(API_KEY, base_url="http://dodo.test"), client)
+    with pytest.raises(DodoRefused, match=metadata.get("farebox_tenant", "none of ours")):
+        await dodo.create_customer(Tenant(id=TenantId("one"), email="same@example.com", plan="prepaid"))
+    await dodo.close()
 
 
 async def test_a_lost_reply_makes_no_second_customer(world: World) -> None:
