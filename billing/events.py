@@ -68,6 +68,11 @@ class SealedEvent:
     reason: str = ""
     """Why Dodo refused it, on a dead letter."""
 
+    @property
+    def nanos(self) -> int:
+        """What it tells of, whether charged or covered."""
+        return self.charge_nanos + self.covered_nanos
+
     def attempted(self, at_ms: int | None) -> Self:
         return replace(self, first_attempt_ms=at_ms)
 

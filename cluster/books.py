@@ -48,7 +48,7 @@ def reconcile(
     calls_per_minute: Annotated[int, typer.Option(min=1, help="to Dodo, at most; the pump needs the rest")] = 60,
 ) -> None:
     """Prove the books: entries, credit, holds, exposure, export and Dodo's sums. Exit 1 on one nano of drift."""
-    report = _ask(lambda running: _reconcile(running, with_dodo, calls_per_minute))
+    report = ask(lambda running: _reconcile(running, with_dodo, calls_per_minute))
     if as_json:
         print(json.dumps(_report_json(report), indent=2))
     else:
@@ -61,7 +61,7 @@ def reconcile(
 async def _reconcile(running: Running, with_dodo: bool, calls_per_minute: int) -> Report:
     dodo = Dodo(DodoSettings.from_env(running.environment())) if with_dodo else None
     try:
-        async with _store(running) as redis:
+        async with store(running) as redis:
             archive = await history.archive_of(redis)
             return await Reconciler(redis, dodo, archive, CallBudget(calls_per_minute)).run()
     finally:
@@ -117,7 +117,7 @@ def usage(
     as_json: JsonOption = False,
 ) -> None:
     """Show what tenants used and what it cost, from the store and the archive together."""
-    found = _ask(lambda running: _usage(running, tenant, _range(since, until), group_by))
+    found = ask(lambda running: _usage(running, tenant, _range(since, until), group_by))
     if as_json:
         rows = [{"tenant": name} | _total_json(total) for name, totals in found.items() for total in totals]
         print(json.dumps(rows, indent=2))
@@ -136,7 +136,7 @@ def usage(
 async def _usage(
     running: Running, only: str, between_ms: tuple[int, int], group_by: history.GroupBy
 ) -> dict[TenantId, list[Total]]:
-    async with _store(running) as redis:
+    async with store(running) as redis:
         tenants = Tenants(redis)
         names = [(await tenants.get(TenantId(only))).id] if only else [one.id for one in await tenants.list()]
         return {name: await history.totals(redis, name, *between_ms, group_by) for name in names}
@@ -166,7 +166,7 @@ def _range(since: str, until: str) -> tuple[int, int]:
 
 
 @asynccontextmanager
-async def _store(running: Running) -> AsyncIterator[Redis]:
+async def store(running: Running) -> AsyncIterator[Redis]:
     redis = await connect(running.run.store_url)
     try:
         yield redis
@@ -174,7 +174,7 @@ async def _store(running: Running) -> AsyncIterator[Redis]:
         await redis.aclose()
 
 
-def _ask(question: Callable[[Running], Coroutine[None, None, T]]) -> T:
+def ask(question: Callable[[Running], Coroutine[None, None, T]]) -> T:
     """Ask the running farebox; say what keeps it from answering and leave with exit code 1."""
     try:
         return asyncio.run(question(Running.find(Settings.from_env())))

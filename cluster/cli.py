@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cluster import books, children, commerce, operate, panel
+from cluster import books, children, commerce, dead_letters, operate, panel
 from cluster.environment import SANDBOX, dodo_environment
 from cluster.first_run import ensure_models
 from cluster.launch import HEALTHY_TIMEOUT_S
@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 dodo = typer.Typer(no_args_is_help=True, help="What Dodo Payments knows of this farebox.")
 app.add_typer(dodo, name="dodo")
+dodo.command()(dead_letters.dead)
+dodo.command()(dead_letters.revive)
 app.command()(books.reconcile)
 app.command()(books.usage)
 out = Console()
