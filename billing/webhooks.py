@@ -131,14 +131,15 @@ class Webhooks:
                 await self._repay(tenant, payment, subscription_id)
             await self._subscriptions.refresh(subscription_id)
 
-    async def _grant(self, tenant: Tenant, payment: Payment) -> tuple[Term, ...]:
-        terms = await self.inbox.terms(payment.id)
-        if terms is None:
-            terms = await self.inbox.fix_terms(payment.id, await self._terms(payment))
-        for term in terms:
+    async def _grant(self, tenant: Tenant, payment: Payment) -> None:
+        for term in await self._fixed_terms(payment):
             grant = Grant(term.source, tenant.id, term.unit, term.amount, term.expires_at_ms, term.adapters)
             await self._ledger.grant(grant)
-        return terms
+
+    async def _fixed_terms(self, payment: Payment) -> tuple[Term, ...]:
+        """What this payment buys, as it was when the payment was first seen."""
+        known = await self.inbox.terms(payment.id)
+        return await self.inbox.fix_terms(payment.id, await self._terms(payment)) if known is None else known
 
     async def _terms(self, payment: Payment) -> list[Term]:
         """What our configuration says the cart's packs are worth. Other products of a subscription buy nothing."""
@@ -168,13 +169,15 @@ class Webhooks:
         return terms
 
     async def _refund(self, refund: Refund) -> None:
-        """Take back the refunded share of what the payment granted, rounded up, never more than was granted."""
+        """Take back the refunded share of what the payment grants, rounded up, never more than that.
+
+        A refund grants nothing: where its payment has not succeeded yet, the share waits to be taken from it.
+        """
         payment = await self._dodo.retrieve_payment(refund.payment_id)
         tenant = await self._tenant(payment.customer_id)
-        terms = await self._grant(tenant, payment)
         paid = payment.total_amount
         refunded = paid if refund.amount is None else min(max(refund.amount, 0), paid)
-        for term in terms:
+        for term in await self._fixed_terms(payment):
             share = term.amount if refunded == paid else divide_up(term.amount * refunded, paid)
             source = f"refund:{refund.id}:{term.source.rpartition(':')[2]}"
             if share:

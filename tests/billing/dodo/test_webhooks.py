@@ -213,6 +213,18 @@ async def test_a_refund_that_comes_first_leaves_its_payment_nothing_to_give(worl
     assert await balance(world) == 0
 
 
+async def test_a_refund_grants_nothing_and_waits_for_its_payment(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    webhooks = world.webhooks()
+    made = await refund(world, payment, 250)
+    for copy in range(2):
+        await webhooks.receive(*delivery("refund.succeeded", made, f"msg_{copy}"))
+        assert (await world.ledger.account(ACME)).buckets == (), "only a payment that succeeded grants"
+    await webhooks.receive(*delivery("payment.succeeded", payment, "msg_2"))
+    assert await balance(world) == 2_500_000_000
+
+
 async def test_a_refund_over_several_lines_is_shared_between_them(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
