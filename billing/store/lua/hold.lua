@@ -164,8 +164,13 @@ for _, b in ipairs(buckets) do
     if b.was_retired then redis.call("HDEL", keys.retired, b.id) end
   end
 end
-for field, due in pairs(arrivals) do redis.call("HSET", keys.limits, field, string.format("%.3f", due)) end
-if next(arrivals) then redis.call("PEXPIRE", keys.limits, 2 * MINUTE_MS) end
+-- The limits of all keys lie in one hash: it must outlive the latest of them.
+local keep_ms = math.max(2 * MINUTE_MS, redis.call("PTTL", keys.limits))
+for field, due in pairs(arrivals) do
+  redis.call("HSET", keys.limits, field, string.format("%.3f", due))
+  keep_ms = math.max(keep_ms, math.ceil(due - now))
+end
+if next(arrivals) then redis.call("PEXPIRE", keys.limits, text(keep_ms)) end
 for _, other in ipairs(gone) do redis.call("SREM", keys.slots, other) end
 if concurrency > 0 then
   redis.call("SADD", keys.slots, id)
