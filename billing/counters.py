@@ -1,5 +1,6 @@
 """Live counters per tenant, rebuilt from the stream: for dashboards, never for bills."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ READ = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Sums over a tenant's records since the stream began."""
+    """Sums over a tenant's records that were read."""
 
     records: int = 0
     requests: int = 0
@@ -26,12 +27,17 @@ class Counters:
 
 
 class LiveCounters:
-    """Follows every shard's stream in memory. One owner."""
+    """Follows every shard's stream in memory. One owner.
+
+    It begins at what the store still has: entries that were archived and trimmed before are not counted, so a
+    restart may begin lower. ``billing.history`` adds up stream and archive.
+    """
 
     def __init__(self, redis: Redis) -> None:
         self._stream = Stream(redis)
         self._positions: dict[int, str] = {}
         self._by_tenant: dict[TenantId, Counters] = {}
+        self._reading = asyncio.Lock()
         self.unreadable = 0
 
     @property
@@ -39,7 +45,14 @@ class LiveCounters:
         return dict(self._by_tenant)
 
     async def catch_up(self) -> int:
-        """Read on to the end of every stream. How many entries were new."""
+        """Read on to the end of every stream. How many entries were new; who comes meanwhile waits for its turn.
+
+        Entries that are trimmed before they are read are missed: trimming only follows export and archive.
+        """
+        async with self._reading:
+            return await self._read_on()
+
+    async def _read_on(self) -> int:
         read = 0
         while windows := await self._stream.after(self._positions, READ):
             for shard, entries in windows.items():

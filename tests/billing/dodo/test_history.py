@@ -1,5 +1,7 @@
 """A tenant sees its own records, all of them, once each, and their exact sums."""
 
+import asyncio
+
 import pytest
 from redis.asyncio import Redis
 
@@ -71,6 +73,14 @@ async def test_counters_follow_the_stream_and_rebuild_from_it(world: World) -> N
     assert rebuilt.by_tenant == counters.by_tenant
     acme = rebuilt.by_tenant[ACME]
     assert (acme.requests, acme.completion_tokens, acme.charged_nanos, acme.overage_nanos) == (4, 20, 400, 6)
+
+
+async def test_counters_that_catch_up_twice_at_once_count_once(world: World) -> None:
+    for _ in range(3):
+        await world.use("acme", charged=100)
+    counters = LiveCounters(world.redis)
+    assert sorted(await asyncio.gather(counters.catch_up(), counters.catch_up())) == [0, 3]
+    assert counters.by_tenant[ACME].charged_nanos == 300
 
 
 def _neighbour(tenant: TenantId) -> str:
