@@ -74,8 +74,6 @@ class HoldRequest:
     """Completion tokens asked for, already cut to the context."""
     funding: Funding
     limits: Limits = Limits()
-    min_tokens: int = 1
-    """Fewest completion tokens worth running for; below it the request is refused."""
     lease_ms: int = 30_000
     max_compute_ms: int = 0
 
@@ -105,10 +103,6 @@ class Hold:
     covered_by_requests: bool
     """A requests bucket pays for it, whatever it costs in nanos."""
     limits_left: LimitsLeft = field(default_factory=LimitsLeft)
-
-    @property
-    def is_clamped(self) -> bool:
-        return self.max_tokens < self.request.max_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ from billing.dodo_wire import DodoMeter, DodoProduct
 from billing.events import CHARGE
 from billing.money import NANOS_PER_CENT, divide_up
 from billing.store.connection import guarded
+from billing.store.inbox import CHARGE_METER
 from billing.store.keys import DODO_IDS
 from billing.store.stream import BULK_DEADLINE_S
 
-METER, WEBHOOK = "meter:charge", "webhook"
+WEBHOOK = "webhook"
 METER_KEY = "charge_nanos"
 CENTS_PER_NANO = "0.0000001"
 """One nano in cents, as a meter's price: Dodo invoices exactly what the ledger drew from exposure."""
@@ -99,11 +100,11 @@ async def sync(dodo: Dodo, redis: Redis, catalogue: Catalogue, webhook_url: str 
     ids: dict[str, str] = {}
     drift: list[Drift] = []
 
-    meter = _find_meter(known.get(METER, ""), await dodo.meters())
+    meter = _find_meter(known.get(CHARGE_METER, ""), await dodo.meters())
     if meter is None:
         meter = await dodo.create_meter("Farebox charges", CHARGE, METER_KEY, "nano-USD")
-        created.append(METER)
-    ids[METER] = meter.id
+        created.append(CHARGE_METER)
+    ids[CHARGE_METER] = meter.id
 
     by_id, by_tag = _index(await dodo.products())
     for wanted in _products(catalogue, meter.id):

@@ -54,14 +54,6 @@ class ModelNotAllowed(Refusal):
 
 
 @dataclass(eq=False)
-class PriceMissing(Refusal):
-    model: str
-
-    def __str__(self) -> str:
-        return f"model {self.model!r} has no price and is not served: add `price` to its entry"
-
-
-@dataclass(eq=False)
 class InsufficientCredits(Refusal):
     """Not even with every hold released would the balance cover the least this request can cost."""
 

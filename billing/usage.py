@@ -4,7 +4,7 @@ Knows quantities and states; knows no rates and no store.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import NewType, Self
 
@@ -120,7 +120,3 @@ class UsageRecord:
         draws = tuple(Draw(BucketId(d["bucket"]), Unit(d["unit"]), d["amount"]) for d in raw.pop("draws"))
         usage, status = Usage(**raw.pop("usage")), Status(raw.pop("status"))
         return cls(usage=usage, status=status, draws=draws, **raw)
-
-    def settled(self, **changes: object) -> Self:
-        """The same record with what only the store could know: draws, balance, number, time."""
-        return replace(self, **changes)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from billing.dodo_wire import Payment, Refund, UsagePeriod, Wire, WireError, inn
 from billing.errors import BillingError, DodoRefused, DodoUnavailable, StoreUnavailable, WebhookRejected
 from billing.money import divide_up
 from billing.store.holds import Ledger
-from billing.store.inbox import Delivery, Inbox, Outcome, Term
+from billing.store.inbox import CHARGE_METER, Delivery, Inbox, Outcome, Term
 from billing.store.tenants import Tenants
 from billing.subscriptions import DAY_MS, CatalogueSource, NotYet, Subscriptions
 from billing.tenants import Tenant
@@ -28,7 +28,6 @@ FIRST_RETRY_MS, MAX_RETRY_MS = 30_000, 60 * 60_000
 HOUR_MS = 60 * 60_000
 KEEP_MS = 30 * DAY_MS
 """Dodo replays deliveries for two weeks; after that their payments and refunds still count once."""
-METER = "meter:charge"
 
 log = logging.getLogger("farebox.billing.webhooks")
 
@@ -185,7 +184,7 @@ class Webhooks:
 
     async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> None:
         """Lower the exposure by what this payment invoiced: the usage of the period that it closes."""
-        meter_id = next((id_ for id_, name in (await self.inbox.names()).items() if name == METER), None)
+        meter_id = next((id_ for id_, name in (await self.inbox.names()).items() if name == CHARGE_METER), None)
         if meter_id is None:
             raise NotYet("no meter was made at Dodo yet")
         period = _closed_period(payment, subscription_id, await self._dodo.usage_history(subscription_id))

@@ -17,6 +17,8 @@ from billing.store.stream import BULK_DEADLINE_S
 from billing.usage import Unit
 
 SCAN = 500
+CHARGE_METER = "meter:charge"
+"""Our name for the one meter at Dodo."""
 
 
 class Outcome(StrEnum):

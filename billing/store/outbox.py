@@ -47,10 +47,6 @@ class Backlog:
     outbox_events: int
     dead_events: int
 
-    @property
-    def is_clear(self) -> bool:
-        return self.unsealed_entries == 0 and self.outbox_events == 0
-
 
 @dataclass(frozen=True, slots=True)
 class PumpState:

@@ -67,8 +67,8 @@ def worst_case(request: HoldRequest) -> Nanos:
 
 
 def least(request: HoldRequest) -> Nanos:
-    """The cost of the shortest answer worth running for."""
-    return Nanos(0) if request.price.free else _at_most(request, min(request.min_tokens, request.max_tokens))
+    """The cost of the shortest answer: one token."""
+    return Nanos(0) if request.price.free else _at_most(request, min(1, request.max_tokens))
 
 
 def _at_most(request: HoldRequest, tokens: int) -> Nanos:

@@ -78,7 +78,6 @@ ANSWERS: Mapping[type[BaseException], Answer] = {
     billing.TenantSuspended: Answer(403, "tenant_suspended", DENIED, "Forbidden"),
     billing.ModelNotAllowed: Answer(403, "model_not_allowed", DENIED, "Forbidden"),
     billing.UnknownModel: Answer(404, "model_not_found", INVALID, "Not Found"),
-    billing.PriceMissing: Answer(404, "model_not_priced", INVALID, "Not Found"),
     billing.UnknownTenant: Answer(404, "tenant_not_found", INVALID, "Not Found"),
     billing.UnknownKey: Answer(404, "key_not_found", INVALID, "Not Found"),
     NotFound: Answer(404, "not_found", INVALID, "Not Found"),

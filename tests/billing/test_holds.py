@@ -20,7 +20,7 @@ from tests.billing.samples import ACME, FREE, PER_TOKEN, WORST, calls, money, re
 async def test_a_hold_takes_the_worst_case_and_a_settle_returns_the_rest(ledger: Ledger) -> None:
     await ledger.grant(money(100_000))
     hold = await ledger.hold(request())
-    assert (hold.balance_nanos, hold.max_tokens, hold.is_clamped) == (50_000, 20, False)
+    assert (hold.balance_nanos, hold.max_tokens) == (50_000, 20)
     receipt = await ledger.settle(settlement(completion=5))
     record = receipt.record
     assert (record.charged_nanos, record.list_nanos, record.balance_nanos) == (20_000, 20_000, 80_000)
@@ -47,7 +47,6 @@ async def test_a_hold_is_cut_to_what_the_credit_affords(ledger: Ledger, credit: 
     await ledger.grant(money(credit))
     hold = await ledger.hold(request())
     assert hold.max_tokens == tokens
-    assert hold.is_clamped == (tokens < 20)
     assert PER_TOKEN.at_most(10, hold.max_tokens) <= sum(d.amount for d in hold.draws) <= credit
 
 
@@ -57,14 +56,6 @@ async def test_a_nano_less_than_the_shortest_answer_is_refused(ledger: Ledger) -
         await ledger.hold(request())
     assert (refused.value.balance_nanos, refused.value.required_nanos) == (11_999, WORST)
     assert (refused.value.max_affordable_tokens, refused.value.limit_source) == (0, "balance")
-
-
-async def test_the_least_worth_running_for_is_the_sender_s_to_say(ledger: Ledger) -> None:
-    await ledger.grant(money(20_000))
-    with pytest.raises(InsufficientCredits) as refused:
-        await ledger.hold(request(min_tokens=6))
-    assert refused.value.max_affordable_tokens == 5
-    assert (await ledger.hold(request(min_tokens=5))).max_tokens == 5
 
 
 async def test_credit_that_others_hold_is_worth_a_retry(ledger: Ledger) -> None:

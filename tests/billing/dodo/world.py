@@ -3,7 +3,7 @@
 import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import count
 
@@ -18,6 +18,7 @@ from billing.export import Exporter
 from billing.money import Nanos
 from billing.store.holds import Ledger
 from billing.store.keys import DODO_IDS, shard_for
+from billing.store.outbox import Backlog
 from billing.store.tenants import Tenants
 from billing.tenants import Tenant
 from billing.usage import OVERAGE, BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
@@ -101,7 +102,7 @@ class World:
         draws = [Draw(BucketId("pack"), Unit.NANOS, charged - overage)] if charged > overage else []
         draws += [Draw(OVERAGE, Unit.NANOS, overage)] if overage else []
         usage = Usage(prompt_tokens=10, cached_tokens=2, completion_tokens=5, compute_ms=7)
-        record = UsageRecord(
+        base = UsageRecord(
             record_id=f"rec_{number}",
             request_id=RequestId(str(number)),
             tenant=TenantId(name),
@@ -116,7 +117,8 @@ class World:
             list_nanos=Nanos(charged),
             charged_nanos=Nanos(charged),
             draws=tuple(draws),
-        ).settled(**changes)
+        )
+        record = replace(base, **changes)  # type: ignore[arg-type]
         await append(self.redis, record)
         self.sums[name, "charge_nanos"] += record.overage_nanos
         self.sums[name, "covered_nanos"] += record.charged_nanos - record.overage_nanos
@@ -160,6 +162,11 @@ class World:
 def assert_same(told: dict[tuple[str, str], int], sums: dict[tuple[str, str], int]) -> None:
     """Equal to the nano, both ways; zeros need no event."""
     assert {k: v for k, v in told.items() if v} == {k: v for k, v in sums.items() if v}
+
+
+def is_clear(backlog: Backlog) -> bool:
+    """Is there nothing that Dodo has yet to be told?"""
+    return backlog.unsealed_entries == backlog.outbox_events == 0
 
 
 async def append(redis: Redis, record: UsageRecord) -> None:
