@@ -62,11 +62,12 @@ async def verify(redis: Redis, durability: Durability = "strict") -> None:
 
     Raises:
         StoreUnavailable: it does not answer.
-        StoreRefused: it evicts keys, writes no log, or holds data of another layout.
+        StoreRefused: it evicts keys, acknowledges before its log is on disk, or holds data of another layout.
     """
     async with guarded():
         if durability == "strict":
             _refuse_lossy(await redis.info("memory") | await redis.info("persistence"))
+            _refuse_late(await _log_sync(redis))
         await redis.hsetnx(keys.META, "schema", SCHEMA)
         await redis.hsetnx(keys.META, "shards", str(keys.SHARDS))
         schema, shards = await redis.hmget(keys.META, ["schema", "shards"])
@@ -86,6 +87,30 @@ def _refuse_lossy(info: dict[str, object]) -> None:
         raise StoreRefused(
             "the store writes no log and would forget money on a crash: set appendonly yes, "
             "or `durability: trusted` for a managed service that keeps its data another way"
+        )
+
+
+async def _log_sync(redis: Redis) -> str | None:
+    """When the store's log reaches the disk, in its own word; ``None`` where it may not be asked."""
+    try:
+        found = await redis.config_get("appendfsync")
+    except exceptions.ResponseError as error:
+        if str(error).startswith(_UNFIT):
+            raise
+        return None
+    return str(found["appendfsync"]) if "appendfsync" in found else None
+
+
+def _refuse_late(log_sync: str | None) -> None:
+    if log_sync is None:
+        raise StoreRefused(
+            "the store does not tell when its log reaches the disk (CONFIG GET appendfsync is denied): allow it, "
+            "or set `durability: trusted` once its operator vouches that an acknowledged write survives a crash"
+        )
+    if log_sync != "always":
+        raise StoreRefused(
+            f"the store acknowledges writes that are not on disk (appendfsync {log_sync}) and would forget money "
+            "on a crash: set appendfsync always, or `durability: trusted` where losing the last second is your choice"
         )
 
 

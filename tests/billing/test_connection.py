@@ -144,7 +144,12 @@ async def test_a_full_store_takes_no_hold_and_still_settles(store: Redis, ledger
 
 @pytest.mark.parametrize(
     ("option", "bad", "good", "word"),
-    [("maxmemory-policy", "allkeys-lru", "noeviction", "evicts"), ("appendonly", "no", "yes", "no log")],
+    [
+        ("maxmemory-policy", "allkeys-lru", "noeviction", "evicts"),
+        ("appendonly", "no", "yes", "no log"),
+        ("appendfsync", "everysec", "always", "not on disk"),
+        ("appendfsync", "no", "always", "not on disk"),
+    ],
 )
 async def test_a_store_that_could_lose_money_is_refused_unless_trusted(
     store: Redis, option: str, bad: str, good: str, word: str
@@ -157,6 +162,19 @@ async def test_a_store_that_could_lose_money_is_refused_unless_trusted(
     finally:
         await store.config_set(option, good)
     await verify(store)
+
+
+async def test_a_store_that_hides_when_it_writes_is_refused_unless_trusted(store: Redis, server: valkey.Valkey) -> None:
+    await store.acl_setuser(
+        "hosted", enabled=True, passwords=["+pw"], keys=["*"], categories=["+@all"], commands=["-config"]
+    )
+    url = server.url.replace("unix://", "unix://hosted:pw@")
+    try:
+        with pytest.raises(StoreRefused, match="durability: trusted"):
+            await connect(url)
+        await (await connect(url, durability="trusted")).aclose()
+    finally:
+        await store.acl_deluser("hosted")
 
 
 async def test_a_store_of_another_layout_is_refused(store: Redis) -> None:
