@@ -62,7 +62,8 @@ class FareboxArgs(_Config):
 class BillingArgs(_Config):
     """``args`` of the ``billing`` application."""
 
-    flush_interval_s: Annotated[float, Field(ge=0.2)] = 60.0
+    flush_interval_s: Annotated[float, Field(ge=0.2, le=90)] = 60.0
+    """At most 90: a subscription's last charges must reach Dodo before its period closes."""
     expire_interval_s: Annotated[float, Field(ge=0.2)] = 5.0
     requests_per_minute: Annotated[int, Field(ge=1)] = 240
     """Calls to Dodo a minute, at most: its default tier allows 240."""
