@@ -192,5 +192,5 @@ def _port(url: str) -> int:
 def log_files(settings: Settings) -> list[Path]:
     """Every log of the last run, ours first."""
     home = Home(settings.home)
-    serve = ray_node.folder(home.path) / "session_latest" / "logs" / "serve"
+    serve = ray_node.ray_folder(ray_node.folder(home.path)) / "session_latest" / "logs" / "serve"
     return [*sorted(home.logs.glob("*.log")), *sorted(home.store.glob("*.log")), *sorted(serve.glob("*.log"))]

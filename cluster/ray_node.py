@@ -31,6 +31,7 @@ def folder(home: Path) -> Path:
     """A short private folder for the sockets of Ray and HAProxy, whose paths may not pass 97 bytes.
 
     HAProxy's lie in a folder named by Ray's 56-digit node id, so no more than 25 are left for ours.
+    Ray opens the folder that it is given to everybody: it gets one inside ours, see ``ray_folder``.
 
     Raises:
         SettingsError: it exists and belongs to somebody else.
@@ -44,6 +45,11 @@ def folder(home: Path) -> Path:
     return path
 
 
+def ray_folder(ours: Path) -> Path:
+    """Ray's own part of our folder, where its sessions lie. Nothing that we run may lie there."""
+    return ours / "r"
+
+
 def clear(path: Path) -> None:
     """Remove the sessions of earlier runs; call when nothing of them lives."""
     for entry in path.iterdir():
@@ -53,7 +59,7 @@ def clear(path: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def command(settings: Settings, ports: RayPorts, temp: Path) -> list[str]:
+def command(settings: Settings, ports: RayPorts, ours: Path) -> list[str]:
     """The command that runs Ray's head until it is told to end."""
     own = {name: port for name, port in ports.fixed.items() if not name.startswith(_BY_ENVIRONMENT)}
     options = {
@@ -64,7 +70,7 @@ def command(settings: Settings, ports: RayPorts, temp: Path) -> list[str]:
         "dashboard-port": str(settings.dashboard_port),
         "num-cpus": str(max(4, os.cpu_count() or 1)),
         "object-store-memory": str(OBJECT_STORE_BYTES),
-        "temp-dir": str(temp),
+        "temp-dir": str(ray_folder(ours)),
     }
     ray = Path(sys.executable).with_name("ray")
     words = [f"--{name}={value}" for name, value in options.items()]
@@ -74,13 +80,13 @@ def command(settings: Settings, ports: RayPorts, temp: Path) -> list[str]:
 _BY_ENVIRONMENT = ("dashboard-metrics", "autoscaler-metrics", "haproxy", "fallback")
 
 
-def environment(settings: Settings, ports: RayPorts, temp: Path, token: str) -> dict[str, str]:
+def environment(settings: Settings, ports: RayPorts, ours: Path, token: str) -> dict[str, str]:
     """What Ray reads from the environment. Replicas inherit it, whoever deploys them."""
     fixed = ports.fixed
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
-        "RAY_TMPDIR": str(temp),
+        "RAY_TMPDIR": str(ray_folder(ours)),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         # Ray's own switch for "one machine": it then takes 127.0.0.1, not the network card, as its address.
@@ -96,7 +102,7 @@ def environment(settings: Settings, ports: RayPorts, temp: Path, token: str) -> 
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replica_grpc.stop - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",
-        **(_haproxy(ports, temp) if settings.haproxy and sys.platform == "linux" else {}),
+        **(_haproxy(ports, ours) if settings.haproxy and sys.platform == "linux" else {}),
     }
 
 
@@ -106,8 +112,8 @@ def source_path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))}
 
 
-def _haproxy(ports: RayPorts, temp: Path) -> Mapping[str, str]:
-    place = temp / "h"
+def _haproxy(ports: RayPorts, ours: Path) -> Mapping[str, str]:
+    place = ours / "h"
     place.mkdir(mode=0o700, exist_ok=True)
     found = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",

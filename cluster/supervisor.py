@@ -149,10 +149,10 @@ class Supervisor:
     def _start_ray(self, env: dict[str, str]) -> None:
         self._say("starting Ray")
         settings, home = self._settings, self._home
-        temp = ray_node.folder(home.path)
-        ray_node.clear(temp)
-        env = inherited() | ray_node.environment(settings, self._run.ports, temp, self._secrets.ray_token) | env
-        self._start_child("ray", ray_node.command(settings, self._run.ports, temp), env)
+        ours = ray_node.folder(home.path)
+        ray_node.clear(ours)
+        env = inherited() | ray_node.environment(settings, self._run.ports, ours, self._secrets.ray_token) | env
+        self._start_child("ray", ray_node.command(settings, self._run.ports, ours), env)
 
     def _deploy(self, config: ServeConfig) -> None:
         ray = self._children["ray"]

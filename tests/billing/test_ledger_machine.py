@@ -45,7 +45,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.redis = self.run(connect(self.server.url))
+        self.redis = self.run(connect(self.server.url, durability="trusted"))
         self.clock = SteppedClock(10 * PERIOD)
         self.ledger = Ledger(self.redis, self.clock)
         self.model = Model(self.clock.now_ms)
@@ -237,7 +237,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 def test_the_ledger_does_what_the_model_says(server: valkey.Valkey) -> None:
     async def relax(policy: str) -> None:
-        redis = await connect(server.url)
+        redis = await connect(server.url, durability="trusted")
         await redis.config_set("appendfsync", policy)
         await redis.aclose()
 

@@ -1,10 +1,15 @@
 """Ports, folders and environments: what is decided before anything starts."""
 
+import shutil
 import socket
+import stat
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster import ray_node
 from cluster.environment import dodo_environment, inherited, service_environment
 from cluster.settings import RayPorts, Settings, SettingsError, free_block, taken
 from cluster.state import Secrets
@@ -101,3 +106,37 @@ def test_a_child_inherits_no_other_cluster_store_or_dodo() -> None:
         "A": "b",
     }
     assert inherited(env) == {"A": "b"}
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Iterator[Path]:
+    made = ray_node.folder(tmp_path)
+    yield made
+    shutil.rmtree(made)
+
+
+def test_ray_gets_a_folder_inside_ours_and_nothing_that_we_run_lies_in_it(ours: Path) -> None:
+    """Ray opens its own folder to every user of the machine."""
+    settings, ports = Settings.from_env({}), RayPorts(10_240)
+    ray = ray_node.ray_folder(ours)
+    env = ray_node.environment(settings, ports, ours, "token")
+    assert env["RAY_TMPDIR"] == str(ray)
+    assert f"--temp-dir={ray}" in ray_node.command(settings, ports, ours)
+    assert ray.parent == ours
+    assert stat.S_IMODE(ours.stat().st_mode) == 0o700
+    places = [value for name, value in env.items() if name.startswith("RAY_SERVE_HAPROXY") and "/" in value]
+    assert bool(places) == (sys.platform == "linux")
+    assert not [place for place in places if Path(place).is_relative_to(ray)]
+
+
+def test_the_sockets_of_ray_and_haproxy_fit(ours: Path) -> None:
+    session = "session_2026-11-23_13-00-08_123456_4194304"
+    assert len(str(ray_node.ray_folder(ours) / session / "sockets" / "plasma_store.12345")) < 107
+    assert len(str(ours / "h" / ("0" * 56) / "metrics.sock")) < 97
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="HAProxy is Linux's")
+def test_the_wrapper_of_haproxy_is_ours_alone(ours: Path) -> None:
+    wrapper = ray_node.environment(Settings.from_env({}), RayPorts(10_240), ours, "t")["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    assert stat.S_IMODE(Path(wrapper).stat().st_mode) == 0o700
+    assert stat.S_IMODE(Path(wrapper).parent.stat().st_mode) == 0o700
