@@ -121,6 +121,8 @@ class Gateway:
             raise
         run = Run(self, priced.model, hold, self._job(priced, ask, hold))
         self._track(run)
+        if self._is_stopped:
+            run.cut()
         await run.begin()
         return run
 
@@ -192,12 +194,12 @@ class Gateway:
         ]
 
     async def stop(self) -> None:
-        """Settle what is open as far as it got, and wait for it; bounded by STOP_TIMEOUT_S. Once is enough."""
+        """End what is open at what was delivered, and wait for it; bounded by STOP_TIMEOUT_S. Once is enough."""
         if self._is_stopped:
             return
         self._is_stopped = True
         for run in list(self._runs.values()):
-            run.leave()
+            run.cut()
         if self._kept:
             await asyncio.wait(set(self._kept), timeout=STOP_TIMEOUT_S)
         for loop in self._loops:

@@ -13,7 +13,7 @@ from billing.account import Hold, Progress, Receipt, Settlement
 from billing.catalogue import Model
 from billing.errors import StoreUnavailable
 from billing.money import Nanos
-from billing.usage import NOTHING, RequestId, Status, Usage
+from billing.usage import NOTHING, RequestId, Status, Unit, Usage
 from deployments.engine.request import (
     AdapterRejected,
     EngineError,
@@ -22,9 +22,12 @@ from deployments.engine.request import (
     GenerateRequest,
     Tokens,
 )
+from deployments.link import ReplicaLost
 
 if TYPE_CHECKING:
     from deployments.gateway import Gateway
+
+STOPPED = "this gateway is stopping: send the request again"
 
 
 class MeteringUnavailable(StoreUnavailable):
@@ -47,6 +50,11 @@ class Run:
         self._first: Tokens | None = None
         self._ending: asyncio.Task[Receipt] | None = None
         self._is_lost = False
+        self._delivered = NOTHING
+        self._reader: asyncio.Task[object] | None = None
+        self._is_reader_cut = False
+        in_nanos = [draw.amount for draw in hold.draws if draw.unit is Unit.NANOS]
+        self._budget = None if hold.covered_by_requests else Nanos(sum(in_nanos))
 
     @property
     def request_id(self) -> RequestId:
@@ -73,14 +81,15 @@ class Run:
         piece = self._first
         try:
             while piece is not None:
-                delivered = self.usage
+                self._delivered = self.usage
+                self._gateway.leases.update(self.progress)
                 yield piece
                 if self.finish_reason is not None:
                     return
                 try:
                     piece = await self._next()
                 except EngineError:
-                    await self._end(Status.FAILED, delivered)
+                    await self._end(Status.FAILED, self._delivered)
                     raise
         finally:
             if self.finish_reason is None:
@@ -116,6 +125,10 @@ class Run:
         """The client is gone: stop the engine and bill what it made until now. Returns at once."""
         self._start_ending(Status.CANCELLED, self.usage)
 
+    def cut(self) -> None:
+        """We stop it ourselves: an answer is free, a stream is billed for what was yielded. Returns at once."""
+        self._start_ending(Status.FAILED, self._delivered)
+
     def _fail(self) -> None:
         """Whatever else went wrong is a bug of ours: free. Does nothing where an ending has begun."""
         self._start_ending(Status.FAILED, NOTHING)
@@ -126,16 +139,14 @@ class Run:
 
     @property
     def progress(self) -> Progress:
-        return Progress(self.request_id, self.hold.request.tenant, self.usage, self._price(self.usage))
+        """What is billed if this gateway dies now: what was yielded to a stream, nothing of an answer on its way."""
+        return Progress(self.request_id, self.hold.request.tenant, self._delivered, self._price(self._delivered))
 
     def _price(self, usage: Usage) -> Nanos:
         return self.hold.request.price.charge(usage)
 
     async def _next(self) -> Tokens:
-        try:
-            piece = await anext(self._pieces)
-        except StopAsyncIteration:
-            raise EngineFailed("the replica ended without saying why") from None
+        piece = await self._read()
         if self._is_lost:
             raise LeaseLost("the hold of this request ended while it ran")
         self.usage = replace(
@@ -151,9 +162,25 @@ class Run:
             raise EngineFailed(piece.error or "the engine failed on this request")
         if piece.finish_reason is FinishReason.ABORT:
             raise EngineFailed("the engine stopped this request: its deadline passed")
+        if piece.finish_reason is None and self._budget is not None and self._price(self.usage) > self._budget:
+            piece = replace(piece, finish_reason=FinishReason.LENGTH)
         self.finish_reason = piece.finish_reason
-        self._gateway.leases.update(self.progress)
         return piece
+
+    async def _read(self) -> Tokens:
+        if self._ending is not None:
+            raise ReplicaLost(STOPPED)
+        self._reader = asyncio.current_task()
+        try:
+            return await anext(self._pieces)
+        except StopAsyncIteration:
+            raise EngineFailed("the replica ended without saying why") from None
+        except asyncio.CancelledError:
+            if self._is_reader_cut and self._reader is not None and self._reader.uncancel() == 0:
+                raise ReplicaLost(STOPPED) from None
+            raise
+        finally:
+            self._reader = None
 
     def _start_ending(self, status: Status, usage: Usage, free_if_away: bool = False) -> asyncio.Task[Receipt]:
         if self._ending is None:
@@ -166,7 +193,15 @@ class Run:
     async def _close(self, status: Status, usage: Usage, free_if_away: bool) -> Receipt:
         settlement = Settlement(self.request_id, self.hold.request.tenant, usage, self._price(usage), status)
         try:
-            await self._pieces.aclose()
+            await self._stop_engine()
         finally:
             receipt = await self._gateway.settle(self, settlement, free_if_away)
         return receipt
+
+    async def _stop_engine(self) -> None:
+        """A generator that another task waits in cannot be closed: cancelling its wait ends it."""
+        if self._reader is None:
+            await self._pieces.aclose()
+        else:
+            self._is_reader_cut = True
+            self._reader.cancel()

@@ -48,6 +48,13 @@ USER_CONFIG: dict[str, object] = {
             "price": {"per_request": "0.01"},
             "visibility": ["acme"],
         },
+        {
+            "id": "metered",
+            "path": "/adapters/metered",
+            "digest": DIGEST,
+            "price": {"per_compute_second": "0.01"},
+            "visibility": ["acme"],
+        },
         {"id": "gratis", "path": "/adapters/gratis", "digest": DIGEST, "price": {"free": True}},
         {"id": "unpriced", "path": "/adapters/unpriced", "digest": DIGEST},
     ],

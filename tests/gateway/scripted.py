@@ -22,6 +22,8 @@ class ScriptedLink:
     """Overrides the reason of the last piece."""
     is_up: bool = True
     cached_tokens: int = 0
+    compute_ms: int = 1
+    """For each token."""
     jobs: list[GenerateRequest] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
     """Tokens generated, by request id: it stops growing when a job is aborted."""
@@ -52,7 +54,7 @@ class ScriptedLink:
             prompt_tokens=len(job.prompt_token_ids),
             cached_tokens=min(self.cached_tokens, len(job.prompt_token_ids)),
             completion_tokens=number + 1,
-            compute_ms=number + 1,
+            compute_ms=(number + 1) * self.compute_ms,
             finish_reason=reason,
         )
 

@@ -181,7 +181,7 @@ async def test_models_are_those_that_the_key_may_use(house: House) -> None:
         reply = await house.client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
         return [model["id"] for model in reply.json()["data"]]
 
-    assert await ids(owner) == ["farebox-base", "pirate", "acme/private:1", "gratis"]
+    assert await ids(owner) == ["farebox-base", "pirate", "acme/private:1", "metered", "gratis"]
     assert await ids(stranger) == ["farebox-base", "pirate", "gratis"]
     assert await ids(scoped) == ["gratis"]
 

@@ -11,10 +11,11 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
+from billing.account import Grant
 from billing.money import parse_usd
 from billing.store.connection import connect
 from billing.store.keys import shard_for
-from billing.usage import Status, TenantId, UsageRecord
+from billing.usage import Status, TenantId, Unit, UsageRecord
 from cluster import valkey
 from deployments.api.application import make_app
 from deployments.engine.request import EngineFailed, FinishReason
@@ -185,16 +186,96 @@ async def test_a_hold_that_expired_elsewhere_ends_the_stream_and_what_was_delive
     assert expired.charged_nanos + late.charged_nanos == PROMPT + delivered * ONE
 
 
-async def test_a_shutdown_settles_what_is_open(house: House, link: ScriptedLink) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_gateway_that_dies_bills_what_a_stream_was_given_and_nothing_of_an_answer(
+    house: House, link: ScriptedLink, stream: bool
+) -> None:
+    link.length, link.pause_s = 60, 0.02
+    key = await house.tenant(usd="1.00")
+    task = asyncio.create_task(house.chat(key, stream=stream, max_tokens=50))
+    await until(lambda: max(link.steps.values(), default=0) >= 5)
+    [request_id] = link.steps
+    await house.services.gateway.leases.renew_once()
+    for loop in house.services.gateway._loops:
+        loop.cancel()
+    await asyncio.gather(*house.services.gateway._loops, return_exceptions=True)
+    await house.redis.zadd(shard_for(TenantId("acme")).leases, {request_id: 1})
+    assert await house.services.ledger.expire() == 1
+    [record] = await records(house)
+    assert record.status is Status.EXPIRED
+    assert (record.usage.completion_tokens >= 4) is stream
+    assert record.charged_nanos == (PROMPT + record.usage.completion_tokens * ONE if stream else 0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await house.settled()
+
+
+async def test_a_gateway_that_dies_while_a_stream_is_queued_bills_nothing(house: House, link: ScriptedLink) -> None:
+    link.pause_s = 30
+    key = await house.tenant(usd="1.00")
+    task = asyncio.create_task(house.chat(key, model="acme/private:1", stream=True))
+    await until(lambda: bool(link.jobs))
+    await house.services.gateway.leases.renew_once()
+    request_id = link.jobs[0].request_id
+    assert await house.redis.zadd(shard_for(TenantId("acme")).leases, {request_id: 1}) == 0
+    assert await house.services.ledger.expire() == 1
+    [record] = await records(house)
+    assert (record.status, record.charged_nanos) == (Status.EXPIRED, 0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_shutdown_bills_a_stream_for_what_was_yielded_and_tells_it(house: House, link: ScriptedLink) -> None:
     link.length, link.pause_s = 60, 0.02
     key = await house.tenant(usd="1.00")
     task = asyncio.create_task(house.chat(key, stream=True, max_tokens=50))
-    await until(lambda: bool(link.steps))
+    await until(lambda: max(link.steps.values(), default=0) >= 3)
     await house.services.gateway.stop()
+    chunks = events(await task)
+    assert chunks[-1]["error"]["code"] == "replica_lost"
+    delivered = sum("tok" in str(chunk) for chunk in chunks)
     [record] = await records(house)
-    assert record.status is Status.CANCELLED
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    assert (record.status, record.usage.completion_tokens) == (Status.FAILED, delivered)
+    assert record.charged_nanos == PROMPT + delivered * ONE
+    assert link.aborted == [record.request_id]
+    assert await house.open_holds() == 0
+
+
+async def test_a_shutdown_makes_an_unfinished_answer_free(house: House, link: ScriptedLink) -> None:
+    link.length, link.pause_s = 60, 0.02
+    key = await house.tenant(usd="1.00")
+    task = asyncio.create_task(house.chat(key, max_tokens=50))
+    await until(lambda: max(link.steps.values(), default=0) >= 3)
+    await house.services.gateway.stop()
+    reply = await task
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "replica_lost")
+    [record] = await records(house)
+    assert (record.status, record.charged_nanos) == (Status.FAILED, 0)
+    assert link.aborted == [record.request_id]
+    assert (await house.balance(), await house.open_holds()) == (parse_usd("1.00"), 0)
+
+
+async def test_a_request_that_outlives_its_hold_ends_with_length_and_costs_the_hold(
+    house: House, link: ScriptedLink
+) -> None:
+    link.length, link.compute_ms = 60, 25_000
+    key = await house.tenant(usd="1.00")
+    reply = await house.chat(key, model="metered", max_tokens=50)
+    assert reply.json()["choices"][0]["finish_reason"] == "length"
+    [record] = await records(house)
+    assert record.status is Status.COMPLETE
+    assert record.usage.completion_tokens == 3  # 75 seconds are more than the 60 that were held
+    assert record.charged_nanos == parse_usd("0.60")
+    assert link.aborted == [record.request_id]
+
+
+async def test_a_request_that_a_bucket_of_requests_covers_runs_to_its_end(house: House, link: ScriptedLink) -> None:
+    link.length, link.compute_ms = 6, 25_000
+    key = await house.tenant(usd="1.00")
+    await house.services.ledger.grant(Grant("test:calls", TenantId("acme"), Unit.REQUESTS, 1))
+    reply = await house.chat(key, model="metered", max_tokens=50)
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    assert await house.balance() == parse_usd("1.00")
 
 
 class Fragile:
