@@ -28,8 +28,9 @@ from billing.reconcile import Reconciler, Report
 from billing.store.connection import connect
 from billing.store.tenants import Tenants
 from billing.usage import TenantId
-from cluster.operate import NotRunning, Running
+from cluster.operate import NotRunning
 from cluster.settings import Settings, SettingsError
+from cluster.standing import Standing
 
 DRIFT, UNPROVEN = 1, 2
 """Exit codes: something differs; nothing differs, but not everything could be proved."""
@@ -48,7 +49,7 @@ def reconcile(
     calls_per_minute: Annotated[int, typer.Option(min=1, help="to Dodo, at most; the pump needs the rest")] = 60,
 ) -> None:
     """Prove the books: entries, credit, holds, exposure, export and Dodo's sums. Exit 1 on one nano of drift."""
-    report = ask(lambda running: _reconcile(running, with_dodo, calls_per_minute))
+    report = ask(lambda standing: _reconcile(standing, with_dodo, calls_per_minute))
     if as_json:
         print(json.dumps(_report_json(report), indent=2))
     else:
@@ -58,10 +59,10 @@ def reconcile(
     raise typer.Exit(UNPROVEN if report.unproven else 0)
 
 
-async def _reconcile(running: Running, with_dodo: bool, calls_per_minute: int) -> Report:
-    dodo = Dodo(DodoSettings.from_env(running.environment())) if with_dodo else None
+async def _reconcile(standing: Standing, with_dodo: bool, calls_per_minute: int) -> Report:
+    dodo = Dodo(DodoSettings.from_env(standing.environment)) if with_dodo else None
     try:
-        async with store(running) as redis:
+        async with store(standing) as redis:
             archive = await history.archive_of(redis)
             return await Reconciler(redis, dodo, archive, CallBudget(calls_per_minute)).run()
     finally:
@@ -117,7 +118,7 @@ def usage(
     as_json: JsonOption = False,
 ) -> None:
     """Show what tenants used and what it cost, from the store and the archive together."""
-    found = ask(lambda running: _usage(running, tenant, _range(since, until), group_by))
+    found = ask(lambda standing: _usage(standing, tenant, _range(since, until), group_by))
     if as_json:
         rows = [{"tenant": name} | _total_json(total) for name, totals in found.items() for total in totals]
         print(json.dumps(rows, indent=2))
@@ -134,9 +135,9 @@ def usage(
 
 
 async def _usage(
-    running: Running, only: str, between_ms: tuple[int, int], group_by: history.GroupBy
+    standing: Standing, only: str, between_ms: tuple[int, int], group_by: history.GroupBy
 ) -> dict[TenantId, list[Total]]:
-    async with store(running) as redis:
+    async with store(standing) as redis:
         tenants = Tenants(redis)
         names = [(await tenants.get(TenantId(only))).id] if only else [one.id for one in await tenants.list()]
         return {name: await history.totals(redis, name, *between_ms, group_by) for name in names}
@@ -166,18 +167,18 @@ def _range(since: str, until: str) -> tuple[int, int]:
 
 
 @asynccontextmanager
-async def store(running: Running) -> AsyncIterator[Redis]:
-    redis = await connect(running.run.store_url)
+async def store(standing: Standing) -> AsyncIterator[Redis]:
+    redis = await connect(standing.store_url, durability=standing.durability)
     try:
         yield redis
     finally:
         await redis.aclose()
 
 
-def ask(question: Callable[[Running], Coroutine[None, None, T]]) -> T:
-    """Ask the running farebox; say what keeps it from answering and leave with exit code 1."""
+def ask(question: Callable[[Standing], Coroutine[None, None, T]]) -> T:
+    """Ask the farebox of this folder or of the environment; leave with exit code 1 and say why it does not answer."""
     try:
-        return asyncio.run(question(Running.find(Settings.from_env())))
+        return asyncio.run(question(Standing.find(Settings.from_env())))
     except (BillingError, NotRunning, SettingsError) as error:
         err.print(f"[bold red]farebox:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from billing.plans import PlanKind, Quota
@@ -47,6 +48,18 @@ def resolve(path: Path) -> ServeConfig:
     if document is None or not report.is_right:
         raise CheckFailed(report)
     return _resolved(document, report, path.absolute().parent)
+
+
+def portable(path: Path) -> str:
+    """The same as YAML that is served alike wherever it is applied: no path in it is relative to anything.
+
+    Raises:
+        CheckFailed: it is not right.
+    """
+    config, folder = resolve(path), path.absolute().parent
+    for args in (app.get("args") or {} for app in config["applications"]):
+        args |= {name: real_path(args[name], folder) for name in ("adapter_cache_dir", "spool_dir") if name in args}
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _judge(path: Path) -> tuple[CheckReport, Document | None]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from cluster.launch import HEALTHY_TIMEOUT_S
 from cluster.operate import NotRunning, Running
 from cluster.preflight import Obstacle, check_machine, check_ports
 from cluster.settings import Settings, SettingsError
+from cluster.standing import Standing
 from cluster.state import AlreadyRunning, Home, Phase
 from cluster.supervisor import supervise
 
@@ -124,10 +126,16 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="for programs")]
 def check(
     file: File = Path("serve_config.yaml"),
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="print it as Serve takes it: paths and digests")] = False,
 ) -> None:
     """Is this file right? Every key, price and adapter, in a table. Exit code 0 means yes."""
     from cluster.check import check as judge  # loads torch and Ray, which other commands do without
+    from cluster.check import portable
 
+    if resolved:
+        with _refusals():
+            print(portable(file), end="")
+        return
     report = judge(file)
     if as_json:
         print(report.to_json())
@@ -191,12 +199,12 @@ def dodo_sandbox(context: typer.Context) -> None:
 
 
 @dodo.command("sync")
-def dodo_sync() -> None:
+def dodo_sync(config: ConfigOption = None) -> None:
     """Make packs, plans, the meter and the webhook known to Dodo; the same again changes nothing."""
     with _refusals():
-        running = Running.find(Settings.from_env())
-        config = commerce.resolved(running.settings)
-        report = commerce.register(config, running.environment())
+        standing = Standing.find(Settings.from_env(config=config))
+        settings = standing.settings if config is None else replace(standing.settings, config=config.absolute())
+        report = commerce.register(commerce.resolved(settings), standing.environment)
         out.print(f"made: {', '.join(report.created) or 'nothing new'}; found: {', '.join(report.found) or 'nothing'}")
         for drift in report.drift:
             err.print(f"differs: {drift}")

@@ -19,12 +19,12 @@ from billing.catalogue import Catalogue
 from billing.dodo import Dodo, DodoSettings
 from billing.dodo_sync import SyncReport, sync
 from billing.errors import BillingError
-from billing.store.connection import connect
+from billing.store.connection import Durability, connect
 from cluster import children, ray_node
 from cluster.children import Child
 from cluster.demo.tenants import SeedFailed, seed
 from cluster.environment import inherited
-from cluster.launch import LaunchError, addressed, user_config
+from cluster.launch import LaunchError, addressed, durability, user_config
 from cluster.preflight import Obstacle
 from cluster.serve_api import ServeConfig, ServeUnavailable
 from cluster.settings import Settings, SettingsError
@@ -90,11 +90,11 @@ def catalogue_of(config: ServeConfig) -> Catalogue:
     return read_catalogue(user_config(config))
 
 
-def verify_store(url: str) -> None:
+def verify_store(url: str, sureness: Durability = "strict") -> None:
     """Raises StoreRefused or StoreUnavailable for a store that may not keep money."""
 
     async def ask() -> None:
-        redis = await connect(url)
+        redis = await connect(url, durability=sureness)
         await redis.aclose()
 
     asyncio.run(ask())
@@ -122,11 +122,14 @@ def register(config: ServeConfig, env: Mapping[str, str]) -> SyncReport:
 
     Raises:
         DodoUnavailable, DodoRefused: Dodo's answer.
+        SettingsError: nobody said where Dodo finds this API.
     """
+    if not env.get("FAREBOX_PUBLIC_URL"):
+        raise SettingsError("FAREBOX_PUBLIC_URL is not set: the API's public address, where Dodo sends webhooks")
 
     async def tell() -> SyncReport:
         dodo = Dodo(DodoSettings.from_env(env))
-        redis = await connect(env["REDIS_URL"])
+        redis = await connect(env["REDIS_URL"], durability=durability(config))
         try:
             return await sync(dodo, redis, catalogue_of(config), f"{env['FAREBOX_PUBLIC_URL']}/webhooks/dodo")
         finally:

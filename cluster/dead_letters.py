@@ -14,7 +14,7 @@ from billing.events import SealedEvent
 from billing.money import format_usd
 from billing.store.outbox import Outbox
 from cluster.books import JsonOption, ask, err, out, store
-from cluster.operate import Running
+from cluster.standing import Standing
 
 
 def dead(as_json: JsonOption = False) -> None:
@@ -45,18 +45,18 @@ def revive(
     if id_ and not chosen:
         err.print(f"[bold red]farebox:[/] no dead event has id {id_}: see `farebox dodo dead`", highlight=False)
         raise typer.Exit(1)
-    revived = ask(lambda running: _revive(running, chosen))
+    revived = ask(lambda standing: _revive(standing, chosen))
     out.print(f"{revived} of {len(letters)} dead events go out with the next flush")
 
 
-async def _dead(running: Running) -> list[SealedEvent]:
-    async with store(running) as redis:
+async def _dead(standing: Standing) -> list[SealedEvent]:
+    async with store(standing) as redis:
         return await Outbox(redis).dead()
 
 
-async def _revive(running: Running, letters: list[SealedEvent]) -> int:
+async def _revive(standing: Standing, letters: list[SealedEvent]) -> int:
     """How many this call revived: another one may have been faster."""
-    async with store(running) as redis:
+    async with store(standing) as redis:
         outbox = Outbox(redis)
         return sum([await outbox.revive(replace(letter, reason="")) for letter in letters])
 

@@ -1,9 +1,7 @@
 """The supervisor as a process of its own, for ``farebox up --detach``; its log is ``supervisor.log``."""
 
-import os
 import sys
 from datetime import datetime
-from pathlib import Path
 
 from cluster import commerce
 from cluster.settings import Settings
@@ -13,7 +11,7 @@ from cluster.supervisor import supervise
 
 def main() -> None:
     """Run one farebox as the environment describes it; argument 1 is the seconds it has to become healthy."""
-    settings = Settings.from_env(config=Path(os.environ["FAREBOX_CONFIG"]))
+    settings = Settings.from_env()
     try:
         supervise(settings, _log, lambda _: _log("healthy"), float(sys.argv[1]))
     except (*commerce.FAILURES, AlreadyRunning) as error:

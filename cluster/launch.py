@@ -6,11 +6,14 @@ Starts no process.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from pathlib import Path
 
 import httpx
+import yaml
 
+from billing.store.connection import Durability
 from cluster.serve_api import DEPLOY_FAILED, RUNNING, Application, Deployment, ServeApi, ServeConfig, ServeUnavailable
 from cluster.settings import LOOPBACK, Settings
 
@@ -76,6 +79,27 @@ def user_config(config: ServeConfig) -> Mapping[str, object]:
     found = _deployment(config, GATEWAY).get("user_config") or {}
     assert isinstance(found, dict)
     return found
+
+
+def durability(config: object) -> Durability:
+    """How sure the configuration wants its store to be: ``strict`` unless an application says ``trusted``."""
+    return "trusted" if "trusted" in _durabilities(config) else "strict"
+
+
+def durability_in(file: Path) -> Durability:
+    """The same of a file that was not checked yet; ``strict`` where it cannot be read."""
+    try:
+        return durability(yaml.safe_load(file.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return "strict"
+
+
+def _durabilities(config: object) -> Iterator[object]:
+    listed = config.get("applications") if isinstance(config, Mapping) else None
+    for app in listed if isinstance(listed, list) else []:
+        args = app.get("args") if isinstance(app, Mapping) else None
+        if isinstance(args, Mapping):
+            yield args.get("durability")
 
 
 def scaled(config: ServeConfig, replicas: int) -> ServeConfig:

@@ -15,7 +15,7 @@ from billing.catalogue import Catalogue
 from billing.clock import now_ms
 from billing.errors import BillingError
 from billing.store.catalogue import GatewayState, gateways
-from billing.store.connection import connect
+from billing.store.connection import Durability, connect
 from cluster import commerce, launch, ray_node
 from cluster.environment import SANDBOX, dodo_environment, service_environment
 from cluster.launch import LaunchError, Say
@@ -70,6 +70,12 @@ class Running:
 
     def environment(self) -> dict[str, str]:
         return service_environment(self.settings, self.home.secrets(), self.run.store_url)
+
+    @property
+    def durability(self) -> Durability:
+        """What the configuration in force says of the store."""
+        deployed = self.home.deployed
+        return launch.durability_in(deployed if deployed.exists() else Path(self.run.config))
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,8 @@ def deploy(settings: Settings, file: Path, say: Say) -> Catalogue:
     write_private(running.home.deployed, json.dumps(config, indent=2))
     launch.put(api, config)
     catalogue = commerce.catalogue_of(config)
-    asyncio.run(_wait_served(running.run.store_url, catalogue, lambda: launch.find(api, launch.GATEWAY).running))
+    store = (running.run.store_url, launch.durability(config))
+    asyncio.run(_wait_served(store, catalogue, lambda: launch.find(api, launch.GATEWAY).running))
     launch.wait_healthy(api, running.run.api_url, say)
     return catalogue
 
@@ -151,9 +158,9 @@ def scale(settings: Settings, replicas: int | None, say: Say) -> int:
     return launch.wait_scaled(api, replicas, say)
 
 
-async def _wait_served(store_url: str, catalogue: Catalogue, running: Callable[[], int]) -> None:
+async def _wait_served(store: tuple[str, Durability], catalogue: Catalogue, running: Callable[[], int]) -> None:
     """Wait until every living gateway announces this catalogue's hash."""
-    redis = await connect(store_url)
+    redis = await connect(store[0], durability=store[1])
     loop = asyncio.get_running_loop()
     deadline = loop.time() + CATALOGUE_TIMEOUT_S
     try:

@@ -95,7 +95,7 @@ class Settings:
         """
         settings = cls(
             home=Path(env.get("FAREBOX_HOME") or ".farebox").absolute(),
-            config=(config or Path("serve_config.yaml")).absolute(),
+            config=(config or Path(env.get("FAREBOX_CONFIG") or "serve_config.yaml")).absolute(),
             api_port=api_port or _port(env, "FAREBOX_PORT", API_PORT),
             dashboard_port=dashboard_port or _port(env, "FAREBOX_DASHBOARD_PORT", DASHBOARD_PORT),
             sandbox_port=sandbox_port or _port(env, "FAREBOX_SANDBOX_PORT", SANDBOX_PORT),
