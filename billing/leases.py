@@ -47,7 +47,7 @@ class Leases:
         self._open.pop(request_id, None)
 
     async def run(self) -> None:
-        """Renew, and bill what other gateways left behind, until cancelled. Outlives a store that is away."""
+        """Renew, and bill what other gateways left behind, until cancelled. Outlives an absent store and our bugs."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._renew_for_ever())
             tasks.create_task(self._expire_for_ever())
@@ -78,6 +78,8 @@ class Leases:
                 await self.renew_once()
             except StoreUnavailable as error:
                 logger.warning("%d leases were not renewed: %s", len(self._open), error)
+            except Exception:
+                logger.exception("%d leases were not renewed", len(self._open))
 
     async def _expire_for_ever(self) -> None:
         while True:
@@ -87,3 +89,5 @@ class Leases:
                     logger.warning("%d requests were billed by their last checkpoint: their gateway is gone", expired)
             except StoreUnavailable as error:
                 logger.warning("expired holds wait: %s", error)
+            except Exception:
+                logger.exception("expired holds wait")

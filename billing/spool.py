@@ -49,6 +49,14 @@ class Spool:
         """Settlements on disk that the ledger is not known to have."""
         return self._pending
 
+    @property
+    def refused(self) -> int:
+        """Settlements in this folder that no ledger took; a person must look at them. Reads the disk."""
+        try:
+            return (self._folder / REFUSED).read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
+
     def append(self, settlement: Settlement) -> None:
         """Keep a settlement; it is on disk on return. Any thread may call it.
 
@@ -64,6 +72,8 @@ class Spool:
 
     async def replay(self, ledger: Ledger) -> int:
         """Settle what waits, oldest first, and what processes that ended have left here.
+
+        Where nothing waits it reads the folder and touches no store.
 
         Returns:
             How many left the spool, those that the ledger refused included.
@@ -95,7 +105,7 @@ class Spool:
     async def _settle(self, line: str, ledger: Ledger) -> None:
         try:
             await ledger.settle(_from_line(line))
-        except (UnknownHold, DuplicateRequest, ValueError, KeyError, TypeError) as error:
+        except (UnknownHold, DuplicateRequest, ValueError, KeyError, TypeError, AssertionError) as error:
             await asyncio.to_thread(self._refuse, line, error)
 
     def _oldest(self) -> list[str]:
@@ -122,13 +132,13 @@ class Spool:
     def _adopt(self) -> None:
         """Take over files whose process has ended: the kernel released their locks."""
         for path in sorted(self._folder.glob("settles-*.jsonl")):
-            file = _open_locked(path)
+            file = None if path == self._file.path else _open_locked(path)
             if file is None:
                 continue
-            with self._guard:
-                lines = file.lines()
-                self._file.append(lines)
-                self._pending += len(lines)
+            if lines := file.lines():
+                with self._guard:
+                    self._file.append(lines)
+                    self._pending += len(lines)
             file.remove()
 
 

@@ -208,6 +208,16 @@ class Gateway:
             await asyncio.wait(self._loops, timeout=STOP_TIMEOUT_S)
         self._spool.close()
 
+    def check(self) -> None:
+        """Raises AssertionError where a loop has ended: this gateway must be replaced."""
+        assert self._is_stopped or not any(loop.done() for loop in self._loops), (
+            "a gateway's loop never ends on its own"
+        )
+
+    async def refused_settles(self) -> int:
+        """Settles of this machine's spool that the ledger refused."""
+        return await asyncio.to_thread(lambda: self._spool.refused)
+
     @property
     def spooled(self) -> int:
         """Settles on this gateway's disk that wait for the store."""
@@ -269,14 +279,19 @@ class Gateway:
     async def _extend_for_ever(self) -> None:
         while True:
             await asyncio.sleep(self._checkpoint_s)
-            if self._runs:
-                await self.link.extend(dict.fromkeys(self._runs, self._lease_s))
+            try:
+                if self._runs:
+                    await self.link.extend(dict.fromkeys(self._runs, self._lease_s))
+            except Exception:
+                logger.exception("%d deadlines were not moved", len(self._runs))
 
     async def _replay_for_ever(self) -> None:
+        """Also with nothing of our own: a gateway that ended may have left its settles here."""
         while True:
             await asyncio.sleep(SPOOL_INTERVAL_S)
-            if self._spool.pending:
-                try:
-                    await self._spool.replay(self._ledger)
-                except StoreUnavailable:
-                    logger.warning("the store is away: %d settles wait on disk", self._spool.pending)
+            try:
+                await self._spool.replay(self._ledger)
+            except StoreUnavailable:
+                logger.warning("the store is away: %d settles wait on disk", self._spool.pending)
+            except Exception:
+                logger.exception("%d settles wait on disk", self._spool.pending)

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,13 +68,17 @@ class GatewayIngress:
 
     async def check_health(self) -> None:
         assert not self._publishing.done(), "the publishing loop never ends on its own"
+        self._services.gateway.check()
 
-    def __del__(self) -> Coroutine[None, None, None] | None:
-        """Serve calls this, and awaits what it returns, after it drained the replica."""
-        return self.close() if self._is_open else None
+    async def __del__(self) -> None:
+        """Serve calls this after it drained the replica; its ingress wrapper awaits only an ``async def``."""
+        if self._is_open:
+            await self.close()
 
     async def close(self) -> None:
+        """End what is open, leave the board and let the store go."""
         self._is_open = False
+        await self._services.gateway.stop()
         self._publishing.cancel()
         with suppress(StoreUnavailable):
             await board.forget_gateway(self._services.redis, self._services.gateway_id)
@@ -94,6 +98,9 @@ class GatewayIngress:
                     is_published = True
                 except StoreUnavailable as error:
                     logger.warning("the catalogue could not be published: %s", error)
+                except Exception:
+                    is_published = False
+                    logger.exception("the catalogue could not be published")
             with suppress(TimeoutError):
                 async with asyncio.timeout(PUBLISH_INTERVAL_S if is_published else RETRY_INTERVAL_S):
                     await self._changed.wait()

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +85,7 @@ class LoraReplica:
     async def check_health(self) -> None:
         """Serve replaces a replica whose engine died."""
         self._start_loops()
+        assert not any(task.done() for task in self._tasks), "a replica's loop never ends on its own"
         self._engine.check()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -138,12 +138,16 @@ class LoraReplica:
         redis = Redis.from_url(store_url, decode_responses=True)
         pinned: tuple[Model, ...] = ()
         while True:
-            with suppress(StoreUnavailable):
+            try:
                 catalogue = await board.current(redis)
                 wanted = tuple(model for model in catalogue.models if model.pinned) if catalogue else ()
                 if wanted != pinned:
                     self._engine.pin([ref for model in wanted if (ref := await self._local(_ref_of(model)))])
                     pinned = wanted
+            except StoreUnavailable as error:
+                logger.debug("the pins stay as they are: %s", error)
+            except Exception:
+                logger.exception("the pins stay as they are")
             await asyncio.sleep(PIN_INTERVAL_S)
 
     async def _local(self, ref: AdapterRef) -> AdapterRef | None:
@@ -156,7 +160,10 @@ class LoraReplica:
 
     async def _publish_for_ever(self) -> None:
         while True:
-            self._metrics.publish(self._engine.stats())
+            try:
+                self._metrics.publish(self._engine.stats())
+            except Exception:
+                logger.exception("the engine's figures were not published")
             await asyncio.sleep(STATS_INTERVAL_S)
 
 

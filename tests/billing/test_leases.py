@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 
 from redis.asyncio import Redis
 
@@ -10,7 +11,8 @@ from billing.leases import Leases
 from billing.store.holds import Ledger
 from billing.store.keys import shard_for
 from billing.usage import RequestId, Status, UsageRecord
-from tests.billing.samples import ACME, money, request, settlement
+from tests.billing.conftest import SteppedClock
+from tests.billing.samples import ACME, money, records, request, settlement
 
 
 def progress(request_id: str = "req_1", completion: int = 5) -> Progress:
@@ -82,3 +84,34 @@ async def test_leases_of_many_tenants_travel_together(ledger: Ledger) -> None:
         leases.update(progress(f"req_{n}"))
     assert await leases.renew_once() == frozenset()
     assert len(leases) == 100
+
+
+class Buggy(Ledger):
+    """A ledger whose first calls meet a bug."""
+
+    bugs = 2
+
+    async def checkpoint(self, progress: Sequence[Progress]) -> frozenset[RequestId]:
+        self._meet()
+        return await super().checkpoint(progress)
+
+    async def expire(self, limit: int = 100) -> int:
+        self._meet()
+        return await super().expire(limit)
+
+    def _meet(self) -> None:
+        if self.bugs:
+            self.bugs -= 1
+            raise RuntimeError("nobody foresaw this")
+
+
+async def test_a_bug_stops_neither_renewal_nor_expiry(ledger: Ledger, store: Redis, clock: SteppedClock) -> None:
+    await ledger.grant(money(200_000))
+    await ledger.hold(request("req_mine", lease_ms=600))
+    await ledger.hold(request("req_left", lease_ms=1))
+    leases = Leases(Buggy(store, clock), Lost(), checkpoint_s=0.1, expire_s=0.1)
+    leases.update(progress("req_mine"))
+    await running_for(leases, 1.2)
+    (expired,) = await records(store)
+    assert (expired.request_id, expired.status) == ("req_left", Status.EXPIRED)
+    assert (await ledger.account(ACME)).open_holds == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from billing.errors import StoreUnavailable
-from billing.spool import REFUSED, Spool, SpoolFull
+from billing.spool import REFUSED, Spool, SpoolFull, _to_line
 from billing.store.connection import connect
 from billing.store.holds import Ledger
 from cluster import valkey
@@ -66,6 +66,19 @@ async def test_what_the_ledger_does_not_know_is_kept_for_people(ledger: Ledger, 
     assert await spool.replay(ledger) == 1
     assert spool.pending == 0
     assert "req_never_held" in (tmp_path / "spool" / REFUSED).read_text()
+    assert spool.refused == 1
+
+
+async def test_quantities_that_cannot_be_are_set_aside_and_hold_up_nothing(ledger: Ledger, spool: Spool) -> None:
+    await ledger.grant(money(1_000_000))
+    await ledger.hold(request())
+    assert spool.refused == 0
+    spool._file.append([_to_line(settlement("req_odd")).replace('"completion_tokens":5', '"completion_tokens":-5')])
+    spool._pending += 1
+    spool.append(settlement())
+    assert await spool.replay(ledger) == 2
+    assert (spool.pending, spool.refused) == (0, 1)
+    assert (await ledger.account(ACME)).balance_nanos == 980_000
 
 
 async def test_the_spool_is_bounded(tmp_path: Path) -> None:
