@@ -23,6 +23,8 @@ from deployments.api.errors import BadRequest, Conflict, NotFound
 from deployments.services import Caller, Parts, Services
 
 DEFAULT_DAYS = 30
+MAX_DAYS = 366
+YEARS = range(2000, 2101)
 MAX_RECORDS = 1_000
 
 router = APIRouter()
@@ -84,11 +86,7 @@ async def usage(
     group_by: Literal["model", "day"] = "model",
 ) -> JSONResponse:
     """Totals over days in UTC, ``end`` included; the last thirty days by default."""
-    today = datetime.now(UTC).date()
-    last = end or today
-    first = start or last - timedelta(days=DEFAULT_DAYS)
-    if first > last:
-        raise BadRequest("start must not be after end", "start")
+    first, last = _span(start, end or datetime.now(UTC).date())
     totals = await history.totals(
         parts.redis, caller.tenant.id, _midnight(first), _midnight(last + timedelta(days=1)), group_by
     )
@@ -101,6 +99,19 @@ async def usage(
             "data": [_total_json(total, group_by) for total in totals],
         }
     )
+
+
+def _span(start: date | None, last: date) -> tuple[date, date]:
+    """Raises BadRequest where the days are not in order, too many, or of no year in which anything is sold."""
+    for name, day in (("start", start), ("end", last)):
+        if day is not None and day.year not in YEARS:
+            raise BadRequest(f"{name} must lie in the years {YEARS[0]} to {YEARS[-1]}", name)
+    first = start or last - timedelta(days=DEFAULT_DAYS)
+    if first > last:
+        raise BadRequest("start must not be after end", "start")
+    if (last - first).days >= MAX_DAYS:
+        raise BadRequest(f"start and end may span at most {MAX_DAYS} days", "start")
+    return first, last
 
 
 def _midnight(day: date) -> int:

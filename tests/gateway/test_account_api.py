@@ -76,7 +76,25 @@ async def test_records_come_in_pages(house: House) -> None:
     assert len(seen) == len(set(seen)) == 5
 
 
-@pytest.mark.parametrize("query", ["start=2026-02-30", "start=2026-03-02&end=2026-03-01", "group_by=tenant", "start=x"])
+@pytest.mark.parametrize("query", ["start=2024-01-01&end=2024-12-31", "end=2000-01-01", "end=2100-12-31"])
+async def test_a_span_may_be_a_leap_year_long(house: House, query: str) -> None:
+    await get(house, f"/v1/usage?{query}", await house.tenant())
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "start=2026-02-30",
+        "start=2026-03-02&end=2026-03-01",
+        "group_by=tenant",
+        "start=x",
+        "end=9999-12-31",
+        "end=0001-01-01",
+        "start=1999-12-31&end=2000-01-02",
+        "end=2101-01-01",
+        "start=2024-01-01&end=2025-01-01",
+    ],
+)
 async def test_a_span_that_is_none_is_refused(house: House, query: str) -> None:
     key = await house.tenant()
     check(await house.client.get(f"/v1/usage?{query}", headers=bearer(key)), 400, "invalid_request")
@@ -193,6 +211,7 @@ async def test_the_billing_page_works_before_the_actor_ever_ran(house: House) ->
     assert billing["open_holds"] == 0
     assert billing["pump"]["state"] == "starting"
     assert billing["unsettled_on_this_gateway"] == 0
+    assert billing["refused_settles"] == 0
     assert (await admin(house, "GET", "dead-letters")).json()["data"] == []
     assert (await admin(house, "GET", "gateways")).json()["data"] == []
 
