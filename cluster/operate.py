@@ -5,6 +5,7 @@ Knows the running one's addresses and secrets from its folder; starts and ends n
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -95,7 +96,15 @@ class Status:
 
     def to_json(self) -> str:
         addresses = {"metrics_url": self.run.metrics_url} if self.run else {}
-        return json.dumps({"healthy": self.is_healthy} | addresses | asdict(self), indent=2)
+        told = asdict(self)
+        if self.run:
+            told["run"]["store_url"] = without_password(self.run.store_url)
+        return json.dumps({"healthy": self.is_healthy} | addresses | told, indent=2)
+
+
+def without_password(url: str) -> str:
+    """A store's address as it may be shown; a password stands before the host or in the query."""
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(://[^:@/]*:).*@", r"\1***@", url))
 
 
 def status(settings: Settings) -> Status:

@@ -72,10 +72,10 @@ class Run:
 class Secrets:
     """Made at the first start, kept for the life of the folder."""
 
-    admin_key: str
-    dodo_api_key: str
-    ray_token: str
-    webhook_secret: str
+    admin_key: str = field(repr=False)
+    dodo_api_key: str = field(repr=False)
+    ray_token: str = field(repr=False)
+    webhook_secret: str = field(repr=False)
     """What the offline Dodo signs its webhooks with."""
 
 

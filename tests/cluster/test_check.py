@@ -10,9 +10,11 @@ from ray.serve.schema import ServeDeploySchema
 from rich.console import Console
 from safetensors.numpy import save_file
 from transformers import LlamaConfig
+from typer.testing import CliRunner
 
 from cluster.check import CheckFailed, check, resolve
 from cluster.checking.findings import CheckReport
+from cluster.cli import app
 from deployments.catalogue import read_catalogue
 from deployments.engine.adapters import CONFIG_FILE, WEIGHTS_FILE, digest_adapter
 
@@ -432,6 +434,29 @@ def test_resolve_leaves_everything_else_as_it_is_written(desk: Desk) -> None:
         del entry["digest"]
     config["applications"][0]["args"]["model"]["path"] = ".farebox/models/base"
     assert config == written
+
+
+def test_printed_resolved_it_holds_all_and_nothing_relative(desk: Desk) -> None:
+    done = CliRunner().invoke(app, ["check", "--resolved", str(desk.file)])
+    assert done.exit_code == 0, done.output
+    printed = yaml.safe_load(done.stdout)
+    ServeDeploySchema.model_validate(printed)
+    args = printed["applications"][0]["args"]
+    assert args["spool_dir"] == str(desk.folder / ".farebox" / "spool")
+    assert args["adapter_cache_dir"] == str(desk.folder / ".farebox" / "adapters")
+    assert str(desk.folder) in done.stdout
+    assert not [word for word in done.stdout.split() if word.startswith((".farebox", "./"))]
+    expected = resolve(desk.file)
+    expected["applications"][0]["args"] = args
+    assert printed == expected
+    assert read_catalogue(printed["applications"][0]["deployments"][0]["user_config"]).quarantined == ()
+
+
+def test_what_is_wrong_is_not_printed_resolved(desk: Desk) -> None:
+    desk.edit("proxy_location:", "proxy_locaton:")
+    done = CliRunner().invoke(app, ["check", "--resolved", str(desk.file)])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "proxy_locaton" in done.stderr
 
 
 def test_resolve_refuses_what_check_refuses_and_carries_the_report(desk: Desk) -> None:

@@ -52,6 +52,23 @@ def test_status_is_json_for_programs_and_fails_unless_healthy(farebox: Farebox) 
     assert json.loads(done.stdout)["phase"] == "stopped"
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("rediss://farebox:hunter2@redis.example.com:6380/0", "rediss://farebox:***@redis.example.com:6380/0"),
+        ("redis://:hunter2@redis.example.com", "redis://:***@redis.example.com"),
+        ("redis://r:6379?password=hunter2&db=1", "redis://r:6379?password=***&db=1"),
+        ("unix://u:hunter2@/run/s.sock", "unix://u:***@/run/s.sock"),
+        ("unix:///home/you/.farebox/store/s.sock", "unix:///home/you/.farebox/store/s.sock"),
+    ],
+)
+def test_status_shows_the_store_without_its_password(farebox: Farebox, home: Home, url: str, shown: str) -> None:
+    home.tell(replace(run_of(os.getpid(), started=1.0, phase=Phase.HEALTHY), store_url=url))
+    done = farebox("status", "--json")
+    assert json.loads(done.stdout)["run"]["store_url"] == shown
+    assert "hunter2" not in done.output + farebox("status").output
+
+
 def test_a_killed_supervisor_is_told_from_a_stopped_one(farebox: Farebox, home: Home) -> None:
     home.tell(run_of(os.getpid(), started=1.0, phase=Phase.HEALTHY))
     done = farebox("status")

@@ -53,6 +53,11 @@ def test_secrets_are_made_once_and_differ_between_folders(home: Home, tmp_path: 
     }  # fmt: skip
 
 
+def test_secrets_show_nothing_of_themselves(home: Home) -> None:
+    made = home.secrets()
+    assert repr(made) == "Secrets()"
+
+
 def test_a_folder_has_one_supervisor_at_a_time(home: Home) -> None:
     with home.lock():
         assert home.is_locked
