@@ -1,11 +1,14 @@
 """The Kubernetes manifest is the same product as the shipped configuration, on other hardware."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from deployments.config import BillingArgs, FareboxArgs, GatewayUserConfig
 
 Tree = Any  # what YAML holds
@@ -20,6 +23,39 @@ def laptop(repo: Path) -> dict[str, Tree]:
 def kubernetes(repo: Path) -> dict[str, Tree]:
     manifest = yaml.safe_load((repo / "cluster" / "kuberay" / "rayservice.yaml").read_text())
     return dict(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+
+
+@pytest.fixture
+def worker(repo: Path) -> dict[str, Tree]:
+    manifest = yaml.safe_load((repo / "cluster" / "kuberay" / "rayservice.yaml").read_text())
+    return dict(manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"])
+
+
+def test_the_spool_is_on_a_volume_that_the_images_user_may_write(
+    worker: dict[str, Tree], kubernetes: dict[str, Tree]
+) -> None:
+    spool = kubernetes["applications"][0]["args"]["spool_dir"]
+    (owner,), (container,) = worker["initContainers"], worker["containers"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert spool.startswith(mounts["spool"] + "/")
+    assert {"name": "spool", "mountPath": mounts["spool"]} in owner["volumeMounts"]
+    assert owner["securityContext"]["runAsUser"] == 0
+    assert f"mkdir -p {spool} && chown -R ray:users {mounts['spool']}" in owner["command"]
+
+
+def test_the_image_builds_in_a_folder_of_its_own_user(repo: Path) -> None:
+    lines = (repo / "cluster" / "kuberay" / "Dockerfile").read_text().splitlines()
+    made, entered = lines.index("RUN install -d -o ray -g users /opt/farebox"), lines.index("WORKDIR /opt/farebox")
+    users = [line for line in lines if line.startswith("USER")]
+    assert made < entered
+    assert users[-1] == "USER ray"
+
+
+def test_the_manifest_says_how_digests_get_there_with_commands_that_exist(repo: Path) -> None:
+    text = (repo / "cluster" / "kuberay" / "rayservice.yaml").read_text()
+    told = CliRunner().invoke(app, ["check", "--help"], env={"COLUMNS": "200"}).output
+    assert "farebox check --resolved" in text
+    assert "--resolved" in re.sub("\x1b\\[[0-9;]*m", "", told)
 
 
 def shape(tree: Tree, depth: int) -> Tree:
