@@ -186,6 +186,14 @@ async def test_a_hold_that_expired_elsewhere_ends_the_stream_and_what_was_delive
     assert expired.charged_nanos + late.charged_nanos == PROMPT + delivered * ONE
 
 
+async def tell_and_fall_silent(house: House) -> None:
+    """As a gateway does that is killed right after a checkpoint."""
+    await house.services.gateway.leases.renew_once()
+    for loop in house.services.gateway._loops:
+        loop.cancel()
+    await asyncio.gather(*house.services.gateway._loops, return_exceptions=True)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_gateway_that_dies_bills_what_a_stream_was_given_and_nothing_of_an_answer(
     house: House, link: ScriptedLink, stream: bool
@@ -195,10 +203,7 @@ async def test_a_gateway_that_dies_bills_what_a_stream_was_given_and_nothing_of_
     task = asyncio.create_task(house.chat(key, stream=stream, max_tokens=50))
     await until(lambda: max(link.steps.values(), default=0) >= 5)
     [request_id] = link.steps
-    await house.services.gateway.leases.renew_once()
-    for loop in house.services.gateway._loops:
-        loop.cancel()
-    await asyncio.gather(*house.services.gateway._loops, return_exceptions=True)
+    await tell_and_fall_silent(house)
     await house.redis.zadd(shard_for(TenantId("acme")).leases, {request_id: 1})
     assert await house.services.ledger.expire() == 1
     [record] = await records(house)
@@ -215,7 +220,7 @@ async def test_a_gateway_that_dies_while_a_stream_is_queued_bills_nothing(house:
     key = await house.tenant(usd="1.00")
     task = asyncio.create_task(house.chat(key, model="acme/private:1", stream=True))
     await until(lambda: bool(link.jobs))
-    await house.services.gateway.leases.renew_once()
+    await tell_and_fall_silent(house)
     request_id = link.jobs[0].request_id
     assert await house.redis.zadd(shard_for(TenantId("acme")).leases, {request_id: 1}) == 0
     assert await house.services.ledger.expire() == 1
