@@ -88,10 +88,6 @@ class LoraReplica:
         assert not any(task.done() for task in self._tasks), "a replica's loop never ends on its own"
         self._engine.check()
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        stats = self._engine.stats()
-        return {"queued": float(stats.waiting), "running": float(stats.running)}
-
     async def stats(self) -> tuple[str, EngineStats]:
         """This replica's id and its engine's counters."""
         return serve.get_replica_context().replica_id.unique_id, self._engine.stats()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.config import AutoscalingConfig
 from typer.testing import CliRunner
 
 from cluster.cli import app
@@ -81,6 +82,18 @@ def test_the_kubernetes_configuration_passes_the_same_models(kubernetes: dict[st
     BillingArgs.model_validate(billing["args"])
     gateway = next(d for d in farebox["deployments"] if d["name"] == "Gateway")
     GatewayUserConfig.model_validate(gateway["user_config"])
+
+
+def test_ray_sees_what_waits_in_an_engine_and_grows_before_the_batch_is_full(
+    laptop: dict[str, Tree], kubernetes: dict[str, Tree]
+) -> None:
+    """Ray counts a replica's open calls: all that its engine may keep have to fit, or they wait unseen."""
+    for config in (laptop, kubernetes):
+        engine, replica = config["applications"][0]["args"]["engine"], config["applications"][0]["deployments"][1]
+        scaling = AutoscalingConfig.model_validate(replica["autoscaling_config"])
+        assert scaling.policy.is_default_policy_function()
+        assert scaling.get_target_ongoing_requests() < engine["max_running"]
+        assert replica["max_ongoing_requests"] >= engine["max_running"] + engine["max_queued"]
 
 
 def test_the_plans_of_both_are_of_the_same_kinds(laptop: dict[str, Tree], kubernetes: dict[str, Tree]) -> None:
