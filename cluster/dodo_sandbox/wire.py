@@ -5,6 +5,7 @@ Every resource model mirrors the type of the same name in the ``dodopayments`` S
 
 import calendar
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, ClassVar, Generic, Literal, TypeVar
@@ -59,14 +60,15 @@ class Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Resource(Wire):
+class Resource(Wire, ABC):
     """A stored thing. ``kind`` names its table, ``key`` and ``owner`` are its id and its customer's."""
 
     kind: ClassVar[str]
 
     @property
+    @abstractmethod
     def key(self) -> str:
-        raise NotImplementedError
+        """The id under which it is found."""
 
     @property
     def owner(self) -> str | None:

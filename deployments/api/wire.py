@@ -3,6 +3,7 @@
 Knows OpenAI's field names and which of them the engine cannot honour; prices nothing.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -57,7 +58,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class Sampled(BaseModel):
+class Sampled(BaseModel, ABC):
     """What both endpoints share. Unknown fields are accepted, as OpenAI's clients expect."""
 
     model_config = ConfigDict(extra="allow")
@@ -78,8 +79,9 @@ class Sampled(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    @abstractmethod
     def prompt(self) -> Prompt:
-        raise NotImplementedError
+        """What the model is to answer. Raises BadRequest."""
 
     def wanted_tokens(self) -> int | None:
         return self.max_tokens
