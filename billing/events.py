@@ -117,8 +117,8 @@ class _Sum:
 
     def add_quantities(self, record: UsageRecord) -> None:
         name = record.adapter_class[:MAX_CLASS_NAME]
-        self.usage = _plus(self.usage, record.usage)
-        self.classes[name] = _plus(self.classes.get(name, Usage(requests=0)), record.usage)
+        self.usage = self.usage + record.usage
+        self.classes[name] = self.classes.get(name, Usage(requests=0)) + record.usage
         self.list_nanos += record.list_nanos
         self.records += 1
         self.last_ms = max(self.last_ms, record.occurred_at_ms)
@@ -195,15 +195,5 @@ def _by_class(classes: dict[str, Usage]) -> dict[str, Usage]:
     named: dict[str, Usage] = {}
     for rank, (name, usage) in enumerate(sorted(classes.items())):
         key = f"class.{name}" if rank < MAX_CLASSES else "class_other"
-        named[key] = _plus(named.get(key, Usage(requests=0)), usage)
+        named[key] = named.get(key, Usage(requests=0)) + usage
     return named
-
-
-def _plus(a: Usage, b: Usage) -> Usage:
-    return Usage(
-        prompt_tokens=a.prompt_tokens + b.prompt_tokens,
-        cached_tokens=a.cached_tokens + b.cached_tokens,
-        completion_tokens=a.completion_tokens + b.completion_tokens,
-        requests=a.requests + b.requests,
-        compute_ms=a.compute_ms + b.compute_ms,
-    )
