@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Literal
 from redis.asyncio import Redis
 
 from billing.money import Nanos
+from billing.store.archive_cursor import archive_url
 from billing.store.keys import shard_for
-from billing.store.shelf import archive_url
 from billing.store.stream import Entry, Stream, order
 from billing.usage import TenantId, UsageRecord
 
 if TYPE_CHECKING:
-    from billing.archive import Archive
+    from billing.archive.files import Archive
 
 GroupBy = Literal["model", "day"]
 
@@ -110,7 +110,7 @@ async def archive_of(redis: Redis) -> "Archive | None":
     url = await archive_url(redis)
     if not url:
         return None
-    from billing.archive import Archive  # whoever has no archive need not load Parquet
+    from billing.archive.files import Archive  # whoever has no archive need not load Parquet
 
     return await asyncio.to_thread(Archive, url)
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
-from billing.budget import CallBudget
 from billing.catalogue import Catalogue
 from billing.counters import LiveCounters
-from billing.customers import create_wanted
-from billing.dodo import Dodo, DodoSettings
-from billing.export import Exporter, FlushReport
-from billing.store import catalogue as catalogue_store
+from billing.dodo.budget import CallBudget
+from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.customers import create_wanted
+from billing.dodo.webhooks import Webhooks
+from billing.export.exporter import Exporter, FlushReport
+from billing.store import board
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
-from billing.webhooks import Webhooks
 
 LIMIT_S = 120.0
 """A chore that takes longer is cut off and starts again: everything it does may be cut off."""
@@ -60,7 +60,7 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
     budget = CallBudget(calls_per_minute)
 
     async def catalogue() -> Catalogue | None:
-        return await catalogue_store.current(redis)
+        return await board.current(redis)
 
     webhooks = Webhooks(redis, dodo, ledger, tenants, catalogue, settings.webhook_key)
     exporter = Exporter(redis, dodo, tenants, budget=budget)

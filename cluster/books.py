@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from billing import history
-from billing.budget import CallBudget
 from billing.clock import now_ms
-from billing.dodo import Dodo, DodoSettings
+from billing.dodo.budget import CallBudget
+from billing.dodo.client import Dodo, DodoSettings
 from billing.errors import BillingError
 from billing.history import Total
 from billing.money import format_usd
-from billing.proofs import Row
-from billing.reconcile import Reconciler, Report
+from billing.reconcile.proofs import Row
+from billing.reconcile.reconciler import Reconciler, Report
 from billing.store.connection import connect
 from billing.store.tenants import Tenants
 from billing.usage import TenantId

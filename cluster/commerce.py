@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 
 from billing.catalogue import Catalogue
-from billing.dodo import Dodo, DodoSettings
-from billing.dodo_sync import SyncReport, sync
+from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.sync import SyncReport, sync
 from billing.errors import BillingError
 from billing.store.connection import Durability, connect
 from cluster import children, ray_node
@@ -30,7 +30,7 @@ from cluster.serve_api import ServeConfig, ServeUnavailable
 from cluster.settings import Settings, SettingsError
 from cluster.state import Home, Secrets, write_private
 from cluster.valkey import StoreError
-from deployments.catalogue import read_catalogue
+from deployments.shelf import read_catalogue
 
 FAILURES = (Obstacle, SettingsError, LaunchError, StoreError, ServeUnavailable, SeedFailed, BillingError)
 """All that can keep a farebox from starting or make it end, each saying what to do."""

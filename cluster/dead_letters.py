@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from billing.events import SealedEvent
+from billing.export.events import SealedEvent
 from billing.money import format_usd
 from billing.store.outbox import Outbox
 from cluster.books import JsonOption, ask, err, out, store

@@ -15,7 +15,7 @@ import httpx
 from billing.catalogue import Catalogue
 from billing.clock import now_ms
 from billing.errors import BillingError
-from billing.store.catalogue import GatewayState, gateways
+from billing.store.board import GatewayState, gateways
 from billing.store.connection import Durability, connect
 from cluster import commerce, launch, ray_node
 from cluster.environment import SANDBOX, dodo_environment, service_environment

@@ -11,12 +11,12 @@ from functools import partial
 
 from ray.util.metrics import Gauge
 
-from billing.archive import Archive
-from billing.archiving import Archiver, ArchiveReport
+from billing.archive.archiver import Archiver, ArchiveReport
+from billing.archive.files import Archive
 from billing.counters import Counters
-from billing.dodo import DodoSettings
+from billing.dodo.client import DodoSettings
 from billing.errors import StoreRefused
-from billing.export import FlushReport
+from billing.export.exporter import FlushReport
 from billing.pump import Chore, ChoreStatus, Intervals, Parts, Pump, assemble
 from billing.store.connection import connect
 from billing.store.outbox import Backlog, PumpState, Sums

@@ -20,7 +20,6 @@ from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
 from billing.tenants import Principal
 from billing.usage import NOTHING, RequestId, Status
-from deployments.catalogue import Shelf
 from deployments.engine.request import (
     AdapterRef,
     GenerateRequest,
@@ -31,6 +30,7 @@ from deployments.engine.text import Text
 from deployments.link import ReplicaLink
 from deployments.metrics import GatewayMetrics
 from deployments.run import MeteringUnavailable, Run
+from deployments.shelf import Shelf
 
 LONG_PROMPT_CHARS = 2_000
 """Longer prompts are encoded off the event loop, so that they delay nobody's tokens."""

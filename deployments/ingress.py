@@ -18,14 +18,14 @@ from starlette.types import ASGIApp
 
 from billing.clock import now_ms
 from billing.errors import StoreRefused, StoreUnavailable
-from billing.store import catalogue as board
+from billing.store import board
 from billing.store.connection import connect
 from deployments import artifacts
 from deployments.api.application import make_app
-from deployments.catalogue import Shelf
 from deployments.config import FareboxArgs
 from deployments.engine.text import Text
 from deployments.serve_link import ServeLink
+from deployments.shelf import Shelf
 from deployments.wiring import build_services
 
 STORE_PATIENCE_S = 30.0

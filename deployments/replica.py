@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from billing.catalogue import Model
 from billing.errors import StoreUnavailable
-from billing.store import catalogue as board
+from billing.store import board
 from deployments import artifacts
 from deployments.config import EngineConfig, FareboxArgs
 from deployments.engine.loop import Engine

@@ -6,12 +6,12 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 from redis.asyncio import Redis
 
-from billing.dodo import Dodo
+from billing.dodo.client import Dodo
+from billing.dodo.webhooks import Webhooks
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
 from billing.tenants import Principal
 from billing.usage import RequestId
-from billing.webhooks import Webhooks
 from deployments.gateway import Gateway
 
 

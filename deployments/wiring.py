@@ -7,18 +7,18 @@ from redis.asyncio import Redis
 
 from billing.admission import Admission
 from billing.catalogue import Catalogue
-from billing.dodo import Dodo, DodoSettings
+from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.webhooks import Webhooks
 from billing.spool import Spool
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
-from billing.webhooks import Webhooks
-from deployments.catalogue import Shelf
 from deployments.config import FareboxArgs
 from deployments.engine.text import Text
 from deployments.gateway import Gateway
 from deployments.link import ReplicaLink
 from deployments.metrics import GatewayMetrics
 from deployments.services import Services
+from deployments.shelf import Shelf
 
 DEFAULT_PUBLIC_URL = "http://127.0.0.1:8000"
 

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from billing.account import Bucket
 from billing.errors import BillingError, StoreUnavailable
-from billing.events import SealedEvent
+from billing.export.events import SealedEvent
 from billing.store.connection import guarded
 from billing.store.keys import Shard
 from billing.store.outbox import START, Sums

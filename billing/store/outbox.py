@@ -7,20 +7,19 @@ running sums say so: sealed = acknowledged + dead + what is in the outbox.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from billing.events import SealedEvent
+from billing.export.events import SealedEvent
 from billing.store.connection import guarded
 from billing.store.keys import ALL_SHARDS, PUMP, Shard, shard_for
+from billing.store.scripts import source
 from billing.store.stream import BULK_DEADLINE_S
 from billing.usage import TenantId
 
 START = "0-0"
 """A cursor before the first entry."""
-LUA = Path(__file__).parent / "lua"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +73,10 @@ class Outbox:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._seal = redis.register_script((LUA / "seal.lua").read_text())
-        self._ack = redis.register_script((LUA / "ack.lua").read_text())
-        self._bury = redis.register_script((LUA / "bury.lua").read_text())
-        self._mark = redis.register_script((LUA / "mark.lua").read_text())
+        self._seal = redis.register_script(source("seal"))
+        self._ack = redis.register_script(source("ack"))
+        self._bury = redis.register_script(source("bury"))
+        self._mark = redis.register_script(source("mark"))
 
     async def cursors(self) -> dict[int, str]:
         """By shard number, the stream id up to which everything is sealed."""

@@ -16,14 +16,14 @@ from billing.clock import now_ms
 from billing.money import NANOS_PER_USD
 from billing.plans import Plan
 from billing.prices import Usd
-from billing.store import catalogue as board
+from billing.store import board
 from billing.store.outbox import Outbox
 from billing.tenants import ApiKey, Tenant, TenantName, new_key
 from billing.usage import TenantId, Unit
 from deployments.api.account import account_json
 from deployments.api.errors import AdminDenied, BadRequest, NotFound
-from deployments.catalogue import as_json
 from deployments.services import Parts, services_of
+from deployments.shelf import as_json
 
 DAY_MS = 24 * 3_600_000
 Json = dict[str, object]

@@ -16,12 +16,12 @@ from starlette.exceptions import HTTPException
 from billing import errors as billing
 from billing.money import format_usd
 from billing.spool import SpoolFull
-from deployments.catalogue import NotConfigured
 from deployments.engine import request as engine
 from deployments.gateway import ContextTooLong
 from deployments.link import ReplicaLost
 from deployments.run import LeaseLost, MeteringUnavailable
 from deployments.services import services_of
+from deployments.shelf import NotConfigured
 
 logger = logging.getLogger(__name__)
 Json = dict[str, object]

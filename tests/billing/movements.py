@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from redis.asyncio import Redis
 
 from billing.account import Bucket, Clawback, Funding, Grant
-from billing.budget import CallBudget
-from billing.dodo import Dodo
-from billing.export import Exporter
+from billing.dodo.budget import CallBudget
+from billing.dodo.client import Dodo
+from billing.export.exporter import Exporter
 from billing.money import Nanos
-from billing.reconcile import Reconciler, Report
+from billing.reconcile.reconciler import Reconciler, Report
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
 from billing.tenants import Tenant

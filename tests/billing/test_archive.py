@@ -8,12 +8,12 @@ import pytest
 from redis.asyncio import Redis
 
 from billing import history
-from billing.archive import Archive, ArchiveUnavailable
-from billing.archiving import Archiver, NumbersBroken, advance
-from billing.dodo import Dodo, DodoSettings
-from billing.reconcile import Reconciler
+from billing.archive.archiver import Archiver, NumbersBroken, advance
+from billing.archive.files import Archive, ArchiveUnavailable
+from billing.dodo.client import Dodo, DodoSettings
+from billing.reconcile.reconciler import Reconciler
+from billing.store.archive_cursor import ArchiveCursor, archive_url
 from billing.store.keys import Shard, shard_for
-from billing.store.shelf import Shelf, archive_url
 from billing.store.stream import Entry
 from cluster.dodo_sandbox.server import SandboxServer
 from tests.billing.movements import ACME, ZETA, House
@@ -132,7 +132,7 @@ async def test_what_is_young_stays(house: House, archive: Archive) -> None:
 
 async def test_nothing_is_trimmed_that_is_not_archived(house: House) -> None:
     before = await live(house)
-    assert await Shelf(house.redis).trim(shard_for(ACME), 0) == 0
+    assert await ArchiveCursor(house.redis).trim(shard_for(ACME), 0) == 0
     assert await live(house) == before
 
 
@@ -148,7 +148,7 @@ async def test_a_kill_after_the_files_are_written_repeats_harmlessly(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Shelf, point, die)
+        patch.setattr(ArchiveCursor, point, die)
         for _ in range(2):
             with pytest.raises(Killed):
                 await archiver(house, archive).run_once()
@@ -162,11 +162,11 @@ async def test_a_kill_after_the_files_are_written_repeats_harmlessly(
 
 
 async def test_of_two_archivers_one_moves_the_cursor(house: House) -> None:
-    shelf, shard = Shelf(house.redis), shard_for(ACME)
-    assert await shelf.move(shard, "0-0", "5-0", {ACME: 2})
-    assert not await shelf.move(shard, "0-0", "9-0", {ACME: 3})
-    assert (await shelf.position(shard))[0] == "5-0"
-    assert await shelf.numbers(shard) == {ACME: 2}
+    cursor, shard = ArchiveCursor(house.redis), shard_for(ACME)
+    assert await cursor.move(shard, "0-0", "5-0", {ACME: 2})
+    assert not await cursor.move(shard, "0-0", "9-0", {ACME: 3})
+    assert (await cursor.position(shard))[0] == "5-0"
+    assert await cursor.numbers(shard) == {ACME: 2}
 
 
 async def test_a_gap_keeps_its_shard_in_the_stream_and_no_other(house: House, archive: Archive) -> None:

@@ -10,11 +10,11 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.account import Grant
-from billing.budget import CallBudget
 from billing.clock import now_ms
-from billing.dodo import PAGE, Dodo, DodoSettings, Event
-from billing.events import CHARGE, USAGE, SealedEvent
-from billing.reconcile import Reconciler
+from billing.dodo.budget import CallBudget
+from billing.dodo.client import PAGE, Dodo, DodoSettings, Event
+from billing.export.events import CHARGE, USAGE, SealedEvent
+from billing.reconcile.reconciler import Reconciler
 from billing.store.books import UnreadableBooks
 from billing.store.keys import shard_for
 from billing.store.outbox import Outbox

@@ -10,9 +10,9 @@ import pytest
 from redis.asyncio import Redis
 from typer.testing import CliRunner
 
-from billing.archive import Archive
-from billing.archiving import Archiver
-from billing.dodo import Dodo, DodoSettings
+from billing.archive.archiver import Archiver
+from billing.archive.files import Archive
+from billing.dodo.client import Dodo, DodoSettings
 from billing.store.connection import connect
 from billing.store.keys import shard_for
 from cluster.cli import app

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from cluster.check import CheckFailed, check, resolve
 from cluster.checking.findings import CheckReport
 from cluster.cli import app
-from deployments.catalogue import read_catalogue
 from deployments.engine.adapters import CONFIG_FILE, WEIGHTS_FILE, digest_adapter
+from deployments.shelf import read_catalogue
 
 ADAPTERS = ("pirate", "yaml", "support")
 HIDDEN = 16

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from billing.events import CHARGE, SealedEvent
+from billing.export.events import CHARGE, SealedEvent
 from billing.store.connection import connect
 from billing.store.keys import shard_for
 from billing.store.outbox import START, Outbox

@@ -13,19 +13,19 @@ import yaml
 from redis.asyncio import Redis
 
 from billing.clock import now_ms
-from billing.dodo import Dodo, DodoSettings
-from billing.dodo_sync import sync
+from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.sync import sync
 from billing.pump import Intervals, Pump, assemble
-from billing.store import catalogue as board
+from billing.store import board
 from billing.store.connection import connect
 from cluster.demo import tenants
 from cluster.demo.models import Recipe, make_tokenizer
 from cluster.demo.tenants import PLANNED, SeedFailed, seed
 from cluster.dodo_sandbox.server import SandboxServer
 from deployments.api.application import make_app
-from deployments.catalogue import Shelf
 from deployments.config import FareboxArgs
 from deployments.engine.text import Text
+from deployments.shelf import Shelf
 from deployments.wiring import build_services
 from tests.gateway.scripted import ScriptedLink
 

@@ -22,10 +22,10 @@ from billing.tenants import Tenant, new_key
 from billing.usage import TenantId, Unit
 from cluster import valkey
 from deployments.api.application import make_app
-from deployments.catalogue import Shelf
 from deployments.config import FareboxArgs
 from deployments.engine.text import Text
 from deployments.services import Services
+from deployments.shelf import Shelf
 from deployments.wiring import build_services
 from tests.gateway.scripted import ScriptedLink
 

@@ -4,7 +4,7 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from billing.dodo import Dodo, DodoSettings
+from billing.dodo.client import Dodo, DodoSettings
 from billing.store import keys
 from billing.usage import TenantId
 from deployments.services import Services

@@ -8,9 +8,9 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.catalogue import Catalogue
-from billing.dodo import Dodo, DodoSettings
-from billing.dodo_sync import sync
-from billing.store import catalogue as catalogue_store
+from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.sync import sync
+from billing.store import board
 from cluster.dodo_sandbox.server import SandboxServer
 from tests.billing.dodo.world import API_KEY, CATALOGUE, SECRET, SteppedClock, World
 
@@ -38,6 +38,6 @@ async def world(redis: Redis, sandbox: SandboxServer, dodo: Dodo, clock: Stepped
     """Everything made at Dodo, the catalogue in force, nobody there yet."""
     async with httpx.AsyncClient(base_url=sandbox.url, trust_env=False) as operator:
         catalogue = Catalogue.model_validate(CATALOGUE)
-        await catalogue_store.publish(redis, catalogue, "gateway-1", clock())
+        await board.publish(redis, catalogue, "gateway-1", clock())
         await sync(dodo, redis, catalogue)
         yield World(redis, dodo, operator, clock, catalogue)

@@ -3,9 +3,9 @@
 import asyncio
 import sys
 
-from billing.budget import CallBudget
-from billing.dodo import Dodo, DodoSettings
-from billing.export import Exporter
+from billing.dodo.budget import CallBudget
+from billing.dodo.client import Dodo, DodoSettings
+from billing.export.exporter import Exporter
 from billing.store.connection import connect
 from billing.store.tenants import Tenants
 from tests.billing.dodo.world import API_KEY

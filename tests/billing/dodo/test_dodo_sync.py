@@ -5,8 +5,8 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.catalogue import Catalogue
-from billing.dodo import Dodo
-from billing.dodo_sync import sync
+from billing.dodo.client import Dodo
+from billing.dodo.sync import sync
 from billing.errors import DodoUnavailable
 from billing.store.keys import DODO_IDS
 from cluster.dodo_sandbox.server import SandboxServer

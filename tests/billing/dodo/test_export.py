@@ -5,10 +5,10 @@ import hashlib
 
 import pytest
 
-from billing.dodo import Dodo, DodoSettings, Event
+from billing.dodo.client import Dodo, DodoSettings, Event
 from billing.errors import DodoUnavailable
-from billing.events import SealedEvent
-from billing.export import Exporter
+from billing.export.events import SealedEvent
+from billing.export.exporter import Exporter
 from billing.store.keys import shard_for
 from billing.store.outbox import Outbox
 from billing.usage import TenantId, Usage
@@ -140,7 +140,7 @@ async def test_a_storm_of_faults_ends_with_equal_sums(world: World) -> None:
 async def test_a_slow_dodo_is_given_up_and_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await world.tenant("acme")
     await world.use("acme")
-    monkeypatch.setattr("billing.dodo.TIMEOUT", 0.2)
+    monkeypatch.setattr("billing.dodo.client.TIMEOUT", 0.2)
     hasty = Dodo(DodoSettings("dodo_test_key", base_url=str(world.operator.base_url)))
     await world.fault("timeout_after_commit", times=1)
     exporter = Exporter(world.redis, hasty, world.tenants, world.clock)

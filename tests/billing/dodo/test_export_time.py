@@ -4,7 +4,7 @@ from datetime import datetime
 
 import pytest
 
-from billing.dodo import Event
+from billing.dodo.client import Event
 from billing.store.outbox import Outbox
 from billing.tenants import Subscription, SubscriptionStatus
 from billing.usage import TenantId

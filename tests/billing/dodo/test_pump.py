@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from billing.dodo import DodoSettings
+from billing.dodo.client import DodoSettings
 from billing.pump import LATE_S, LIMIT_S, Intervals, Parts, Pump, PumpLate, assemble
 from billing.store.connection import connect
 from billing.store.outbox import Outbox

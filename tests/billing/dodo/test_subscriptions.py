@@ -4,13 +4,13 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.admission import funding_for
-from billing.budget import CallBudget
 from billing.catalogue import Catalogue
-from billing.dodo_wire import DodoSubscription
-from billing.events import BOUNDARY_MS
+from billing.dodo.budget import CallBudget
+from billing.dodo.subscriptions import NotYet, applied, as_stored
+from billing.dodo.wire import DodoSubscription
+from billing.export.events import BOUNDARY_MS
 from billing.pump import Intervals
-from billing.store import catalogue as catalogue_store
-from billing.subscriptions import NotYet, applied, as_stored
+from billing.store import board
 from billing.tenants import LAST_CHARGES_MS, Subscription, SubscriptionStatus, Tenant
 from billing.usage import TenantId
 from tests.billing.dodo.world import CATALOGUE, DAY, MINUTE, SteppedClock
@@ -126,11 +126,11 @@ def test_no_minute_has_more_calls_than_its_budget(per_minute: int) -> None:
 
 
 async def test_the_catalogue_in_force_comes_back_as_it_was_published(redis: Redis) -> None:
-    assert await catalogue_store.current(redis) is None
+    assert await board.current(redis) is None
     catalogue = Catalogue.model_validate(CATALOGUE)
-    hash_ = await catalogue_store.publish(redis, catalogue, "gw_1", NOW)
-    assert await catalogue_store.current(redis) == catalogue
-    (gateway,) = await catalogue_store.gateways(redis)
+    hash_ = await board.publish(redis, catalogue, "gw_1", NOW)
+    assert await board.current(redis) == catalogue
+    (gateway,) = await board.gateways(redis)
     assert (gateway.gateway_id, gateway.hash, gateway.at_ms) == ("gw_1", hash_, NOW)
-    await catalogue_store.forget_gateway(redis, "gw_1")
-    assert await catalogue_store.gateways(redis) == []
+    await board.forget_gateway(redis, "gw_1")
+    assert await board.gateways(redis) == []

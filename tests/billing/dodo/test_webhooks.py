@@ -7,11 +7,11 @@ from itertools import permutations
 import pytest
 from redis.asyncio import Redis
 
+from billing.dodo.webhooks import Webhooks
 from billing.errors import StoreUnavailable
 from billing.store.inbox import Outcome
 from billing.store.keys import DODO_IDS, INBOX
 from billing.usage import TenantId, Unit
-from billing.webhooks import Webhooks
 from tests.billing.dodo.world import API_KEY, DAY, HOUR, MINUTE, SECRET, World, delivery
 
 ACME = TenantId("acme")

@@ -11,10 +11,11 @@ import httpx
 from redis.asyncio import Redis
 from standardwebhooks import Webhook
 
-from billing.budget import CallBudget
 from billing.catalogue import Catalogue
-from billing.dodo import Dodo
-from billing.export import Exporter
+from billing.dodo.budget import CallBudget
+from billing.dodo.client import Dodo
+from billing.dodo.webhooks import Webhooks
+from billing.export.exporter import Exporter
 from billing.money import Nanos
 from billing.store.holds import Ledger
 from billing.store.keys import DODO_IDS, shard_for
@@ -22,7 +23,6 @@ from billing.store.outbox import Backlog
 from billing.store.tenants import Tenants
 from billing.tenants import Tenant
 from billing.usage import OVERAGE, BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
-from billing.webhooks import Webhooks
 
 API_KEY = "dodo_test_key"
 SECRET = "whsec_" + "c2VjcmV0" * 4

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
 
-from billing.budget import CallBudget
 from billing.clock import Clock, now_ms
-from billing.dodo import Dodo
+from billing.dodo.budget import CallBudget
+from billing.dodo.client import Dodo
 from billing.errors import DodoRefused, DodoUnavailable, UnknownTenant
-from billing.events import CHARGE, Destination, SealedEvent, fold
-from billing.sending import BudgetSpent, Sender, Tally
+from billing.export.events import CHARGE, Destination, SealedEvent, fold
+from billing.export.sending import BudgetSpent, Sender, Tally
 from billing.store.keys import Shard
 from billing.store.outbox import Outbox, PumpState
 from billing.store.stream import Entry, Stream, UnreadableEntry
@@ -33,7 +33,7 @@ LONG_OUTAGE_MS = 10 * 60_000
 WIDE_WINDOW_MS = 15 * 60_000
 """In a long outage windows are sealed this far apart: 96 events a day and tenant, not 1,440."""
 
-log = logging.getLogger("farebox.billing.export")
+log = logging.getLogger("farebox.billing.export.exporter")
 
 
 @dataclass(frozen=True, slots=True)

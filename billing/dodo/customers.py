@@ -2,13 +2,13 @@
 
 import logging
 
-from billing.budget import CallBudget
-from billing.dodo import Dodo
+from billing.dodo.budget import CallBudget
+from billing.dodo.client import Dodo
 from billing.errors import CustomerTaken, DodoRefused, UnknownTenant
 from billing.store.tenants import Tenants
 from billing.usage import TenantId
 
-log = logging.getLogger("farebox.billing.customers")
+log = logging.getLogger("farebox.billing.dodo.customers")
 
 
 async def create_wanted(dodo: Dodo, tenants: Tenants, budget: CallBudget) -> int:

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Self
 
-from billing.dodo import Event
-from billing.dodo_wire import to_iso
+from billing.dodo.client import Event
+from billing.dodo.wire import to_iso
 from billing.usage import TenantId, Usage, UsageRecord
 
 CHARGE = "farebox.charge"

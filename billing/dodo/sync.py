@@ -14,9 +14,9 @@ from dodopayments.types.price_param import OneTimePrice, PriceParam, UsageBasedP
 from redis.asyncio import Redis
 
 from billing.catalogue import Catalogue
-from billing.dodo import Dodo
-from billing.dodo_wire import DodoMeter, DodoProduct
-from billing.events import CHARGE
+from billing.dodo.client import Dodo
+from billing.dodo.wire import DodoMeter, DodoProduct
+from billing.export.events import CHARGE
 from billing.money import NANOS_PER_CENT, divide_up
 from billing.store.connection import guarded
 from billing.store.inbox import CHARGE_METER

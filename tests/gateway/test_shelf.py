@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from billing.catalogue import Catalogue
-from deployments.catalogue import NotConfigured, Shelf, read_catalogue
+from deployments.shelf import NotConfigured, Shelf, read_catalogue
 from tests.gateway.conftest import DIGEST, USER_CONFIG
 
 

@@ -14,14 +14,14 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError, WebhookVerificati
 
 from billing.account import Clawback, Grant
 from billing.clock import Clock, now_ms
-from billing.dodo import Dodo
-from billing.dodo_wire import Payment, Refund, UsagePeriod, Wire, WireError, inner, moment_ms, read_json, text
+from billing.dodo.client import Dodo
+from billing.dodo.subscriptions import DAY_MS, CatalogueSource, NotYet, Subscriptions
+from billing.dodo.wire import Payment, Refund, UsagePeriod, Wire, WireError, inner, moment_ms, read_json, text
 from billing.errors import BillingError, DodoRefused, DodoUnavailable, StoreUnavailable, WebhookRejected
 from billing.money import divide_up
 from billing.store.holds import Ledger
 from billing.store.inbox import CHARGE_METER, Delivery, Inbox, Outcome, Term
 from billing.store.tenants import Tenants
-from billing.subscriptions import DAY_MS, CatalogueSource, NotYet, Subscriptions
 from billing.tenants import Tenant
 
 FIRST_RETRY_MS, MAX_RETRY_MS = 30_000, 60 * 60_000
@@ -29,7 +29,7 @@ HOUR_MS = 60 * 60_000
 KEEP_MS = 30 * DAY_MS
 """Dodo replays deliveries for two weeks; after that their payments and refunds still count once."""
 
-log = logging.getLogger("farebox.billing.webhooks")
+log = logging.getLogger("farebox.billing.dodo.webhooks")
 
 
 class Webhooks:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
-from billing.archive import Archive
-from billing.budget import CallBudget
-from billing.dodo import PAGE, Dodo
-from billing.dodo_wire import DodoEvent
+from billing.archive.files import Archive
+from billing.dodo.budget import CallBudget
+from billing.dodo.client import PAGE, Dodo
+from billing.dodo.wire import DodoEvent
 from billing.errors import DodoRefused, DodoUnavailable
-from billing.export_proofs import prove_dodo, prove_export, told
-from billing.proofs import Row, fold, prove_tenant
+from billing.reconcile.export_proofs import prove_dodo, prove_export, told
+from billing.reconcile.proofs import Row, fold, prove_tenant
 from billing.store.books import OpenHold, ShardReader, ShardState
 from billing.store.keys import ALL_SHARDS, Shard, shard_of
 from billing.store.tenants import Tenants

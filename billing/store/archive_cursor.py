@@ -4,17 +4,15 @@ Every change is one atomic step; the files themselves are the archive's.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from redis.asyncio import Redis
 
 from billing.store.connection import guarded
 from billing.store.keys import ARCHIVE, Shard
 from billing.store.outbox import START
+from billing.store.scripts import source
 from billing.store.stream import BULK_DEADLINE_S, Entry, entries_in
 from billing.usage import TenantId
-
-LUA = Path(__file__).parent / "lua"
 
 
 async def archive_url(redis: Redis) -> str:
@@ -23,13 +21,13 @@ async def archive_url(redis: Redis) -> str:
         return str(await redis.get(ARCHIVE) or "")
 
 
-class Shelf:
+class ArchiveCursor:
     """The archive cursor of every shard."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._shelve = redis.register_script((LUA / "shelve.lua").read_text())
-        self._trim = redis.register_script((LUA / "trim.lua").read_text())
+        self._archive = redis.register_script(source("archive"))
+        self._trim = redis.register_script(source("trim"))
 
     async def announce(self, url: str) -> None:
         """Tell everyone who reads old entries where they are."""
@@ -65,7 +63,7 @@ class Shelf:
         for tenant, number in numbers.items():
             args += (tenant, number)
         async with guarded(BULK_DEADLINE_S):
-            return bool(await self._shelve(keys=[shard.cursor, shard.archived], args=args))
+            return bool(await self._archive(keys=[shard.cursor, shard.archived], args=args))
 
     async def trim(self, shard: Shard, keep_ms: int) -> int:
         """Remove what is sealed, archived and older than ``keep_ms``. How many entries that were."""

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 
 from billing.catalogue import Catalogue
 from billing.clock import Clock, now_ms
-from billing.dodo import Dodo
-from billing.dodo_wire import DodoSubscription
+from billing.dodo.client import Dodo
+from billing.dodo.wire import DodoSubscription
 from billing.plans import Plan
 from billing.store.inbox import Inbox
 from billing.store.tenants import Tenants

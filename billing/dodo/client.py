@@ -15,7 +15,7 @@ from dodopayments.types import EventInputParam
 from dodopayments.types.price_param import PriceParam
 from pydantic import BaseModel
 
-from billing.dodo_wire import (
+from billing.dodo.wire import (
     DodoEvent,
     DodoMeter,
     DodoProduct,

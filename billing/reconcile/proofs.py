@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from billing.account import Bucket
-from billing.events import CHARGE, USAGE
+from billing.export.events import CHARGE, USAGE
 from billing.store.books import AccountState, OpenHold, ShardState
 from billing.store.stream import Entry, UnreadableEntry, order
 from billing.usage import OVERAGE, BucketId, TenantId, Unit

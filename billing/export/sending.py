@@ -6,11 +6,11 @@ Knows what each refusal means for an event; knows neither when to try again nor 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from billing.budget import CallBudget
 from billing.clock import Clock
-from billing.dodo import Dodo
+from billing.dodo.budget import CallBudget
+from billing.dodo.client import Dodo
 from billing.errors import DodoRefused, DodoUnavailable
-from billing.events import Destination, SealedEvent
+from billing.export.events import Destination, SealedEvent
 from billing.store.outbox import Outbox
 from billing.usage import TenantId
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
-from billing.archive import Archive
+from billing.archive.files import Archive
 from billing.errors import BillingError
+from billing.store.archive_cursor import ArchiveCursor
 from billing.store.keys import ALL_SHARDS, Shard
-from billing.store.shelf import Shelf
 from billing.store.stream import Entry, UnreadableEntry, order
 from billing.usage import TenantId
 
@@ -21,7 +21,7 @@ KEEP_MS = 6 * 3_600_000
 """A settle that is repeated finds its record in the stream; its marker is forgotten sooner than this."""
 WINDOW_ENTRIES = 5_000
 
-log = logging.getLogger("farebox.billing.archive")
+log = logging.getLogger("farebox.billing.archive.files")
 
 
 class NumbersBroken(BillingError):
@@ -51,30 +51,30 @@ class Archiver:
         Raises:
             StoreUnavailable, ArchiveUnavailable: the rest waits for the next run.
         """
-        shelf, archived, trimmed = Shelf(self.redis), 0, 0
+        cursor, archived, trimmed = ArchiveCursor(self.redis), 0, 0
         problems: list[str] = []
-        await shelf.announce(self.archive.url)
-        until_ms = await shelf.now_ms() - self.keep_ms
+        await cursor.announce(self.archive.url)
+        until_ms = await cursor.now_ms() - self.keep_ms
         for shard in ALL_SHARDS:
             try:
-                archived += await self._archive(shelf, shard, until_ms)
+                archived += await self._archive(cursor, shard, until_ms)
             except (NumbersBroken, UnreadableEntry) as error:
                 problems.append(f"shard {shard.number} is not archived further: {error}")
                 log.error(problems[-1])
-            trimmed += await shelf.trim(shard, self.keep_ms)
+            trimmed += await cursor.trim(shard, self.keep_ms)
         return ArchiveReport(archived, trimmed, tuple(problems))
 
-    async def _archive(self, shelf: Shelf, shard: Shard, until_ms: int) -> int:
-        start, sealed = await shelf.position(shard)
+    async def _archive(self, cursor: ArchiveCursor, shard: Shard, until_ms: int) -> int:
+        start, sealed = await cursor.position(shard)
         until = min(sealed, f"{max(0, until_ms)}-0", key=order)
         moved = 0
         while order(start) < order(until):
-            entries = await shelf.window(shard, start, until, WINDOW_ENTRIES)
+            entries = await cursor.window(shard, start, until, WINDOW_ENTRIES)
             if not entries:
                 break
-            numbers = advance(await shelf.numbers(shard), entries)
+            numbers = advance(await cursor.numbers(shard), entries)
             await asyncio.to_thread(self.archive.write, shard, entries)
-            if not await shelf.move(shard, start, entries[-1].id, numbers):
+            if not await cursor.move(shard, start, entries[-1].id, numbers):
                 break  # another archiver is at it
             moved, start = moved + len(entries), entries[-1].id
         return moved

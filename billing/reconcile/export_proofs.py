@@ -6,9 +6,9 @@ Pure: every charged nano is acknowledged, waiting or dead, and Dodo's own sums a
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from billing.dodo_wire import DodoEvent, WireError
-from billing.events import CHARGE, USAGE, SealedEvent
-from billing.proofs import Fold, Row, few
+from billing.dodo.wire import DodoEvent, WireError
+from billing.export.events import CHARGE, USAGE, SealedEvent
+from billing.reconcile.proofs import Fold, Row, few
 from billing.store.books import ShardState
 from billing.store.stream import order
 from billing.usage import TenantId
