@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test check format clean
+.PHONY: help serve install test chaos check format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ install: $(INSTALLED) ## make .venv from the lock
 
 test: $(INSTALLED) ## run all tests
 	@$(BIN)/python -m pytest
+
+chaos: $(INSTALLED) ## kill, cut off and flood it on purpose; prints one table, kept in RELIABILITY.md
+	@$(BIN)/python -m tests.chaos
 
 check: $(INSTALLED) ## lint, format, types, import contracts, tidiness
 	@$(BIN)/ruff check .
