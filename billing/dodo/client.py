@@ -16,6 +16,7 @@ from dodopayments.types.price_param import PriceParam
 from pydantic import BaseModel
 
 from billing.dodo.wire import (
+    Dispute,
     DodoEvent,
     DodoMeter,
     DodoProduct,
@@ -192,6 +193,9 @@ class Dodo:
 
     async def retrieve_payment(self, payment_id: str) -> Payment:
         return _read(Payment.read, await _call(self._sdk.payments.retrieve(payment_id)))
+
+    async def retrieve_dispute(self, dispute_id: str) -> Dispute:
+        return _read(Dispute.read, await _call(self._sdk.disputes.retrieve(dispute_id)))
 
     async def usage_history(self, subscription_id: str) -> list[UsagePeriod]:
         """Billing periods of a subscription with what each meter consumed."""

@@ -81,6 +81,30 @@ class Refund:
 
 
 @dataclass(frozen=True, slots=True)
+class Dispute:
+    """A buyer's bank asking for a payment back, in the payment's minor units; ``None`` is the whole payment."""
+
+    id: str
+    payment_id: str
+    status: str
+    amount: int | None
+
+    @property
+    def is_settled_for_us(self) -> bool:
+        """Won, or withdrawn by the buyer: the money stays with us."""
+        return self.status in ("dispute_won", "dispute_cancelled")
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        """Dodo does not say whether its amount is in minor units: what is no whole number stands for everything."""
+        try:
+            amount = integer(wire, "amount")
+        except WireError:
+            amount = None
+        return cls(text(wire, "dispute_id"), text(wire, "payment_id"), text(wire, "dispute_status"), amount)
+
+
+@dataclass(frozen=True, slots=True)
 class DodoSubscription:
     """A subscription as Dodo has it."""
 

@@ -92,6 +92,8 @@ class Fold:
             self.granted[bucket] += amount
         elif entry.kind == "clawback":
             self.clawed[bucket] += amount
+        elif entry.kind == "restore":
+            self.clawed[bucket] -= amount
         elif entry.kind == "repay":
             self.repaid += amount
         else:

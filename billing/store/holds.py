@@ -42,6 +42,7 @@ class Ledger:
         self._expire = redis.register_script(source("expire"))
         self._grant = redis.register_script(source("grant"))
         self._claw_back = redis.register_script(source("claw_back"))
+        self._restore = redis.register_script(source("restore"))
         self._repay = redis.register_script(source("repay"))
         self._account = redis.register_script(source("account"))
 
@@ -207,6 +208,29 @@ class Ledger:
             raise GrantRefused(clawback.source, f"{clawback.granted_by} filled no bucket")
         if reply == "reused":
             raise SourceReused(clawback.source)
+        return int(reply)
+
+    async def restore(self, clawback: Clawback) -> int:
+        """Give back what an earlier clawback took, once; what it still waits to take it will not.
+
+        Returns:
+            Units given back by the first call.
+
+        Raises:
+            GrantRefused: there was no such clawback.
+            SourceReused: the restoration's source stands for another movement.
+        """
+        shard, tenant, source = shard_for(clawback.tenant), clawback.tenant, f"restore:{clawback.source}"
+        names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.stream]
+        names += [shard.movement(tenant, name) for name in (source, clawback.source, clawback.granted_by)]
+        arguments: list[str | int] = [tenant, source, clawback.source, clawback.granted_by]
+        arguments += [self._clock(), MOVEMENT_TTL_MS]
+        async with guarded():
+            reply = str(await self._restore(keys=names, args=arguments))
+        if reply == "unknown":
+            raise GrantRefused(source, f"{clawback.source} took nothing back")
+        if reply == "reused":
+            raise SourceReused(source)
         return int(reply)
 
     async def repay_overage(self, source: str, tenant: TenantId, nanos: int) -> bool:

@@ -27,7 +27,7 @@ class Entry:
 
     id: str
     kind: str
-    """``usage``, ``grant``, ``clawback`` or ``repay``."""
+    """``usage``, ``grant``, ``clawback``, ``restore`` or ``repay``."""
     tenant: TenantId
     payload: str
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.dodo_sandbox import checkout, cycle, events
+from cluster.dodo_sandbox import checkout, cycle, disputes, events
 from cluster.dodo_sandbox.customers import customer_of
 from cluster.dodo_sandbox.delivery import Courier
 from cluster.dodo_sandbox.errors import bad_request, not_found, unprocessable
@@ -194,6 +194,17 @@ async def pay(session_id: str, sandbox: Here, order: Pay | None = None) -> Payme
 @router.post("/refund/{payment_id}")
 async def refund_payment(payment_id: str, sandbox: Here) -> Refund:
     return refund(sandbox, CreateRefund(payment_id=payment_id))
+
+
+@router.post("/disputes/{payment_id}")
+async def open_dispute(payment_id: str, sandbox: Here, order: disputes.OpenDispute | None = None) -> disputes.Dispute:
+    """What the buyer's bank would do: ask for ``amount`` cents of the payment back, or for all of it."""
+    return disputes.open_dispute(sandbox, payment_id, order or disputes.OpenDispute())
+
+
+@router.post("/disputes/{dispute_id}/{ending}")
+async def end_dispute(dispute_id: str, ending: disputes.Ending, sandbox: Here) -> disputes.Dispute:
+    return disputes.end_dispute(sandbox, dispute_id, ending)
 
 
 @router.post("/customers/{customer_id}/card")

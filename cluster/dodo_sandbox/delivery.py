@@ -6,7 +6,7 @@ followed (developer-resources/webhooks).
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -14,21 +14,23 @@ import httpx
 from pydantic import BaseModel
 from standardwebhooks.webhooks import Webhook
 
+from cluster.dodo_sandbox.disputes import DisputeRecord, DisputeSummary
 from cluster.dodo_sandbox.endpoints import EndpointRecord
-from cluster.dodo_sandbox.outbox import Delivery, Message
+from cluster.dodo_sandbox.outbox import Delivery, Message, PayloadKind
 from cluster.dodo_sandbox.payments import Payment, PaymentRecord
 from cluster.dodo_sandbox.refunds import Refund, RefundRecord
 from cluster.dodo_sandbox.state import Sandbox
 from cluster.dodo_sandbox.subscriptions import Subscription, SubscriptionRecord
-from cluster.dodo_sandbox.wire import BUSINESS_ID, moment
+from cluster.dodo_sandbox.wire import BUSINESS_ID, Resource, moment
 
 TIMEOUT_S = 15.0
 POLL_S = 1.0
 PARALLEL = 8
 
-_SHAPES: dict[str, tuple[type[PaymentRecord] | type[RefundRecord] | type[SubscriptionRecord], type[BaseModel], str]] = {
+_SHAPES: Mapping[PayloadKind, tuple[type[Resource], type[BaseModel], str]] = {
     "payment": (PaymentRecord, Payment, "Payment"),
     "refund": (RefundRecord, Refund, "Refund"),
+    "dispute": (DisputeRecord, DisputeSummary, "Dispute"),
     "subscription": (SubscriptionRecord, Subscription, "Subscription"),
 }
 

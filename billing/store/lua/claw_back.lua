@@ -1,5 +1,5 @@
 -- Take back, once per source, from the bucket that an earlier grant filled; it may go below zero.
--- A refund that comes before its payment waits on the payment's marker.
+-- What is not there to take waits on the grant's marker.
 
 local keys = { account = KEYS[1], buckets = KEYS[2], retired = KEYS[3], stream = KEYS[4], movement = KEYS[5],
   granted = KEYS[6] }
@@ -15,15 +15,16 @@ if before[1] then
 end
 
 local function remember(taken)
+  if taken < amount then redis.call("HSET", keys.granted, "owed:" .. source, text(amount - taken)) end
   redis.call("HSET", keys.movement, "content", content, "taken", text(taken))
   redis.call("PEXPIRE", keys.movement, marker_ttl_ms)
   return text(taken)
 end
 
 if redis.call("HEXISTS", keys.granted, "content") == 0 then
-  redis.call("HSET", keys.granted, "owed:" .. source, ARGV[4])
+  local answer = remember(0)
   redis.call("PEXPIRE", keys.granted, marker_ttl_ms)
-  return remember(0)
+  return answer
 end
 
 local buckets = read_buckets(keys.buckets)

@@ -110,6 +110,23 @@ local function append_movement(keys, kind, tenant, m)
   append(keys.stream, kind, tenant, payload)
 end
 
+-- What refunds and disputes could not take from a grant, because it had not come or others had it, waits on the
+-- grant's marker and is taken as soon as it is there: together they take what it gave, in any order.
+local function take_owed(keys, marker, tenant, b, buckets, calendar, now)
+  local owed = redis.call("HGETALL", marker)
+  for i = 1, #owed, 2 do
+    local source = string.match(owed[i], "^owed:(.*)$")
+    local taken = source and math.min(tonumber(owed[i + 1]), b.granted) or 0
+    if taken > 0 then
+      b.remaining, b.granted = b.remaining - taken, b.granted - taken
+      redis.call("HSET", marker, "owed:" .. source, text(tonumber(owed[i + 1]) - taken),
+        "took:" .. source, text(number_at(marker, "took:" .. source) + taken))
+      append_movement(keys, "clawback", tenant, { source = source, unit = b.unit, amount = taken, bucket = b.id,
+        balance = balance_of(buckets, calendar), now = now })
+    end
+  end
+end
+
 -- Markers lie in one hash per stretch of time, four hashes in turn. A marker is found during its own
 -- stretch and the two after it, and outlives them by a tenth of a stretch.
 local function marker_key(ring, stretch)

@@ -21,17 +21,7 @@ redis.call("HSET", keys.movement, "content", unit .. ARGV[4])
 redis.call("PEXPIRE", keys.movement, marker_ttl_ms)
 append_movement(keys, "grant", tenant,
   { source = source, unit = unit, amount = amount, bucket = source, balance = balance_of(buckets, calendar), now = now })
-local owed = redis.call("HGETALL", keys.movement)
-for i = 1, #owed, 2 do
-  local refund = string.match(owed[i], "^owed:(.*)$")
-  if refund then
-    local taken = math.min(tonumber(owed[i + 1]), new.granted)
-    new.remaining, new.granted = new.remaining - taken, new.granted - taken
-    redis.call("HDEL", keys.movement, owed[i])
-    append_movement(keys, "clawback", tenant, { source = refund, unit = unit, amount = taken, bucket = source,
-      balance = balance_of(buckets, calendar), now = now })
-  end
-end
+take_owed(keys, keys.movement, tenant, new, buckets, calendar, now)
 pay_debts(buckets, calendar)
 write_changed(keys.buckets, buckets)
 return "granted"
