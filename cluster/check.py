@@ -226,6 +226,10 @@ def _wiring(
     app = places[FAREBOX]
     if value_at(document.values, ("http_options", "host")) is None:
         shape.add(("http_options",), "no `host`: Ray takes 0.0.0.0, every network interface", is_warning=True)
+    serve_limit = value_at(document.values, ("http_options", "request_timeout_s"))
+    if isinstance(serve_limit, int | float) and serve_limit <= args.answer_timeout_s:
+        note = f"Ray's {serve_limit:g} s end before ours and look like a client that left, who pays: set it lower"
+        shape.add((*app, "args", "answer_timeout_s"), note, is_warning=True)
     replica = _deployment(document, app, REPLICA)
     open_calls = value_at(document.values, (*replica, "max_ongoing_requests"))
     wanted = args.engine.max_running + args.engine.max_queued

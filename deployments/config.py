@@ -54,6 +54,8 @@ class FareboxArgs(_Config):
     """Where a gateway keeps settles that wait for the store."""
     lease_s: Annotated[float, Field(gt=1)] = 30.0
     checkpoint_s: Annotated[float, Field(gt=0)] = 2.0
+    answer_timeout_s: Annotated[float, Field(gt=0)] = 570.0
+    """A longer answer is cut, unbilled; below ``http_options.request_timeout_s``, which would bill it as left."""
     max_body_kib: Annotated[int, Field(ge=16, le=3584)] = 1024
     durability: Literal["strict", "trusted"] = "strict"
     """``trusted``: a managed store whose settings cannot be read keeps its data, on the operator's word."""

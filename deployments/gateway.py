@@ -86,10 +86,12 @@ class Gateway:
         max_context_tokens: int,
         lease_s: float,
         checkpoint_s: float,
+        answer_timeout_s: float,
     ) -> None:
         self.shelf, self.text, self.link, self.metrics = shelf, text, link, metrics
         self._tenants, self._ledger, self._admission, self._spool = tenants, ledger, admission, spool
         self._max_context_tokens, self._lease_s, self._checkpoint_s = max_context_tokens, lease_s, checkpoint_s
+        self._answer_timeout_s = answer_timeout_s
         self.leases = Leases(ledger, self.lose, checkpoint_s)
         self._runs: dict[RequestId, Run] = {}
         self._kept: set[asyncio.Task[object]] = set()
@@ -121,6 +123,7 @@ class Gateway:
             raise
         run = Run(self, priced.model, hold, self._job(priced, ask, hold))
         self._track(run)
+        run.end_within(self._answer_timeout_s)
         if self._is_stopped:
             run.cut()
         await run.begin()

@@ -34,6 +34,10 @@ class MeteringUnavailable(StoreUnavailable):
     """A request's record could not be stored in time; it waits on this gateway's disk."""
 
 
+class AnswerTimeout(EngineError):
+    """The answer took longer than this gateway allows: an answer is free, a stream pays for what it delivered."""
+
+
 class LeaseLost(EngineFailed):
     """The store ended this request's hold while it ran: what was reported until then is billed."""
 
@@ -53,12 +57,19 @@ class Run:
         self._delivered = NOTHING
         self._reader: asyncio.Task[object] | None = None
         self._is_reader_cut = False
+        self._cut_by: EngineError = ReplicaLost(STOPPED)
+        self._deadline: asyncio.TimerHandle | None = None
         in_nanos = [draw.amount for draw in hold.draws if draw.unit is Unit.NANOS]
         self._budget = None if hold.covered_by_requests else Nanos(sum(in_nanos))
 
     @property
     def request_id(self) -> RequestId:
         return self.hold.request.request_id
+
+    def end_within(self, seconds: float) -> None:
+        """Cut a longer answer before a server in front does: that would look like a client that left, and be billed."""
+        too_long = AnswerTimeout(f"the answer took longer than {seconds:g} s: ask for fewer tokens")
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self.cut, too_long)
 
     async def begin(self) -> None:
         """Wait for the first piece, so that a refusal is still an honest status; then nothing is charged."""
@@ -125,8 +136,9 @@ class Run:
         """The client is gone: stop the engine and bill what it made until now. Returns at once."""
         self._start_ending(Status.CANCELLED, self.usage)
 
-    def cut(self) -> None:
+    def cut(self, reason: EngineError | None = None) -> None:
         """We stop it ourselves: an answer is free, a stream is billed for what was yielded. Returns at once."""
+        self._cut_by = reason or self._cut_by
         self._start_ending(Status.FAILED, self._delivered)
 
     def _fail(self) -> None:
@@ -169,7 +181,7 @@ class Run:
 
     async def _read(self) -> Tokens:
         if self._ending is not None:
-            raise ReplicaLost(STOPPED)
+            raise self._cut_by
         self._reader = asyncio.current_task()
         try:
             return await anext(self._pieces)
@@ -177,7 +189,7 @@ class Run:
             raise EngineFailed("the replica ended without saying why") from None
         except asyncio.CancelledError:
             if self._is_reader_cut and self._reader is not None and self._reader.uncancel() == 0:
-                raise ReplicaLost(STOPPED) from None
+                raise self._cut_by from None
             raise
         finally:
             self._reader = None
@@ -191,6 +203,8 @@ class Run:
         return await asyncio.shield(self._start_ending(status, usage, free_if_away))
 
     async def _close(self, status: Status, usage: Usage, free_if_away: bool) -> Receipt:
+        if self._deadline is not None:
+            self._deadline.cancel()
         settlement = Settlement(self.request_id, self.hold.request.tenant, usage, self._price(usage), status)
         try:
             await self._stop_engine()

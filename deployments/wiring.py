@@ -46,6 +46,7 @@ def build_services(
         max_context_tokens=args.engine.max_context_tokens,
         lease_s=args.lease_s,
         checkpoint_s=args.checkpoint_s,
+        answer_timeout_s=args.answer_timeout_s,
     )
 
     async def in_force() -> Catalogue | None:

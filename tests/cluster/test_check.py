@@ -403,6 +403,7 @@ def test_a_digest_that_is_not_the_bytes_is_refused(desk: Desk) -> None:
         ("max_ongoing_requests: 300", "max_ongoing_requests: 5", "would keep requests from the engine"),
         ("default_plan: prepaid", "default_plan: payg", "until they subscribe"),
         ("          num_cpus: 0.5", "          memory: 1000000", "a whole core"),
+        ("request_timeout_s: 600", "request_timeout_s: 570", "like a client that left"),
     ],
 )
 def test_what_works_but_surprises_is_a_warning(desk: Desk, old: str, new: str, problem: str) -> None:
