@@ -40,12 +40,12 @@ REFUSALS = {CreditOnHold: "on_hold", InsufficientCredits: "insufficient"}
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    server: ClassVar[valkey.Valkey]
+    url: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.redis = self.run(connect(self.server.url, durability="trusted"))
+        self.redis = self.run(connect(self.url, durability="trusted"))
         self.clock = SteppedClock(10 * PERIOD)
         self.ledger = Ledger(self.redis, self.clock)
         self.model = Model(self.clock.now_ms)
@@ -235,6 +235,18 @@ class LedgerMachine(RuleBasedStateMachine):
             assert sum(int(f[1]) + int(f[2]) for f in fields) + spent[unit] == sum(int(f[3]) for f in fields)
 
 
+def drive(url: str, examples: int, steps: int) -> None:
+    """Run the machine against the store at ``url``, whatever its shape; it is emptied."""
+    LedgerMachine.url = url
+    limits = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(LedgerMachine, settings=limits)
+
+
 def test_the_ledger_does_what_the_model_says(server: valkey.Valkey) -> None:
     async def relax(policy: str) -> None:
         redis = await connect(server.url, durability="trusted")
@@ -242,9 +254,7 @@ def test_the_ledger_does_what_the_model_says(server: valkey.Valkey) -> None:
         await redis.aclose()
 
     asyncio.run(relax("no"))
-    LedgerMachine.server = server
-    limits = settings(max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
     try:
-        run_state_machine_as_test(LedgerMachine, settings=limits)
+        drive(server.url, examples=100, steps=30)
     finally:
         asyncio.run(relax("always"))
