@@ -14,7 +14,7 @@ from billing.archive.files import Archive
 from billing.errors import BillingError
 from billing.store.archive_cursor import ArchiveCursor
 from billing.store.keys import ALL_SHARDS, Shard
-from billing.store.stream import Entry, UnreadableEntry, order
+from billing.store.stream import Entry, Link, UnreadableEntry, order
 from billing.usage import TenantId
 
 KEEP_MS = 6 * 3_600_000
@@ -24,8 +24,8 @@ WINDOW_ENTRIES = 5_000
 log = logging.getLogger("farebox.billing.archive.files")
 
 
-class NumbersBroken(BillingError):
-    """A tenant's entries have a gap or a repeat: they stay where they are until that is explained."""
+class ChainBroken(BillingError):
+    """A tenant's entries have a gap, a repeat or an alteration: they stay where they are until that is explained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Archiver:
         for shard in ALL_SHARDS:
             try:
                 archived += await self._archive(cursor, shard, until_ms)
-            except (NumbersBroken, UnreadableEntry) as error:
+            except (ChainBroken, UnreadableEntry) as error:
                 problems.append(f"shard {shard.number} is not archived further: {error}")
                 log.error(problems[-1])
             trimmed += await cursor.trim(shard, self.keep_ms)
@@ -72,25 +72,29 @@ class Archiver:
             entries = await cursor.window(shard, start, until, WINDOW_ENTRIES)
             if not entries:
                 break
-            numbers = advance(await cursor.numbers(shard), entries)
+            links = advance(await cursor.links(shard), entries)
             await asyncio.to_thread(self.archive.write, shard, entries)
-            if not await cursor.move(shard, start, entries[-1].id, numbers):
+            if not await cursor.move(shard, start, entries[-1].id, links):
                 break  # another archiver is at it
             moved, start = moved + len(entries), entries[-1].id
         return moved
 
 
-def advance(last: dict[TenantId, int], entries: Iterable[Entry]) -> dict[TenantId, int]:
-    """The last number of each tenant in ``entries``, which go on without a gap from ``last``.
+def advance(last: dict[TenantId, Link], entries: Iterable[Entry]) -> dict[TenantId, Link]:
+    """The last link of each tenant in ``entries``, which go on from ``last`` unaltered and without a gap.
 
     Raises:
-        NumbersBroken: they do not.
+        ChainBroken: they do not.
         UnreadableEntry: one has no number.
     """
-    reached: dict[TenantId, int] = {}
+    reached: dict[TenantId, Link] = {}
     for entry in entries:
-        expected = reached.get(entry.tenant, last.get(entry.tenant, 0)) + 1
-        if entry.number != expected:
-            raise NumbersBroken(f"{entry.tenant}'s entry {entry.id} has the number {entry.number}, not {expected}")
-        reached[entry.tenant] = expected
+        before = reached.get(entry.tenant) or last.get(entry.tenant, Link())
+        if entry.number != before.number + 1:
+            raise ChainBroken(
+                f"{entry.tenant}'s entry {entry.id} has the number {entry.number}, not {before.number + 1}"
+            )
+        if not entry.follows(before.chain):
+            raise ChainBroken(f"{entry.tenant}'s entry {entry.id} is not as it was written")
+        reached[entry.tenant] = Link(entry.number, entry.chain)
     return reached

@@ -24,7 +24,7 @@ from billing.store.stream import Entry, order
 from billing.usage import TenantId
 
 MS_PER_SECOND = 1_000
-_ENTRY = ("id", "kind", "tenant", "payload")
+_ENTRY = ("id", "kind", "tenant", "payload", "chain")
 """Columns that an entry is made of; the others repeat its payload for those who query the files."""
 
 
@@ -47,6 +47,7 @@ class _Line:
     charged_nanos: int
     overage_nanos: int
     payload: str
+    chain: str
 
 
 _SCHEMA = pa.schema([(f.name, pa.int64() if f.type is int else pa.string()) for f in fields(_Line)])
@@ -156,7 +157,7 @@ class Archive:
             raise ArchiveUnavailable(f"archive {self.url}: {file.path}: {error}") from error
         columns = (table.column(name).to_pylist() for name in _ENTRY)
         rows = zip(*columns, strict=True)
-        return {id_: Entry(id_, kind, TenantId(of), payload) for id_, kind, of, payload in rows}
+        return {id_: Entry(id_, kind, TenantId(of), payload, chain) for id_, kind, of, payload, chain in rows}
 
     def last(self, shard: Shard) -> str:
         """The newest stream id of a shard that is archived; ``0-0`` where nothing is."""
@@ -180,6 +181,7 @@ def _place(entry: Entry) -> tuple[int, int]:
 def _line(entry: Entry) -> dict[str, object]:
     whole: dict[str, object] = {name: 0 if _SCHEMA.field(name).type == pa.int64() else "" for name in _SCHEMA.names}
     whole |= {"id": entry.id, "kind": entry.kind, "tenant": entry.tenant, "payload": entry.payload}
+    whole["chain"] = entry.chain
     whole["occurred_at_ms"] = order(entry.id)[0]
     if not entry.is_usage:
         return whole

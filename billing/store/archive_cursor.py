@@ -11,7 +11,7 @@ from billing.store.connection import guarded
 from billing.store.keys import ARCHIVE, Shard
 from billing.store.outbox import START
 from billing.store.scripts import source
-from billing.store.stream import BULK_DEADLINE_S, Entry, entries_in
+from billing.store.stream import BULK_DEADLINE_S, Entry, Link, entries_in
 from billing.usage import TenantId
 
 
@@ -51,17 +51,17 @@ class ArchiveCursor:
         async with guarded(BULK_DEADLINE_S):
             return entries_in(await self._redis.xrange(shard.stream, min=f"({after}", max=until, count=count))
 
-    async def numbers(self, shard: Shard) -> dict[TenantId, int]:
-        """The last archived number of each tenant."""
+    async def links(self, shard: Shard) -> dict[TenantId, Link]:
+        """Where each tenant's archived entries end."""
         async with guarded(BULK_DEADLINE_S):
             found = await self._redis.hgetall(shard.archived)
-        return {TenantId(str(tenant)): int(number) for tenant, number in found.items()}
+        return {TenantId(str(tenant)): _link(str(text)) for tenant, text in found.items()}
 
-    async def move(self, shard: Shard, start: str, end: str, numbers: Mapping[TenantId, int]) -> bool:
+    async def move(self, shard: Shard, start: str, end: str, links: Mapping[TenantId, Link]) -> bool:
         """Move the archive cursor from ``start`` to ``end``; ``False`` if it stood elsewhere."""
         args: list[str | int] = [start, end]
-        for tenant, number in numbers.items():
-            args += (tenant, number)
+        for tenant, link in links.items():
+            args += (tenant, f"{link.number}|{link.chain}")
         async with guarded(BULK_DEADLINE_S):
             return bool(await self._archive(keys=[shard.cursor, shard.archived], args=args))
 
@@ -69,3 +69,8 @@ class ArchiveCursor:
         """Remove what is sealed, archived and older than ``keep_ms``. How many entries that were."""
         async with guarded(BULK_DEADLINE_S):
             return int(await self._trim(keys=[shard.cursor, shard.stream], args=[keep_ms]))
+
+
+def _link(text: str) -> Link:
+    number, _, chain = text.partition("|")
+    return Link(int(number), chain)

@@ -85,7 +85,7 @@ class Shard:
 
     @property
     def archived(self) -> str:
-        """Hash: tenant to the number of its last archived entry; the archive cursor is in ``cursor``."""
+        """Hash: tenant to number and digest of its last archived entry; the archive cursor is in ``cursor``."""
         return f"{self.tag}:archived"
 
     @property

@@ -3,6 +3,7 @@
 Knows keys and stream ids; what is exported of it and where the cursor stands is the outbox's.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from billing.usage import TenantId, UsageRecord
 FIRST = "-"
 LAST = "+"
 USAGE_KIND = "usage"
+CHAIN_DIGITS = 16
+"""Hexadecimal digits of an entry's digest, as ``lua/common.lua`` writes it."""
 BULK_DEADLINE_S = 10.0
 """Reading many entries takes longer than the hot path may wait."""
 
@@ -30,6 +33,8 @@ class Entry:
     """``usage``, ``grant``, ``clawback``, ``restore`` or ``repay``."""
     tenant: TenantId
     payload: str
+    chain: str = ""
+    """Digest of this entry and of its tenant's entry before it."""
 
     @property
     def is_usage(self) -> bool:
@@ -58,10 +63,23 @@ class Entry:
         except (ValueError, KeyError, TypeError) as error:
             raise UnreadableEntry(f"entry {self.id} of {self.tenant} has no number") from error
 
+    def follows(self, chain: str) -> bool:
+        """Is this entry as it was written, right behind its tenant's one whose digest is ``chain``?"""
+        digest = hashlib.sha1(f"{chain}{self.kind}{self.payload}".encode(), usedforsecurity=False).hexdigest()
+        return self.chain == digest[:CHAIN_DIGITS]
+
     def movement(self) -> Mapping[str, object]:
         """Source, unit, amount and bucket of an entry that is no usage."""
         value: Mapping[str, object] = json.loads(self.payload)
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Where a tenant's entries stand: the number and the digest of the last one."""
+
+    number: int = 0
+    chain: str = ""
 
 
 class UnreadableEntry(ValueError):
@@ -107,4 +125,4 @@ def order(entry_id: str) -> tuple[int, int]:
 def entries_in(raw: object) -> list[Entry]:
     """Entries as the store answers them."""
     rows = cast(Sequence[tuple[str, Mapping[str, str]]], raw or ())
-    return [Entry(id_, fields["k"], TenantId(fields["t"]), fields["p"]) for id_, fields in rows]
+    return [Entry(id_, fields["k"], TenantId(fields["t"]), fields["p"], fields.get("c", "")) for id_, fields in rows]

@@ -1,6 +1,8 @@
 """Entries move to Parquet and off the stream; every sum stays the same, whatever fails on the way."""
 
+import hashlib
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -8,13 +10,13 @@ import pytest
 from redis.asyncio import Redis
 
 from billing import history
-from billing.archive.archiver import Archiver, NumbersBroken, advance
+from billing.archive.archiver import Archiver, ChainBroken, advance
 from billing.archive.files import Archive, ArchiveUnavailable
 from billing.dodo.client import Dodo, DodoSettings
 from billing.reconcile.reconciler import Reconciler
 from billing.store.archive_cursor import ArchiveCursor, archive_url
 from billing.store.keys import Shard, shard_for
-from billing.store.stream import Entry
+from billing.store.stream import Entry, Link
 from cluster.dodo_sandbox.server import SandboxServer
 from tests.billing.movements import ACME, ZETA, House
 
@@ -55,7 +57,7 @@ async def test_what_is_read_back_is_what_was_in_the_stream(house: House, archive
     report = await archiver(house, archive).run_once()
     assert (report.archived, report.trimmed, report.problems) == (before, before, ())
     assert await live(house) == 0
-    assert archive.read(shard_for(ACME)) == [Entry(i, f["k"], f["t"], f["p"]) for i, f in stream]
+    assert archive.read(shard_for(ACME)) == [Entry(i, f["k"], f["t"], f["p"], f["c"]) for i, f in stream]
 
 
 async def usage(house: House) -> list[object]:
@@ -163,10 +165,10 @@ async def test_a_kill_after_the_files_are_written_repeats_harmlessly(
 
 async def test_of_two_archivers_one_moves_the_cursor(house: House) -> None:
     cursor, shard = ArchiveCursor(house.redis), shard_for(ACME)
-    assert await cursor.move(shard, "0-0", "5-0", {ACME: 2})
-    assert not await cursor.move(shard, "0-0", "9-0", {ACME: 3})
+    assert await cursor.move(shard, "0-0", "5-0", {ACME: Link(2, "ab")})
+    assert not await cursor.move(shard, "0-0", "9-0", {ACME: Link(3, "cd")})
     assert (await cursor.position(shard))[0] == "5-0"
-    assert await cursor.numbers(shard) == {ACME: 2}
+    assert await cursor.links(shard) == {ACME: Link(2, "ab")}
 
 
 async def test_a_gap_keeps_its_shard_in_the_stream_and_no_other(house: House, archive: Archive) -> None:
@@ -179,12 +181,42 @@ async def test_a_gap_keeps_its_shard_in_the_stream_and_no_other(house: House, ar
     assert await house.redis.xlen(shard_for(ZETA).stream) == 0
 
 
+async def test_an_altered_entry_keeps_its_shard_in_the_stream_and_is_named(house: House, archive: Archive) -> None:
+    stream = shard_for(ACME).stream
+    *_, (entry, fields) = await house.redis.xrange(stream)
+    await house.redis.xdel(stream, entry)
+    await house.redis.xadd(stream, {**fields, "p": fields["p"].replace('"list_nanos":', '"list_nanos": ')}, id="*")
+    await house.flush()
+    report = await archiver(house, archive).run_once()
+    assert "not as it was written" in report.problems[0]
+    assert await house.redis.xlen(shard_for(ZETA).stream) == 0
+
+
 @pytest.mark.parametrize("numbers", [(1, 3), (1, 1), (2,)])
 def test_numbers_go_on_by_one(numbers: Sequence[int]) -> None:
-    entries = [Entry(f"{n}-{place}", "grant", ACME, f'{{"seq":{n}}}') for place, n in enumerate(numbers)]
-    with pytest.raises(NumbersBroken):
+    entries = [_linked(f"{n}-{place}", n, "") for place, n in enumerate(numbers)]
+    with pytest.raises(ChainBroken, match="number"):
         advance({}, entries)
-    assert advance({ACME: numbers[0] - 1}, entries[:1]) == {ACME: numbers[0]}
+    assert advance({ACME: Link(numbers[0] - 1)}, entries[:1]) == {ACME: Link(numbers[0], entries[0].chain)}
+
+
+def test_an_entry_that_was_altered_or_put_elsewhere_breaks_the_chain() -> None:
+    first = _linked("1-0", 1, "")
+    second = _linked("2-0", 2, first.chain)
+    assert advance({}, [first, second]) == {ACME: Link(2, second.chain)}
+    for wrong in (
+        replace(second, payload=second.payload + " "),
+        replace(second, kind="clawback"),
+        _linked("2-0", 2, ""),
+    ):
+        with pytest.raises(ChainBroken, match="not as it was written"):
+            advance({}, [first, wrong])
+
+
+def _linked(entry_id: str, number: int, before: str) -> Entry:
+    payload = f'{{"seq":{number}}}'
+    chain = hashlib.sha1(f"{before}grant{payload}".encode()).hexdigest()[:16]
+    return Entry(entry_id, "grant", ACME, payload, chain)
 
 
 async def test_any_tool_can_sum_the_files(house: House, archive: Archive, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ async def test_what_the_receipt_says_is_what_the_stream_keeps(ledger: Ledger, st
     receipt = await ledger.settle(settlement())
     assert await records(store) == [receipt.record]
     ((_, entry),) = await store.xrevrange(shard_for(ACME).stream, count=1)
-    assert entry == {"k": "usage", "t": ACME, "p": entry["p"]}
+    assert entry == {"k": "usage", "t": ACME, "p": entry["p"], "c": entry["c"]}
 
 
 @pytest.mark.parametrize(

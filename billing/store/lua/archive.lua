@@ -1,6 +1,6 @@
--- Moves the archive cursor and notes each tenant's last archived number, or does nothing at all.
--- KEYS: cursor, archived numbers
--- ARGV: cursor expected, cursor after, then tenant, number ...
+-- Moves the archive cursor and notes each tenant's last archived link, or does nothing at all.
+-- KEYS: cursor, archived links
+-- ARGV: cursor expected, cursor after, then tenant, link ...
 -- Returns 1 if moved, 0 if another archiver moved it first.
 if (redis.call('HGET', KEYS[1], 'archived') or '0-0') ~= ARGV[1] then
   return 0

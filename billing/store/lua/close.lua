@@ -74,6 +74,6 @@ local function close_hold(keys, id, hold, outcome)
     list = outcome.list, charged = bill.charged, draws = bill.spent, seq = next_seq(keys.account),
     balance = balance_of(buckets, outcome.calendar),
   })
-  bill.entry = append(keys.stream, "usage", hold.tenant, bill.record)
+  bill.entry = append(keys, "usage", hold.tenant, bill.record)
   return bill
 end

@@ -99,15 +99,19 @@ local function next_seq(account)
   return seq
 end
 
-local function append(stream, kind, tenant, payload)
-  return redis.call("XADD", stream, "*", "k", kind, "t", tenant, "p", payload)
+-- Each entry carries a digest of itself and of the tenant's entry before it: no entry is altered unseen.
+local function append(keys, kind, tenant, payload)
+  local before = redis.call("HGET", keys.account, "chain") or ""
+  local chain = string.sub(redis.sha1hex(before .. kind .. payload), 1, 16)
+  redis.call("HSET", keys.account, "chain", chain)
+  return redis.call("XADD", keys.stream, "*", "k", kind, "t", tenant, "p", payload, "c", chain)
 end
 
 local function append_movement(keys, kind, tenant, m)
   local payload = '{"source":' .. cjson.encode(m.source) .. ',"unit":"' .. (m.unit == "r" and "requests" or "nanos")
     .. '","amount":' .. text(m.amount) .. ',"bucket":' .. cjson.encode(m.bucket) .. ',"seq":' .. next_seq(keys.account)
     .. ',"balance_nanos":' .. text(m.balance) .. ',"occurred_at_ms":' .. text(m.now) .. "}"
-  append(keys.stream, kind, tenant, payload)
+  append(keys, kind, tenant, payload)
 end
 
 -- What refunds and disputes could not take from a grant, because it had not come or others had it, waits on the

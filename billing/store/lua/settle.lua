@@ -46,7 +46,7 @@ local function settle_late(expired, key)
     list = text(math.max(0, tonumber(list) - tonumber(expired.list))), charged = expired.unit == "n" and taken or 0,
     draws = draws, seq = next_seq(keys.account), balance = balance_of(buckets, calendar),
   })
-  mark(keys.settled, id, append(keys.stream, "usage", tenant, record), now, stretch_ms)
+  mark(keys.settled, id, append(keys, "usage", tenant, record), now, stretch_ms)
   return { "settled", record }
 end
 
