@@ -1,0 +1,88 @@
+"""What a tenant and a usage record weigh in the store's memory, by the growth of ``used_memory``."""
+
+import asyncio
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from billing.account import Funding, Grant, HoldRequest, Settlement
+from billing.prices import Price
+from billing.store.holds import Ledger
+from billing.store.keys import ALL_SHARDS
+from billing.store.tenants import Tenants
+from billing.tenants import Tenant, new_key
+from billing.usage import RequestId, Status, TenantId, Unit, Usage
+from deployments.edge import new_request_id
+
+TENANTS = 20_000
+RECORDS = 40_000
+AT_ONCE = 200
+PAYMENT = "payment:pay_V8FWulo5Z2OviRQ1NMIz:pdt_lGCcW0St2oLngAK2qz2U"
+PRICE = Price.model_validate({"input_per_1m": "1.00", "output_per_1m": "2.00"})
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes."""
+
+    identity: float
+    """A tenant's name and one API key, with what lists them."""
+    tenant: float
+    """Its money: account, bucket, the grant's marker and entry."""
+    record: float
+    marker: float
+
+
+async def weigh(redis: Redis) -> Weights:
+    """Fill an empty store step by step."""
+    ledger, tenants = Ledger(redis), Tenants(redis)
+    names = [TenantId(f"tenant-{number:06d}") for number in range(TENANTS)]
+    empty = await _used(redis)
+    for name in names:
+        await tenants.create(Tenant(id=name, email=f"{name}@example.com", plan="prepaid"))
+        await tenants.add_key(new_key(name, now_ms=1)[1])
+    named = await _used(redis)
+    for start in range(0, TENANTS, AT_ONCE):
+        group = names[start : start + AT_ONCE]
+        await asyncio.gather(*(ledger.grant(Grant(PAYMENT, name, Unit.NANOS, 10**12)) for name in group))
+    granted = await _used(redis)
+    streams, markers = await _of(redis, "stream"), await _of(redis, "settled")
+    for start in range(0, RECORDS, AT_ONCE):
+        batch = range(start, start + AT_ONCE)
+        await asyncio.gather(*(_sell(ledger, names[number % TENANTS]) for number in batch))
+    return Weights(
+        identity=(named - empty) / TENANTS,
+        tenant=(granted - named) / TENANTS,
+        record=(await _of(redis, "stream") - streams) / RECORDS,
+        marker=(await _of(redis, "settled") - markers) / RECORDS,
+    )
+
+
+async def _sell(ledger: Ledger, tenant: TenantId) -> None:
+    usage = Usage(prompt_tokens=200, completion_tokens=120, compute_ms=37)
+    request = HoldRequest(
+        request_id=RequestId(new_request_id()),
+        tenant=tenant,
+        key_id="key_0123456789abcdef",
+        model="pirate",
+        adapter="pirate@54a6a3d4ff45",
+        adapter_class="default",
+        plan="prepaid",
+        price=PRICE,
+        prompt_tokens=200,
+        max_tokens=256,
+        funding=Funding(),
+    )
+    await ledger.hold(request)
+    settlement = Settlement(request.request_id, tenant, usage, PRICE.charge(usage), Status.COMPLETE)
+    await ledger.settle(settlement)
+
+
+async def _used(redis: Redis) -> int:
+    return int((await redis.info("memory"))["used_memory"])
+
+
+async def _of(redis: Redis, kind: str) -> int:
+    """All keys of one kind, over all shards, each weighed whole."""
+    names = [name for shard in ALL_SHARDS for name in ([shard.stream] if kind == "stream" else shard.settled)]
+    return sum([int(await redis.memory_usage(name, samples=0) or 0) for name in names])
