@@ -1,0 +1,76 @@
+"""A billing actor in a process that kills itself: the class that Ray runs, without Ray, over the same parts.
+
+Its outbox and its client of Dodo end the process at a named point of the export.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from billing import pump
+from billing.dodo.client import Dodo, DodoSettings, Event
+from billing.export import exporter
+from billing.export.events import SealedEvent
+from billing.store.keys import Shard, shard_for
+from billing.store.outbox import Outbox
+from deployments.billing_actor import BillingActor
+from deployments.config import BillingArgs
+from tests.chaos.fuse import Fuse
+
+BEFORE_SEAL, AFTER_SEAL, AFTER_SEND, BETWEEN_ACKS = "before seal", "after seal", "after send", "between acks"
+
+
+@dataclass(frozen=True)
+class BillingSpec:
+    """What a billing process is made from."""
+
+    environ: Mapping[str, str]
+    fuse: Fuse
+
+
+class DyingOutbox(Outbox):
+    def __init__(self, redis: Redis, fuse: Fuse) -> None:
+        super().__init__(redis)
+        self._fuse = fuse
+
+    async def seal(self, shard: Shard, start: str, end: str, entries: int, events: Sequence[SealedEvent]) -> bool:
+        self._fuse.reach(BEFORE_SEAL)
+        is_ours = await super().seal(shard, start, end, entries, events)
+        self._fuse.reach(AFTER_SEAL)
+        return is_ours
+
+    async def ack(self, events: Iterable[SealedEvent]) -> int:
+        """Shard by shard, as the outbox does: each shard's acknowledgement is a step of its own."""
+        acked, waiting = 0, list(events)
+        for shard in dict.fromkeys(shard_for(event.tenant) for event in waiting):
+            acked += await super().ack([event for event in waiting if shard_for(event.tenant) == shard])
+            self._fuse.reach(BETWEEN_ACKS)
+        return acked
+
+
+class DyingDodo(Dodo):
+    def __init__(self, settings: DodoSettings, fuse: Fuse) -> None:
+        super().__init__(settings)
+        self._fuse = fuse
+
+    async def ingest(self, events: Sequence[Event]) -> int:
+        counted = await super().ingest(events)
+        self._fuse.reach(AFTER_SEND)
+        return counted
+
+
+def bill(spec: BillingSpec) -> None:
+    """Run the actor until the fuse burns."""
+    os.environ.update(spec.environ)
+    exporter.Outbox = lambda redis: DyingOutbox(redis, spec.fuse)  # type: ignore[misc, assignment]
+    pump.Dodo = lambda settings: DyingDodo(settings, spec.fuse)  # type: ignore[misc, assignment]
+    asyncio.run(_bill())
+
+
+async def _bill() -> None:
+    actor = BillingActor(BillingArgs(flush_interval_s=0.2, expire_interval_s=0.5, requests_per_minute=100_000))
+    await asyncio.Event().wait()
+    await actor.close()

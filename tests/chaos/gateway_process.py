@@ -1,0 +1,121 @@
+"""A gateway in a process that kills itself: the parts of ``deployments.wiring`` and a real HTTP server.
+
+The engine is clockwork, and the ledger and the link end the process at a named point; everything between is what
+production runs.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+from redis.asyncio import Redis
+
+from billing.account import Hold, HoldRequest, Progress, Receipt, Settlement
+from billing.store.connection import connect
+from billing.store.holds import Ledger
+from billing.usage import RequestId
+from deployments import wiring
+from deployments.api.application import make_app
+from deployments.config import FareboxArgs
+from deployments.engine.request import GenerateRequest, Tokens
+from deployments.engine.text import Text
+from deployments.shelf import Shelf
+from tests.chaos.fuse import Fuse
+from tests.gateway.scripted import ScriptedLink
+
+AFTER_HOLD, MID_STREAM, BEFORE_SETTLE, AFTER_SETTLE = "after hold", "mid-stream", "before settle", "after settle"
+MID_STREAM_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class GatewaySpec:
+    """What a gateway process is made from. Times are seconds."""
+
+    store_url: str
+    folder: Path
+    environ: Mapping[str, str]
+    user_config: Mapping[str, object]
+    fuse: Fuse = field(default_factory=Fuse)
+    lease_s: float = 4.0
+    checkpoint_s: float = 0.1
+    tokens: int = 16
+    token_s: float = 0.02
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "checkpoints.txt"
+
+
+class DyingLedger(Ledger):
+    """A ledger that ends its process at a point, and writes down its checkpoints: what was asked, what was answered."""
+
+    def __init__(self, redis: Redis, fuse: Fuse, journal: Path) -> None:
+        super().__init__(redis)
+        self._fuse = fuse
+        self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    async def hold(self, request: HoldRequest) -> Hold:
+        hold = await super().hold(request)
+        self._fuse.reach(AFTER_HOLD)
+        return hold
+
+    async def settle(self, settlement: Settlement) -> Receipt:
+        self._fuse.reach(BEFORE_SETTLE)
+        receipt = await super().settle(settlement)
+        self._fuse.reach(AFTER_SETTLE)
+        return receipt
+
+    async def checkpoint(self, progress: Sequence[Progress]) -> frozenset[RequestId]:
+        self._note("sent", progress)
+        gone = await super().checkpoint(progress)
+        self._note("kept", [one for one in progress if one.request_id not in gone])
+        return gone
+
+    def _note(self, word: str, progress: Sequence[Progress]) -> None:
+        """One write for all: it survives a SIGKILL, for the kernel has it."""
+        lines = "".join(f"{word} {one.request_id} {one.list_nanos}\n" for one in progress)
+        os.write(self._journal, lines.encode())
+
+
+class DyingLink(ScriptedLink):
+    """Ends its process when a stream has come half way."""
+
+    def __init__(self, spec: GatewaySpec) -> None:
+        super().__init__(length=spec.tokens, pause_s=spec.token_s)
+        self._fuse = spec.fuse
+
+    async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+        async with aclosing(super().generate(job)) as pieces:
+            async for piece in pieces:
+                yield piece
+                if piece.completion_tokens == MID_STREAM_TOKENS:
+                    self._fuse.reach(MID_STREAM)
+
+
+def serve(spec: GatewaySpec, listener: socket.socket) -> None:
+    """Answer on ``listener`` until the fuse burns."""
+    asyncio.run(_serve(spec, listener))
+
+
+async def _serve(spec: GatewaySpec, listener: socket.socket) -> None:
+    wiring.Ledger = lambda redis: DyingLedger(redis, spec.fuse, spec.journal)  # type: ignore[misc, assignment]
+    shelf = Shelf()
+    shelf.put(spec.user_config)
+    args = FareboxArgs.model_validate(
+        {
+            "model": {"id": "farebox-base", "path": "unused"},
+            "spool_dir": str(spec.folder / "spool"),
+            "lease_s": spec.lease_s,
+            "checkpoint_s": spec.checkpoint_s,
+        }
+    )
+    redis, text, link = await connect(spec.store_url), Text(spec.folder / "model"), DyingLink(spec)
+    services = wiring.build_services(args, text, redis, link, shelf, spec.environ, f"gw_{os.getpid()}")
+    config = uvicorn.Config(make_app(services), lifespan="on", log_level="warning", access_log=False, ws="none")
+    await uvicorn.Server(config).serve(sockets=[listener])
+    await redis.aclose()
