@@ -14,12 +14,13 @@ from redis.asyncio import Redis
 
 from billing.catalogue import Catalogue
 from billing.counters import LiveCounters
-from billing.dodo.budget import CallBudget
+from billing.dodo.budget import Budget
 from billing.dodo.client import Dodo, DodoSettings
 from billing.dodo.customers import create_wanted
 from billing.dodo.webhooks import Webhooks
 from billing.export.exporter import Exporter, FlushReport
 from billing.store import board
+from billing.store.call_budget import SharedBudget
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
 
@@ -27,6 +28,8 @@ LIMIT_S = 120.0
 """A chore that takes longer is cut off and starts again: everything it does may be cut off."""
 LATE_S = 60.0
 """How much later than its interval and limit a chore's timer may be before the process is unhealthy."""
+FLUSH_PATIENCE_S = 45.0
+"""How long a flush goes on as its calls come in: well below the limit."""
 LAST_FLUSH_S = 5.0
 
 log = logging.getLogger("farebox.billing.pump")
@@ -42,29 +45,34 @@ class Parts:
 
     redis: Redis
     dodo: Dodo
+    """For callers that ask the budget first."""
+    unasked: Dodo
+    """For those that do not: their calls are counted as they are made."""
     ledger: Ledger
     tenants: Tenants
     exporter: Exporter
     webhooks: Webhooks
     counters: LiveCounters
-    budget: CallBudget
+    budget: Budget
 
     async def close(self) -> None:
         await self.dodo.close()
+        await self.unasked.close()
         await self.redis.aclose()
 
 
 def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Parts:
-    """All parts over one store and one Dodo, sharing one budget of calls."""
+    """All parts over one store and one Dodo, sharing one budget of calls with every other process."""
     dodo, ledger, tenants = Dodo(settings), Ledger(redis), Tenants(redis)
-    budget = CallBudget(calls_per_minute)
+    budget = SharedBudget(redis, calls_per_minute)
+    unasked = Dodo(settings, on_call=budget.spend)
 
     async def catalogue() -> Catalogue | None:
         return await board.current(redis)
 
-    webhooks = Webhooks(redis, dodo, ledger, tenants, catalogue, settings.webhook_key)
-    exporter = Exporter(redis, dodo, tenants, budget=budget)
-    return Parts(redis, dodo, ledger, tenants, exporter, webhooks, LiveCounters(redis), budget)
+    webhooks = Webhooks(redis, unasked, ledger, tenants, catalogue, settings.webhook_key)
+    exporter = Exporter(redis, dodo, tenants, budget=budget, patience_s=FLUSH_PATIENCE_S)
+    return Parts(redis, dodo, unasked, ledger, tenants, exporter, webhooks, LiveCounters(redis), budget)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +202,7 @@ class Pump:
 
 
 async def _create_customers(parts: Parts) -> int:
-    return await create_wanted(parts.dodo, parts.tenants, parts.budget)
+    return await create_wanted(parts.unasked, parts.tenants, parts.budget)
 
 
 async def _refresh_overdue(parts: Parts) -> int:

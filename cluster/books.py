@@ -18,13 +18,14 @@ from rich.table import Table
 
 from billing import history
 from billing.clock import now_ms
-from billing.dodo.budget import CallBudget
+from billing.dodo.budget import BothBudgets, CallBudget
 from billing.dodo.client import Dodo, DodoSettings
 from billing.errors import BillingError
 from billing.history import Total
 from billing.money import format_usd
 from billing.reconcile.proofs import Row
 from billing.reconcile.reconciler import Reconciler, Report
+from billing.store.call_budget import SharedBudget
 from billing.store.connection import connect
 from billing.store.tenants import Tenants
 from billing.usage import TenantId
@@ -64,7 +65,8 @@ async def _reconcile(standing: Standing, with_dodo: bool, calls_per_minute: int)
     try:
         async with store(standing) as redis:
             archive = await history.archive_of(redis)
-            return await Reconciler(redis, dodo, archive, CallBudget(calls_per_minute)).run()
+            budget = BothBudgets(CallBudget(calls_per_minute), SharedBudget(redis))
+            return await Reconciler(redis, dodo, archive, budget).run()
     finally:
         if dodo is not None:
             await dodo.close()

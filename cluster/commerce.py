@@ -19,6 +19,7 @@ from billing.catalogue import Catalogue
 from billing.dodo.client import Dodo, DodoSettings
 from billing.dodo.sync import SyncReport, sync
 from billing.errors import BillingError
+from billing.store.call_budget import SharedBudget
 from billing.store.connection import Durability, connect
 from cluster import children, ray_node
 from cluster.children import Child
@@ -128,8 +129,8 @@ def register(config: ServeConfig, env: Mapping[str, str]) -> SyncReport:
         raise SettingsError("FAREBOX_PUBLIC_URL is not set: the API's public address, where Dodo sends webhooks")
 
     async def tell() -> SyncReport:
-        dodo = Dodo(DodoSettings.from_env(env))
         redis = await connect(env["REDIS_URL"], durability=durability(config))
+        dodo = Dodo(DodoSettings.from_env(env), on_call=SharedBudget(redis).spend)
         try:
             return await sync(dodo, redis, catalogue_of(config), f"{env['FAREBOX_PUBLIC_URL']}/webhooks/dodo")
         finally:

@@ -10,6 +10,7 @@ from billing.catalogue import Catalogue
 from billing.dodo.client import Dodo, DodoSettings
 from billing.dodo.webhooks import Webhooks
 from billing.spool import Spool
+from billing.store.call_budget import SharedBudget
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
 from deployments.config import FareboxArgs
@@ -52,7 +53,7 @@ def build_services(
     async def in_force() -> Catalogue | None:
         return shelf.current if shelf.is_stocked else None
 
-    dodo = Dodo(settings) if (settings := payments(environ)) else None
+    dodo = Dodo(settings, on_call=SharedBudget(redis).spend) if (settings := payments(environ)) else None
     webhook_key = environ.get("DODO_PAYMENTS_WEBHOOK_KEY", "")
     return Services(
         gateway=gateway,

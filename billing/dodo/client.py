@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Literal, Self, TypeVar, cast
 
 import httpx
-from dodopayments import APIConnectionError, APIResponseValidationError, APIStatusError, AsyncDodoPayments, omit
+from dodopayments import (
+    APIConnectionError,
+    APIResponseValidationError,
+    APIStatusError,
+    AsyncDodoPayments,
+    DefaultAsyncHttpxClient,
+    omit,
+)
 from dodopayments.types import EventInputParam
 from dodopayments.types.price_param import PriceParam
 from pydantic import BaseModel
@@ -107,7 +114,19 @@ class WebhookEndpoint:
 class Dodo:
     """Calls to Dodo. Every method raises ``DodoUnavailable`` or ``DodoRefused`` and nothing else."""
 
-    def __init__(self, settings: DodoSettings, http_client: httpx.AsyncClient | None = None) -> None:
+    def __init__(
+        self,
+        settings: DodoSettings,
+        http_client: httpx.AsyncClient | None = None,
+        on_call: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """``on_call`` counts a call, before it is made, that asked no budget."""
+        if on_call is not None and http_client is None:
+
+            async def count(_: httpx.Request) -> None:
+                await on_call()
+
+            http_client = DefaultAsyncHttpxClient(event_hooks={"request": [count]})
         where: dict[str, str] = (
             {"base_url": settings.base_url}
             if settings.environment == "sandbox"

@@ -2,7 +2,7 @@
 
 import logging
 
-from billing.dodo.budget import CallBudget
+from billing.dodo.budget import Budget
 from billing.dodo.client import Dodo
 from billing.errors import CustomerTaken, DodoRefused, UnknownTenant
 from billing.store.tenants import Tenants
@@ -11,7 +11,7 @@ from billing.usage import TenantId
 log = logging.getLogger("farebox.billing.dodo.customers")
 
 
-async def create_wanted(dodo: Dodo, tenants: Tenants, budget: CallBudget) -> int:
+async def create_wanted(dodo: Dodo, tenants: Tenants, budget: Budget) -> int:
     """Create the customers that are wanted, as far as the budget goes. How many tenants got one.
 
     Raises:
@@ -19,7 +19,7 @@ async def create_wanted(dodo: Dodo, tenants: Tenants, budget: CallBudget) -> int
     """
     created = 0
     for tenant_id in await tenants.customers_wanted():
-        if not budget.take():
+        if not await budget.take():
             break
         created += await _create(dodo, tenants, tenant_id)
     return created

@@ -63,6 +63,8 @@ class SealedEvent:
     charge_nanos: int
     covered_nanos: int
     quantities: dict[str, int]
+    until: str = ""
+    """The stream id of the last entry in its window."""
     first_attempt_ms: int | None = None
     """The earliest send whose outcome we do not know; ``None`` before the first."""
     reason: str = ""
@@ -78,8 +80,10 @@ class SealedEvent:
 
     def to_event(self, destination: Destination, now_ms: int) -> Event:
         """What is sent now. Where Dodo would refuse the timestamp, or never bill it because its period is
-        closed, ``now`` takes its place and the true one stays in metadata.
+        closed, ``now`` takes its place and the true one stays in metadata; ``crosses_period`` says that it is
+        billed in a later period than it was used in.
         """
+        true = {"occurred_at": to_iso(self.occurred_at_ms), "until": self.until}
         is_fresh = 0 <= now_ms - self.occurred_at_ms < MAX_AGE_MS
         is_open = self.occurred_at_ms >= destination.boundary_ms(now_ms)
         is_kept = is_fresh and is_open
@@ -88,7 +92,7 @@ class SealedEvent:
             customer_id=destination.customer_id,
             name=self.name,
             timestamp_ms=self.occurred_at_ms if is_kept else now_ms,
-            metadata={**self.quantities, "occurred_at": to_iso(self.occurred_at_ms), "restamped": not is_kept},
+            metadata={**self.quantities, **true, "restamped": not is_kept, "crosses_period": not is_open},
         )
 
     def to_json(self) -> str:
@@ -144,7 +148,7 @@ def fold(shard: int, start: str, end: str, records: Iterable[UsageRecord], now_m
         is_all_charge = charge > 0 and covered == 0
         sums[record.tenant, CHARGE if is_all_charge else USAGE].add_quantities(record)
     return [
-        _seal(event_id(shard, start, end, tenant, name), tenant, name, total, now_ms)
+        replace(_seal(event_id(shard, start, end, tenant, name), tenant, name, total, now_ms), until=end)
         for (tenant, name), total in sorted(sums.items())
         if not total.is_empty
     ]

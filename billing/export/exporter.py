@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from redis.asyncio import Redis
 
 from billing.clock import Clock, now_ms
-from billing.dodo.budget import CallBudget
+from billing.dodo.budget import PER_MINUTE, Budget, CallBudget
 from billing.dodo.client import Dodo
 from billing.errors import DodoRefused, DodoUnavailable, UnknownTenant
 from billing.export.events import CHARGE, Destination, SealedEvent, fold
@@ -60,12 +60,14 @@ class Exporter:
         dodo: Dodo,
         tenants: Tenants,
         clock: Clock = now_ms,
-        budget: CallBudget | None = None,
+        budget: Budget | None = None,
         jitter: Callable[[], float] = random.random,
+        patience_s: float = 0,
     ) -> None:
+        """``patience_s``: how long a flush may wait for its budget of calls before it leaves the rest to the next."""
         self.outbox = Outbox(redis)
         self._stream, self._tenants, self._clock, self._jitter = Stream(redis), tenants, clock, jitter
-        self._sender = Sender(self.outbox, dodo, budget or CallBudget(240, clock), clock)
+        self._sender = Sender(self.outbox, dodo, budget or CallBudget(PER_MINUTE, clock), clock, patience_s)
         self._state = PumpState()
         self._failing_since_ms: int | None = None
         self._sealed_at_ms = 0

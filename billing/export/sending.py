@@ -3,11 +3,14 @@
 Knows what each refusal means for an event; knows neither when to try again nor how events are made.
 """
 
+import asyncio
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from billing.clock import Clock
-from billing.dodo.budget import CallBudget
+from billing.dodo.budget import Budget
 from billing.dodo.client import Dodo
 from billing.errors import DodoRefused, DodoUnavailable
 from billing.export.events import Destination, SealedEvent
@@ -20,8 +23,12 @@ PROBE_EVENTS = 8
 """After a failure so few are tried first: only what was attempted must ever be looked up."""
 DOUBTFUL_MS = 60 * 60_000
 """How long we count on Dodo to remember an id. After that we ask before we send it again."""
+BUDGET_WAIT_S = 0.25
 POISON = (400, 413, 422)
 """Dodo refuses the content: halve until the event at fault is alone."""
+
+
+log = logging.getLogger("farebox.billing.export.sending")
 
 
 class BudgetSpent(Exception):
@@ -37,8 +44,11 @@ class Tally:
 
 
 class Sender:
-    def __init__(self, outbox: Outbox, dodo: Dodo, budget: CallBudget, clock: Clock) -> None:
+    """``patience_s``: how long one call of ``send`` may wait for its budget, so that a backlog drains steadily."""
+
+    def __init__(self, outbox: Outbox, dodo: Dodo, budget: Budget, clock: Clock, patience_s: float = 0) -> None:
         self._outbox, self._dodo, self._budget, self._clock = outbox, dodo, budget, clock
+        self._patience_s, self._deadline_s = patience_s, 0.0
         self._size = MAX_EVENTS
         """Events in the next call: halved at each refusal until the one at fault is alone, doubled after. Kept
         from flush to flush, so that poison is found however few calls a flush may make."""
@@ -51,9 +61,10 @@ class Sender:
         Raises:
             BudgetSpent, DodoUnavailable, DodoRefused: what was not acknowledged stays in the outbox.
         """
+        self._deadline_s = time.monotonic() + self._patience_s
         waiting = list(events)
         while waiting:
-            batch = await self._marked(await self._without_known(waiting[: self._size], tally))
+            batch = await self._without_known(waiting[: self._size], tally)
             rest = waiting[self._size :]
             try:
                 await self._ingest(batch, destinations, tally)
@@ -62,9 +73,10 @@ class Sender:
                 raise
             except DodoRefused as refused:
                 if refused.status not in POISON:
+                    self._size = PROBE_EVENTS
                     raise
                 if len(batch) == 1:
-                    tally.buried += await self._outbox.bury(replace(batch[0], reason=str(refused)))
+                    await self._bury(batch[0], str(refused), tally)
                 else:
                     self._size = len(batch) // 2
                     rest = batch + rest
@@ -75,34 +87,47 @@ class Sender:
     async def _ingest(
         self, batch: Sequence[SealedEvent], destinations: Mapping[TenantId, Destination], tally: Tally
     ) -> None:
+        """An attempt is written down before the call, and struck out where Dodo says that it took nothing."""
         if not batch:
             return
-        self._spend()
+        await self._spend()
+        await self._mark(batch)
         now = self._clock()
-        await self._dodo.ingest([event.to_event(destinations[event.tenant], now) for event in batch])
+        try:
+            await self._dodo.ingest([event.to_event(destinations[event.tenant], now) for event in batch])
+        except DodoRefused:
+            await self._outbox.mark(batch)
+            raise
         tally.sent += await self._outbox.ack(batch)
+
+    async def _bury(self, event: SealedEvent, reason: str, tally: Tally) -> None:
+        if await self._outbox.bury(replace(event, reason=reason)):
+            tally.buried += 1
+            log.error("%s has a dead letter, %s: `farebox dodo revive %s`", event.tenant, reason, event.id)
 
     async def _without_known(self, batch: Sequence[SealedEvent], tally: Tally) -> list[SealedEvent]:
         """Leave out, and acknowledge, events that an attempt too long ago turns out to have delivered."""
         unknown: list[SealedEvent] = []
         for event in batch:
-            if event.first_attempt_ms is None or self._clock() - event.first_attempt_ms < DOUBTFUL_MS:
-                unknown.append(event)
-                continue
-            self._spend()
-            if await self._dodo.has_event(event.id):
-                tally.sent += await self._outbox.ack([event])
-            else:
-                unknown.append(event.attempted(None))
+            if self._is_doubtful(event):
+                await self._spend()
+                if await self._dodo.has_event(event.id):
+                    tally.sent += await self._outbox.ack([event])
+                    continue
+            unknown.append(event)
         return unknown
 
-    async def _marked(self, batch: Sequence[SealedEvent]) -> list[SealedEvent]:
-        """Write down, before the call, that these events are attempted now."""
-        new = [event.attempted(self._clock()) for event in batch if event.first_attempt_ms is None]
-        await self._outbox.mark(new)
-        known = {event.id: event for event in new}
-        return [known.get(event.id, event) for event in batch]
+    def _is_doubtful(self, event: SealedEvent) -> bool:
+        return event.first_attempt_ms is not None and self._clock() - event.first_attempt_ms >= DOUBTFUL_MS
 
-    def _spend(self) -> None:
-        if not self._budget.take():
-            raise BudgetSpent
+    async def _mark(self, batch: Sequence[SealedEvent]) -> None:
+        """Write down that these events are attempted now; what an earlier attempt did was asked, or is remembered."""
+        now = self._clock()
+        new = [e.attempted(now) for e in batch if e.first_attempt_ms is None or self._is_doubtful(e)]
+        await self._outbox.mark(new)
+
+    async def _spend(self) -> None:
+        while not await self._budget.take():
+            if time.monotonic() >= self._deadline_s:
+                raise BudgetSpent
+            await asyncio.sleep(BUDGET_WAIT_S)

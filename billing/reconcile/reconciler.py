@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from redis.asyncio import Redis
 
 from billing.archive.files import Archive
-from billing.dodo.budget import CallBudget
+from billing.dodo.budget import Budget, CallBudget
 from billing.dodo.client import PAGE, Dodo
 from billing.dodo.wire import DodoEvent
 from billing.errors import DodoRefused, DodoUnavailable
@@ -93,7 +93,7 @@ class Reconciler:
     redis: Redis
     dodo: Dodo | None = None
     archive: Archive | None = None
-    budget: CallBudget = field(default_factory=lambda: CallBudget(60))
+    budget: Budget = field(default_factory=lambda: CallBudget(60))
 
     async def run(self) -> Report:
         """Prove everything.
@@ -159,7 +159,7 @@ class Reconciler:
 
     async def _spend(self) -> None:
         while True:
-            if self.budget.take():
+            if await self.budget.take():
                 return
             await asyncio.sleep(BUDGET_WAIT_S)
 

@@ -37,6 +37,9 @@ PAYMENTS = "fb:payments"
 PUMP = "fb:pump"
 """Hash: the exporter's state for people: last flush, last error, stopped or not."""
 
+CALL_BUDGET = "fb:dodo:budget"
+"""Hash: what is left of this minute's calls to Dodo, when it was seen, and the calls a minute."""
+
 ARCHIVE = "fb:archive"
 """String: the URL under which archived entries lie."""
 

@@ -12,7 +12,7 @@ from billing.export.exporter import Exporter
 from billing.store.keys import shard_for
 from billing.store.outbox import Outbox
 from billing.usage import TenantId, Usage
-from tests.billing.dodo.world import SECOND, World, assert_same, is_clear
+from tests.billing.dodo.world import HOUR, SECOND, World, assert_same, is_clear
 
 
 class Killed(BaseException):
@@ -192,6 +192,38 @@ async def test_a_wrong_key_or_address_stops_the_pump_and_parks_nothing(world: Wo
     assert (await Outbox(world.redis).dead()) == []
     assert (await exporter.flush_once(force=True)).sent == 1
     assert_same(await world.told(), world.sums)
+
+
+@pytest.mark.parametrize("status", [401, 404])
+async def test_hours_with_a_wrong_key_leave_nothing_to_look_up(
+    world: World, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        await world.tenant(f"tenant-{number}")
+        await world.use(f"tenant-{number}")
+    await world.fault(f"status:{status}", path="*")
+    for _ in range(3):
+        assert (await world.exporter().flush_once()).state == "stopped"
+        world.clock.move(2 * HOUR)
+    await world.heal()
+    asked: list[str] = []
+    monkeypatch.setattr(Dodo, "has_event", lambda _, id_: asked.append(id_))
+    assert (await world.exporter().flush_once()).sent == 20
+    assert asked == [], "a refusal says that nothing was taken"
+    assert_same(await world.told(), world.sums)
+
+
+async def test_a_wrong_address_is_no_proof_that_an_event_is_missing(world: World) -> None:
+    await world.tenant("acme")
+    await world.use("acme")
+    await world.fault("drop_after", times=1)
+    await world.exporter().flush_once()
+    world.clock.move(2 * HOUR)
+    await world.fault("status:404", path="*")
+    assert (await world.exporter().flush_once()).state == "stopped"
+    await world.heal()
+    await world.fault("status:500", path="/events/ingest")
+    assert (await world.exporter().flush_once()).sent == 1, "it is looked up, and Dodo has it"
 
 
 async def test_usage_of_a_tenant_without_a_customer_waits_counted_and_holds_up_nobody(world: World) -> None:

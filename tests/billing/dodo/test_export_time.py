@@ -4,7 +4,9 @@ from datetime import datetime
 
 import pytest
 
+from billing.dodo.budget import CallBudget
 from billing.dodo.client import Event
+from billing.export.exporter import Exporter
 from billing.store.outbox import Outbox
 from billing.tenants import Subscription, SubscriptionStatus
 from billing.usage import TenantId
@@ -24,6 +26,7 @@ async def test_a_stale_timestamp_becomes_now_and_the_true_one_stays_in_metadata(
     told = _ms(str(event["timestamp"]))
     assert told == (world.clock() if restamped else occurred)
     assert _ms(str(event["metadata"]["occurred_at"])) == occurred  # type: ignore[index]
+    assert event["metadata"]["crosses_period"] is False  # type: ignore[index]
 
 
 async def test_a_clock_ahead_of_ours_is_restamped(world: World) -> None:
@@ -75,6 +78,27 @@ async def test_calls_are_bounded_and_the_rest_follows(world: World) -> None:
     assert (await Outbox(world.redis).sums()).dead_events == 6
 
 
+async def test_what_was_not_attempted_for_want_of_calls_is_never_looked_up(world: World) -> None:
+    await world.tenant("acme")
+    exporter = world.exporter(calls_per_minute=1)
+    await world.use("acme")
+    assert (await exporter.flush_once()).sent == 1
+    await world.use("acme")
+    assert (await exporter.flush_once()).waiting == 1
+    (event,) = await Outbox(world.redis).events()
+    assert event.first_attempt_ms is None
+
+
+async def test_a_flush_with_patience_waits_for_its_calls(world: World) -> None:
+    for name in ("acme", "zeta"):
+        await world.tenant(name)
+        await world.tenants.set_customer(TenantId(name), f"cus_nobody_{name}")
+        await world.use(name)
+    budget = CallBudget(12)
+    exporter = Exporter(world.redis, world.dodo, world.tenants, world.clock, budget, patience_s=30)
+    assert (await exporter.flush_once()).buried == 2
+
+
 async def test_in_a_long_outage_windows_are_wide_and_sums_still_equal(world: World) -> None:
     await world.tenant("acme")
     exporter = world.exporter()
@@ -110,6 +134,7 @@ async def test_charges_of_a_closed_billing_period_are_billed_in_the_next(world: 
     assert (await exporter.flush_once()).sent == 1
     ((event),) = await world.events()
     assert _ms(str(event["timestamp"])) == world.clock()
+    assert event["metadata"]["crosses_period"] is True  # type: ignore[index]
 
 
 async def test_charges_of_a_last_period_are_sent_while_it_is_open(world: World) -> None:

@@ -112,12 +112,12 @@ def test_a_last_period_s_allowance_lasts_to_its_end_and_its_overage_does_not(ago
 
 
 @pytest.mark.parametrize("per_minute", [1, 5, 6, 7, 60, 240, 1000])
-def test_no_minute_has_more_calls_than_its_budget(per_minute: int) -> None:
+async def test_no_minute_has_more_calls_than_its_budget(per_minute: int) -> None:
     clock = SteppedClock()
     budget = CallBudget(per_minute, clock)
     taken: list[int] = []
     for _ in range(3_000):
-        while budget.take():
+        while await budget.take():
             taken.append(clock())
         clock.move(100)
     busiest = max(sum(start <= at < start + MINUTE for at in taken) for start in taken[:: max(1, len(taken) // 200)])

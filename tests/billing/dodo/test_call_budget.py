@@ -1,0 +1,67 @@
+"""One minute's calls to Dodo are shared by all processes: who can wait waits, who cannot is counted."""
+
+import asyncio
+
+import httpx
+from redis.asyncio import Redis
+
+from billing.dodo.budget import BothBudgets, CallBudget
+from billing.dodo.client import Dodo, DodoSettings
+from billing.store.call_budget import SharedBudget
+from billing.store.keys import CALL_BUDGET
+from cluster.dodo_sandbox.server import SandboxServer
+from tests.billing.dodo.world import API_KEY, MINUTE, World
+
+
+async def test_a_burst_is_a_sixth_of_a_minute_s_calls_whoever_takes_them(redis: Redis) -> None:
+    ours, theirs = SharedBudget(redis, 240), SharedBudget(redis)
+    taken = await asyncio.gather(*(budget.take() for budget in (ours, theirs) for _ in range(40)))
+    assert 40 <= sum(taken) <= 42, "what comes in meanwhile is taken too"
+
+
+async def test_calls_come_back_with_the_store_s_time(redis: Redis) -> None:
+    budget = SharedBudget(redis, 60)
+    while await budget.take():
+        pass
+    await redis.hincrby(CALL_BUDGET, "seen", -6 * 1_000)
+    assert sum([await budget.take() for _ in range(20)]) == 5, "fifty a minute beside the burst of ten"
+    await redis.hincrby(CALL_BUDGET, "seen", -60 * MINUTE)
+    assert sum([await budget.take() for _ in range(20)]) == 10
+
+
+async def test_a_buyer_never_waits_and_others_wait_the_longer(redis: Redis) -> None:
+    budget = SharedBudget(redis, 12)
+    for _ in range(5):
+        await budget.spend()
+    assert not await budget.take()
+    await redis.hincrby(CALL_BUDGET, "seen", -18 * 1_000)
+    assert not await budget.take(), "three calls are owed, and ten a minute pay them back"
+    await redis.hincrby(CALL_BUDGET, "seen", -7 * 1_000)
+    assert await budget.take()
+
+
+async def test_the_limit_is_what_the_billing_actor_said_last(redis: Redis) -> None:
+    assert await SharedBudget(redis, 6).take()
+    assert not await SharedBudget(redis).take()
+
+
+async def test_a_share_is_bounded_by_both(redis: Redis) -> None:
+    both = BothBudgets(CallBudget(6), SharedBudget(redis, 240))
+    assert [await both.take(), await both.take()] == [True, False]
+    other = BothBudgets(CallBudget(240), SharedBudget(redis, 6))
+    assert not all([await other.take() for _ in range(45)])
+
+
+async def test_every_call_that_asked_nobody_is_counted(world: World, sandbox: SandboxServer) -> None:
+    budget = SharedBudget(world.redis, 6)
+    dodo = Dodo(DodoSettings(API_KEY, base_url=sandbox.url), on_call=budget.spend)
+    await dodo.meters()
+    assert not await budget.take()
+    await dodo.meters()
+    await dodo.close()
+    assert int(await world.redis.hget(CALL_BUDGET, "level")) < 0
+
+
+async def test_a_given_http_client_is_used_as_it_is(sandbox: SandboxServer) -> None:
+    async with httpx.AsyncClient() as client:
+        assert await Dodo(DodoSettings(API_KEY, base_url=sandbox.url), client).meters() == []
