@@ -10,6 +10,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from billing.costs import Costs
 from billing.errors import ModelNotAllowed, UnknownModel
 from billing.plans import Name, Pack, Plan
 from billing.prices import Price
@@ -65,6 +66,8 @@ class Catalogue(BaseModel):
     plans: dict[Name, Plan]
     packs: dict[Name, Pack] = {}
     default_plan: Name
+    costs: Costs | None = None
+    """What the owner pays for a replica; only its own reports show it."""
     quarantined: tuple[Quarantined, ...] = ()
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from billing.money import Nanos
 from billing.store.archive_cursor import archive_url
-from billing.store.keys import shard_for
+from billing.store.keys import ALL_SHARDS, Shard, shard_for
 from billing.store.stream import Entry, Stream, order
 from billing.usage import TenantId, UsageRecord
 
@@ -120,35 +120,43 @@ async def totals(
 ) -> list[Total]:
     """Sums of the records settled from ``start_ms`` until before ``end_ms``, in order of their groups."""
     groups: dict[str, Total] = {}
-    async for entry in _between(redis, tenant, start_ms, end_ms):
+    async for entry in _between(redis, shard_for(tenant), tenant, start_ms, end_ms):
         record = entry.record()
         name = _group(record, group_by)
         groups[name] = groups.get(name, Total(name)).plus(record)
     return [groups[name] for name in sorted(groups)]
 
 
-async def _between(redis: Redis, tenant: TenantId, start_ms: int, end_ms: int) -> AsyncIterator[Entry]:
+async def of_everybody(redis: Redis, start_ms: int, end_ms: int) -> AsyncIterator[UsageRecord]:
+    """All tenants' records settled from ``start_ms`` until before ``end_ms``, shard by shard."""
+    for shard in ALL_SHARDS:
+        async for entry in _between(redis, shard, None, start_ms, end_ms):
+            yield entry.record()
+
+
+async def _between(
+    redis: Redis, shard: Shard, tenant: TenantId | None, start_ms: int, end_ms: int
+) -> AsyncIterator[Entry]:
     """Archived entries first, then those of the stream behind them: what is in both is taken once."""
     if end_ms <= start_ms:
         return
     start, end = f"{max(start_ms, 0)}-0", f"({end_ms}-0"
     if archive := await archive_of(redis):
-        shard = shard_for(tenant)
         last = await asyncio.to_thread(archive.last, shard)
         for entry in await asyncio.to_thread(archive.read, shard, start_ms, end_ms, tenant):
             if entry.is_usage and order(entry.id) <= order(last):
                 yield entry
         if order(last) >= order(start):
             start = f"({last}"
-    async for entry in _live(Stream(redis), tenant, start, end):
+    async for entry in _live(Stream(redis), shard, tenant, start, end):
         yield entry
 
 
-async def _live(stream: Stream, tenant: TenantId, start: str, end: str) -> AsyncIterator[Entry]:
+async def _live(stream: Stream, shard: Shard, tenant: TenantId | None, start: str, end: str) -> AsyncIterator[Entry]:
     while True:
-        entries = await stream.of(tenant, start, end, READ)
+        entries = await stream.within(shard, start, end, READ)
         for entry in entries:
-            if entry.tenant == tenant and entry.is_usage:
+            if tenant in (None, entry.tenant) and entry.is_usage:
                 yield entry
         if len(entries) < READ:
             return

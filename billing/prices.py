@@ -71,6 +71,15 @@ class Price(BaseModel):
         compute = usage.compute_ms * self.per_compute_second * TOKENS_PER_RATE
         return Nanos(divide_up(whole + compute + tokens * MS_PER_SECOND, TOKENS_PER_RATE * MS_PER_SECOND))
 
+    def scaled(self, numerator: int, denominator: int) -> Self:
+        """The same price with every rate multiplied by a fraction, each rounded up to a whole nano."""
+        if numerator == denominator:
+            return self
+        names = ("input_per_1m", "cached_input_per_1m", "output_per_1m", "per_request", "per_compute_second")
+        rates = {name: getattr(self, name) for name in names}
+        update = {name: divide_up(rate * numerator, denominator) for name, rate in rates.items() if rate is not None}
+        return self.model_copy(update=update)
+
     def at_most(self, prompt_tokens: int, max_tokens: int, max_compute_ms: int = 0) -> Nanos:
         """The most that a request can cost: no cache hit and every token generated."""
         return self.charge(Usage(prompt_tokens=prompt_tokens, completion_tokens=max_tokens, compute_ms=max_compute_ms))

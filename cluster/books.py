@@ -120,7 +120,7 @@ def usage(
     as_json: JsonOption = False,
 ) -> None:
     """Show what tenants used and what it cost, from the store and the archive together."""
-    found = ask(lambda standing: _usage(standing, tenant, _range(since, until), group_by))
+    found = ask(lambda standing: _usage(standing, tenant, days(since, until), group_by))
     if as_json:
         rows = [{"tenant": name} | _total_json(total) for name, totals in found.items() for total in totals]
         print(json.dumps(rows, indent=2))
@@ -155,7 +155,7 @@ def _total_json(total: Total) -> dict[str, object]:
     }
 
 
-def _range(since: str, until: str) -> tuple[int, int]:
+def days(since: str, until: str) -> tuple[int, int]:
     """From the start of the first day until before the day after the last, in Unix milliseconds."""
     today = datetime.fromtimestamp(now_ms() // 1_000, UTC)
     try:

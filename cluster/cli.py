@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from cluster import books, children, commerce, dead_letters, operate, panel
+from cluster import report as reports
 from cluster.environment import SANDBOX, dodo_environment
 from cluster.first_run import ensure_models
 from cluster.launch import HEALTHY_TIMEOUT_S
@@ -42,6 +43,8 @@ dodo.command()(dead_letters.dead)
 dodo.command()(dead_letters.revive)
 app.command()(books.reconcile)
 app.command()(books.usage)
+app.command()(reports.report)
+app.command()(reports.price)
 out = Console()
 err = Console(stderr=True)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from billing.catalogue import Model
+from billing.costs import Costs
 from billing.plans import Name, Pack, Plan
 from billing.prices import Price
 from billing.usage import TenantId
@@ -108,3 +109,4 @@ class GatewayUserConfig(_Config):
     plans: dict[Name, Plan]
     packs: dict[Name, Pack] = {}
     default_plan: Name
+    costs: Costs | None = None

@@ -11,6 +11,7 @@ from typing import TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from billing.catalogue import Catalogue, Model, Quarantined
+from billing.costs import Costs
 from billing.errors import BillingError
 from billing.plans import Name, Pack, Plan, PlanKind
 from deployments.config import GatewayUserConfig, ModelEntry
@@ -76,6 +77,7 @@ def read_catalogue(raw: object, last_good: Catalogue | None = None) -> Catalogue
         plans=plans,
         packs=_named(config.get("packs", {}), Pack, "pack", old.packs, aside),
         default_plan=_default_plan(config.get("default_plan"), plans, old, aside),
+        costs=_one(config, "costs", Costs, aside) or (old.costs if "costs" in config else None),
         quarantined=tuple(aside),
     )
 
@@ -161,6 +163,16 @@ def _named(raw: object, shape: type[T], kind: str, old: Mapping[str, T], aside: 
             if name in old:
                 good[str(name)] = old[str(name)]
     return good
+
+
+def _one(config: Mapping[object, object], name: str, shape: type[T], aside: list[Quarantined]) -> T | None:
+    """What stands under ``name``, its defaults where nothing does; nothing where it is bad or has none."""
+    try:
+        return shape.model_validate(config.get(name, {}))
+    except ValidationError as error:
+        if name in config:
+            aside.append(Quarantined(kind="config", id=name, reason=explain(error)))
+        return None
 
 
 def _default_plan(raw: object, plans: Mapping[str, Plan], old: Catalogue, aside: list[Quarantined]) -> str:

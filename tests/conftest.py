@@ -4,9 +4,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from redis.asyncio import Redis
 
 from cluster import valkey
+
+settings.register_profile("farebox", deadline=None)  # a busy machine is no bug
+settings.load_profile("farebox")
 
 
 @pytest.fixture(scope="session")

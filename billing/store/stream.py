@@ -103,8 +103,12 @@ class Stream:
 
     async def of(self, tenant: TenantId, start: str = FIRST, end: str = LAST, count: int = 1000) -> list[Entry]:
         """Entries of the tenant's whole shard, oldest first, both ends included."""
+        return await self.within(shard_for(tenant), start, end, count)
+
+    async def within(self, shard: Shard, start: str = FIRST, end: str = LAST, count: int = 1000) -> list[Entry]:
+        """Entries of a shard, oldest first, both ends included."""
         async with guarded(BULK_DEADLINE_S):
-            return entries_in(await self._redis.xrange(shard_for(tenant).stream, min=start, max=end, count=count))
+            return entries_in(await self._redis.xrange(shard.stream, min=start, max=end, count=count))
 
     async def newest(self, tenant: TenantId, before: str = LAST, count: int = 1000) -> list[Entry]:
         """Entries of the tenant's whole shard, newest first, from ``before`` on."""
