@@ -101,6 +101,12 @@ class Inbox:
             texts = cast(Sequence[str | None], await self._redis.hmget(INBOX, ids) if ids else [])
         return [Delivery.from_json(text) for text in texts if text]
 
+    async def hasten(self, webhook_ids: Sequence[str], due_ms: int) -> None:
+        """Let waiting deliveries be tried from ``due_ms`` on; what was finished meanwhile stays finished."""
+        if webhook_ids:
+            async with guarded(BULK_DEADLINE_S):
+                await self._redis.zadd(INBOX_PARKED, dict.fromkeys(webhook_ids, due_ms), xx=True)
+
     async def parked_count(self) -> int:
         async with guarded(BULK_DEADLINE_S):
             return int(await self._redis.zcard(INBOX_PARKED))

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from billing.store.keys import shard_for
 from cluster.cli import app
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.settings import Settings
-from cluster.state import Home, Phase, Run, birth
+from cluster.state import Home, Run
 from tests.billing.movements import ACME, House
+from tests.cluster.told import tell
 
 runner = CliRunner()
 
@@ -31,21 +31,7 @@ def farebox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("COLUMNS", "200")
     home = Home.open(Settings.from_env())
     with SandboxServer(tmp_path / "dodo", home.secrets().dodo_api_key) as sandbox:
-        pid = os.getpid()
-        home.tell(
-            Run(
-                pid=pid,
-                started=birth(pid) or 0.0,
-                api_url="http://127.0.0.1:8000",
-                dashboard_url="http://127.0.0.1:8265",
-                sandbox_url=sandbox.url,
-                store_url=store_url,
-                config="serve_config.yaml",
-                ports_base=10_240,
-                haproxy=False,
-                phase=Phase.HEALTHY,
-            )
-        )
+        tell(store_url, sandbox.url)
         asyncio.run(_move(store_url, sandbox, tmp_path / "archive"))
         yield store_url
 

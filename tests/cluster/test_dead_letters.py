@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ from billing.store.keys import shard_for
 from billing.store.outbox import START, Outbox
 from billing.usage import TenantId
 from cluster.cli import app
-from cluster.settings import Settings
-from cluster.state import Home, Phase, Run, birth
+from tests.cluster.told import tell
 
 runner = CliRunner()
 EVENTS = [
@@ -30,21 +28,7 @@ def farebox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A folder that tells of a running farebox with two dead letters."""
     monkeypatch.setenv("FAREBOX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "200")
-    pid = os.getpid()
-    Home.open(Settings.from_env()).tell(
-        Run(
-            pid=pid,
-            started=birth(pid) or 0.0,
-            api_url="http://127.0.0.1:8000",
-            dashboard_url="http://127.0.0.1:8265",
-            sandbox_url="http://127.0.0.1:9",
-            store_url=store_url,
-            config="serve_config.yaml",
-            ports_base=10_240,
-            haproxy=False,
-            phase=Phase.HEALTHY,
-        )
-    )
+    tell(store_url)
     asyncio.run(_bury(store_url))
     return store_url
 
