@@ -19,7 +19,7 @@ from rich.console import Console
 
 from cluster import books, children, commerce, dead_letters, operate, panel, webhooks
 from cluster import report as reports
-from cluster.environment import SANDBOX, dodo_environment
+from cluster.environment import LIVE, SANDBOX, dodo_environment
 from cluster.first_run import ensure_models
 from cluster.launch import HEALTHY_TIMEOUT_S
 from cluster.operate import NotRunning, Running
@@ -203,16 +203,29 @@ def dodo_sandbox(context: typer.Context) -> None:
 
 
 @dodo.command("sync")
-def dodo_sync(config: ConfigOption = None) -> None:
-    """Make packs, plans, the meter and the webhook known to Dodo; the same again changes nothing."""
+def dodo_sync(
+    config: ConfigOption = None,
+    plan: Annotated[bool, typer.Option("--plan", help="only show what it would do")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask, not even in live mode")] = False,
+) -> None:
+    """Make packs, plans, the meter and the webhook known to Dodo; the same again changes nothing, nothing is deleted.
+
+    Shows first what it will make. In live mode it asks before it makes anything.
+    """
     with _refusals():
         standing = Standing.find(Settings.from_env(config=config))
         settings = standing.settings if config is None else replace(standing.settings, config=config.absolute())
-        report = commerce.register(commerce.resolved(settings), standing.environment)
-        out.print(f"made: {', '.join(report.created) or 'nothing new'}; found: {', '.join(report.found) or 'nothing'}")
-        for drift in report.drift:
-            err.print(f"differs: {drift}")
-        if report.webhook_secret and dodo_environment() != SANDBOX:
+        wanted = commerce.resolved(settings)
+        intended = commerce.register(wanted, standing.environment, is_dry=True)
+        panel.show_sync(out, intended)
+        if plan or not intended.created:
+            return
+        environment = dodo_environment(standing.environment)
+        if environment == LIVE and not yes:
+            typer.confirm("this is Dodo's live mode: make it?", abort=True)
+        made = commerce.register(wanted, standing.environment)
+        out.print(f"made: {', '.join(made.created)}", highlight=False)
+        if made.webhook_secret and environment != SANDBOX:
             out.print("set DODO_PAYMENTS_WEBHOOK_KEY to the secret that Dodo's dashboard shows for this webhook")
 
 

@@ -17,7 +17,7 @@ import httpx
 
 from billing.catalogue import Catalogue
 from billing.dodo.client import Dodo, DodoSettings
-from billing.dodo.sync import SyncReport, sync
+from billing.dodo.sync import SyncReport, plan, sync
 from billing.errors import BillingError
 from billing.store.call_budget import SharedBudget
 from billing.store.connection import Durability, connect
@@ -118,8 +118,10 @@ def wait_for_sandbox(url: str, child: Child) -> None:
             time.sleep(0.05)
 
 
-def register(config: ServeConfig, env: Mapping[str, str]) -> SyncReport:
+def register(config: ServeConfig, env: Mapping[str, str], is_dry: bool = False) -> SyncReport:
     """Make what we sell, and where webhooks go, known to Dodo; the same again changes nothing.
+
+    ``is_dry`` only says what would be made.
 
     Raises:
         DodoUnavailable, DodoRefused: Dodo's answer.
@@ -127,12 +129,13 @@ def register(config: ServeConfig, env: Mapping[str, str]) -> SyncReport:
     """
     if not env.get("FAREBOX_PUBLIC_URL"):
         raise SettingsError("FAREBOX_PUBLIC_URL is not set: the API's public address, where Dodo sends webhooks")
+    bring = plan if is_dry else sync
 
     async def tell() -> SyncReport:
         redis = await connect(env["REDIS_URL"], durability=durability(config))
         dodo = Dodo(DodoSettings.from_env(env), on_call=SharedBudget(redis).spend)
         try:
-            return await sync(dodo, redis, catalogue_of(config), f"{env['FAREBOX_PUBLIC_URL']}/webhooks/dodo")
+            return await bring(dodo, redis, catalogue_of(config), f"{env['FAREBOX_PUBLIC_URL']}/webhooks/dodo")
         finally:
             await redis.aclose()
             await dodo.close()

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from billing.dodo.sync import SyncReport
 from cluster.launch import Say
 from cluster.operate import Status
 from cluster.settings import Settings
@@ -82,3 +83,19 @@ def status_table(status: Status) -> Group:
         if isinstance(said := status.billing.get(name), dict):
             parts.append(Text(f"{name}: " + ", ".join(f"{key} {value}" for key, value in said.items() if value != "")))
     return Group(*parts)
+
+
+def show_sync(console: Console, report: SyncReport) -> None:
+    """What is at Dodo, what is not yet, and what there is not as the configuration says."""
+    table = Table("at Dodo", "state", "ours", "theirs")
+    for name in report.created:
+        table.add_row(name, "to be made")
+    for name in report.found:
+        differing = [drift for drift in report.drift if drift.name == name]
+        if not differing:
+            table.add_row(name, "there")
+        for drift in differing:
+            table.add_row(
+                name, f"differs in {drift.what}: change it at Dodo, or here", drift.ours, drift.theirs, style="yellow"
+            )
+    console.print(table)

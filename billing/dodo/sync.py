@@ -42,7 +42,7 @@ class Drift:
 @dataclass(frozen=True, slots=True)
 class SyncReport:
     created: tuple[str, ...]
-    """Our names of what was made now, such as ``pack:small``."""
+    """Our names of what was made now, or would be, such as ``pack:small``."""
     found: tuple[str, ...]
     drift: tuple[Drift, ...]
     webhook_secret: str = field(default="", repr=False)
@@ -56,12 +56,12 @@ class _Wanted:
     name: str
     title: str
     cents: int
-    meter_id: str = ""
-    """Empty for a product sold once."""
+    meter_id: str | None = None
+    """``None`` for a product sold once."""
 
     @property
     def price(self) -> PriceParam:
-        if not self.meter_id:
+        if self.meter_id is None:
             return OneTimePrice(type="one_time_price", price=self.cents, currency="USD")
         return UsageBasedPrice(
             type="usage_based_price",
@@ -75,10 +75,10 @@ class _Wanted:
         )
 
     def drift(self, product: DodoProduct) -> Iterator[Drift]:
-        kind = "usage_based_price" if self.meter_id else "one_time_price"
+        kind = "one_time_price" if self.meter_id is None else "usage_based_price"
         pairs = [("kind", kind, product.kind), ("cents", str(self.cents), str(product.cents))]
         pairs.append(("currency", "USD", product.currency))
-        if self.meter_id:
+        if self.meter_id is not None:
             meters = {m.meter_id: m for m in product.meters}
             price = meters[self.meter_id].price_per_unit if self.meter_id in meters else "none"
             pairs.append(("price_per_unit", CENTS_PER_NANO, price))
@@ -88,45 +88,76 @@ class _Wanted:
                 yield Drift(self.name, what, ours, theirs)
 
 
+async def plan(dodo: Dodo, redis: Redis, catalogue: Catalogue, webhook_url: str = "") -> SyncReport:
+    """What ``sync`` would make and what it would find; changes nothing, here or there. Raises as ``sync``."""
+    return await _Sync(dodo, is_dry=True).run(redis, catalogue, webhook_url)
+
+
 async def sync(dodo: Dodo, redis: Redis, catalogue: Catalogue, webhook_url: str = "") -> SyncReport:
     """Bring Dodo in line with the catalogue; with ``webhook_url`` also have its events sent there.
 
     Raises:
         DodoUnavailable, DodoRefused: run it again; what was made until then is found.
     """
-    async with guarded(BULK_DEADLINE_S):
-        known = cast(dict[str, str], await redis.hgetall(DODO_IDS))
-    created: list[str] = []
-    ids: dict[str, str] = {}
-    drift: list[Drift] = []
-
-    meter = _find_meter(known.get(CHARGE_METER, ""), await dodo.meters())
-    if meter is None:
-        meter = await dodo.create_meter("Farebox charges", CHARGE, METER_KEY, "nano-USD")
-        created.append(CHARGE_METER)
-    ids[CHARGE_METER] = meter.id
-
-    by_id, by_tag = _index(await dodo.products())
-    for wanted in _products(catalogue, meter.id):
-        product = by_id.get(known.get(wanted.name, "")) or by_tag.get(wanted.name)
-        if product is None:
-            product = await dodo.create_product(wanted.name, wanted.title, wanted.price)
-            created.append(wanted.name)
-        else:
-            drift += wanted.drift(await dodo.retrieve_product(product.id))
-        ids[wanted.name] = product.id
-
-    secret = ""
-    if webhook_url:
-        ids[WEBHOOK], is_new = await _endpoint(dodo, webhook_url)
-        created += [WEBHOOK] if is_new else []
-        secret = await dodo.webhook_secret(ids[WEBHOOK])
-    async with guarded(BULK_DEADLINE_S):
-        await redis.hset(DODO_IDS, mapping=ids)  # type: ignore[arg-type]
-    return SyncReport(tuple(created), tuple(n for n in ids if n not in created), tuple(drift), secret)
+    return await _Sync(dodo, is_dry=False).run(redis, catalogue, webhook_url)
 
 
-def _products(catalogue: Catalogue, meter_id: str) -> list[_Wanted]:
+@dataclass
+class _Sync:
+    """One pass over what we want at Dodo; a dry one only notes what is missing."""
+
+    dodo: Dodo
+    is_dry: bool
+    created: list[str] = field(default_factory=list)
+    drift: list[Drift] = field(default_factory=list)
+    ids: dict[str, str] = field(default_factory=dict)
+    """Dodo's id by our name; empty for what a dry pass would make."""
+
+    async def run(self, redis: Redis, catalogue: Catalogue, webhook_url: str) -> SyncReport:
+        async with guarded(BULK_DEADLINE_S):
+            known = cast(dict[str, str], await redis.hgetall(DODO_IDS))
+        await self._meter(known)
+        await self._products(known, catalogue)
+        secret = await self._webhook(webhook_url) if webhook_url else ""
+        if not self.is_dry:
+            async with guarded(BULK_DEADLINE_S):
+                await redis.hset(DODO_IDS, mapping=self.ids)  # type: ignore[arg-type]
+        found = tuple(name for name in self.ids if name not in self.created)
+        return SyncReport(tuple(self.created), found, tuple(self.drift), secret)
+
+    async def _meter(self, known: Mapping[str, str]) -> None:
+        meter = _find_meter(known.get(CHARGE_METER, ""), await self.dodo.meters())
+        if meter is None:
+            self.created.append(CHARGE_METER)
+            if not self.is_dry:
+                meter = await self.dodo.create_meter("Farebox charges", CHARGE, METER_KEY, "nano-USD")
+        self.ids[CHARGE_METER] = meter.id if meter else ""
+
+    async def _products(self, known: Mapping[str, str], catalogue: Catalogue) -> None:
+        by_id, by_tag = _index(await self.dodo.products())
+        for wanted in _wanted(catalogue, self.ids[CHARGE_METER]):
+            product = by_id.get(known.get(wanted.name, "")) or by_tag.get(wanted.name)
+            if product is not None:
+                self.drift += wanted.drift(await self.dodo.retrieve_product(product.id))
+            else:
+                self.created.append(wanted.name)
+                if not self.is_dry:
+                    product = await self.dodo.create_product(wanted.name, wanted.title, wanted.price)
+            self.ids[wanted.name] = product.id if product else ""
+
+    async def _webhook(self, url: str) -> str:
+        """The secret of the endpoint of this address; empty for one that a dry pass would make."""
+        endpoint = next((one.id for one in await self.dodo.webhooks() if one.url == url), "")
+        if not endpoint:
+            self.created.append(WEBHOOK)
+            if not self.is_dry:
+                key = "farebox-" + hashlib.sha256(url.encode()).hexdigest()[:32]
+                endpoint = (await self.dodo.create_webhook(url, key)).id
+        self.ids[WEBHOOK] = endpoint
+        return await self.dodo.webhook_secret(endpoint) if endpoint else ""
+
+
+def _wanted(catalogue: Catalogue, meter_id: str) -> list[_Wanted]:
     packs = [
         _Wanted(f"pack:{name}", f"Credit pack {name}", divide_up(pack.price, NANOS_PER_CENT))
         for name, pack in catalogue.packs.items()
@@ -147,15 +178,6 @@ def _find_meter(known_id: str, meters: list[DodoMeter]) -> DodoMeter | None:
 
 def _index(products: list[DodoProduct]) -> tuple[Mapping[str, DodoProduct], Mapping[str, DodoProduct]]:
     return {p.id: p for p in products}, {p.tag: p for p in reversed(products) if p.tag}
-
-
-async def _endpoint(dodo: Dodo, url: str) -> tuple[str, bool]:
-    """The endpoint of this address, and whether it was made now."""
-    for endpoint in await dodo.webhooks():
-        if endpoint.url == url:
-            return endpoint.id, False
-    key = "farebox-" + hashlib.sha256(url.encode()).hexdigest()[:32]
-    return (await dodo.create_webhook(url, key)).id, True
 
 
 def _is_same(ours: str, theirs: str) -> bool:

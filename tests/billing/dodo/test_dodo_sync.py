@@ -6,7 +6,7 @@ from redis.asyncio import Redis
 
 from billing.catalogue import Catalogue
 from billing.dodo.client import Dodo
-from billing.dodo.sync import sync
+from billing.dodo.sync import plan, sync
 from billing.errors import DodoUnavailable
 from billing.store.keys import DODO_IDS
 from cluster.dodo_sandbox.server import SandboxServer
@@ -79,3 +79,21 @@ async def test_the_meter_charges_one_nano_as_one_nano(world: World) -> None:
     assert meter.meter_id == await world.product("meter:charge")
     assert meter.price_per_unit in ("0.0000001", "1E-7")
     assert (meter.free_threshold, product.cents, product.kind) == (0, 2000, "usage_based_price")
+
+
+async def test_a_plan_says_what_would_be_made_and_makes_nothing(redis: Redis, dodo: Dodo) -> None:
+    intended = await plan(dodo, redis, CATALOGUE_NOW, URL)
+    assert (set(intended.created), intended.found, intended.webhook_secret) == (EVERYTHING, (), "")
+    assert (await dodo.meters(), await dodo.products(), await dodo.webhooks()) == ([], [], [])
+    assert await redis.hgetall(DODO_IDS) == {}
+    await sync(dodo, redis, CATALOGUE_NOW, URL)
+    again = await plan(dodo, redis, CATALOGUE_NOW, URL)
+    assert (again.created, set(again.found)) == ((), EVERYTHING)
+
+
+async def test_a_plan_tells_what_differs(redis: Redis, dodo: Dodo) -> None:
+    await sync(dodo, redis, CATALOGUE_NOW)
+    dearer = CATALOGUE_NOW.packs["small"].model_copy(update={"price": 9_000_000_000})
+    changed = CATALOGUE_NOW.model_copy(update={"packs": {"small": dearer}})
+    (drift,) = (await plan(dodo, redis, changed)).drift
+    assert (drift.name, drift.what, drift.ours, drift.theirs) == ("pack:small", "cents", "900", "500")
