@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from deployments.engine.adapters import AdapterFiles, LinearShape
+from deployments.engine.lora_math import RowPlan, expand, shrink
 
 RANK_STEP = 8
 """Ranks are computed in multiples of this: 16 bytes of bfloat16, as grouped matrix products want."""
@@ -39,13 +39,9 @@ class HostAdapter:
 
 @dataclass(slots=True)
 class LoraStep:
-    """What one step does: the first ``rows`` rows belong to slots ``low`` to ``high - 1``, in that order."""
+    """What one step does to which rows, and what its modules have computed so far."""
 
-    rows: int
-    low: int
-    high: int
-    ends: Tensor
-    """int32 ``[high - low]``: where each slot's rows end."""
+    rows: RowPlan
     ranks: Mapping[str, int]
     """Module to the largest rank of any adapter in the step; a module that none changes is left out."""
     shrunk: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -63,14 +59,12 @@ class LoraGroup:
         self.a = like.new_zeros(slots, max_rank, len(members), in_features)
 
     def shrink(self, x: Tensor, step: LoraStep) -> Tensor:
-        """x ``[T, in]`` -> ``[members, rows, rank]``, computed once for all members that read the same ``x``."""
+        """x ``[..., in]`` -> what ``expand`` takes, computed once for all members that read the same ``x``."""
         last = step.shrunk.get(id(self))
         if last is not None and last[0] is x:
             return last[1]
         rank = max(step.ranks.get(member, 0) for member in self.members)
-        factors = self.a[step.low : step.high, :rank].flatten(1, 2).transpose(1, 2)
-        product = functional.grouped_mm(x.view(-1, x.shape[-1])[: step.rows], factors, offs=step.ends)
-        shrunk = product.view(step.rows, rank, len(self.members)).permute(2, 0, 1).contiguous()
+        shrunk = shrink(x.view(-1, x.shape[-1]), self.a[:, :rank], step.rows)
         step.shrunk[id(self)] = (x, shrunk)
         return shrunk
 
@@ -94,10 +88,8 @@ class LoraLinear(nn.Module):
         rank = step.ranks.get(self._name, 0) if step else 0
         if step is None or not rank:
             return y
-        shrunk = self._group.shrink(x, step)[self._member, :, :rank]
-        y.view(-1, y.shape[-1])[: step.rows] += functional.grouped_mm(
-            shrunk, self._b[step.low : step.high, :rank], offs=step.ends
-        )
+        shrunk = self._group.shrink(x, step)[:, :rank, self._member]
+        expand(y.view(-1, y.shape[-1]), shrunk, self._b[:, :rank], step.rows)
         return y
 
 
@@ -117,6 +109,8 @@ class LoraPool:
                 self._groups[name] = group
                 self._b[name] = like.new_zeros(slots, max_rank, linears[name].out_features)
                 model.set_submodule(name, LoraLinear(model.get_submodule(name), name, group, self._b[name], self))
+
+        self._device = next(iter(self._b.values())).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,15 +135,11 @@ class LoraPool:
         """The step over these slots, each with its number of rows; None if there are none."""
         if not rows_by_slot:
             return None
-        low, high = min(rows_by_slot), max(rows_by_slot) + 1
-        counts = torch.tensor([rows_by_slot.get(slot, 0) for slot in range(low, high)])
         ranks: dict[str, int] = {}
         for slot in rows_by_slot:
             for name, rank in self._slot_ranks[slot].items():
                 ranks[name] = max(ranks.get(name, 0), -(-rank // RANK_STEP) * RANK_STEP)
-        device = next(iter(self._b.values())).device
-        ends = counts.cumsum(0).to(device=device, dtype=torch.int32)
-        return LoraStep(rows=sum(rows_by_slot.values()), low=low, high=high, ends=ends, ranks=ranks)
+        return LoraStep(RowPlan.of(rows_by_slot, self._device), ranks)
 
 
 def stage(files: AdapterFiles, dtype: torch.dtype) -> HostAdapter:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from deployments.engine import attention
 from deployments.engine.adapters import LinearShape
 from deployments.engine.attention import KvPool, KvStep
+from deployments.engine.linear import pack
 from deployments.engine.lora import LoraPool
 from deployments.engine.request import ModelRefused
 from deployments.engine.sequence import Span
@@ -57,6 +58,7 @@ class Model:
         attention.register()
         self._model.set_attn_implementation(attention.NAME)
         self.lora = LoraPool(self._model, self.linears, settings.adapter_slots, settings.max_adapter_rank)
+        pack(self._model)
         self._check_same(checks, expected, TOLERANCE[dtype])
 
     @torch.inference_mode()
