@@ -18,8 +18,10 @@ from cluster.checking.shape import Shape, value_at
 from cluster.checking.spelling import did_you_mean
 from cluster.launch import GATEWAY, REPLICA, LaunchError
 from cluster.serve_api import ServeConfig
+from deployments.autoscaling import QueuedTokens
 from deployments.config import BillingArgs, FareboxArgs, GatewayUserConfig, ModelEntry
 
+QUEUED_TOKENS_POLICY = "deployments.autoscaling:QueuedTokens"
 FAREBOX, BILLING = "deployments.app:build", "deployments.app:build_billing"
 ARGS: Mapping[str, type[BaseModel]] = {FAREBOX: FareboxArgs, BILLING: BillingArgs}
 DEPLOYMENTS: Mapping[str, tuple[str, ...]] = {FAREBOX: (GATEWAY, REPLICA), BILLING: ("BillingActor",)}
@@ -236,6 +238,7 @@ def _wiring(
     if isinstance(open_calls, int) and open_calls < wanted:
         note = f"{open_calls} is less than max_running + max_queued = {wanted}: Ray would keep requests from the engine"
         shape.add((*replica, "max_ongoing_requests"), note, is_warning=True)
+    _policy(shape, document, (*replica, "autoscaling_config", "policy"))
     durabilities = [value_at(document.values, (*place, "args", "durability")) for place in places.values()]
     if len({str(durability or "strict") for durability in durabilities}) > 1:
         shape.add((*app, "args", "durability"), "differs between the two applications, which share one store")
@@ -243,6 +246,17 @@ def _wiring(
     if len(pinned) >= args.engine.adapter_slots:
         note = f"{len(pinned)} adapters are pinned, which leaves none of {args.engine.adapter_slots} slots for others"
         shape.add((*app, "args", "engine"), note)
+
+
+def _policy(shape: Shape, document: Document, place: Place) -> None:
+    """Ray's controller would only log what our policy does not understand, and never scale."""
+    if value_at(document.values, (*place, "policy_function")) != QUEUED_TOKENS_POLICY:
+        return
+    kwargs = value_at(document.values, (*place, "policy_kwargs"))
+    try:
+        QueuedTokens(**(kwargs if isinstance(kwargs, dict) else {}))
+    except (TypeError, ValueError) as error:
+        shape.add((*place, "policy_kwargs"), str(error).removeprefix("QueuedTokens.__init__() "))
 
 
 def _resolved(document: Document, report: CheckReport, folder: Path) -> ServeConfig:

@@ -2,6 +2,7 @@
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from deployments.billing_actor import BillingActor
 from deployments.config import BillingArgs, FareboxArgs
@@ -19,6 +20,10 @@ def build(args: FareboxArgs) -> Application:
         max_ongoing_requests=args.engine.max_queued + args.engine.max_running,
         graceful_shutdown_timeout_s=LONGEST_STREAM_S,
         ray_actor_options={"num_cpus": 0.5},
+        request_router_config=RequestRouterConfig(
+            request_router_class="deployments.routing:AdapterRouter",
+            request_router_kwargs={"spread_after": max(1, args.engine.max_running // 2)},
+        ),
     )(LoraReplica)
     gateway = serve.deployment(
         name="Gateway",

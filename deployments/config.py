@@ -58,6 +58,8 @@ class FareboxArgs(_Config):
     answer_timeout_s: Annotated[float, Field(gt=0)] = 570.0
     """A longer answer is cut, unbilled; below ``http_options.request_timeout_s``, which would bill it as left."""
     max_body_kib: Annotated[int, Field(ge=16, le=3584)] = 1024
+    token_transport: Literal["socket", "serve"] = "socket"
+    """How tokens travel from replica to gateway: sockets of our own beside the calls, or Serve's streaming calls."""
     durability: Literal["strict", "trusted"] = "strict"
     """``trusted``: a managed store whose settings cannot be read keeps its data, on the operator's word."""
 

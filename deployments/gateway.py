@@ -284,7 +284,9 @@ class Gateway:
             await asyncio.sleep(self._checkpoint_s)
             try:
                 if self._runs:
-                    await self.link.extend(dict.fromkeys(self._runs, self._lease_s))
+                    for request_id in await self.link.extend(dict.fromkeys(self._runs, self._lease_s)):
+                        if run := self._runs.get(RequestId(request_id)):
+                            run.cut()
             except Exception:
                 logger.exception("%d deadlines were not moved", len(self._runs))
 

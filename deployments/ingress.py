@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from redis.asyncio import Redis
@@ -26,6 +27,7 @@ from deployments.config import FareboxArgs
 from deployments.engine.text import Text
 from deployments.serve_link import ServeLink
 from deployments.shelf import Shelf
+from deployments.socket_link import SocketLink
 from deployments.wiring import build_services
 
 STORE_PATIENCE_S = 30.0
@@ -49,9 +51,8 @@ class GatewayIngress:
         redis = await connect_patiently(store_url(os.environ), args)
         cache = Path(args.adapter_cache_dir)
         base = await asyncio.to_thread(artifacts.fetch, args.model.path, cache, without_weights=True)
-        self._services = build_services(
-            args, Text(base), redis, ServeLink(handle), self._shelf, os.environ, _replica_name()
-        )
+        self._link = await open_link(handle, args.token_transport)
+        self._services = build_services(args, Text(base), redis, self._link, self._shelf, os.environ, _replica_name())
         self._changed = asyncio.Event()
         self._publishing = asyncio.create_task(self._publish_for_ever())
         self._is_open = True
@@ -79,6 +80,7 @@ class GatewayIngress:
         """End what is open, leave the board and let the store go."""
         self._is_open = False
         await self._services.gateway.stop()
+        await self._link.close()
         self._publishing.cancel()
         with suppress(StoreUnavailable):
             await board.forget_gateway(self._services.redis, self._services.gateway_id)
@@ -104,6 +106,15 @@ class GatewayIngress:
             with suppress(TimeoutError):
                 async with asyncio.timeout(PUBLISH_INTERVAL_S if is_published else RETRY_INTERVAL_S):
                     await self._changed.wait()
+
+
+async def open_link(handle: "DeploymentHandle[object]", transport: str) -> ServeLink:
+    """The link that the configuration chose; a socket's listener is on the address by which Ray knows this node."""
+    if transport == "serve":
+        return ServeLink(handle)
+    link = SocketLink(handle)
+    await link.start(ray.util.get_node_ip_address())
+    return link
 
 
 def store_url(environ: Mapping[str, str]) -> str:

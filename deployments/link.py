@@ -24,10 +24,15 @@ class ReplicaLost(EngineError):
     """The replica or the way to it is gone; what it would have generated is lost."""
 
 
+class SlowReader(EngineError):
+    """The client left so many tokens unread that the request was cancelled rather than buffered on."""
+
+
 class RefusalKind(StrEnum):
     OVERLOADED = "overloaded"
     REQUEST = "request"
     ADAPTER = "adapter"
+    LOST = "lost"
     FAILED = "failed"
 
 
@@ -35,6 +40,7 @@ REFUSALS: Mapping[RefusalKind, type[EngineError]] = {
     RefusalKind.OVERLOADED: Overloaded,
     RefusalKind.REQUEST: RequestRejected,
     RefusalKind.ADAPTER: AdapterRejected,
+    RefusalKind.LOST: ReplicaLost,
     RefusalKind.FAILED: EngineFailed,
 }
 
@@ -65,11 +71,15 @@ class ReplicaLink(Protocol):
             Overloaded: nothing was computed.
             RequestRejected, AdapterRejected: it cannot run.
             ReplicaLost, EngineFailed: our fault, at any point.
+            SlowReader: the client's, after pieces that it had read.
         """
         ...
 
-    async def extend(self, deadlines: Mapping[str, float]) -> None:
-        """Give running jobs that many more seconds from now, by request id; best effort."""
+    async def extend(self, deadlines: Mapping[str, float]) -> frozenset[str]:
+        """Give running jobs that many more seconds from now, by request id; best effort.
+
+        Returns those that were cancelled because their client does not read: it may never come for the error.
+        """
         ...
 
     async def is_ready(self) -> bool:

@@ -27,7 +27,7 @@ from deployments.link import ReplicaLost
 if TYPE_CHECKING:
     from deployments.gateway import Gateway
 
-STOPPED = "this gateway is stopping: send the request again"
+STOPPED = "this gateway ended the request: send it again"
 
 
 class MeteringUnavailable(StoreUnavailable):

@@ -4,6 +4,7 @@ Knows Ray's errors and what each means for a job.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 
@@ -11,11 +12,13 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.engine.request import EngineFailed, EngineStats, GenerateRequest, Overloaded, Tokens
+from deployments.engine.request import EngineError, EngineFailed, EngineStats, GenerateRequest, Overloaded, Tokens
 from deployments.link import Refused, ReplicaLost
 
 READY_TIMEOUT_S = 1.0
 BROADCAST_TIMEOUT_S = 2.0
+
+logger = logging.getLogger(__name__)
 
 
 class ServeLink:
@@ -25,9 +28,7 @@ class ServeLink:
         self._handle = handle
 
     async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
-        adapter = job.adapter
-        wanted = f"{adapter.name}@{adapter.digest[:12]}" if adapter else ""
-        call = self._handle.options(stream=True, multiplexed_model_id=wanted).generate.remote(job)
+        call = self._handle.options(stream=True, multiplexed_model_id=identity_of(job)).generate.remote(job)
         is_over = False
         try:
             async for piece in call:
@@ -36,20 +37,17 @@ class ServeLink:
                     raise piece.as_error()
                 is_over = piece.finish_reason is not None
                 yield piece
-        except (BackPressureError, DeploymentUnavailableError) as error:
-            raise Overloaded("every replica is busy or starting: retry shortly") from error
-        except (RayActorError, ReplicaUnavailableError, TaskCancelledError) as error:
-            raise ReplicaLost("the replica that ran this request is gone") from error
-        except RayError as error:
-            raise EngineFailed("the replica failed on this request") from error
+        except (RayError, BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
+            raise as_engine_error(error) from error
         finally:
             if not is_over:
                 call.cancel()
 
-    async def extend(self, deadlines: Mapping[str, float]) -> None:
+    async def extend(self, deadlines: Mapping[str, float]) -> frozenset[str]:
         with suppress(RayError, TimeoutError, DeploymentUnavailableError):
             calls = self._handle.broadcast("extend", dict(deadlines))
             await calls.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
+        return frozenset()
 
     async def is_ready(self) -> bool:
         try:
@@ -64,3 +62,23 @@ class ServeLink:
             answers = await calls.results_async(timeout_s=BROADCAST_TIMEOUT_S, return_exceptions=True)
             return dict(answer for answer in answers if isinstance(answer, tuple))
         return {}
+
+    async def close(self) -> None:
+        """Nothing here outlives its calls."""
+
+
+def identity_of(job: GenerateRequest) -> str:
+    """The adapter's name for Serve's router; empty for the base model, which is at home everywhere."""
+    adapter = job.adapter
+    return f"{adapter.name}@{adapter.digest[:12]}" if adapter else ""
+
+
+def as_engine_error(error: Exception) -> EngineError:
+    """What an error of Serve's means for a job."""
+    if isinstance(error, BackPressureError | DeploymentUnavailableError):
+        return Overloaded("every replica is busy or starting: retry shortly")
+    if isinstance(error, RayActorError | ReplicaUnavailableError | TaskCancelledError):
+        return ReplicaLost("the replica that ran this request is gone")
+    if not isinstance(error, RayError):
+        logger.error("a call to a replica failed: %r", error)
+    return EngineFailed("the replica failed on this request")

@@ -68,7 +68,7 @@ class Shape:
             return schema.model_validate(value_at(self._document.values, place))
         except ValidationError as error:
             self._note(place, error.errors(include_url=False, include_context=False))
-        except (ValueError, TypeError) as error:  # Ray's validators raise these from a nested model
+        except (ValueError, TypeError, ImportError, AttributeError) as error:  # Ray's validators raise these
             self.add(place, str(error))
         return None
 

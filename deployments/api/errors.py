@@ -18,7 +18,7 @@ from billing.money import format_usd
 from billing.spool import SpoolFull
 from deployments.engine import request as engine
 from deployments.gateway import ContextTooLong
-from deployments.link import ReplicaLost
+from deployments.link import ReplicaLost, SlowReader
 from deployments.run import AnswerTimeout, LeaseLost, MeteringUnavailable
 from deployments.services import services_of
 from deployments.shelf import NotConfigured
@@ -101,6 +101,7 @@ ANSWERS: Mapping[type[BaseException], Answer] = {
     engine.Overloaded: Answer(503, "overloaded", SERVER, "Overloaded", retry_after_s=1),
     engine.AdapterRejected: Answer(503, "adapter_unavailable", SERVER, "Adapter Unavailable", should_retry=False),
     ReplicaLost: Answer(503, "replica_lost", SERVER, "Replica Lost", retry_after_s=1),
+    SlowReader: Answer(408, "slow_reader", INVALID, "Request Timeout"),
     LeaseLost: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=1),
     AnswerTimeout: Answer(504, "timeout", SERVER, "Gateway Timeout", should_retry=False),
     engine.EngineError: Answer(500, "engine_failed", SERVER, "Engine Failed"),

@@ -84,15 +84,16 @@ def test_the_kubernetes_configuration_passes_the_same_models(kubernetes: dict[st
     GatewayUserConfig.model_validate(gateway["user_config"])
 
 
-def test_ray_sees_what_waits_in_an_engine_and_grows_before_the_batch_is_full(
+def test_replicas_grow_before_the_batch_is_full_and_the_engine_keeps_the_queue(
     laptop: dict[str, Tree], kubernetes: dict[str, Tree]
 ) -> None:
-    """Ray counts a replica's open calls: all that its engine may keep have to fit, or they wait unseen."""
+    """All that an engine may keep have to fit into Ray's open calls, or they wait where no tokens are counted."""
     for config in (laptop, kubernetes):
         engine, replica = config["applications"][0]["args"]["engine"], config["applications"][0]["deployments"][1]
         scaling = AutoscalingConfig.model_validate(replica["autoscaling_config"])
-        assert scaling.policy.is_default_policy_function()
-        assert scaling.get_target_ongoing_requests() < engine["max_running"]
+        assert scaling.policy.policy_function == "deployments.autoscaling:QueuedTokens"
+        target = scaling.policy.policy_kwargs["target_queued_tokens"]
+        assert target < engine["max_running"] * engine["max_context_tokens"]
         assert replica["max_ongoing_requests"] >= engine["max_running"] + engine["max_queued"]
 
 

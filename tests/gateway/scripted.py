@@ -29,6 +29,8 @@ class ScriptedLink:
     """Tokens generated, by request id: it stops growing when a job is aborted."""
     aborted: list[str] = field(default_factory=list)
     extended: list[Mapping[str, float]] = field(default_factory=list)
+    slow: frozenset[str] = frozenset()
+    """Requests that were cancelled because nobody reads them."""
 
     async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
         self.jobs.append(job)
@@ -62,8 +64,9 @@ class ScriptedLink:
         full = FinishReason.LENGTH if self.length >= job.sampling.max_tokens else FinishReason.STOP
         return self.ends_with or full
 
-    async def extend(self, deadlines: Mapping[str, float]) -> None:
+    async def extend(self, deadlines: Mapping[str, float]) -> frozenset[str]:
         self.extended.append(deadlines)
+        return self.slow & deadlines.keys()
 
     async def is_ready(self) -> bool:
         return self.is_up

@@ -100,7 +100,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def config_of(base: Path, adapters: dict[str, Path], folder: Path) -> dict[str, object]:
+def config_of(base: Path, adapters: dict[str, Path], folder: Path, transport: str) -> dict[str, object]:
     entries = [
         {
             "id": name,
@@ -118,6 +118,7 @@ def config_of(base: Path, adapters: dict[str, Path], folder: Path) -> dict[str, 
             "model": {"id": "farebox-base", "path": str(base)},
             "engine": {"max_context_tokens": CONTEXT, "max_batched_tokens": 256},
             "spool_dir": str(folder / "spool"),
+            "token_transport": transport,
             "lease_s": 4.0,
             "checkpoint_s": 0.5,
         },

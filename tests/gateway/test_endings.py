@@ -230,6 +230,24 @@ async def test_a_gateway_that_dies_while_a_stream_is_queued_bills_nothing(house:
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_a_client_that_does_not_read_is_billed_for_what_it_was_given_and_holds_nothing_open(
+    house: House, link: ScriptedLink
+) -> None:
+    link.length, link.pause_s = 60, 0.02
+    key = await house.tenant(usd="1.00")
+    task = asyncio.create_task(house.chat(key, stream=True, max_tokens=50))
+    await until(lambda: max(link.steps.values(), default=0) >= 3)
+    link.slow = frozenset(link.steps)
+    chunks = events(await task)
+    assert "error" in chunks[-1]
+    delivered = sum("tok" in str(chunk) for chunk in chunks)
+    [record] = await records(house)
+    assert (record.status, record.usage.completion_tokens) == (Status.FAILED, delivered)
+    assert record.charged_nanos == PROMPT + delivered * ONE
+    assert link.aborted == [record.request_id]
+    assert await house.open_holds() == 0
+
+
 async def test_a_shutdown_bills_a_stream_for_what_was_yielded_and_tells_it(house: House, link: ScriptedLink) -> None:
     link.length, link.pause_s = 60, 0.02
     key = await house.tenant(usd="1.00")

@@ -1,4 +1,4 @@
-"""A gateway's and a replica's own loops outlive a bug, and one that ends all the same is seen."""
+"""A gateway's own loops outlive a bug, and one that ends all the same is seen."""
 
 import asyncio
 from collections.abc import Mapping
@@ -11,9 +11,8 @@ from billing.money import parse_usd
 from billing.spool import Spool
 from billing.usage import NOTHING, RequestId, Status, TenantId, Usage
 from deployments.config import FareboxArgs
-from deployments.engine.request import EngineStats
 from deployments.ingress import GatewayIngress
-from deployments.replica import LoraReplica
+from deployments.socket_link import SocketLink
 from tests.gateway.conftest import ADMIN_KEY, House, bearer, until
 from tests.gateway.scripted import ScriptedLink
 from tests.gateway.test_completions import records
@@ -22,18 +21,17 @@ from tests.gateway.test_completions import records
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.gateway.SPOOL_INTERVAL_S", 0.02)
-    monkeypatch.setattr("deployments.replica.STATS_INTERVAL_S", 0.02)
 
 
 async def test_deadlines_move_on_after_a_bug(house: House, link: ScriptedLink, monkeypatch: pytest.MonkeyPatch) -> None:
     extend, calls = link.extend, 0
 
-    async def buggy(deadlines: Mapping[str, float]) -> None:
+    async def buggy(deadlines: Mapping[str, float]) -> frozenset[str]:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise RuntimeError("nobody foresaw this")
-        await extend(deadlines)
+        return await extend(deadlines)
 
     monkeypatch.setattr(link, "extend", buggy)
     link.length, link.pause_s = 40, 0.01
@@ -110,62 +108,14 @@ async def test_a_gateway_that_serve_ends_stops_leaves_the_board_and_lets_the_sto
     monkeypatch.setattr("deployments.ingress.board.forget_gateway", forget)
     ingress = GatewayIngress.__new__(GatewayIngress)
     ingress._services, ingress._is_open = house.services, True
+    ingress._link = listening = SocketLink(None)  # type: ignore[arg-type]
+    await listening.start("127.0.0.1")
     ingress._publishing = asyncio.create_task(asyncio.sleep(30))
     await ingress.check_health()
     with monkeypatch.context() as patched:
         patched.setattr(house.redis, "aclose", close)
         await ingress.__del__()
         await ingress.__del__()
+    assert not listening._listener.is_listening
     assert (forgotten, closed, house.services.gateway._is_stopped) == (["gw_test"], [True], True)
     ingress.__class__ = _Ended  # type: ignore[assignment]
-
-
-class _Engine:
-    """Counts how often it is asked, and fails the first time."""
-
-    asked = 0
-
-    def stats(self) -> EngineStats:
-        self.asked += 1
-        if self.asked == 1:
-            raise RuntimeError("nobody foresaw this")
-        return EngineStats()
-
-    def check(self) -> None:
-        """Alive."""
-
-
-class _Metrics:
-    def publish(self, _: EngineStats) -> None:
-        """Nobody reads them here."""
-
-
-async def test_a_replica_s_loop_outlives_a_bug_and_one_that_ended_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("REDIS_URL", raising=False)
-    engine, replica = _Engine(), LoraReplica.__new__(LoraReplica)
-    replica._engine, replica._metrics, replica._tasks = engine, _Metrics(), []  # type: ignore[assignment]
-    await replica.check_health()
-    await until(lambda: engine.asked >= 3)
-    await replica.check_health()
-    replica._tasks[0].cancel()
-    await asyncio.gather(*replica._tasks, return_exceptions=True)
-    with pytest.raises(AssertionError, match="loop"):
-        await replica.check_health()
-
-
-async def test_a_replica_s_pins_outlive_a_bug(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-
-    async def buggy(_: object) -> None:
-        nonlocal calls
-        calls += 1
-        raise RuntimeError("nobody foresaw this")
-
-    monkeypatch.setattr("deployments.replica.board.current", buggy)
-    monkeypatch.setattr("deployments.replica.PIN_INTERVAL_S", 0.01)
-    replica = LoraReplica.__new__(LoraReplica)
-    pinning = asyncio.create_task(replica._pin_for_ever(store_url))
-    await until(lambda: calls >= 3)
-    assert not pinning.done()
-    pinning.cancel()
-    await asyncio.gather(pinning, return_exceptions=True)

@@ -39,7 +39,7 @@ __all__ = ["adapter_paths", "base_path", "tokenizer"]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module", params=["default", "haproxy"])
+@pytest.fixture(scope="module", params=["default", "haproxy", "haproxy, Serve's streaming"])
 def cluster(request: pytest.FixtureRequest, base_path: Path, adapter_paths: dict[str, Path]) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="g", dir="/tmp"))
     base = folder / "base"
@@ -47,13 +47,14 @@ def cluster(request: pytest.FixtureRequest, base_path: Path, adapter_paths: dict
     shape = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": CONTEXT}))
     chosen = {name: adapter_paths[name] for name in ("all8", "attention4")}
-    config, port = config_of(base, chosen, folder), free_port()
+    transport = "serve" if "streaming" in request.param else "socket"
+    config, port = config_of(base, chosen, folder, transport), free_port()
     (folder / "config.json").write_text(json.dumps(config))
     store = valkey.start(folder / "v")
     log = (folder / "log").open("w")
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.gateway.serve_house", str(folder / "config.json"), str(port), ANSWER],
-        env=environment(store, folder, request.param == "haproxy"),
+        env=environment(store, folder, "haproxy" in request.param),
         cwd=REPO,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

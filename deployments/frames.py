@@ -1,0 +1,83 @@
+"""What travels on the socket between a replica and a gateway: a proof from both sides, then batches of pieces.
+
+Knows bytes and bounds; opens no socket. A frame is its length in four bytes, big-endian, and JSON that is
+parsed strictly into ``Batch``.
+"""
+
+import hashlib
+import hmac
+import secrets
+from asyncio import StreamReader
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pydantic import TypeAdapter, ValidationError
+
+from deployments.engine.request import Tokens
+
+NONCE_BYTES = PROOF_BYTES = SECRET_BYTES = 32
+LENGTH_BYTES = 4
+MOST_FRAME_BYTES = 4 << 20
+PIECES_IN_FRAME = 256
+"""A longer batch travels in several frames."""
+
+Batch = Sequence[tuple[str, Tokens]]
+"""Pieces of several requests, each behind its request id, those of one request in order."""
+
+_BATCH: TypeAdapter[tuple[tuple[str, Tokens], ...]] = TypeAdapter(tuple[tuple[str, Tokens], ...])
+
+
+class BadFrame(Exception):
+    """The other side sent what none of ours sends: the connection is worth nothing any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a gateway listens for tokens, and the secret that both sides prove to know. Travels in the Serve call."""
+
+    host: str
+    port: int
+    secret: bytes = field(repr=False)
+
+
+def new_nonce() -> bytes:
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def proof(secret: bytes, side: str, nonce: bytes) -> bytes:
+    """Shows the secret's holder to the side that chose the nonce; ``side`` keeps one's proof from being the other's."""
+    return hmac.digest(secret, side.encode() + nonce, hashlib.sha256)
+
+
+def is_proof(claimed: bytes, secret: bytes, side: str, nonce: bytes) -> bool:
+    """In constant time."""
+    return hmac.compare_digest(claimed, proof(secret, side, nonce))
+
+
+def pack(batch: Batch) -> bytes:
+    """Frames of a batch."""
+    return b"".join(
+        _frame(_BATCH.dump_json(tuple(batch[start : start + PIECES_IN_FRAME]), exclude_defaults=True))
+        for start in range(0, len(batch), PIECES_IN_FRAME)
+    )
+
+
+def _frame(body: bytes) -> bytes:
+    assert len(body) <= MOST_FRAME_BYTES, "a piece is a few tokens"
+    return len(body).to_bytes(LENGTH_BYTES, "big") + body
+
+
+def unpack(body: bytes) -> Batch:
+    """Raises BadFrame."""
+    try:
+        return _BATCH.validate_json(body, strict=True)
+    except ValidationError as error:
+        raise BadFrame(f"{error.error_count()} mistakes in a frame of {len(body)} bytes") from error
+
+
+async def read_batch(reader: StreamReader) -> Batch:
+    """The next batch. Raises BadFrame, and IncompleteReadError or another OSError at the connection's end."""
+    length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
+    if not 0 < length <= MOST_FRAME_BYTES:
+        raise BadFrame(f"a frame of {length} bytes")
+    return unpack(await reader.readexactly(length))
