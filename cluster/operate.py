@@ -104,7 +104,7 @@ class Status:
 
 def without_password(url: str) -> str:
     """A store's address as it may be shown; a password stands before the host or in the query."""
-    return re.sub(r"([?&]password=)[^&]*", r"\1***", re.sub(r"(://[^:@/]*:).*@", r"\1***@", url))
+    return re.sub(r"([?&_]password=)[^&]*", r"\1***", re.sub(r"(://[^:@/]*:).*@", r"\1***@", url))
 
 
 def status(settings: Settings) -> Status:
