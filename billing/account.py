@@ -58,7 +58,7 @@ class Funding:
 
 @dataclass(frozen=True, slots=True)
 class HoldRequest:
-    """Everything one atomic step needs to admit a request and hold its worst case."""
+    """Everything one atomic step needs to admit a request and hold its first step of output."""
 
     request_id: RequestId
     tenant: TenantId
@@ -75,7 +75,11 @@ class HoldRequest:
     funding: Funding
     limits: Limits = Limits()
     lease_ms: int = 30_000
+    step_tokens: int = 256
+    """Completion tokens that a hold begins with and grows by."""
+    step_compute_ms: int = 5_000
     max_compute_ms: int = 0
+    """0 where the price does not count compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +98,9 @@ class Hold:
 
     request: HoldRequest
     max_tokens: int
-    """Completion tokens that the hold pays for; at most what was asked for."""
+    """Completion tokens that the tenant's credit affords, the part that others hold included."""
     draws: tuple[Draw, ...]
+    """What the hold begins with; it grows by ``Ledger.extend``."""
     lease_ends_at_ms: int
     """By the store's clock."""
     balance_nanos: Nanos
@@ -103,6 +108,10 @@ class Hold:
     covered_by_requests: bool
     """A requests bucket pays for it, whatever it costs in nanos."""
     limits_left: LimitsLeft = field(default_factory=LimitsLeft)
+
+    @property
+    def held_nanos(self) -> Nanos:
+        return Nanos(sum(draw.amount for draw in self.draws if draw.unit is Unit.NANOS))
 
 
 @dataclass(frozen=True, slots=True)

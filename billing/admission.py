@@ -19,8 +19,12 @@ from billing.tenants import Principal, Tenant
 from billing.usage import BucketId, RequestId
 
 LEASE_MS = 30_000
-MAX_COMPUTE_MS = 60_000
-"""Compute held for a request whose price counts it. What goes beyond is our loss."""
+STEP_TOKENS = 256
+"""Completion tokens that a hold begins with and grows by."""
+STEP_COMPUTE_MS = 5_000
+"""The same in compute, for a price that counts it."""
+MAX_COMPUTE_MS = 600_000
+"""The most compute that one request may use where its price counts it: no answer takes longer."""
 _NO_REQUEST = RequestId("")
 
 
@@ -44,10 +48,16 @@ class Admission:
     """The gate before the model: no hold, no run."""
 
     def __init__(
-        self, ledger: Ledger, clock: Clock = now_ms, lease_ms: int = LEASE_MS, max_compute_ms: int = MAX_COMPUTE_MS
+        self,
+        ledger: Ledger,
+        clock: Clock = now_ms,
+        lease_ms: int = LEASE_MS,
+        step_tokens: int = STEP_TOKENS,
+        step_compute_ms: int = STEP_COMPUTE_MS,
+        max_compute_ms: int = MAX_COMPUTE_MS,
     ) -> None:
-        self._ledger, self._clock = ledger, clock
-        self._lease_ms, self._max_compute_ms = lease_ms, max_compute_ms
+        self._ledger, self._clock, self._lease_ms = ledger, clock, lease_ms
+        self._step_tokens, self._step_compute_ms, self._max_compute_ms = step_tokens, step_compute_ms, max_compute_ms
 
     async def admit(
         self,
@@ -58,7 +68,7 @@ class Admission:
         prompt_tokens: int,
         max_tokens: int,
     ) -> Hold:
-        """Hold the worst case of a request, or of the longest answer that the credit affords.
+        """Hold the first step of a request, and say how long an answer the credit affords.
 
         Raises:
             RateLimited, InsufficientCredits, CreditOnHold, DuplicateRequest: it may not run.
@@ -110,6 +120,8 @@ class Admission:
             funding=funding_for(tenant, plan, self._clock()),
             limits=plan.limits,
             lease_ms=self._lease_ms,
+            step_tokens=self._step_tokens,
+            step_compute_ms=self._step_compute_ms,
             max_compute_ms=self._max_compute_ms if model.price.per_compute_second else 0,
         )
 

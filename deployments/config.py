@@ -57,6 +57,10 @@ class FareboxArgs(_Config):
     checkpoint_s: Annotated[float, Field(gt=0)] = 2.0
     answer_timeout_s: Annotated[float, Field(gt=0)] = 570.0
     """A longer answer is cut, unbilled; below ``http_options.request_timeout_s``, which would bill it as left."""
+    hold_step_tokens: Annotated[int, Field(ge=1)] = 256
+    """Completion tokens that a request's hold begins with and grows by."""
+    hold_step_compute_s: Annotated[int, Field(ge=1)] = 5
+    """The same in seconds of compute, for a price that counts them."""
     max_body_kib: Annotated[int, Field(ge=16, le=3584)] = 1024
     token_transport: Literal["socket", "serve"] = "socket"
     """How tokens travel from replica to gateway: sockets of our own beside the calls, or Serve's streaming calls."""

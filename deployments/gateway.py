@@ -5,21 +5,18 @@ Knows the order of these steps and how each can end; knows no HTTP and no Redis 
 
 import asyncio
 import logging
-from collections.abc import Coroutine
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
-from billing.account import Hold, Receipt, Settlement
+from billing.account import Hold
 from billing.admission import Admission, Quote
 from billing.catalogue import Model
-from billing.errors import InvalidKey, StoreUnavailable
+from billing.errors import InvalidKey
 from billing.leases import Leases
-from billing.money import Nanos
-from billing.spool import Spool, SpoolFull
+from billing.spool import Spool
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
 from billing.tenants import Principal
-from billing.usage import NOTHING, RequestId, Status
+from billing.usage import RequestId
 from deployments.engine.request import (
     AdapterRef,
     GenerateRequest,
@@ -29,18 +26,15 @@ from deployments.engine.request import (
 from deployments.engine.text import Text
 from deployments.link import ReplicaLink
 from deployments.metrics import GatewayMetrics
-from deployments.run import MeteringUnavailable, Run
+from deployments.run import Run, Surroundings
+from deployments.settling import Settler
 from deployments.shelf import Shelf
 
 LONG_PROMPT_CHARS = 2_000
 """Longer prompts are encoded off the event loop, so that they delay nobody's tokens."""
-SETTLE_PAUSES_S = (0.05, 0.25, 1.0)
-"""Waits between attempts to settle before the settlement goes to the spool."""
-SPOOL_INTERVAL_S = 1.0
 STOP_TIMEOUT_S = 20.0
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 Prompt = list[dict[str, str]] | str | tuple[int, ...]
 """A chat, a text, or token ids."""
 
@@ -89,12 +83,13 @@ class Gateway:
         answer_timeout_s: float,
     ) -> None:
         self.shelf, self.text, self.link, self.metrics = shelf, text, link, metrics
-        self._tenants, self._ledger, self._admission, self._spool = tenants, ledger, admission, spool
+        self._tenants, self._ledger, self._admission = tenants, ledger, admission
         self._max_context_tokens, self._lease_s, self._checkpoint_s = max_context_tokens, lease_s, checkpoint_s
         self._answer_timeout_s = answer_timeout_s
         self.leases = Leases(ledger, self.lose, checkpoint_s)
+        self.settler = Settler(ledger, spool, metrics)
+        self._surroundings = Surroundings(link, ledger, self.leases, self.settler, metrics, self._untrack)
         self._runs: dict[RequestId, Run] = {}
-        self._kept: set[asyncio.Task[object]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._is_stopped = False
 
@@ -108,10 +103,10 @@ class Gateway:
         return await self._tenants.principal(secret.strip())
 
     async def open(self, principal: Principal, ask: Ask, request_id: RequestId) -> Run:
-        """Hold the worst case and wait for the first piece. Raises any Refusal, StoreUnavailable or EngineError."""
+        """Hold the first step and wait for the first piece. Raises any Refusal, StoreUnavailable or EngineError."""
         priced = await self.price(principal, ask)
         catalogue = self.shelf.current
-        admitting = self.keep(
+        admitting = self.settler.keep(
             self._admission.admit(
                 principal, priced.model, catalogue, request_id, len(priced.prompt_token_ids), priced.max_tokens
             )
@@ -121,7 +116,7 @@ class Gateway:
         except asyncio.CancelledError:
             admitting.add_done_callback(self._release)
             raise
-        run = Run(self, priced.model, hold, self._job(priced, ask, hold))
+        run = Run(self._surroundings, priced.model, hold, self._job(priced, ask, hold))
         self._track(run)
         run.end_within(self._answer_timeout_s)
         if self._is_stopped:
@@ -151,49 +146,12 @@ class Gateway:
         )
         return priced, quote
 
-    async def settle(self, run: Run, settlement: Settlement, free_if_away: bool) -> Receipt:
-        """Settle at once, else in the spool. Called by a run's ending only."""
-        try:
-            receipt = await self._settle(settlement)
-        except StoreUnavailable as error:
-            if free_if_away:
-                settlement = replace(settlement, usage=NOTHING, list_nanos=Nanos(0), status=Status.FAILED)
-            await self._spool_away(settlement)
-            raise MeteringUnavailable("the record of this request waits for the metering store") from error
-        finally:
-            self._untrack(run)
-        self.metrics.settled(run.model.id, receipt.record)
-        return receipt
-
-    async def _spool_away(self, settlement: Settlement) -> None:
-        """Where even the disk refuses, the lease's last checkpoint will be billed."""
-        try:
-            await asyncio.to_thread(self._spool.append, settlement)
-            self.metrics.spooled()
-        except (SpoolFull, OSError) as error:
-            logger.critical("request %s is settled by its last checkpoint: %s", settlement.request_id, error)
-
-    async def _settle(self, settlement: Settlement) -> Receipt:
-        for pause in SETTLE_PAUSES_S:
-            try:
-                return await self._ledger.settle(settlement)
-            except StoreUnavailable:
-                await asyncio.sleep(pause)
-        return await self._ledger.settle(settlement)
-
-    def keep(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
-        """Run something that the death of a connection must not cancel, and that a shutdown awaits."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._kept.add(task)
-        task.add_done_callback(self._drop)
-        return task
-
     def start(self) -> None:
         """Start the loops that keep leases, deadlines and the spool moving."""
         self._loops = [
             asyncio.create_task(self.leases.run()),
             asyncio.create_task(self._extend_for_ever()),
-            asyncio.create_task(self._replay_for_ever()),
+            asyncio.create_task(self.settler.replay_for_ever()),
         ]
 
     async def stop(self) -> None:
@@ -203,28 +161,18 @@ class Gateway:
         self._is_stopped = True
         for run in list(self._runs.values()):
             run.cut()
-        if self._kept:
-            await asyncio.wait(set(self._kept), timeout=STOP_TIMEOUT_S)
+        await self.settler.wait(STOP_TIMEOUT_S)
         for loop in self._loops:
             loop.cancel()
         if self._loops:
             await asyncio.wait(self._loops, timeout=STOP_TIMEOUT_S)
-        self._spool.close()
+        self.settler.close()
 
     def check(self) -> None:
         """Raises AssertionError where a loop has ended: this gateway must be replaced."""
         assert self._is_stopped or not any(loop.done() for loop in self._loops), (
             "a gateway's loop never ends on its own"
         )
-
-    async def refused_settles(self) -> int:
-        """Settles of this machine's spool that the ledger refused."""
-        return await asyncio.to_thread(lambda: self._spool.refused)
-
-    @property
-    def spooled(self) -> int:
-        """Settles on this gateway's disk that wait for the store."""
-        return self._spool.pending
 
     @property
     def open_runs(self) -> int:
@@ -272,12 +220,7 @@ class Gateway:
         """The client left while its hold was being made."""
         if not admitting.cancelled() and admitting.exception() is None:
             request = admitting.result().request
-            self.keep(self._ledger.void(request.request_id, request.tenant))
-
-    def _drop(self, task: asyncio.Task[object]) -> None:
-        self._kept.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.debug("kept task ended: %s", error)
+            self.settler.keep(self._ledger.void(request.request_id, request.tenant))
 
     async def _extend_for_ever(self) -> None:
         while True:
@@ -289,14 +232,3 @@ class Gateway:
                             run.cut()
             except Exception:
                 logger.exception("%d deadlines were not moved", len(self._runs))
-
-    async def _replay_for_ever(self) -> None:
-        """Also with nothing of our own: a gateway that ended may have left its settles here."""
-        while True:
-            await asyncio.sleep(SPOOL_INTERVAL_S)
-            try:
-                await self._spool.replay(self._ledger)
-            except StoreUnavailable:
-                logger.warning("the store is away: %d settles wait on disk", self._spool.pending)
-            except Exception:
-                logger.exception("%d settles wait on disk", self._spool.pending)

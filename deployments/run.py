@@ -5,15 +5,18 @@ Knows what is billed for each ending; how it is stored is the gateway's business
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
 
 from billing.account import Hold, Progress, Receipt, Settlement
 from billing.catalogue import Model
-from billing.errors import StoreUnavailable
+from billing.errors import BillingError, InsufficientCredits, StoreUnavailable, UnknownHold
+from billing.growth import GrowingHold
+from billing.leases import Leases
 from billing.money import Nanos
-from billing.usage import NOTHING, RequestId, Status, Unit, Usage
+from billing.store.holds import Ledger
+from billing.store.packing import worst_case
+from billing.usage import NOTHING, RequestId, Status, Usage
 from deployments.engine.request import (
     AdapterRejected,
     EngineError,
@@ -22,16 +25,12 @@ from deployments.engine.request import (
     GenerateRequest,
     Tokens,
 )
-from deployments.link import ReplicaLost
-
-if TYPE_CHECKING:
-    from deployments.gateway import Gateway
+from deployments.link import ReplicaLink, ReplicaLost
+from deployments.metrics import GatewayMetrics
+from deployments.settling import MeteringUnavailable, Settler
 
 STOPPED = "this gateway ended the request: send it again"
-
-
-class MeteringUnavailable(StoreUnavailable):
-    """A request's record could not be stored in time; it waits on this gateway's disk."""
+OUR_FAILURES = (EngineError, StoreUnavailable)
 
 
 class AnswerTimeout(EngineError):
@@ -42,15 +41,30 @@ class LeaseLost(EngineFailed):
     """The store ended this request's hold while it ran: what was reported until then is billed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the runs of one gateway share."""
+
+    link: ReplicaLink
+    ledger: Ledger
+    leases: Leases
+    settler: Settler
+    metrics: GatewayMetrics
+    on_end: Callable[["Run"], None]
+
+
 class Run:
     """One admitted request, from its hold to its receipt. It is settled once, however it ends."""
 
-    def __init__(self, gateway: "Gateway", model: Model, hold: Hold, job: GenerateRequest) -> None:
+    def __init__(self, around: Surroundings, model: Model, hold: Hold, job: GenerateRequest) -> None:
         self.model, self.hold, self.job = model, hold, job
         self.usage = Usage(prompt_tokens=len(job.prompt_token_ids))
         self.finish_reason: FinishReason | None = None
-        self._gateway = gateway
-        self._pieces = gateway.link.generate(job)
+        self.shortage: BillingError | None = None
+        """Why the output is shorter than what was asked for, where credit is the reason."""
+        self._around = around
+        self._credit = GrowingHold(around.ledger, hold, around.settler.keep)
+        self._pieces = around.link.generate(job)
         self._first: Tokens | None = None
         self._ending: asyncio.Task[Receipt] | None = None
         self._is_lost = False
@@ -59,8 +73,6 @@ class Run:
         self._is_reader_cut = False
         self._cut_by: EngineError = ReplicaLost(STOPPED)
         self._deadline: asyncio.TimerHandle | None = None
-        in_nanos = [draw.amount for draw in hold.draws if draw.unit is Unit.NANOS]
-        self._budget = None if hold.covered_by_requests else Nanos(sum(in_nanos))
 
     @property
     def request_id(self) -> RequestId:
@@ -76,7 +88,7 @@ class Run:
         started = time.monotonic()
         try:
             self._first = await self._next()
-        except EngineError:
+        except OUR_FAILURES:
             await self._end(Status.FAILED, NOTHING)
             raise
         except asyncio.CancelledError:
@@ -85,7 +97,7 @@ class Run:
         finally:
             if self._first is None:
                 self._fail()
-        self._gateway.metrics.first_token(time.monotonic() - started)
+        self._around.metrics.first_token(time.monotonic() - started)
 
     async def pieces(self) -> AsyncGenerator[Tokens, None]:
         """The output as it comes. On an error what was yielded until then is billed, then it is raised."""
@@ -93,13 +105,13 @@ class Run:
         try:
             while piece is not None:
                 self._delivered = self.usage
-                self._gateway.leases.update(self.progress)
+                self._around.leases.update(self.progress)
                 yield piece
                 if self.finish_reason is not None:
                     return
                 try:
                     piece = await self._next()
-                except EngineError:
+                except OUR_FAILURES:
                     await self._end(Status.FAILED, self._delivered)
                     raise
         finally:
@@ -112,7 +124,7 @@ class Run:
         try:
             while self.finish_reason is None:
                 text.append((await self._next()).text)
-        except EngineError:
+        except OUR_FAILURES:
             await self._end(Status.FAILED, NOTHING)
             raise
         except asyncio.CancelledError:
@@ -158,26 +170,46 @@ class Run:
         return self.hold.request.price.charge(usage)
 
     async def _next(self) -> Tokens:
+        """The next piece that is paid for; the last one of a request that cannot pay for more is empty."""
         piece = await self._read()
         if self._is_lost:
             raise LeaseLost("the hold of this request ended while it ran")
-        self.usage = replace(
+        _refuse_broken(piece)
+        usage = replace(
             self.usage,
             prompt_tokens=piece.prompt_tokens,
             cached_tokens=piece.cached_tokens,
             completion_tokens=piece.completion_tokens,
             compute_ms=piece.compute_ms,
         )
-        if piece.is_adapter_refused:
-            raise AdapterRejected(piece.error)
-        if piece.finish_reason is FinishReason.ERROR:
-            raise EngineFailed(piece.error or "the engine failed on this request")
-        if piece.finish_reason is FinishReason.ABORT:
-            raise EngineFailed("the engine stopped this request: its deadline passed")
-        if piece.finish_reason is None and self._budget is not None and self._price(self.usage) > self._budget:
-            piece = replace(piece, finish_reason=FinishReason.LENGTH)
+        cost = self._price(usage)
+        if self._credit.pays(cost) or await self._credit.grow(cost):
+            self.usage = usage
+        else:
+            piece = self._unpaid(piece)
+        if self._ending is not None:
+            raise self._cut_by
         self.finish_reason = piece.finish_reason
+        if self.finish_reason is FinishReason.LENGTH and self.shortage is None:
+            self.shortage = self._clamped()
         return piece
+
+    def _unpaid(self, piece: Tokens) -> Tokens:
+        """The end in place of a piece beyond the hold."""
+        refusal = self._credit.refusal
+        if isinstance(refusal, StoreUnavailable):
+            raise MeteringUnavailable("the metering store is away: this answer ends with the credit it held")
+        if isinstance(refusal, UnknownHold):
+            raise LeaseLost("the hold of this request ended while it ran")
+        self.shortage = refusal
+        return replace(piece, token_ids=(), text="", finish_reason=FinishReason.LENGTH)
+
+    def _clamped(self) -> InsufficientCredits | None:
+        """The shortage of a request that came to the end of what its tenant's credit affords."""
+        hold = self.hold
+        if hold.max_tokens == hold.request.max_tokens or self.usage.completion_tokens < hold.max_tokens:
+            return None
+        return InsufficientCredits(hold.balance_nanos, worst_case(hold.request), hold.max_tokens)
 
     async def _read(self) -> Tokens:
         if self._ending is not None:
@@ -196,7 +228,7 @@ class Run:
 
     def _start_ending(self, status: Status, usage: Usage, free_if_away: bool = False) -> asyncio.Task[Receipt]:
         if self._ending is None:
-            self._ending = self._gateway.keep(self._close(status, usage, free_if_away))
+            self._ending = self._around.settler.keep(self._close(status, usage, free_if_away))
         return self._ending
 
     async def _end(self, status: Status, usage: Usage, free_if_away: bool = False) -> Receipt:
@@ -209,8 +241,14 @@ class Run:
         try:
             await self._stop_engine()
         finally:
-            receipt = await self._gateway.settle(self, settlement, free_if_away)
+            receipt = await self._settle(settlement, free_if_away)
         return receipt
+
+    async def _settle(self, settlement: Settlement, free_if_away: bool) -> Receipt:
+        try:
+            return await self._around.settler.settle(self.model.id, settlement, free_if_away)
+        finally:
+            self._around.on_end(self)
 
     async def _stop_engine(self) -> None:
         """A generator that another task waits in cannot be closed: cancelling its wait ends it."""
@@ -219,3 +257,13 @@ class Run:
         else:
             self._is_reader_cut = True
             self._reader.cancel()
+
+
+def _refuse_broken(piece: Tokens) -> None:
+    """Raise what the engine says of a piece that is no output."""
+    if piece.is_adapter_refused:
+        raise AdapterRejected(piece.error)
+    if piece.finish_reason is FinishReason.ERROR:
+        raise EngineFailed(piece.error or "the engine failed on this request")
+    if piece.finish_reason is FinishReason.ABORT:
+        raise EngineFailed("the engine stopped this request: its deadline passed")

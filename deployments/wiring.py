@@ -40,7 +40,12 @@ def build_services(
         text=text,
         tenants=tenants,
         ledger=ledger,
-        admission=Admission(ledger, lease_ms=int(args.lease_s * 1000)),
+        admission=Admission(
+            ledger,
+            lease_ms=int(args.lease_s * 1000),
+            step_tokens=args.hold_step_tokens,
+            step_compute_ms=args.hold_step_compute_s * 1000,
+        ),
         spool=Spool(Path(args.spool_dir)),
         link=link,
         metrics=GatewayMetrics(),

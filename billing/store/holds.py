@@ -17,7 +17,15 @@ from billing.errors import DuplicateRequest, GrantRefused, SourceReused, Unknown
 from billing.money import MAX_BALANCE_NANOS, MAX_GRANT_NANOS, Nanos
 from billing.store.connection import guarded
 from billing.store.keys import ALL_SHARDS, Shard, shard_for, shard_of
-from billing.store.packing import letter_of, pack_hold, pack_usage, pairs, unpack_bucket, unpack_hold
+from billing.store.packing import (
+    letter_of,
+    pack_hold,
+    pack_usage,
+    pairs,
+    unpack_bucket,
+    unpack_extension,
+    unpack_hold,
+)
 from billing.store.scripts import source
 from billing.usage import NOTHING, RequestId, Status, TenantId, Unit, UsageRecord
 
@@ -37,6 +45,7 @@ class Ledger:
         self._clock = clock
         self._stretch_ms = marker_stretch_ms
         self._hold = redis.register_script(source("hold"))
+        self._extend = redis.register_script(source("extend"))
         self._settle = redis.register_script(source("settle"))
         self._checkpoint = redis.register_script(source("checkpoint"))
         self._expire = redis.register_script(source("expire"))
@@ -47,7 +56,7 @@ class Ledger:
         self._account = redis.register_script(source("account"))
 
     async def hold(self, request: HoldRequest) -> Hold:
-        """Admit a request and set its worst case aside.
+        """Admit a request and set its prompt and first step of output aside.
 
         The same request again, while its hold is open, returns that hold.
 
@@ -72,6 +81,24 @@ class Ledger:
         async with guarded():
             reply = cast(list[str], await self._hold(keys=names, args=arguments))
         return unpack_hold(request, reply)
+
+    async def extend(self, request: HoldRequest, total_nanos: Nanos, least_nanos: Nanos) -> Nanos:
+        """Raise an open hold to a total, or as near to it as the credit allows, at the price it was made at.
+
+        Returns:
+            What the hold has now: at least ``least_nanos``, unless a bucket of requests pays for it.
+
+        Raises:
+            InsufficientCredits, CreditOnHold: not even the least is there; nothing has changed.
+            UnknownHold: it was settled, or its lease ended.
+            StoreUnavailable: whether it took effect is unknown; extend again, or settle.
+        """
+        shard, tenant = shard_for(request.tenant), request.tenant
+        names = [shard.account(tenant), shard.buckets(tenant), shard.holds]
+        arguments: list[str | int] = [request.request_id, tenant, total_nanos, least_nanos, self._clock()]
+        async with guarded():
+            reply = cast(list[str], await self._extend(keys=names, args=arguments))
+        return unpack_extension(request, reply, least_nanos)
 
     async def checkpoint(self, progress: Sequence[Progress]) -> frozenset[RequestId]:
         """Renew the leases of running requests and note what each has cost so far.

@@ -7,7 +7,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from billing.account import Bucket, Hold, HoldRequest, LimitsLeft
-from billing.errors import BillingError, CreditOnHold, DuplicateRequest, InsufficientCredits, RateLimited
+from billing.errors import (
+    BillingError,
+    CreditOnHold,
+    DuplicateRequest,
+    InsufficientCredits,
+    RateLimited,
+    UnknownHold,
+)
 from billing.money import MAX_BALANCE_NANOS, Nanos
 from billing.usage import BucketId, Draw, Unit, Usage
 
@@ -62,17 +69,29 @@ def pack_usage(usage: Usage) -> str:
     return ",".join(str(count) for count in counts)
 
 
+LEAST_COMPUTE_MS = 1_000
+"""Where a price counts compute, no hold begins with less of it."""
+
+
 def worst_case(request: HoldRequest) -> Nanos:
-    return Nanos(0) if request.price.free else _at_most(request, request.max_tokens)
+    """The most that a request may cost."""
+    return _at_most(request, request.max_tokens, request.max_compute_ms)
+
+
+def first_step(request: HoldRequest) -> Nanos:
+    """The prompt and the first step of output: what a hold begins with."""
+    return _at_most(request, min(request.step_tokens, request.max_tokens), request.step_compute_ms)
 
 
 def least(request: HoldRequest) -> Nanos:
     """The cost of the shortest answer: one token."""
-    return Nanos(0) if request.price.free else _at_most(request, min(1, request.max_tokens))
+    return _at_most(request, min(1, request.max_tokens), LEAST_COMPUTE_MS)
 
 
-def _at_most(request: HoldRequest, tokens: int) -> Nanos:
-    cost = request.price.at_most(request.prompt_tokens, tokens, request.max_compute_ms)
+def _at_most(request: HoldRequest, tokens: int, compute_ms: int) -> Nanos:
+    if request.price.free:
+        return Nanos(0)
+    cost = request.price.at_most(request.prompt_tokens, tokens, min(compute_ms, request.max_compute_ms))
     return min(cost, MAX_BALANCE_NANOS)
 
 
@@ -88,6 +107,7 @@ def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_previe
             f"{request.prompt_tokens}|{request.max_tokens}",
             request.key_id,
             worst_case(request),
+            first_step(request),
             least(request),
             int(request.price.free),
             request.model,
@@ -133,13 +153,13 @@ def unpack_hold(request: HoldRequest, reply: Sequence[str]) -> Hold:
     """
     if reply[0] != "held":
         raise _refusal(request, reply)
-    balance, lease_end, *limits = reply[1:7]
-    words = iter(reply[7:])
+    balance, lease_end, affords, *limits = reply[1:8]
+    words = iter(reply[8:])
     draws = tuple(Draw(BucketId(i), _UNIT[u], int(n)) for i, u, n in zip(words, words, words, strict=True))
     covered = any(draw.unit is Unit.REQUESTS for draw in draws)
     return Hold(
         request=request,
-        max_tokens=request.max_tokens if covered else _tokens_paid(request, sum(draw.amount for draw in draws)),
+        max_tokens=request.max_tokens if covered else _tokens_paid(request, int(affords)),
         draws=draws,
         lease_ends_at_ms=int(lease_end),
         balance_nanos=Nanos(int(balance)),
@@ -148,12 +168,11 @@ def unpack_hold(request: HoldRequest, reply: Sequence[str]) -> Hold:
     )
 
 
-def _tokens_paid(request: HoldRequest, held_nanos: int) -> int:
-    if held_nanos == worst_case(request):
+def _tokens_paid(request: HoldRequest, nanos: int) -> int:
+    if nanos == worst_case(request):
         return request.max_tokens
-    return request.price.affordable_tokens(
-        request.prompt_tokens, held_nanos, request.max_tokens, request.max_compute_ms
-    )
+    compute_ms = min(LEAST_COMPUTE_MS, request.max_compute_ms)
+    return request.price.affordable_tokens(request.prompt_tokens, nanos, request.max_tokens, compute_ms)
 
 
 def _limits_left(words: Sequence[str]) -> LimitsLeft:
@@ -167,29 +186,42 @@ def _limits_left(words: Sequence[str]) -> LimitsLeft:
 
 
 def _refusal(request: HoldRequest, reply: Sequence[str]) -> BillingError:
-    code = reply[0]
-    if code == "duplicate":
+    if reply[0] == "duplicate":
         return DuplicateRequest(request.request_id)
-    if code == "limited":
+    if reply[0] == "limited":
         return RateLimited(kind=reply[1], limit=int(reply[2]), retry_after_s=int(reply[3]) / 1000)
+    return _short_of_credit(request, reply, least(request))
+
+
+def _short_of_credit(request: HoldRequest, reply: Sequence[str], needed: Nanos) -> BillingError:
     balance, available, held = (int(word) for word in reply[1:4])
-    if code == "on_hold":
+    if reply[0] == "on_hold":
         return CreditOnHold(
             retry_after_s=RETRY_HELD_S,
             balance_nanos=Nanos(balance),
             held_nanos=Nanos(held),
-            required_nanos=least(request),
+            required_nanos=needed,
         )
-    assert code == "insufficient", f"hold.lua answers {code!r}"
-    affordable = request.price.affordable_tokens(
-        request.prompt_tokens, available, request.max_tokens, request.max_compute_ms
-    )
+    assert reply[0] == "insufficient", f"a script answers {reply[0]!r}"
     return InsufficientCredits(
         balance_nanos=Nanos(balance),
         required_nanos=worst_case(request),
-        max_affordable_tokens=max(0, affordable),
+        max_affordable_tokens=max(0, _tokens_paid(request, available)),
         limit_source="overage_cap" if request.funding.overage_cap else "balance",
     )
+
+
+def unpack_extension(request: HoldRequest, reply: Sequence[str], least_nanos: Nanos) -> Nanos:
+    """What ``extend.lua`` answered: the nanos that the hold now has.
+
+    Raises:
+        UnknownHold, InsufficientCredits, CreditOnHold: as it decided.
+    """
+    if reply[0] == "held":
+        return Nanos(int(reply[1]))
+    if reply[0] == "unknown":
+        raise UnknownHold(request.request_id)
+    raise _short_of_credit(request, reply, least_nanos)
 
 
 def pairs(flat: Sequence[str]) -> Mapping[str, str]:

@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 
 _LUA = Path(__file__).parent / "lua"
-_ENDS_HOLDS = ("settle", "expire")
+_BUILDS_ON = {"hold": "draw", "extend": "draw", "settle": "close", "expire": "close"}
 
 
 @cache
 def source(name: str) -> str:
     """The whole text of one script. A script's SHA-1 is its name in the store: equal text is loaded once."""
-    parts = ["common", *(["close"] if name in _ENDS_HOLDS else []), name]
+    parts = ["common", *([_BUILDS_ON[name]] if name in _BUILDS_ON else []), name]
     return "\n".join((_LUA / f"{part}.lua").read_text() for part in parts)

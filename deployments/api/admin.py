@@ -189,8 +189,8 @@ async def billing(parts: Parts) -> JSONResponse:
             "outbox_events": backlog.outbox_events,
             "dead_events": backlog.dead_events,
             "cursors": {str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
-            "unsettled_on_this_gateway": parts.gateway.spooled,
-            "refused_settles": await parts.gateway.refused_settles(),
+            "unsettled_on_this_gateway": parts.gateway.settler.spooled,
+            "refused_settles": await parts.gateway.settler.refused(),
         }
     )
 

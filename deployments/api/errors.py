@@ -19,8 +19,9 @@ from billing.spool import SpoolFull
 from deployments.engine import request as engine
 from deployments.gateway import ContextTooLong
 from deployments.link import ReplicaLost, SlowReader
-from deployments.run import AnswerTimeout, LeaseLost, MeteringUnavailable
+from deployments.run import AnswerTimeout, LeaseLost
 from deployments.services import services_of
+from deployments.settling import MeteringUnavailable
 from deployments.shelf import NotConfigured
 
 logger = logging.getLogger(__name__)

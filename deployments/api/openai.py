@@ -18,7 +18,7 @@ from billing.catalogue import Model
 from billing.errors import BillingError, UnknownModel
 from billing.money import format_usd
 from deployments.api.account import draw_json
-from deployments.api.errors import body_of
+from deployments.api.errors import answer_for, body_of
 from deployments.api.wire import ChatRequest, CompletionRequest, QuoteRequest, Sampled
 from deployments.engine.request import EngineError, FinishReason
 from deployments.run import Run
@@ -89,7 +89,15 @@ def _closing(run: Run, receipt: Receipt) -> dict[str, object]:
             "adapter": record.adapter,
             "draws": [draw_json(draw) for draw in record.draws],
         },
+        **_incomplete(run),
     }
+
+
+def _incomplete(run: Run) -> dict[str, object]:
+    """Why the answer is shorter than asked for, where credit is the reason."""
+    if run.shortage is None:
+        return {}
+    return {"incomplete_details": {"reason": answer_for(run.shortage).code, "message": str(run.shortage)}}
 
 
 class EventStream(StreamingResponse):

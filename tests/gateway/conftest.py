@@ -104,8 +104,8 @@ class House:
 
     async def settled(self) -> None:
         """Wait for what outlives connections."""
-        while self.services.gateway._kept:
-            await asyncio.wait(set(self.services.gateway._kept))
+        while self.services.gateway.settler.tasks:
+            await asyncio.wait(set(self.services.gateway.settler.tasks))
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -20,7 +20,7 @@ from tests.gateway.test_completions import records
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.gateway.SPOOL_INTERVAL_S", 0.02)
+    monkeypatch.setattr("deployments.settling.SPOOL_INTERVAL_S", 0.02)
 
 
 async def test_deadlines_move_on_after_a_bug(house: House, link: ScriptedLink, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,12 +75,12 @@ async def test_what_an_ended_gateway_left_is_settled_by_one_that_has_nothing_of_
     tenant, request_id = TenantId("acme"), RequestId(link.jobs[0].request_id)
     ended.append(Settlement(request_id, tenant, Usage(prompt_tokens=5), parse_usd("0.005"), Status.CANCELLED))
     ended.append(Settlement(RequestId("req_unknown"), tenant, NOTHING, parse_usd("0"), Status.FAILED))
-    assert house.services.gateway.spooled == 0
+    assert house.services.gateway.settler.spooled == 0
     ended.close()
     while not (found := await records(house)):  # noqa: ASYNC110, another loop makes it
         await asyncio.sleep(0.02)
     assert [record.request_id for record in found] == [request_id]
-    await until(lambda: not house.services.gateway.spooled)
+    await until(lambda: not house.services.gateway.settler.spooled)
     reply = await house.client.get("/admin/billing", headers=bearer(ADMIN_KEY))
     assert reply.json()["refused_settles"] == 1
     task.cancel()

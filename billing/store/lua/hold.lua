@@ -1,19 +1,20 @@
--- Admit one request: limits, then credit for its worst case, in one step that changes all or nothing.
+-- Admit one request: limits, then credit for its first step, in one step that changes all or nothing.
 -- A repeat of a hold that is still open returns that hold: its reply may have been lost.
 
 local keys = { account = KEYS[1], buckets = KEYS[2], retired = KEYS[3], holds = KEYS[4], leases = KEYS[5],
   limits = KEYS[6], slots = KEYS[7], settled = { KEYS[8], KEYS[9], KEYS[10], KEYS[11] } }
 local id, tenant, head, asked, key_id = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local worst, least, is_free, model = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8] == "1", ARGV[9]
-local lease_ms, calendar, stretch_ms = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
-local allowance_id, allowance_value, overage_cap = ARGV[13], ARGV[14], tonumber(ARGV[15])
-local rpm, tpm, concurrency, tokens = tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18]), tonumber(ARGV[19])
-local is_preview = ARGV[20] == "1"
+local worst, first, least = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local is_free, model = ARGV[9] == "1", ARGV[10]
+local lease_ms, calendar, stretch_ms = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+local allowance_id, allowance_value, overage_cap = ARGV[14], ARGV[15], tonumber(ARGV[16])
+local rpm, tpm, concurrency, tokens = tonumber(ARGV[17]), tonumber(ARGV[18]), tonumber(ARGV[19]), tonumber(ARGV[20])
+local is_preview = ARGV[21] == "1"
 local now = store_ms()
 local MINUTE_MS = 60000
 
-local function answer(balance, lease_end, draws, left)
-  local reply = { "held", text(balance), text(lease_end),
+local function answer(balance, lease_end, affords, draws, left)
+  local reply = { "held", text(balance), text(lease_end), text(affords),
     left.requests or "", left.requests_reset or "", left.tokens or "", left.tokens_reset or "" }
   for _, draw in ipairs(draws) do
     for i = 1, 3 do reply[#reply + 1] = draw[i] end
@@ -27,7 +28,7 @@ if not is_preview then
     local hold = cjson.decode(open)
     if hold.tenant ~= tenant or hold.head ~= head or hold.asked ~= asked then return { "duplicate" } end
     local ends = tonumber(redis.call("ZSCORE", keys.leases, id))
-    return answer(balance_of(read_buckets(keys.buckets), calendar), ends, hold.draws, {})
+    return answer(balance_of(read_buckets(keys.buckets), calendar), ends, tonumber(hold.affords), hold.draws, {})
   end
   if find_marker(keys.settled, id, now, stretch_ms) then return { "duplicate" } end
 end
@@ -80,10 +81,6 @@ if allowance_id ~= "" and not known[allowance_id] then
 end
 table.sort(buckets, is_drawn_before)
 
-local function is_drawable(b)
-  return is_live(b, calendar) and (not b.is_allowance or b.id == allowance_id)
-end
-
 local function covers(b)
   return b.unit == "r" and (b.adapters == "" or string.find("," .. b.adapters .. ",", "," .. model .. ",", 1, true))
 end
@@ -91,7 +88,7 @@ end
 local function covering_bucket()
   local sum, first = 0, nil
   for _, b in ipairs(buckets) do
-    if covers(b) and is_drawable(b) then
+    if covers(b) and is_drawable(b, calendar, allowance_id) then
       sum = sum + b.remaining
       if not first and b.remaining > 0 then first = b end
     end
@@ -99,47 +96,19 @@ local function covering_bucket()
   return sum > 0 and first or nil
 end
 
-local overage, overage_held = number_at(keys.account, "overage"), number_at(keys.account, "overage_held")
-local balance, held = 0, 0
-for _, b in ipairs(buckets) do
-  if b.unit == "n" and is_drawable(b) then balance, held = balance + b.remaining, held + b.held end
-end
-local exposure = math.max(0, overage_cap - overage - overage_held)
-
-local function spendable(money, credit)
-  return money < 0 and money or money + credit
-end
-
-local draws, drawn_overage = {}, 0
-local function draw(b, amount)
-  b.remaining, b.held, b.is_changed = b.remaining - amount, b.held + amount, true
-  draws[#draws + 1] = { b.id, b.unit, text(amount) }
-end
-
+local funding = { calendar = calendar, allowance_id = allowance_id, cap = overage_cap }
+local purse = purse_of(keys.account, buckets, funding, {})
+local draws, overage, affords = {}, 0, worst
 local cover = not is_free and covering_bucket()
 if cover then
-  draw(cover, 1)
+  cover.remaining, cover.held, cover.is_changed = cover.remaining - 1, cover.held + 1, true
+  draws = { { cover.id, "r", "1" } }
 elseif not is_free and worst > 0 then
-  local available = spendable(balance, exposure)
-  if available < least then
-    local potential = spendable(balance + held, math.max(0, overage_cap - overage))
-    local code = potential >= least and "on_hold" or "insufficient"
-    return { code, text(balance), text(available), text(held + overage_held) }
-  end
-  local amount = math.min(worst, available)
-  local rest = math.min(amount, balance)
-  drawn_overage = amount - rest
-  for _, b in ipairs(buckets) do
-    if rest > 0 and b.unit == "n" and b.remaining > 0 and is_drawable(b) then
-      local part = math.min(b.remaining, rest)
-      draw(b, part)
-      rest = rest - part
-      balance = balance - part
-    end
-  end
-  if drawn_overage > 0 then draws[#draws + 1] = { "overage", "n", text(drawn_overage) } end
+  if purse.available < least then return refusal(purse, least) end
+  affords = math.min(worst, purse.potential)
+  draws, overage = draw_money(purse, math.min(first, purse.available))
 end
-if is_preview then return answer(balance, now + lease_ms, draws, left) end
+if is_preview then return answer(purse.balance, now + lease_ms, affords, draws, left) end
 
 -- Everything below only writes.
 local function is_done(b)
@@ -150,11 +119,12 @@ local function is_done(b)
 end
 
 local hold = { tenant = tenant, head = head, asked = asked, key = key_id, draws = draws, lease = text(lease_ms),
-  cap = text(overage_cap), tpm = text(tpm), tokens = text(tokens), usage = "0,0,0,0,0", list = "0" }
+  affords = text(affords), allowance = allowance_id, cap = text(overage_cap), tpm = text(tpm), tokens = text(tokens),
+  usage = "0,0,0,0,0", list = "0" }
 redis.call("HSET", keys.holds, id, cjson.encode(hold))
 redis.call("ZADD", keys.leases, text(now + lease_ms), id)
 redis.call("HINCRBY", keys.account, "open", 1)
-if drawn_overage > 0 then redis.call("HSET", keys.account, "overage_held", text(overage_held + drawn_overage)) end
+if overage > 0 then redis.call("HSET", keys.account, "overage_held", text(purse.overage_held + overage)) end
 for _, b in ipairs(buckets) do
   if is_done(b) then
     redis.call("HDEL", keys.buckets, b.id)
@@ -176,4 +146,4 @@ if concurrency > 0 then
   redis.call("SADD", keys.slots, id)
   redis.call("PEXPIRE", keys.slots, 24 * 60 * MINUTE_MS)
 end
-return answer(balance, now + lease_ms, draws, left)
+return answer(purse.balance, now + lease_ms, affords, draws, left)
