@@ -48,9 +48,13 @@ def reconcile(
     as_json: JsonOption = False,
     with_dodo: Annotated[bool, typer.Option("--dodo/--no-dodo", help="ask Dodo for its own sums")] = True,
     calls_per_minute: Annotated[int, typer.Option(min=1, help="to Dodo, at most; the pump needs the rest")] = 60,
+    is_full: Annotated[bool, typer.Option("--full", help="read closed days too that were proved before")] = False,
 ) -> None:
-    """Prove the books: entries, credit, holds, exposure, export and Dodo's sums. Exit 1 on one nano of drift."""
-    report = ask(lambda standing: _reconcile(standing, with_dodo, calls_per_minute))
+    """Prove the books: entries, credit, holds, exposure, export and Dodo's sums. Exit 1 on one nano of drift.
+
+    Closed days are read once; what is right is remembered in the store.
+    """
+    report = ask(lambda standing: _reconcile(standing, with_dodo, calls_per_minute, is_full))
     if as_json:
         print(json.dumps(_report_json(report), indent=2))
     else:
@@ -60,13 +64,13 @@ def reconcile(
     raise typer.Exit(UNPROVEN if report.unproven else 0)
 
 
-async def _reconcile(standing: Standing, with_dodo: bool, calls_per_minute: int) -> Report:
+async def _reconcile(standing: Standing, with_dodo: bool, calls_per_minute: int, is_full: bool) -> Report:
     dodo = Dodo(DodoSettings.from_env(standing.environment)) if with_dodo else None
     try:
         async with store(standing) as redis:
             archive = await history.archive_of(redis)
             budget = BothBudgets(CallBudget(calls_per_minute), SharedBudget(redis))
-            return await Reconciler(redis, dodo, archive, budget).run()
+            return await Reconciler(redis, dodo, archive, budget, is_full=is_full).run()
     finally:
         if dodo is not None:
             await dodo.close()

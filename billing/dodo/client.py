@@ -7,6 +7,7 @@ has an id and a budget to retry with.
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal, Self, TypeVar, cast
 
 import httpx
@@ -23,6 +24,7 @@ from dodopayments.types.price_param import PriceParam
 from pydantic import BaseModel
 
 from billing.dodo.wire import (
+    MS_PER_SECOND,
     Dispute,
     DodoEvent,
     DodoMeter,
@@ -162,9 +164,10 @@ class Dodo:
             raise
         return getattr(reply, "event_id", None) == event_id
 
-    async def events_of(self, customer_id: str, page: int) -> list[DodoEvent]:
-        """One page of a customer's events, numbered from 0; the last one is shorter than ``PAGE``."""
-        call = self._sdk.usage_events.list(customer_id=customer_id, page_number=page, page_size=PAGE)
+    async def events_since(self, name: str, since_ms: int, page: int) -> list[DodoEvent]:
+        """One page of all customers' events of a name, numbered from 0; the last one is shorter than ``PAGE``."""
+        since = datetime.fromtimestamp(since_ms // MS_PER_SECOND, UTC)
+        call = self._sdk.usage_events.list(event_name=name, start=since, page_number=page, page_size=PAGE)
         return [_parse(DodoEvent.read, item) for item in await _items(call)]
 
     async def create_customer(self, tenant: Tenant) -> str:

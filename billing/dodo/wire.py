@@ -5,7 +5,7 @@ Knows shapes, in API replies and webhooks alike; sends nothing and decides nothi
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from typing import Self
@@ -143,12 +143,15 @@ class UsagePeriod:
     start_ms: int
     end_ms: int
     units: Mapping[str, int]
+    cents: Mapping[str, int] = field(default_factory=dict)
+    """What each meter's units cost, as Dodo invoices them."""
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
         meters = [_object(m) for m in _list(wire.get("meters"))]
         units = {text(m, "id"): integer(m, "chargeable_units", 0) for m in meters}
-        return cls(_moment(wire, "start_date"), _moment(wire, "end_date"), units)
+        cents = {text(m, "id"): integer(m, "total_price", 0) for m in meters}
+        return cls(_moment(wire, "start_date"), _moment(wire, "end_date"), units, cents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +217,25 @@ class DodoEvent:
 
     id: str
     name: str
+    customer_id: str
+    at_ms: int
     metadata: Wire
+
+    @property
+    def until(self) -> tuple[int, int] | None:
+        """The last entry of its window, as stream ids are sorted; ``None`` where the event is none of ours."""
+        ms, _, number = text(self.metadata, "until", "").partition("-")
+        return (int(ms), int(number)) if ms.isdecimal() and number.isdecimal() else None
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        return cls(text(wire, "event_id"), text(wire, "event_name"), _object(wire.get("metadata")))
+        return cls(
+            id=text(wire, "event_id"),
+            name=text(wire, "event_name"),
+            customer_id=text(wire, "customer_id", ""),
+            at_ms=_moment(wire, "timestamp"),
+            metadata=_object(wire.get("metadata")),
+        )
 
     def quantity(self, name: str) -> int:
         """A whole metadata value, 0 where there is none.

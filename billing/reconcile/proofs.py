@@ -4,13 +4,11 @@ Pure: from entries and numbers to rows of expected and found. Repairs nothing.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from billing.account import Bucket
-from billing.export.events import CHARGE, USAGE
-from billing.store.books import AccountState, OpenHold, ShardState
-from billing.store.stream import Entry, UnreadableEntry, order
+from billing.reconcile.fold import Fold
+from billing.store.books import AccountState, OpenHold
 from billing.usage import OVERAGE, BucketId, TenantId, Unit
 
 MAX_NAMED = 5
@@ -27,6 +25,8 @@ class Row:
     named: str = ""
     """The record, bucket or event at fault; empty where all is well."""
     unit: str = "nanos"
+    tolerance: int = 0
+    """What rounding may make of it."""
 
     @property
     def difference(self) -> int:
@@ -34,79 +34,7 @@ class Row:
 
     @property
     def is_exact(self) -> bool:
-        return self.difference == 0 and not self.named
-
-
-@dataclass
-class Fold:
-    """What one tenant's entries add up to, in the order they took effect."""
-
-    entries: int = 0
-    numbered: list[tuple[int, str]] = field(default_factory=list)
-    granted: Counter[BucketId] = field(default_factory=Counter)
-    clawed: Counter[BucketId] = field(default_factory=Counter)
-    drawn: Counter[BucketId] = field(default_factory=Counter)
-    repaid: int = 0
-    charged: int = 0
-    drawn_nanos: int = 0
-    faults: list[str] = field(default_factory=list)
-    sealed: Counter[str] = field(default_factory=Counter)
-    """Nanos by event name, up to the export cursor."""
-    unsealed: Counter[str] = field(default_factory=Counter)
-
-    def filled(self, bucket: Bucket) -> int:
-        """What should have been put into a bucket; an allowance is put there without an entry."""
-        return bucket.granted if bucket.is_allowance else self.granted[bucket.id] - self.clawed[bucket.id]
-
-    def add(self, entry: Entry, is_sealed: bool) -> None:
-        self.entries += 1
-        try:
-            if entry.is_usage:
-                self._add_record(entry, is_sealed)
-            else:
-                self._add_movement(entry)
-        except (UnreadableEntry, ValueError, KeyError, TypeError) as error:
-            self.faults.append(f"entry {entry.id} cannot be read: {error}")
-
-    def _add_record(self, entry: Entry, is_sealed: bool) -> None:
-        record = entry.record()
-        self.numbered.append((record.seq, record.record_id))
-        drawn = sum(draw.amount for draw in record.draws if draw.unit is Unit.NANOS)
-        self.charged += record.charged_nanos
-        self.drawn_nanos += drawn
-        if record.charged_nanos != drawn or record.charged_nanos > record.list_nanos or record.tenant != entry.tenant:
-            self.faults.append(
-                f"{record.record_id} charges {record.charged_nanos}, draws {drawn}, lists {record.list_nanos}"
-            )
-        for draw in record.draws:
-            self.drawn[draw.bucket] += draw.amount
-        told = self.sealed if is_sealed else self.unsealed
-        told[CHARGE] += record.overage_nanos
-        told[USAGE] += record.charged_nanos - record.overage_nanos
-
-    def _add_movement(self, entry: Entry) -> None:
-        moved = entry.movement()
-        bucket, amount = BucketId(str(moved["bucket"])), int(str(moved["amount"]))
-        self.numbered.append((int(str(moved["seq"])), f"{entry.kind} {moved['source']}"))
-        if entry.kind == "grant":
-            self.granted[bucket] += amount
-        elif entry.kind == "clawback":
-            self.clawed[bucket] += amount
-        elif entry.kind == "restore":
-            self.clawed[bucket] -= amount
-        elif entry.kind == "repay":
-            self.repaid += amount
-        else:
-            raise ValueError(f"kind {entry.kind!r} is none that we write")
-
-
-def fold(state: ShardState) -> dict[TenantId, Fold]:
-    """By tenant, what its entries add up to."""
-    folds = {tenant: Fold() for tenant in state.accounts}
-    end = order(state.cursor)
-    for entry in state.entries:
-        folds[entry.tenant].add(entry, order(entry.id) <= end)
-    return folds
+        return abs(self.difference) <= self.tolerance and not self.named
 
 
 def prove_tenant(tenant: TenantId, account: AccountState, said: Fold, holds: Sequence[OpenHold]) -> list[Row]:
@@ -118,31 +46,11 @@ def prove_tenant(tenant: TenantId, account: AccountState, said: Fold, holds: Seq
     exposure = said.drawn[OVERAGE] - said.repaid
     return [
         Row("records", tenant, said.drawn_nanos, said.charged, few(said.faults)),
-        Row("sequence", tenant, account.seq, said.entries, few(_gaps(said.numbered, account.seq)), "entries"),
+        Row("sequence", tenant, account.seq, said.entries, few(said.gaps_until(account.seq, account.chain)), "entries"),
         *_prove_credit(tenant, account, said),
         *_prove_held(tenant, account, held, holds),
         Row("exposure", tenant, exposure, account.overage, "" if exposure == account.overage else "field overage"),
     ]
-
-
-def _gaps(numbered: Iterable[tuple[int, str]], last: int) -> list[str]:
-    """What is missing or doubled in numbers that should run from 1 to ``last``."""
-    faults, previous, before = [], 0, "the beginning"
-    for number, name in sorted(numbered):
-        if number == previous:
-            faults.append(f"{name} has the number {number} of {before}")
-        elif number != previous + 1:
-            faults.append(f"{_numbers(previous + 1, number - 1)} missing between {before} and {name}")
-        previous, before = number, name
-    if previous < last:
-        faults.append(f"{_numbers(previous + 1, last)} missing after {before}")
-    elif previous > last:
-        faults.append(f"{before} has the number {previous}, the account knows {last}")
-    return faults
-
-
-def _numbers(first: int, last: int) -> str:
-    return f"number {first}" if first == last else f"numbers {first} to {last}"
 
 
 def _prove_credit(tenant: TenantId, account: AccountState, said: Fold) -> list[Row]:

@@ -1,31 +1,31 @@
 """Proves the books: the store against itself and the archive, and Dodo's own sums against the store.
 
-Changes nothing. May run beside everything else: what moves while it looks is looked at again.
+Moves no money; writes only how far the books were proved. May run beside everything else: what moves while it
+looks is looked at again.
 """
 
-import asyncio
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
 from billing.archive.files import Archive
+from billing.clock import Clock, now_ms
 from billing.dodo.budget import Budget, CallBudget
-from billing.dodo.client import PAGE, Dodo
-from billing.dodo.wire import DodoEvent
+from billing.dodo.client import Dodo
 from billing.errors import DodoRefused, DodoUnavailable
-from billing.reconcile.export_proofs import prove_dodo, prove_export, told
-from billing.reconcile.proofs import Row, fold, prove_tenant
-from billing.store.books import OpenHold, ShardReader, ShardState
-from billing.store.keys import ALL_SHARDS, Shard, shard_of
+from billing.reconcile.dodo_comparison import DodoComparison, day_start
+from billing.reconcile.dodo_ledger import DodoLedger
+from billing.reconcile.proofs import Row
+from billing.reconcile.shard_books import ShardBooks
+from billing.store.archive_cursor import ArchiveCursor
+from billing.store.books import ShardState
+from billing.store.inbox import CHARGE_METER, Inbox
+from billing.store.keys import ALL_SHARDS, Shard, shard_for
 from billing.store.tenants import Tenants
-from billing.usage import TenantId
-
-TRIES = 4
-"""Looks at a tenant's export while events of it are being acknowledged, before we give up."""
-MAX_EVENT_PAGES = 10_000
-BUDGET_WAIT_S = 0.25
+from billing.store.watermark import Mark, Watermarks
+from billing.tenants import Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,11 @@ class Report:
     def faults(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if not row.is_exact)
 
+    @property
+    def drift_nanos(self) -> int:
+        """Money that is not where it should be, whichever way."""
+        return sum(abs(row.difference) for row in self.faults if row.unit == "nanos")
+
     def summary(self) -> list[Summary]:
         """One line for each proof and unit."""
         groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -74,99 +79,78 @@ class Report:
         ]
 
 
-def prove_shard(state: ShardState) -> list[Row]:
-    """Everything that can be proved of one shard without asking anybody else."""
-    folds = fold(state)
-    holds: defaultdict[TenantId, list[OpenHold]] = defaultdict(list)
-    for hold in state.holds:
-        holds[hold.tenant].append(hold)
-    rows: list[Row] = []
-    for tenant, account in state.accounts.items():
-        rows += prove_tenant(tenant, account, folds[tenant], holds[tenant])
-    return rows + prove_export(state, folds.values())
-
-
 @dataclass
 class Reconciler:
-    """Looks at every shard in turn. Without a Dodo its sums are left out."""
+    """Looks at every shard in turn, from its watermark on. Without a Dodo its sums are left out.
+
+    Run again, it reads only what is new since: a pass that costs as little as there is to prove.
+    """
 
     redis: Redis
     dodo: Dodo | None = None
     archive: Archive | None = None
     budget: Budget = field(default_factory=lambda: CallBudget(60))
+    clock: Clock = now_ms
+    is_full: bool = False
+    """Read everything that stream and archive have, whatever was proved before."""
+    _books: dict[int, ShardBooks] = field(default_factory=dict)
 
     async def run(self) -> Report:
-        """Prove everything.
+        """Prove everything, and remember the closed days of what is right.
 
         Raises:
             StoreUnavailable, ArchiveUnavailable: it does not answer.
             UnreadableBooks: it holds what farebox does not write.
         """
-        customers: defaultdict[int, dict[TenantId, str]] = defaultdict(dict)
+        by_shard: defaultdict[int, list[Tenant]] = defaultdict(list)
         for tenant in await Tenants(self.redis).list():
-            customers[shard_of(tenant.id)][tenant.id] = tenant.dodo_customer_id
-        rows: list[Row] = []
+            by_shard[shard_for(tenant.id).number].append(tenant)
+        if not self._books:
+            await self._begin()
+        rows: dict[int, list[Row]] = {}
+        states: dict[int, ShardState] = {}
+        for number, books in self._books.items():
+            state = await self._look(books, by_shard[number])
+            states[number], rows[number] = state, books.prove(state)
         unproven: list[str] = []
+        asked = DodoComparison(self._books, by_shard, self.clock)
+        if self.dodo is not None:
+
+            async def look(number: int) -> ShardState:
+                return await self._look(self._books[number], by_shard[number])
+
+            try:
+                await asked.ask(DodoLedger(self.dodo, self.budget), await self._meter_id(), states, look)
+            except (DodoUnavailable, DodoRefused) as error:
+                unproven.append(str(error))
+        for number, more in asked.rows.items():
+            rows[number] += more
+        await self._remember(states, rows, asked)
+        return Report(tuple(row for found in rows.values() for row in found), tuple(unproven))
+
+    async def _meter_id(self) -> str:
+        names = await Inbox(self.redis).names()
+        return next((id_ for id_, name in names.items() if name == CHARGE_METER), "")
+
+    async def _begin(self) -> None:
+        marks = {} if self.is_full else await Watermarks(self.redis).all()
+        today_ms = day_start(await ArchiveCursor(self.redis).now_ms())
         for shard in ALL_SHARDS:
-            reader = await self._open(shard)
-            state = await reader.read(tuple(customers[shard.number]))
-            rows += prove_shard(state)
-            if self.dodo is not None and not unproven:
-                try:
-                    rows += await self._prove_dodo(self.dodo, reader, state, customers[shard.number])
-                except (DodoUnavailable, DodoRefused, _Moving) as error:
-                    unproven.append(str(error))
-        return Report(tuple(rows), tuple(unproven))
+            self._books[shard.number] = ShardBooks(self.redis, shard, marks.get(shard.number, Mark()), today_ms)
 
-    async def _open(self, shard: Shard) -> ShardReader:
-        """Entries may be archived and trimmed at any time: those that the stream lacked are in the archive after."""
-        reader = ShardReader(self.redis, shard)
-        await reader.catch_up()
-        if self.archive is not None:
-            reader.add(await asyncio.to_thread(self.archive.read, shard))
-        return reader
+    async def _look(self, books: ShardBooks, tenants: Iterable[Tenant]) -> ShardState:
+        if not books.is_open:
+            await books.open(self.archive)
+        return await books.look([tenant.id for tenant in tenants])
 
-    async def _prove_dodo(
-        self, dodo: Dodo, reader: ShardReader, state: ShardState, customers: Mapping[TenantId, str]
-    ) -> list[Row]:
-        """Ask Dodo, then look again: only where nothing was acknowledged meanwhile can the two be compared."""
-        rows: list[Row] = []
-        waiting = dict(customers)
-        for _ in range(TRIES):
-            at_dodo = {tenant: await self._events(dodo, customer) for tenant, customer in waiting.items()}
-            before, state = state, await reader.read(tuple(customers))
-            was, now = told(before, fold(before)), told(state, fold(state))
-            for tenant, events in at_dodo.items():
-                if was[tenant] == now[tenant] and _kept(before, tenant) == _kept(state, tenant):
-                    rows += prove_dodo(state, tenant, now[tenant], events)
-                    del waiting[tenant]
-            if not waiting:
-                return rows
-        raise _Moving(f"usage of {', '.join(sorted(waiting))} was being sent all the time: try again")
-
-    async def _events(self, dodo: Dodo, customer_id: str) -> list[DodoEvent]:
-        """All events of a customer. Pages are counted here, each one call of the budget."""
-        found: list[DodoEvent] = []
-        if not customer_id:
-            return found
-        for page in range(MAX_EVENT_PAGES):
-            await self._spend()
-            events = await dodo.events_of(customer_id, page)
-            found += events
-            if len(events) < PAGE:
-                return found
-        raise DodoUnavailable(f"customer {customer_id} has more than {MAX_EVENT_PAGES * PAGE} events")
-
-    async def _spend(self) -> None:
-        while True:
-            if await self.budget.take():
-                return
-            await asyncio.sleep(BUDGET_WAIT_S)
-
-
-class _Moving(Exception):
-    """A tenant's export did not stand still for long enough to be compared."""
-
-
-def _kept(state: ShardState, tenant: TenantId) -> set[str]:
-    return {event.id for event in (*state.outbox, *state.dead) if event.tenant == tenant}
+    async def _remember(self, states: dict[int, ShardState], rows: dict[int, list[Row]], asked: DodoComparison) -> None:
+        """Closed days of a shard whose every proof holds are not read again."""
+        for number, books in self._books.items():
+            if not all(row.is_exact for row in rows[number]):
+                continue
+            at, folds = books.closed(states[number])
+            told_ms, told = asked.frozen.get(number, (books.mark.told_ms, books.mark.told))
+            mark = Mark(at, folds, told_ms, told)
+            if (mark.at, mark.told_ms) != (books.mark.at, books.mark.told_ms):
+                await Watermarks(self.redis).keep(Shard(number), mark)
+                books.mark = mark

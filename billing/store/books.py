@@ -1,6 +1,6 @@
 """One shard as the store has it at one moment: entries, accounts, open holds and what was exported.
 
-Reads and writes nothing. Entries cannot change, so a second look reads only those that are new.
+Reads, and writes nothing. Entries cannot change, so every look reads only those that are new.
 """
 
 import json
@@ -32,6 +32,7 @@ class AccountState:
     """The numbers that the store keeps of one tenant, as they stand there."""
 
     seq: int
+    chain: str
     open_holds: int
     overage: int
     overage_held: int
@@ -53,7 +54,7 @@ class ShardState:
 
     number: int
     entries: tuple[Entry, ...]
-    """In the order they took effect, those that were added included."""
+    """Those since the look before, in the order they took effect, those that were added included."""
     accounts: Mapping[TenantId, AccountState]
     holds: tuple[OpenHold, ...]
     cursor: str
@@ -64,12 +65,12 @@ class ShardState:
 
 
 class ShardReader:
-    """Looks at one shard, as often as asked."""
+    """Looks at one shard, as often as asked, from behind the stream id ``at``."""
 
-    def __init__(self, redis: Redis, shard: Shard) -> None:
+    def __init__(self, redis: Redis, shard: Shard, at: str = START) -> None:
         self._redis, self._shard = redis, shard
-        self._entries: dict[str, Entry] = {}
-        self._at = START
+        self._news: dict[str, Entry] = {}
+        self._begin = self._at = at
 
     async def read(self, registered: Sequence[TenantId]) -> ShardState:
         """The shard now. ``registered`` are its tenants; those that only entries or holds name are found.
@@ -80,17 +81,21 @@ class ShardReader:
         tenants = set(registered)
         for _ in range(TRIES):
             await self.catch_up()
-            tenants |= {entry.tenant for entry in self._entries.values()}
+            tenants |= {entry.tenant for entry in self._news.values()}
             state = await self._at_once(sorted(tenants))
             named = {entry.tenant for entry in state.entries} | {hold.tenant for hold in state.holds}
             if named <= tenants:
+                self._news.clear()
                 return state
             tenants |= named
         raise StoreUnavailable(f"shard {self._shard.number} changes faster than it can be read: try again")
 
-    def add(self, archived: Iterable[Entry]) -> None:
-        """Entries that the stream need not have any more."""
-        self._entries |= {entry.id: entry for entry in archived}
+    def add(self, archived: Iterable[Entry]) -> list[Entry]:
+        """Entries that the stream need not have any more. Those that it has otherwise are given back."""
+        found = {entry.id: entry for entry in archived if order(entry.id) > order(self._begin)}
+        differing = [entry for id_, entry in found.items() if self._news.get(id_, entry) != entry]
+        self._news |= found
+        return differing
 
     async def catch_up(self) -> None:
         """Read on to the end of the stream."""
@@ -139,7 +144,7 @@ class ShardReader:
         leased, of_each = set(leases), iter(accounts)
         return ShardState(
             number=self._shard.number,
-            entries=tuple(sorted(self._entries.values(), key=lambda entry: order(entry.id))),
+            entries=tuple(sorted(self._news.values(), key=lambda entry: order(entry.id))),
             accounts={
                 tenant: _account(*three)
                 for tenant, three in zip(tenants, zip(of_each, of_each, of_each, strict=True), strict=True)
@@ -152,7 +157,7 @@ class ShardReader:
         )
 
     def _keep(self, entries: Sequence[Entry]) -> None:
-        self.add(entries)
+        self._news |= {entry.id: entry for entry in entries}
         if entries:
             self._at = entries[-1].id
 
@@ -161,6 +166,7 @@ def _account(numbers: Mapping[str, str], live: Mapping[str, str], retired: Mappi
     buckets = [unpack_bucket(name, text) for name, text in sorted({**retired, **live}.items())]
     return AccountState(
         seq=int(numbers.get("seq", 0)),
+        chain=str(numbers.get("chain", "")),
         open_holds=int(numbers.get("open", 0)),
         overage=int(numbers.get("overage", 0)),
         overage_held=int(numbers.get("overage_held", 0)),

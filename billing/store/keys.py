@@ -92,6 +92,11 @@ class Shard:
         return f"{self.tag}:archived"
 
     @property
+    def proved(self) -> str:
+        """Hash: how far the shard's books were proved, and each tenant's sums until there."""
+        return f"{self.tag}:proved"
+
+    @property
     def outbox(self) -> str:
         """Hash: sealed batches that Dodo has not acknowledged, by event id."""
         return f"{self.tag}:outbox"

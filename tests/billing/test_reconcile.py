@@ -1,6 +1,7 @@
 """The books are proved to the nano: right they pass, and whatever is altered is found and named."""
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -159,6 +160,39 @@ async def test_a_record_altered_in_all_its_parts_no_longer_matches_its_bucket(ho
 
     await _rewrite(house, "rec_req_money", dearer)
     await assert_found(house, "credit", "bucket payment:1", 1)
+    await assert_found(house, "records", "rec_req_money is not as it was written")
+
+
+async def test_whatever_is_altered_in_a_record_names_it(house: House) -> None:
+    def kinder(record: dict[str, object]) -> None:
+        record["status"] = "failed"
+
+    await _rewrite(house, "rec_req_money", kinder)
+    report = await house.reconcile()
+    (fault,) = report.faults
+    assert (fault.proof, fault.tenant, fault.named) == ("records", ACME, "rec_req_money is not as it was written")
+
+
+async def test_a_record_that_was_taken_out_altered_and_added_again_is_named(house: House) -> None:
+    stream = shard_for(ACME).stream
+    entry = await _entry_of(house, "rec_req_money")
+    ((_, fields),) = await house.redis.xrange(stream, entry, entry)
+    await house.redis.xdel(stream, entry)
+    await house.redis.xadd(
+        stream, fields | {"p": fields["p"].replace('"completion_tokens":20', '"completion_tokens":2')}
+    )
+    await assert_found(house, "records", "rec_req_money is not as it was written")
+    await assert_found(house, "sequence", "rec_req_money has the number")
+
+
+async def test_a_last_record_altered_with_its_digest_does_not_end_where_the_account_does(house: House) -> None:
+    stream = shard_for(ACME).stream
+    (_, before), (entry, last) = reversed(await house.redis.xrevrange(stream, count=2))
+    forged = last["p"].replace('"status":"', '"status":"" ,"status":"')
+    chain = hashlib.sha1(f"{before['c']}usage{forged}".encode()).hexdigest()[:16]
+    await house.redis.xdel(stream, entry)
+    await house.redis.xadd(stream, {**last, "p": forged, "c": chain})
+    await assert_found(house, "sequence", "does not end in the digest that the account knows")
 
 
 async def test_an_entry_that_is_none_of_ours_is_named(house: House) -> None:
@@ -268,4 +302,5 @@ async def _rewrite(house: House, record_id: str, change: Callable[[dict[str, obj
         payload = json.loads(fields["p"])
         if payload.get("record_id") == record_id:
             change(payload)
-        await house.redis.xadd(stream, {**fields, "p": json.dumps(payload)}, id=id_)
+            fields["p"] = json.dumps(payload, separators=(",", ":"))
+        await house.redis.xadd(stream, fields, id=id_)

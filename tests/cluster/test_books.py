@@ -57,11 +57,42 @@ async def _add(store_url: str, name: str, field: str, by: int) -> None:
     await redis.aclose()
 
 
+async def _alter(store_url: str, record_id: str) -> None:
+    """Take one record out and put it back a nano dearer, as somebody with a hand on the store would."""
+    redis, stream = await connect(store_url), shard_for(ACME).stream
+    for entry, fields in await redis.xrange(stream):
+        record = json.loads(fields["p"])
+        if record.get("record_id") == record_id:
+            record["charged_nanos"] += 1
+            await redis.xdel(stream, entry)
+            await redis.xadd(stream, fields | {"p": json.dumps(record, separators=(",", ":"))})
+    await redis.aclose()
+
+
 @pytest.mark.usefixtures("farebox")
 def test_right_books_exit_0_and_say_so() -> None:
     done = runner.invoke(app, ["reconcile"])
     assert done.exit_code == 0, done.output
     assert "every proof holds to the nano" in done.output
+
+
+def test_an_altered_record_exits_1_and_is_named_by_tenant_and_id(farebox: str) -> None:
+    asyncio.run(_alter(farebox, "rec_req_live"))
+    done = runner.invoke(app, ["reconcile"])
+    assert done.exit_code == 1
+    assert "acme" in done.output
+    assert "rec_req_live is not as it was written" in " ".join(done.output.split())
+
+
+def test_what_left_the_stream_unproved_is_found_by_a_full_pass_and_by_any_other(farebox: str, tmp_path: Path) -> None:
+    for file in (tmp_path / "archive").glob(f"date=*/s{shard_for(ACME).number:02d}_*.parquet"):
+        file.unlink()
+    for args in ([], ["--full"]):
+        done = runner.invoke(app, ["reconcile", "--json", "--no-dodo", *args])
+        assert done.exit_code == 1
+        (fault,) = [row for row in json.loads(done.stdout)["drift"] if row["proof"] == "sequence"]
+        assert (fault["tenant"], fault["difference"] < 0) == ("acme", True)
+        assert "missing between the beginning and rec_req_live" in fault["named"]
 
 
 def test_one_nano_exits_1_and_is_named(farebox: str) -> None:

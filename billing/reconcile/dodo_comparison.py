@@ -1,0 +1,85 @@
+"""All shards' exports against Dodo: its events are not listed by shard, so they are asked for once.
+
+Knows in what order to look; what must be equal stands in ``dodo_proofs``.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from billing.clock import Clock
+from billing.dodo.wire import DodoEvent
+from billing.reconcile.dodo_ledger import SETTLED_MS, DodoLedger
+from billing.reconcile.dodo_proofs import Frozen, ShardTold, TenantAtDodo, prove_events, prove_periods
+from billing.reconcile.proofs import Row
+from billing.reconcile.shard_books import ShardBooks
+from billing.store.books import ShardState
+from billing.tenants import Tenant
+from billing.usage import TenantId
+
+TRIES = 4
+"""Looks at a shard that differs from Dodo, before we believe it: what came meanwhile explains itself."""
+DAY_MS = 24 * 3_600_000
+Look = Callable[[int], Awaitable[ShardState]]
+
+
+@dataclass
+class DodoComparison:
+    books: Mapping[int, ShardBooks]
+    tenants: Mapping[int, Sequence[Tenant]]
+    clock: Clock
+    rows: dict[int, list[Row]] = field(default_factory=dict)
+    frozen: dict[int, tuple[int, Mapping[TenantId, str]]] = field(default_factory=dict)
+    """By shard, the next watermark's moment at Dodo and each tenant's sums until there."""
+
+    async def ask(self, ledger: DodoLedger, meter_id: str, states: dict[int, ShardState], look: Look) -> None:
+        """Compare every shard, and look again, store first, at those that differ.
+
+        Raises:
+            DodoUnavailable, DodoRefused: what was compared until then stands in ``rows``.
+        """
+        await ledger.load(min(one.mark.told_ms for one in self.books.values()))
+        left = list(states)
+        for tries_left in range(TRIES - 1, -1, -1):
+            events = ledger.by_customer()
+            for number in list(left):
+                rows = await self._compare(ledger, meter_id, self.books[number].told(states[number]), number, events)
+                if not tries_left or all(row.is_exact for row in rows):
+                    self.rows[number] = rows
+                    left.remove(number)
+            if not left:
+                return
+            for number in left:
+                states[number] = await look(number)
+            await ledger.load(self.clock() - SETTLED_MS)
+
+    async def _compare(
+        self, ledger: DodoLedger, meter_id: str, at: ShardTold, number: int, events: Mapping[str, Sequence[DodoEvent]]
+    ) -> list[Row]:
+        mark, rows = self.books[number].mark, list[Row]()
+        until_ms = day_start(self.clock() - SETTLED_MS)
+        frozen: dict[TenantId, str] = {}
+        may_freeze = until_ms > mark.told_ms
+        for tenant in self.tenants.get(number, ()):
+            dodo = await self._at_dodo(ledger, meter_id, tenant, number, events)
+            rows += prove_events(at, tenant.id, dodo)
+            rows += prove_periods(tenant.id, dodo, self.clock())
+            may_freeze = may_freeze and dodo.may_freeze(at, until_ms)
+            frozen[tenant.id] = json.dumps(dodo.freeze(until_ms).to_wire())
+        if may_freeze:
+            self.frozen[number] = until_ms, frozen
+        return rows
+
+    async def _at_dodo(
+        self, ledger: DodoLedger, meter_id: str, tenant: Tenant, number: int, events: Mapping[str, Sequence[DodoEvent]]
+    ) -> TenantAtDodo:
+        mark = self.books[number].mark
+        known = mark.told.get(tenant.id)
+        mine = [event for event in events.get(tenant.dodo_customer_id, ()) if event.at_ms >= mark.told_ms]
+        periods = await ledger.periods(tenant.subscription.id) if tenant.subscription and meter_id else ()
+        frozen = Frozen.read(json.loads(known)) if known else Frozen()
+        return TenantAtDodo(mine, mark.told_ms, frozen, meter_id, periods)
+
+
+def day_start(ms: int) -> int:
+    return ms - ms % DAY_MS
