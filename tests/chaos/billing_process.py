@@ -5,8 +5,9 @@ Its outbox and its client of Dodo end the process at a named point of the export
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from redis.asyncio import Redis
 
@@ -52,8 +53,10 @@ class DyingOutbox(Outbox):
 
 
 class DyingDodo(Dodo):
-    def __init__(self, settings: DodoSettings, fuse: Fuse) -> None:
-        super().__init__(settings)
+    def __init__(
+        self, fuse: Fuse, settings: DodoSettings, on_call: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        super().__init__(settings, on_call=on_call)
         self._fuse = fuse
 
     async def ingest(self, events: Sequence[Event]) -> int:
@@ -66,7 +69,7 @@ def bill(spec: BillingSpec) -> None:
     """Run the actor until the fuse burns."""
     os.environ.update(spec.environ)
     exporter.Outbox = lambda redis: DyingOutbox(redis, spec.fuse)  # type: ignore[misc, assignment]
-    pump.Dodo = lambda settings: DyingDodo(settings, spec.fuse)  # type: ignore[misc, assignment]
+    pump.Dodo = partial(DyingDodo, spec.fuse)  # type: ignore[misc, assignment]
     asyncio.run(_bill())
 
 
