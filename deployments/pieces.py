@@ -53,4 +53,5 @@ def join(pieces: list[Tokens]) -> Tokens:
     if len(pieces) == 1:
         return pieces[0]
     token_ids = tuple(token for piece in pieces for token in piece.token_ids)
-    return replace(pieces[-1], token_ids=token_ids, text="".join(piece.text for piece in pieces))
+    choices = tuple(choice for piece in pieces for choice in piece.choices)
+    return replace(pieces[-1], token_ids=token_ids, text="".join(piece.text for piece in pieces), choices=choices)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployments.engine.peft_config import LARGEST_SCALING, PeftConfig, parse_config
-from deployments.engine.request import AdapterRejected
+from deployments.engine.request import AdapterRef, AdapterRejected
 from deployments.engine.tensors import HEADER_BYTES, TensorSpan, read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -251,6 +251,17 @@ def _check_modules(modules: Mapping[str, ModuleDelta], config: PeftConfig, linea
 
 
 def _check_finite(files: AdapterFiles) -> None:
+    """Every number is one, and they are not all for nothing."""
     for module, delta in files.info.modules.items():
         if not delta.a.is_finite(files.weights) or not delta.b.is_finite(files.weights):
             raise AdapterRejected(f"{module} has weights that are not finite numbers")
+    if not any(
+        delta.a.is_any(files.weights) and delta.b.is_any(files.weights) for delta in files.info.modules.values()
+    ):
+        raise AdapterRejected("it changes nothing: in each module one factor is all zeros, as before any training")
+
+
+def local_adapter(path: Path | str, name: str = "") -> AdapterRef:
+    """The adapter in this folder, named after it unless told otherwise. Raises AdapterRejected."""
+    folder = Path(path)
+    return AdapterRef(name or folder.name, digest_adapter(folder), str(folder))

@@ -1,6 +1,7 @@
 """What callers' threads and the engine's thread share, behind one lock: messages, and who has no answer yet."""
 
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,8 +41,7 @@ class Inbox:
         self._capacity = capacity
         self._changed = threading.Condition()
         self._messages: list[Message] = []
-        self._unanswered: dict[str, int] = {}
-        """Request id to the most tokens it may compute."""
+        self._unanswered: dict[str, GenerateRequest] = {}
         self._stopping = False
         self._failure = ""
 
@@ -53,9 +53,8 @@ class Inbox:
             RequestRejected: its id is in use.
             Overloaded: there are as many as there may be.
         """
-        request = output.sequence.request
         with self._changed:
-            self._reserve(request)
+            self._reserve(output.request)
             self._messages.append(Submitted(output))
             self._changed.notify()
 
@@ -95,7 +94,12 @@ class Inbox:
     def load(self) -> tuple[int, int]:
         """Requests without an answer, and the most tokens they may compute."""
         with self._changed:
-            return len(self._unanswered), sum(self._unanswered.values())
+            return len(self._unanswered), sum(map(_most_tokens, self._unanswered.values()))
+
+    def adapters(self) -> Counter[AdapterRef]:
+        """How many requests without an answer each adapter has."""
+        with self._changed:
+            return Counter(request.adapter for request in self._unanswered.values() if request.adapter)
 
     def _reserve(self, request: GenerateRequest) -> None:
         if self._stopping:
@@ -104,4 +108,8 @@ class Inbox:
             raise RequestRejected(f"request {request.request_id} is already running")
         if len(self._unanswered) >= self._capacity:
             raise Overloaded(f"{len(self._unanswered)} requests are running or waiting")
-        self._unanswered[request.request_id] = len(request.prompt_token_ids) + request.sampling.max_tokens
+        self._unanswered[request.request_id] = request
+
+
+def _most_tokens(request: GenerateRequest) -> int:
+    return len(request.prompt_token_ids) + request.sampling.n * request.sampling.max_tokens

@@ -1,7 +1,8 @@
 """Which slot of the KV memory belongs to which sequence, and what a new prompt can take over from old ones.
 
 Decides only, torch-free; keys and values are moved by the ``KvRows`` it is given. A prompt's start is
-taken over only from the same adapter bytes and the same fairness key: nobody can time another's prompts.
+taken over only from the same adapter bytes and, unless prefixes are shared, the same fairness key: nobody can
+time another's prompts.
 """
 
 from collections.abc import Sequence as Seq
@@ -35,8 +36,9 @@ class Remains:
 class KvTable:
     """Slots 0 to ``count - 1``; a sequence holds one for as long as it runs."""
 
-    def __init__(self, count: int, rows: KvRows, prefix_cache: bool) -> None:
+    def __init__(self, count: int, rows: KvRows, prefix_cache: bool, shared_prefixes: bool = False) -> None:
         self.count = count
+        self._shared = shared_prefixes
         self._rows = rows
         self._prefix_cache = prefix_cache
         self._held: dict[int, Sequence] = {}
@@ -52,9 +54,9 @@ class KvTable:
         return len(self._held)
 
     def acquire(self, sequence: Sequence) -> None:
-        """Give the sequence a slot, with as much of its prompt as some slot already holds.
+        """Give the sequence a slot, with as much of its tokens as some slot already holds.
 
-        At least the prompt's last token is left to compute: its logits are needed.
+        At least the last token is left to compute: its logits are needed.
         """
         source, rows = self._longest_prefix(sequence)
         slot = source if source in self._free else self._emptiest()
@@ -62,7 +64,9 @@ class KvTable:
         if rows and source != slot:
             self._rows.copy(source, slot, rows)
         self._held[slot] = sequence
-        sequence.kv_slot, sequence.computed, sequence.cached = slot, rows, rows
+        sequence.kv_slot, sequence.computed = slot, rows
+        if not sequence.admitted:
+            sequence.cached = rows
 
     def release(self, sequence: Sequence, sound: bool) -> None:
         slot = sequence.kv_slot
@@ -70,23 +74,26 @@ class KvTable:
         if not sound:
             self._rows.clear(slot)
         kept = sound and self._prefix_cache
-        self._free[slot] = Remains(_owner(sequence), sequence.token_ids[: sequence.computed]) if kept else None
+        self._free[slot] = Remains(self._owner(sequence), sequence.token_ids[: sequence.computed]) if kept else None
         sequence.kv_slot = -1
         assert len(self._free) + len(self._held) == self.count
 
     def _longest_prefix(self, sequence: Sequence) -> tuple[int, int]:
-        """The slot that holds most of this prompt, and how much; (-1, 0) if none holds enough."""
+        """The slot that holds most of this sequence, and how much; (-1, 0) if none holds enough."""
         if not self._prefix_cache:
             return -1, 0
-        owner, prompt = _owner(sequence), sequence.token_ids[: sequence.prompt_tokens - 1]
+        owner, wanted = self._owner(sequence), sequence.token_ids[:-1]
         sources = {
             slot: remains.token_ids for slot, remains in self._free.items() if remains and remains.owner == owner
         }
         for slot, running in self._held.items():
-            if _owner(running) == owner:
+            if self._owner(running) == owner:
                 sources[slot] = running.token_ids[: running.computed]
-        found = max(((common_prefix(prompt, tokens), slot) for slot, tokens in sources.items()), default=(0, -1))
+        found = max(((common_prefix(wanted, tokens), slot) for slot, tokens in sources.items()), default=(0, -1))
         return (found[1], found[0]) if found[0] >= SHORTEST_PREFIX else (-1, 0)
+
+    def _owner(self, sequence: Sequence) -> tuple[str, str]:
+        return sequence.digest, "" if self._shared else sequence.request.fairness_key
 
     def _emptiest(self) -> int:
         """The lowest slot that holds nothing, else the one that has been free the longest."""
@@ -104,7 +111,3 @@ def common_prefix(left: Seq[int], right: Seq[int]) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _owner(sequence: Sequence) -> tuple[str, str]:
-    return sequence.digest, sequence.request.fairness_key

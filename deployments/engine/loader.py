@@ -7,6 +7,7 @@ it was asked for by.
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ class Loaded:
 
     load: Load
     error: str
+    seconds: float = 0.0
+    is_from_disk: bool = False
 
 
 class HostTier:
@@ -33,23 +36,31 @@ class HostTier:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._adapters: OrderedDict[str, HostAdapter] = OrderedDict()
+        self._adapters: OrderedDict[str, tuple[str, HostAdapter]] = OrderedDict()
+        """Name and weights, by digest."""
         self.nbytes = 0
 
     def get(self, digest: str) -> HostAdapter | None:
-        adapter = self._adapters.get(digest)
-        if adapter is not None:
-            self._adapters.move_to_end(digest)
-        return adapter
+        found = self._adapters.get(digest)
+        if found is None:
+            return None
+        self._adapters.move_to_end(digest)
+        return found[1]
 
-    def put(self, digest: str, adapter: HostAdapter) -> None:
+    @property
+    def names(self) -> dict[str, str]:
+        """Digest to name of what is kept."""
+        kept = list(self._adapters.items())  # at once: other threads ask too
+        return {digest: name for digest, (name, _) in kept}
+
+    def put(self, ref: AdapterRef, adapter: HostAdapter) -> None:
         """Keep an adapter, unless it is larger than the whole tier."""
         if adapter.nbytes > self._max_bytes:
             return
-        self._adapters[digest] = adapter
+        self._adapters[ref.digest] = (ref.name, adapter)
         self.nbytes += adapter.nbytes
         while self.nbytes > self._max_bytes:
-            _, dropped = self._adapters.popitem(last=False)
+            _, (_, dropped) = self._adapters.popitem(last=False)
             self.nbytes -= dropped.nbytes
 
 
@@ -86,17 +97,29 @@ class Loader:
     def submit(self, load: Load) -> None:
         self._queue.put(load)
 
+    @property
+    def host(self) -> HostTier:
+        """The adapters in host memory, for those who count."""
+        return self._host
+
     def _run(self) -> None:
         while (load := self._queue.get()) is not None:
-            reason = ""
+            reason, started = "", time.perf_counter()
+            is_from_disk = self._host.get(load.ref.digest) is None
             try:
-                self._pool.write(load.slot, self._fetch(load.ref))
+                self._bring(load)
             except AdapterRejected as error:
                 reason = str(error)
             except Exception as error:
                 log.exception("loading adapter %s failed", load.ref.name)
                 reason = f"loading failed: {type(error).__name__}: {error}"
-            self._report(Loaded(load, reason))
+            self._report(Loaded(load, reason, time.perf_counter() - started, is_from_disk))
+
+    def _bring(self, load: Load) -> None:
+        adapter = self._fetch(load.ref)
+        self._pool.write(load.slot, adapter)
+        if failed := self._pool.ineffective(load.slot, adapter):
+            raise AdapterRejected(f"its weights took no effect in {failed}")
 
     def _fetch(self, ref: AdapterRef) -> HostAdapter:
         adapter = self._host.get(ref.digest)
@@ -111,5 +134,5 @@ class Loader:
             if files.info.digest != ref.digest:
                 raise AdapterRejected(f"its bytes have the digest {files.info.digest}, not {ref.digest}")
             adapter = stage(files, self._pool.dtype)
-            self._host.put(ref.digest, adapter)
+            self._host.put(ref, adapter)
         return adapter

@@ -1,13 +1,23 @@
 """The engine: one base model and its adapters behind a thread-safe face.
 
-Knows tokens and adapters; knows no tenant, price, transport or cluster.
+Knows tokens and adapters; knows no tenant, price, transport or cluster. Alone it is used like this::
+
+    with Engine(EngineSettings(".farebox/models/base")) as engine:
+        prompt = engine.text.chat([{"role": "user", "content": "What is the capital of Japan?"}])
+        pirate = local_adapter(".farebox/models/adapters/pirate")
+        request = GenerateRequest("1", prompt, SamplingParams(max_tokens=40, temperature=0.0), adapter=pirate)
+        print(engine.submit(request).text())
 """
 
 import asyncio
+import math
+import queue
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from types import TracebackType
 
 import torch
 
@@ -15,22 +25,55 @@ from deployments.engine.inbox import Aborted, Extended, Inbox, Pinned
 from deployments.engine.kv import KvTable
 from deployments.engine.loader import Loader
 from deployments.engine.model import Model
-from deployments.engine.output import Emit, Output
+from deployments.engine.output import Answer, Emit, Output
 from deployments.engine.request import (
     AdapterRef,
     AdapterRejected,
+    AdapterStats,
     EngineFailed,
     EngineStats,
+    FinishReason,
     GenerateRequest,
     RequestRejected,
     Tokens,
 )
+from deployments.engine.sampler import seed_of
 from deployments.engine.scheduler import Scheduler
 from deployments.engine.sequence import Sequence
 from deployments.engine.settings import EngineSettings
 from deployments.engine.slots import AdapterSlots
 from deployments.engine.text import Text
 from deployments.engine.worker import Counts, Worker
+
+
+class Pieces:
+    """A request's output as it comes: iterate over it once, or take all of its text."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Tokens] = queue.SimpleQueue()
+
+    def put(self, piece: Tokens) -> None:
+        self._queue.put(piece)
+
+    def __iter__(self) -> Iterator[Tokens]:
+        is_over = False
+        while not is_over:
+            piece = self._queue.get()
+            is_over = piece.finish_reason is not None
+            yield piece
+
+    def text(self) -> str:
+        """The first answer's text, when it is complete.
+
+        Raises:
+            EngineFailed: it will not be complete: the request failed, was aborted or ran out of time.
+        """
+        text = ""
+        for piece in self:
+            if piece.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                raise EngineFailed(piece.error or "the request was aborted")
+            text += "".join(choice.text for choice in piece.news if choice.index == 0)
+        return text
 
 
 class Engine:
@@ -48,7 +91,7 @@ class Engine:
         self.text = Text(config.model_path)
         self._inbox = Inbox(config.max_running + config.max_queued)
         self._model = Model(config)
-        self._kv = KvTable(config.max_running, self._model.kv, config.prefix_cache)
+        self._kv = KvTable(config.max_running, self._model.kv, config.prefix_cache, config.shared_prefixes)
         self._slots = AdapterSlots(config.adapter_slots)
         self._counts = Counts()
         self._loader = Loader(
@@ -59,10 +102,13 @@ class Engine:
             root=config.adapter_root,
             report=self._inbox.post,
         )
+        self._scheduler = Scheduler(
+            self._kv, self._slots, config.max_batched_tokens, config.adapter_wait_s, config.preempt_after_s
+        )
         worker = Worker(
             inbox=self._inbox,
             model=self._model,
-            scheduler=Scheduler(self._kv, self._slots, config.max_batched_tokens, config.adapter_wait_s),
+            scheduler=self._scheduler,
             slots=self._slots,
             loader=self._loader,
             outputs={},
@@ -84,10 +130,20 @@ class Engine:
             self._thread.join()
             self._loader.stop()
 
-    def submit(self, request: GenerateRequest, emit: Emit) -> None:
-        """Take a request. ``emit`` is called from the engine's thread and must return at once.
+    def __enter__(self) -> "Engine":
+        self.start()
+        return self
 
-        Its last call, and no other, has a finish reason.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def submit(self, request: GenerateRequest, emit: Emit | None = None) -> Pieces:
+        """Take a request. Its pieces go to ``emit`` if there is one, else into what is returned.
+
+        ``emit`` is called from the engine's thread and must return at once. The last piece, and no other,
+        has a finish reason.
 
         Raises:
             RequestRejected: it cannot run here.
@@ -97,21 +153,16 @@ class Engine:
         """
         now = time.monotonic()
         self._validate(request, now)
-        seed = request.sampling.seed
-        sequence = Sequence(
-            request=request,
-            deadline=now + request.time_to_live_s,
-            seed=secrets.randbits(64) if seed is None else seed,
-        )
+        pieces = Pieces()
         self._inbox.submit(
             Output(
-                sequence=sequence,
-                detokenizer=self.text.detokenizer(request.sampling.stop),
-                emit=emit,
-                end_token_ids=self.text.eos_token_ids,
-                max_context_tokens=self.config.max_context_tokens,
+                request=request,
+                answers=self._answers(request),
+                emit=emit or pieces.put,
+                deadline=now + request.time_to_live_s,
             )
         )
+        return pieces
 
     def abort(self, request_id: str) -> None:
         """End a request within one step; its last piece says ``abort``. No effect if it has ended."""
@@ -138,7 +189,8 @@ class Engine:
         """Counters and gauges at this moment."""
         counts = self._counts
         requests, queued_tokens = self._inbox.load()
-        running = min(self._kv.used, requests)
+        active = {sequence.request_id: sequence.digest for sequence in self._scheduler.running}
+        running = min(len(active), requests)
         return EngineStats(
             steps=counts.steps,
             mixed_steps=counts.mixed_steps,
@@ -154,8 +206,29 @@ class Engine:
             requests_finished=counts.requests_finished,
             requests_aborted=counts.requests_aborted,
             adapter_loads=counts.adapter_loads,
+            adapter_load_ms=round(counts.adapter_load_s * 1000),
+            adapter_disk_loads=counts.adapter_disk_loads,
+            adapter_hits=counts.adapter_hits,
+            adapter_requests=counts.adapter_requests,
+            adapter_host_bytes=self._loader.host.nbytes,
+            preemptions=self._scheduler.preemptions,
             adapters_resident=tuple(f"{r.ref.name}@{r.ref.digest}" for r in self._slots.residents),
+            adapters=self._adapters(Counter(active.values())),
         )
+
+    def _adapters(self, running: Mapping[str, int]) -> tuple[AdapterStats, ...]:
+        """Those with requests, in slots and in host memory, by digest."""
+        requests = {ref.digest: (ref.name, count) for ref, count in self._inbox.adapters().items()}
+        names = self._loader.host.names | {r.ref.digest: r.ref.name for r in self._slots.residents}
+        tiers = dict.fromkeys(self._loader.host.names, "host")
+        tiers |= {r.ref.digest: "slot" if r.ready else "loading" for r in self._slots.everyone}
+        found = []
+        for digest in sorted(requests.keys() | tiers.keys()):
+            name, count = requests.get(digest, (names.get(digest, ""), 0))
+            active = min(running.get(digest, 0), count)
+            tier, pinned = tiers.get(digest, ""), self._slots.is_pinned(digest)
+            found.append(AdapterStats(name, digest, tier, active, count - active, pinned))
+        return tuple(found)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Tokens]:
         """The request's pieces as they come; closing the iterator aborts. Raises as ``submit``."""
@@ -176,6 +249,19 @@ class Engine:
             if not finished:
                 self.abort(request.request_id)
 
+    def _answers(self, request: GenerateRequest) -> tuple[Answer, ...]:
+        given = request.sampling.seed
+        seed = secrets.randbits(64) if given is None else given
+        return tuple(
+            Answer(
+                sequence=Sequence(request=request, seed=seed_of(seed, index), index=index),
+                detokenizer=self.text.detokenizer(request.sampling.stop),
+                end_token_ids=self.text.eos_token_ids,
+                max_context_tokens=self.config.max_context_tokens,
+            )
+            for index in range(request.sampling.n)
+        )
+
     def _validate(self, request: GenerateRequest, now: float) -> None:
         prompt = request.prompt_token_ids
         if not prompt:
@@ -186,5 +272,9 @@ class Engine:
             )
         if not 0 <= min(prompt) <= max(prompt) < self._model.limits.vocabulary:
             raise RequestRejected("the prompt has a token that the model doesn't know")
+        if any(token >= self._model.limits.vocabulary for token, _ in request.sampling.logit_bias):
+            raise RequestRejected("logit_bias names a token that the model doesn't know")
+        if not 0 < request.fairness_weight < math.inf:
+            raise RequestRejected(f"fairness_weight must be above 0, not {request.fairness_weight:g}")
         if request.adapter and (reason := self._slots.failure(request.adapter.digest, now)):
             raise AdapterRejected(f"adapter {request.adapter.name}: {reason}")

@@ -17,6 +17,8 @@ from deployments.engine.lora_math import RowPlan, expand, shrink
 
 RANK_STEP = 8
 """Ranks are computed in multiples of this: 16 bytes of bfloat16, as grouped matrix products want."""
+EFFECT_TOLERANCE = 0.05
+"""Largest difference between a product in the pool and the adapter's own, as a share of it: bfloat16 rounds twice."""
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Siblings that read the same input, so that one product with all their A factors serves them."""
 
@@ -130,6 +132,23 @@ class LoraPool:
             a[rank:].zero_()
             b[slot, rank:].zero_()
         self._slot_ranks[slot] = {name: len(factors.a) for name, factors in adapter.modules.items()}
+
+    @torch.inference_mode()
+    def ineffective(self, slot: int, adapter: HostAdapter) -> str:
+        """The first module in which a row of this slot gets another product than the adapter's own; empty if none."""
+        plan = RowPlan.of({slot: 1}, self._device)
+        for name, factors in adapter.modules.items():
+            group, b = self._groups[name], self._b[name]
+            a = factors.a.to(self._device)
+            probe = torch.linspace(-1, 1, a.shape[1], dtype=self.dtype, device=self._device)[None]
+            rank = -(-len(a) // RANK_STEP) * RANK_STEP
+            got = b.new_zeros(1, b.shape[2])
+            shrunk = shrink(probe, group.a[:, :rank], plan)[:, :, group.members.index(name)]
+            expand(got, shrunk, b[:, :rank], plan)
+            wanted = probe.float() @ a.t().float() @ factors.b.to(self._device).float()
+            if not (got.float() - wanted).abs().max() <= EFFECT_TOLERANCE * wanted.abs().max():
+                return name
+        return ""
 
     def plan(self, rows_by_slot: Mapping[int, int]) -> LoraStep | None:
         """The step over these slots, each with its number of rows; None if there are none."""

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from deployments.engine.request import FinishReason, Tokens
+from deployments.engine.request import Choice, FinishReason, GenerateRequest, Logprob, Tokens
 from deployments.engine.sequence import Sequence
 from deployments.engine.text import Detokenizer
 
@@ -14,51 +14,102 @@ Emit = Callable[[Tokens], None]
 
 
 @dataclass(slots=True, eq=False)
-class Output:
-    """One request's way out. The last piece sent, and no other, has a finish reason."""
+class Answer:
+    """One of a request's answers: its tokens, and how they become text."""
 
     sequence: Sequence
     detokenizer: Detokenizer
-    emit: Emit
     end_token_ids: frozenset[int]
     max_context_tokens: int
-    _sent_tokens: int = field(default=0, init=False)
+    logprobs: list[Logprob] = field(default_factory=list)
+    """Of tokens that were not sent yet."""
+    sent_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    scheduled: bool = False
+    """The scheduler has its sequence."""
 
-    def take(self, token_id: int) -> tuple[str, FinishReason | None]:
-        """Append a sampled token to the sequence; return the text it releases, and whether it was the last."""
-        sequence = self.sequence
+    def take(self, token_id: int) -> str:
+        """Append a sampled token to the sequence; return the text it releases. It may be the last."""
+        sequence, sampling = self.sequence, self.sequence.request.sampling
         sequence.token_ids.append(token_id)
-        if token_id in self.end_token_ids and not sequence.request.sampling.ignore_eos:
-            return self.detokenizer.finish(), FinishReason.STOP
-        text = self.detokenizer.feed(token_id)
-        if self.detokenizer.stopped:
-            return text, FinishReason.STOP
+        may_stop = sequence.completion_tokens >= sampling.min_tokens
+        if token_id in self.end_token_ids and not sampling.ignore_eos and may_stop:
+            self.finish_reason = FinishReason.STOP
+            return self.detokenizer.finish()
+        text = self.detokenizer.feed(token_id, may_stop)
         full = len(sequence.token_ids) >= self.max_context_tokens
-        if full or sequence.completion_tokens >= sequence.request.sampling.max_tokens:
-            return text + self.detokenizer.finish(), FinishReason.LENGTH
-        return text, None
+        if self.detokenizer.stopped:
+            self.finish_reason = FinishReason.STOP
+        elif full or sequence.completion_tokens >= sampling.max_tokens:
+            self.finish_reason = FinishReason.LENGTH
+            text += self.detokenizer.finish()
+        return text
+
+    @property
+    def forbidden(self) -> frozenset[int]:
+        """Tokens that it must not get next."""
+        sampling = self.sequence.request.sampling
+        is_short = sampling.min_tokens > self.sequence.completion_tokens and not sampling.ignore_eos
+        return self.end_token_ids if is_short else frozenset()
+
+    def unsent(self) -> tuple[int, ...]:
+        """Its tokens since the last call."""
+        start = self.sequence.prompt_tokens + self.sent_tokens
+        self.sent_tokens = self.sequence.completion_tokens
+        return tuple(self.sequence.token_ids[start:])
+
+
+@dataclass(slots=True, eq=False)
+class Output:
+    """One request's way out. The last piece sent, and no other, has a finish reason."""
+
+    request: GenerateRequest
+    answers: tuple[Answer, ...]
+    """The first has the prompt computed; the others begin when it has."""
+    emit: Emit
+    deadline: float
+    """On the engine's clock, in seconds."""
+
+    @property
+    def digest(self) -> str:
+        return self.answers[0].sequence.digest
+
+    @property
+    def is_over(self) -> bool:
+        return all(answer.finish_reason is not None for answer in self.answers)
 
     def send(
-        self, text: str, finish_reason: FinishReason | None = None, error: str = "", is_adapter_refused: bool = False
+        self,
+        text: str,
+        answer: Answer,
+        finish_reason: FinishReason | None = None,
+        error: str = "",
+        is_adapter_refused: bool = False,
     ) -> bool:
-        """Emit what is new; False if nobody is there to take it any more."""
-        sequence = self.sequence
-        start = sequence.prompt_tokens + self._sent_tokens
+        """Emit what is new of an answer; False if nobody is there to take it any more."""
+        sampling = self.request.sampling
+        choices: tuple[Choice, ...] = ()
+        if sampling.n > 1 or sampling.logprobs is not None:
+            reason = answer.finish_reason or finish_reason
+            choices = (Choice(answer.sequence.index, text, tuple(answer.logprobs), reason),)
+            answer.logprobs.clear()
+            text = ""
+        sequences = [each.sequence for each in self.answers]
         piece = Tokens(
-            token_ids=tuple(sequence.token_ids[start:]),
+            token_ids=answer.unsent(),
             text=text,
-            prompt_tokens=sequence.prompt_tokens,
-            cached_tokens=sequence.cached,
-            completion_tokens=sequence.completion_tokens,
-            compute_ms=round(sequence.compute_s * 1000),
+            prompt_tokens=sequences[0].prompt_tokens,
+            cached_tokens=sequences[0].cached,
+            completion_tokens=sum(sequence.completion_tokens for sequence in sequences),
+            compute_ms=round(sum(sequence.compute_s for sequence in sequences) * 1000),
             finish_reason=finish_reason,
             error=error,
             is_adapter_refused=is_adapter_refused,
+            choices=choices,
         )
-        self._sent_tokens = sequence.completion_tokens
         try:
             self.emit(piece)
         except RuntimeError as closed:
-            log.warning("request %s: its listener is gone (%s)", sequence.request_id, closed)
+            log.warning("request %s: its listener is gone (%s)", self.request.request_id, closed)
             return False
         return True

@@ -4,8 +4,14 @@ Knows tokens and adapters; knows no tenant, price or transport. Everything here 
 imports no torch.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+MOST_CHOICES = 16
+MOST_LOGPROBS = 20
+MOST_BIASES = 1024
+LARGEST_BIAS = 100.0
 
 
 class EngineError(Exception):
@@ -70,6 +76,14 @@ class SamplingParams:
     """The same seed gives the same tokens, alone or in a crowd."""
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    n: int = 1
+    """Answers to the one prompt, each with a seed of its own; ``max_tokens`` bounds each of them."""
+    min_tokens: int = 0
+    """No end token and no stop string ends an answer before it has this many tokens."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token to what is added to its logit, -100 to 100."""
+    logprobs: int | None = None
+    """Report each token's log-probability, and that many of the likeliest beside it."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -88,6 +102,20 @@ class SamplingParams:
             raise RequestRejected(f"max_tokens must be at least 1, not {self.max_tokens}")
         if self.top_k < 0:
             raise RequestRejected(f"top_k must be 0 (all) or more, not {self.top_k}")
+        if not 1 <= self.n <= MOST_CHOICES:
+            raise RequestRejected(f"n must be between 1 and {MOST_CHOICES}, not {self.n}")
+        if self.min_tokens < 0:
+            raise RequestRejected(f"min_tokens must be 0 or more, not {self.min_tokens}")
+        if not 0 <= (self.logprobs or 0) <= MOST_LOGPROBS:
+            raise RequestRejected(f"logprobs must be between 0 and {MOST_LOGPROBS}, not {self.logprobs}")
+        if len(self.logit_bias) > MOST_BIASES:
+            raise RequestRejected(f"logit_bias takes at most {MOST_BIASES} tokens, not {len(self.logit_bias)}")
+        for token, bias in self.logit_bias:
+            if not (math.isfinite(bias) and abs(bias) <= LARGEST_BIAS and token >= 0):
+                raise RequestRejected(
+                    f"logit_bias takes token ids and numbers between {-LARGEST_BIAS:g} and {LARGEST_BIAS:g}, "
+                    f"not {bias:g} for {token}"
+                )
         if any(not text for text in self.stop):
             raise RequestRejected("a stop string must not be empty")
 
@@ -102,18 +130,43 @@ class GenerateRequest:
     adapter: AdapterRef | None = None
     fairness_key: str = ""
     """Opaque: requests with the same key share one turn in the queue, and a prefix cache."""
+    fairness_weight: float = 1.0
+    """How much of the service this key gets, beside keys of weight 1."""
     time_to_live_s: float = 60.0
     """The engine aborts the request this long after it was submitted or last extended."""
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token, how likely the model found it (before penalties and temperature), and the likeliest in its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is new of one of several answers. Its last piece has a finish reason."""
+
+    index: int
+    text: str
+    logprobs: tuple[Logprob, ...] = ()
+    """One for each of its new tokens, if the request asked for them."""
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
-    """A piece of one request's output. Counts are totals so far; the last piece has a finish reason."""
+    """A piece of one request's output. Counts are totals so far, over all its answers; the prompt counts once.
+
+    The request's last piece, and no other, has a finish reason.
+    """
 
     token_ids: tuple[int, ...]
     """New since the last piece."""
     text: str
-    """New since the last piece; never half a character, never part of a stop string."""
+    """New since the last piece; never half a character, never part of a stop string. Empty if there are choices."""
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
@@ -122,6 +175,26 @@ class Tokens:
     error: str = ""
     is_adapter_refused: bool = False
     """With ``ERROR``: the adapter cannot be loaded, and nothing was computed."""
+    choices: tuple[Choice, ...] = ()
+    """What is new of which answer, in order; only for requests with ``n`` above 1 or with ``logprobs``."""
+
+    @property
+    def news(self) -> tuple[Choice, ...]:
+        """What is new of which answer, whatever the request asked for."""
+        return self.choices or (Choice(0, self.text, finish_reason=self.finish_reason),)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStats:
+    """One adapter that is in use or resident."""
+
+    name: str
+    digest: str
+    tier: str
+    """``slot``, ``host`` or ``loading``; empty where it only waits."""
+    running: int = 0
+    waiting: int = 0
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,5 +216,17 @@ class EngineStats:
     requests_finished: int = 0
     requests_aborted: int = 0
     adapter_loads: int = 0
+    adapter_load_ms: int = 0
+    """Time that all those loads took, away from the engine's thread."""
+    adapter_disk_loads: int = 0
+    """Loads whose adapter was not in host memory."""
+    adapter_hits: int = 0
+    """Requests whose adapter was in its slot when they came."""
+    adapter_requests: int = 0
+    adapter_host_bytes: int = 0
+    preemptions: int = 0
+    """Times a running request had to give up its place, to be computed again later."""
     adapters_resident: tuple[str, ...] = field(default=())
     """``name@digest`` of the adapters in slots."""
+    adapters: tuple[AdapterStats, ...] = field(default=())
+    """Each adapter that has requests, a slot or host memory."""

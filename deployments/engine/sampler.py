@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deployments.engine.request import SamplingParams
+from deployments.engine.request import Logprob, SamplingParams
 
 MASK64 = (1 << 64) - 1
 
@@ -23,23 +23,55 @@ class Row:
     sampling: SamplingParams
     seed: int
     generated: Seq[int]
+    forbidden: Seq[int] = ()
+    """Tokens that must not be chosen now."""
 
 
 @torch.inference_mode()
 def sample(logits: Tensor, rows: Seq[Row]) -> list[int | None]:
     """Choose a token for each row of ``logits [rows, vocabulary]``; None where the logits are no numbers.
 
-    The logits are the sampler's from here on: penalties change them in place.
+    The logits are the sampler's from here on: penalties and biases change them in place.
     """
     logits = logits.float()
     sound = logits.amax(-1).isfinite().tolist()
-    chosen = _penalised(logits, rows).argmax(-1).tolist()
+    chosen = _adjusted(logits, rows).argmax(-1).tolist()
     random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and sound[i]]
     if random:
-        drawn = _draw(logits[random], [rows[i] for i in random])
+        everyone = len(random) == len(rows)
+        drawn = _draw(logits if everyone else logits[random], [rows[i] for i in random])
         for i, token in zip(random, drawn.tolist(), strict=True):
             chosen[i] = token
     return [token if good else None for token, good in zip(chosen, sound, strict=True)]
+
+
+class Likelihoods:
+    """How likely the model finds each token, for the rows that ask: taken before ``sample`` changes the logits."""
+
+    @torch.inference_mode()
+    def __init__(self, logits: Tensor, rows: Seq[Row]) -> None:
+        self._wanted = {i: len_top for i, row in enumerate(rows) if (len_top := row.sampling.logprobs) is not None}
+        if self._wanted:
+            self._logprobs = logits[list(self._wanted)].float().log_softmax(-1)
+
+    @torch.inference_mode()
+    def of(self, tokens: Seq[int | None]) -> dict[int, Logprob]:
+        """By row, for the rows that asked and got a token."""
+        if not self._wanted:
+            return {}
+        found: dict[int, Logprob] = {}
+        best = self._logprobs.topk(max(1, *self._wanted.values()), dim=-1)
+        for i, (row, count) in enumerate(self._wanted.items()):
+            token = tokens[row]
+            if token is not None:
+                top = zip(best.indices[i, :count].tolist(), best.values[i, :count].tolist(), strict=True)
+                found[row] = Logprob(token, float(self._logprobs[i, token]), tuple(top))
+        return found
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The seed of a request's answer of that index; the first keeps the request's own."""
+    return seed if index == 0 else _mix((seed & MASK64) ^ _mix(index))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -54,8 +86,8 @@ def _mix(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def _penalised(logits: Tensor, rows: Seq[Row]) -> Tensor:
-    """Subtract, in place, presence and frequency penalties for the tokens generated so far."""
+def _adjusted(logits: Tensor, rows: Seq[Row]) -> Tensor:
+    """Subtract, in place, the penalties for the tokens generated so far; add biases; forbid what is forbidden."""
     for i, row in enumerate(rows):
         presence, frequency = row.sampling.presence_penalty, row.sampling.frequency_penalty
         if row.generated and (presence or frequency):
@@ -63,6 +95,11 @@ def _penalised(logits: Tensor, rows: Seq[Row]) -> Tensor:
             tokens = torch.tensor(list(counts), device=logits.device)
             times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
             logits[i, tokens] -= presence + frequency * times
+        if row.sampling.logit_bias:
+            biased = torch.tensor([token for token, _ in row.sampling.logit_bias], device=logits.device)
+            logits[i, biased] += _row_of([bias for _, bias in row.sampling.logit_bias], logits)
+        if row.forbidden:
+            logits[i, torch.tensor(list(row.forbidden), device=logits.device)] = float("-inf")
     return logits
 
 
@@ -95,5 +132,9 @@ def _kept(probabilities: Tensor, rows: Seq[Row]) -> Tensor:
     return probabilities.where(probabilities >= floor, 0.0)
 
 
+def _row_of(values: Seq[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
 def _column(values: Seq[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return _row_of(values, like)[:, None]

@@ -2,11 +2,13 @@
 
 Every running decode is in every step; prefill gets the rest of the budget in chunks; waiting requests
 enter by fairness as far as KV slots and adapter slots allow. A request blocked by its adapter is passed
-over, not waited for, until it has waited long enough for another adapter to give up its slot.
+over, not waited for, until it has waited long enough for another adapter to give up its slot. A running
+request can be preempted: it waits again with the tokens it has, and what it held is computed anew.
 """
 
 from collections import Counter, deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from itertools import chain
 from typing import Protocol
 
@@ -14,6 +16,9 @@ from deployments.engine.fairness import TokenCounters
 from deployments.engine.request import AdapterRef
 from deployments.engine.sequence import Sequence, Work
 from deployments.engine.slots import AdapterSlots
+
+PREEMPT_PATIENCE = 3
+"""An adapter that takes no new requests is set back once somebody waited this many times its patience for it."""
 
 
 class KvSlots(Protocol):
@@ -33,53 +38,59 @@ class KvSlots(Protocol):
 class Scheduler:
     """Owns every sequence from ``add`` to ``remove``. Times are seconds on the caller's clock."""
 
-    def __init__(self, kv: KvSlots, slots: AdapterSlots, max_batched_tokens: int, adapter_wait_s: float) -> None:
+    def __init__(
+        self,
+        kv: KvSlots,
+        slots: AdapterSlots,
+        max_batched_tokens: int,
+        adapter_wait_s: float,
+        preempt_after_s: float,
+    ) -> None:
         self._kv = kv
         self._slots = slots
         self._budget = max_batched_tokens
         self._adapter_wait_s = adapter_wait_s
+        self._preempt_after_s = preempt_after_s
         self._waiting: dict[str, deque[Sequence]] = {}
         """By fairness key, in order of arrival."""
-        self._running: dict[str, Sequence] = {}
-        """By request id, in order of admission."""
+        self._running: dict[Sequence, None] = {}
+        """In order of admission."""
         self._waited_for: Counter[str] = Counter()
         """Digest to the number of waiting requests that need it."""
         self._counters = TokenCounters()
+        self.preemptions = 0
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, now: float) -> None:
         """A request has come; its adapter begins to load if there is room."""
-        key = sequence.request.fairness_key
-        self._counters.enter(key)
-        self._waiting.setdefault(key, deque()).append(sequence)
-        if sequence.adapter:
-            if self._slots.has_room:
-                self._slots.prepare(sequence.adapter, self._waited_for)
-            self._waited_for[sequence.digest] += 1
+        self._counters.enter(sequence.request.fairness_key, sequence.request.fairness_weight)
+        if sequence.adapter and self._slots.has_room:
+            self._slots.prepare(sequence.adapter, self._waited_for)
+        self._queue(sequence, now)
 
     def remove(self, sequence: Sequence, sound: bool = True) -> None:
         """A request has ended, for whatever reason: everything it held is free again.
 
         Not ``sound``: what it computed is not to be trusted.
         """
-        if self._running.pop(sequence.request_id, None) is None:
-            self._unqueue(sequence)
+        if sequence in self._running:
+            self._release(sequence, sound)
         else:
-            self._kv.release(sequence, sound and sequence.covered)
-            if sequence.adapter:
-                self._slots.release(sequence.digest)
+            self._unqueue(sequence)
         self._counters.leave(sequence.request.fairness_key)
 
     def schedule(self, now: float) -> list[Work]:
         """Choose this step's work: the rows of one adapter beside each other, those of the base model last."""
+        blocked = self._draining(now)
+        self._make_room(now)
         budget = self._budget
         work = []
-        for sequence in self._running.values():
+        for sequence in self._running:
             if sequence.decoding:
                 work.append(Work(sequence, 1))
                 budget -= 1
         assert budget >= 0
-        prefills = (sequence for sequence in self._running.values() if not sequence.decoding)
-        for sequence in chain(list(prefills), self._admissions(now)):
+        prefills = [sequence for sequence in self._running if not sequence.decoding]
+        for sequence in chain(prefills, self._admissions(now, blocked)):
             count = min(budget, len(sequence.token_ids) - sequence.computed)
             work.append(Work(sequence, count))
             budget -= count
@@ -99,15 +110,14 @@ class Scheduler:
 
     @property
     def running(self) -> list[Sequence]:
-        return list(self._running.values())
+        return list(self._running)
 
     @property
     def waiting(self) -> list[Sequence]:
         return list(chain.from_iterable(self._waiting.values()))
 
-    def _admissions(self, now: float) -> Iterator[Sequence]:
+    def _admissions(self, now: float, blocked: set[str]) -> Iterator[Sequence]:
         """Take in waiting sequences one by one, for as long as the caller has budget for them."""
-        blocked: set[str] = self._draining(now)
         while self._kv.available:
             sequence = next((s for s in self._by_turn(now) if self._admit(s, blocked, now)), None)
             if sequence is None:
@@ -133,8 +143,10 @@ class Scheduler:
             sequence.adapter_slot = slot
         self._unqueue(sequence)
         self._kv.acquire(sequence)
-        self._running[sequence.request_id] = sequence
-        self._counters.charge(sequence.request.fairness_key, prompt_tokens=sequence.prompt_tokens - sequence.cached)
+        self._running[sequence] = None
+        if not sequence.admitted:
+            sequence.admitted = True
+            self._counters.charge(sequence.request.fairness_key, prompt_tokens=sequence.prompt_tokens - sequence.cached)
         return True
 
     def _starved(self, now: float) -> list[Sequence]:
@@ -148,10 +160,64 @@ class Scheduler:
         if not homeless:
             return set()
         work_left: Counter[str] = Counter()
-        for sequence in self._running.values():
+        for sequence in self._running:
             work_left[sequence.digest] += sequence.tokens_left
         victims = sorted((r.ref.digest for r in self._slots.victims()), key=lambda digest: (work_left[digest], digest))
+        self._set_back(victims, now)
         return set(victims[: len(homeless)])
+
+    def _set_back(self, victims: Seq[str], now: float) -> None:
+        """For those that wait far too long: preempt what still runs on the adapters that should have made way."""
+        limit = PREEMPT_PATIENCE * self._adapter_wait_s
+        waited = [s for s in self._starved(now) if now - _blocked_since(s) >= limit]
+        homeless = {s.digest for s in waited if not self._slots.has(s.digest)}
+        taken = set(victims[: len(homeless)])
+        for sequence in [sequence for sequence in self._running if sequence.digest in taken]:
+            self._preempt(sequence, now)
+
+    def _make_room(self, now: float) -> None:
+        """If the least served key waits for a place in the batch, take one from a key that holds two more than it."""
+        if self._kv.available:
+            return
+        ready = [
+            key
+            for key, queue in self._waiting.items()
+            if now - queue[0].waiting_since >= self._preempt_after_s
+            and (not queue[0].adapter or self._slots.is_ready(queue[0].digest))
+        ]
+        if not ready:
+            return
+        key = min(ready, key=self._counters.served)
+        places = Counter(sequence.request.fairness_key for sequence in self._running)
+        richest = max(places, key=lambda other: (places[other] - 1) / self._counters.weight(other))
+        share = (places[key] + 1) / self._counters.weight(key)
+        is_fairer = share <= (places[richest] - 1) / self._counters.weight(richest)
+        if is_fairer and self._counters.served(key) < self._counters.served(richest):
+            self._preempt(next(s for s in reversed(self._running) if s.request.fairness_key == richest), now)
+
+    def _preempt(self, sequence: Sequence, now: float) -> None:
+        """Back to the head of its key's queue; the prefix cache may still hold what it computed."""
+        self._release(sequence, sound=True)
+        sequence.computed = 0
+        self._queue(sequence, now, first=True)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence, sound: bool) -> None:
+        del self._running[sequence]
+        self._kv.release(sequence, sound and sequence.covered)
+        if sequence.adapter:
+            self._slots.release(sequence.digest)
+        sequence.adapter_slot = -1
+
+    def _queue(self, sequence: Sequence, now: float, first: bool = False) -> None:
+        queue = self._waiting.setdefault(sequence.request.fairness_key, deque())
+        if first:
+            queue.appendleft(sequence)
+        else:
+            queue.append(sequence)
+        sequence.waiting_since, sequence.blocked_since = now, None
+        if sequence.adapter:
+            self._waited_for[sequence.digest] += 1
 
     def _unqueue(self, sequence: Sequence) -> None:
         key = sequence.request.fairness_key

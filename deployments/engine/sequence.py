@@ -11,9 +11,9 @@ class Sequence:
     """A request while it is in the engine. ``computed`` tokens of ``token_ids`` are in the KV cache."""
 
     request: GenerateRequest
-    deadline: float
-    """On the scheduler's clock, in seconds."""
     seed: int = 0
+    index: int = 0
+    """Which of its request's answers this is."""
     token_ids: list[int] = field(default_factory=list)
     """The prompt, then what was generated."""
     computed: int = 0
@@ -25,6 +25,9 @@ class Sequence:
     """-1 for the base model."""
     blocked_since: float | None = None
     """When its turn first came and no adapter slot could be had."""
+    waiting_since: float = 0.0
+    admitted: bool = False
+    """It ran before: its prompt is charged to its key, and ``cached`` stays as it is."""
     compute_s: float = 0.0
     """Its share of the steps it took part in, by tokens."""
 
@@ -60,7 +63,7 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """All but its newest token are computed, and that one was generated."""
-        return self.computed >= self.prompt_tokens
+        return self.computed >= self.prompt_tokens and self.computed + 1 == len(self.token_ids)
 
     @property
     def covered(self) -> bool:

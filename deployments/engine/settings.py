@@ -36,9 +36,14 @@ class EngineSettings:
     adapter_root: str = ""
     """When set, an adapter's real path must lie under this folder."""
     adapter_wait_s: float = 3.0
-    """After waiting this long for a slot, an adapter makes the one with least work left give up its slot."""
+    """After waiting this long for a slot, an adapter makes the one with least work left take no new requests;
+    after three times as long, that one's running requests are set back."""
+    preempt_after_s: float = 0.25
+    """After waiting this long for a place in the batch, a key makes one that holds two more places give up one."""
     prefix_cache: bool = True
     """Reuse the computed start of a prompt between requests of one fairness key and adapter."""
+    shared_prefixes: bool = False
+    """Reuse it between all fairness keys. By the time to its first token, each can then tell what others asked."""
 
     def __post_init__(self) -> None:
         for name in ("max_context_tokens", "max_running", "max_queued", "adapter_slots", "adapter_host_mb"):

@@ -113,6 +113,14 @@ class AdapterSlots:
         """It has a slot, loaded or being loaded."""
         return digest in self._residents
 
+    def is_ready(self, digest: str) -> bool:
+        """It has a slot and is loaded."""
+        resident = self._residents.get(digest)
+        return resident is not None and resident.ready
+
+    def is_pinned(self, digest: str) -> bool:
+        return digest in self._pinned
+
     @property
     def has_room(self) -> bool:
         """Some slot is empty."""
@@ -123,10 +131,14 @@ class AdapterSlots:
         return [r for r in self._residents.values() if r.references and r.ref.digest not in self._pinned]
 
     @property
+    def everyone(self) -> list[Resident]:
+        """Those that are loaded or being loaded."""
+        return list(self._residents.values())  # at once: other threads ask too
+
+    @property
     def residents(self) -> list[Resident]:
         """Those that are loaded, in the order of their slots."""
-        everyone = list(self._residents.values())  # at once: other threads ask too
-        return sorted((r for r in everyone if r.ready), key=lambda resident: resident.slot)
+        return sorted((r for r in self.everyone if r.ready), key=lambda resident: resident.slot)
 
     def _evict(self, waited_for: Collection[str]) -> bool:
         idle = [

@@ -43,6 +43,10 @@ class TensorSpan:
             return not ((raw.view(np.uint16) & EXPONENT_OF_BF16) == EXPONENT_OF_BF16).any()
         return bool(np.isfinite(raw).all())
 
+    def is_any(self, body: memoryview) -> bool:
+        """Some element is not zero."""
+        return bool(self._raw(body).any())
+
     def _raw(self, body: memoryview) -> NDArray[np.generic]:
         return np.frombuffer(body[self.start : self.end], dtype=DTYPES[self.dtype])
 

@@ -103,10 +103,10 @@ class Detokenizer:
         """A stop string has appeared: no more text will come."""
         return self._stop.hit
 
-    def feed(self, token_id: int) -> str:
-        """Take one token; return the text that may now be shown."""
+    def feed(self, token_id: int, may_stop: bool = True) -> str:
+        """Take one token; return the text that may now be shown. Unless it may stop, stop strings are text."""
         self._ids.append(token_id)
-        return self._stop.feed(self._decode_new(final=False))
+        return self._stop.feed(self._decode_new(final=False), may_stop)
 
     def finish(self) -> str:
         """What was held back, when no more tokens come; empty after a stop string."""
@@ -135,12 +135,12 @@ class StopStrings:
         self._held = ""
         self.hit = False
 
-    def feed(self, piece: str) -> str:
-        """Take a piece of text; return what may be shown."""
+    def feed(self, piece: str, may_stop: bool = True) -> str:
+        """Take a piece of text; return what may be shown. Unless it may stop, a string that ends in it is text."""
         if self.hit:
             return ""
         text = self._held + piece
-        found = [position for position in map(text.find, self._stop) if position >= 0]
+        found = [position for position in map(text.find, self._stop) if position >= 0] if may_stop else []
         if found:
             self.hit, self._held = True, ""
             return text[: min(found)]

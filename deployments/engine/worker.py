@@ -9,9 +9,9 @@ import torch
 from deployments.engine.inbox import Aborted, Extended, Inbox, Message, Pinned, Submitted
 from deployments.engine.loader import Loaded, Loader
 from deployments.engine.model import Model
-from deployments.engine.output import Output
-from deployments.engine.request import FinishReason
-from deployments.engine.sampler import Row, sample
+from deployments.engine.output import Answer, Output
+from deployments.engine.request import FinishReason, Logprob
+from deployments.engine.sampler import Likelihoods, Row, sample
 from deployments.engine.scheduler import Scheduler
 from deployments.engine.sequence import Sequence, Work
 from deployments.engine.slots import AdapterSlots
@@ -37,6 +37,10 @@ class Counts:
     requests_finished: int = 0
     requests_aborted: int = 0
     adapter_loads: int = 0
+    adapter_load_s: float = 0.0
+    adapter_disk_loads: int = 0
+    adapter_requests: int = 0
+    adapter_hits: int = 0
 
     def step(self, plan: list[Work]) -> None:
         """A step has computed this work."""
@@ -79,7 +83,7 @@ class Worker:
             self._apply(message)
         self._start_loads()
         now = time.monotonic()
-        for output in [output for output in self.outputs.values() if output.sequence.deadline <= now]:
+        for output in [output for output in self.outputs.values() if output.deadline <= now]:
             self._end(output, FinishReason.ABORT, error="its deadline has passed")
 
     def _apply(self, message: Message) -> None:
@@ -91,7 +95,7 @@ class Worker:
                     self._end(self.outputs[request_id], FinishReason.ABORT)
             case Extended(deadlines):
                 for request_id in deadlines.keys() & self.outputs.keys():
-                    self.outputs[request_id].sequence.deadline = deadlines[request_id]
+                    self.outputs[request_id].deadline = deadlines[request_id]
             case Pinned(refs):
                 self.slots.pin(ref.digest for ref in refs)
                 for ref in refs:
@@ -100,18 +104,27 @@ class Worker:
                 self._loaded(message)
 
     def _take_in(self, output: Output) -> None:
-        self.outputs[output.sequence.request_id] = output
-        self.scheduler.add(output.sequence)
+        self.outputs[output.request.request_id] = output
+        if output.digest:
+            self.counts.adapter_requests += 1
+            self.counts.adapter_hits += self.slots.is_ready(output.digest)
+        self._begin(output.answers[0])
+
+    def _begin(self, answer: Answer) -> None:
+        answer.scheduled = True
+        self.scheduler.add(answer.sequence, time.monotonic())
 
     def _loaded(self, message: Loaded) -> None:
         ref = message.load.ref
         if not message.error:
             self.slots.loaded(ref.digest)
             self.counts.adapter_loads += 1
+            self.counts.adapter_load_s += message.seconds
+            self.counts.adapter_disk_loads += message.is_from_disk
             return
         log.warning("adapter %s is refused: %s", ref.name, message.error)
         self.slots.failed(ref.digest, message.error, time.monotonic())
-        for output in [output for output in self.outputs.values() if output.sequence.digest == ref.digest]:
+        for output in [output for output in self.outputs.values() if output.digest == ref.digest]:
             self._end(output, FinishReason.ERROR, error=f"adapter {ref.name}: {message.error}", is_adapter_refused=True)
 
     def _start_loads(self) -> None:
@@ -125,48 +138,69 @@ class Worker:
             return
         started = time.perf_counter()
         logits = self.model.forward([work.span() for work in plan])
-        completing = [work for work in plan if work.completes]
-        tokens = sample(logits, [_row(work.sequence) for work in completing])
+        completing = [work.sequence for work in plan if work.completes]
+        rows = [_row(self._answer_of(sequence)) for sequence in completing]
+        likelihoods = Likelihoods(logits, rows)
+        tokens = sample(logits, rows)
+        logprobs = likelihoods.of(tokens)
         _share_time(plan, time.perf_counter() - started)
         self.counts.step(plan)
         for work in plan:
             self.scheduler.computed(work)
-        for work, token in zip(completing, tokens, strict=True):
-            self._deliver(self.outputs[work.sequence.request_id], token)
+        for row, (sequence, token) in enumerate(zip(completing, tokens, strict=True)):
+            if sequence.request_id in self.outputs:
+                self._deliver(self._answer_of(sequence), token, logprobs.get(row))
 
-    def _deliver(self, output: Output, token: int | None) -> None:
-        sequence = output.sequence
+    def _answer_of(self, sequence: Sequence) -> Answer:
+        return self.outputs[sequence.request_id].answers[sequence.index]
+
+    def _deliver(self, answer: Answer, token: int | None, logprob: Logprob | None) -> None:
+        sequence = answer.sequence
+        output = self.outputs[sequence.request_id]
         if token is None:
             name = f"adapter {sequence.adapter.name}" if sequence.adapter else "the base model"
             self._end(output, FinishReason.ERROR, error=f"{name} computed something that is not a number")
             return
-        if not sequence.completion_tokens:
+        if sequence.index == 0 and not sequence.completion_tokens:
             self.counts.cached_tokens += sequence.cached
+            for other in output.answers[1:]:
+                self._begin(other)
         self.counts.generation_tokens += 1
-        text, reason = output.take(token)
-        if reason is not None:
-            self._end(output, reason, text=text)
-        elif not output.send(text):
+        text = answer.take(token)
+        if logprob is not None:
+            answer.logprobs.append(logprob)
+        if answer.finish_reason is not None:
+            self._remove(answer, sound=True)
+        if output.is_over:
+            self._close(output, FinishReason.STOP)
+            output.send(text, answer, answer.finish_reason)
+        elif not output.send(text, answer):
             self._end(output, FinishReason.ABORT)
 
-    def _end(
-        self,
-        output: Output,
-        reason: FinishReason,
-        text: str | None = None,
-        error: str = "",
-        is_adapter_refused: bool = False,
-    ) -> None:
-        """Free all that the request holds, then say its last word."""
-        sequence = output.sequence
-        del self.outputs[sequence.request_id]
-        self.scheduler.remove(sequence, sound=reason is not FinishReason.ERROR)
+    def _remove(self, answer: Answer, sound: bool) -> None:
+        if answer.scheduled:
+            answer.scheduled = False
+            self.scheduler.remove(answer.sequence, sound)
+
+    def _close(self, output: Output, reason: FinishReason) -> None:
+        """Free all that the request holds."""
+        del self.outputs[output.request.request_id]
+        for answer in output.answers:
+            self._remove(answer, sound=reason is not FinishReason.ERROR)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.counts.requests_finished += 1
         else:
             self.counts.requests_aborted += 1
-        self.inbox.answered(sequence.request_id)
-        output.send(output.detokenizer.finish() if text is None else text, reason, error, is_adapter_refused)
+        self.inbox.answered(output.request.request_id)
+
+    def _end(self, output: Output, reason: FinishReason, error: str = "", is_adapter_refused: bool = False) -> None:
+        """End a request before its time, and say the last word of each of its answers."""
+        self._close(output, reason)
+        *others, last = [answer for answer in output.answers if answer.finish_reason is None]
+        for answer in others:
+            answer.finish_reason = reason
+            output.send(answer.detokenizer.finish(), answer)
+        output.send(last.detokenizer.finish(), last, reason, error, is_adapter_refused)
 
     def _answer_all(self) -> None:
         """Nothing will be computed any more: tell everybody, those in the inbox too."""
@@ -175,7 +209,7 @@ class Worker:
                 self._take_in(message.output)
         for output in list(self.outputs.values()):
             if self.inbox.failure:
-                output.send("", FinishReason.ERROR, self.inbox.failure)
+                output.send("", output.answers[0], FinishReason.ERROR, self.inbox.failure)
             else:
                 self._end(output, FinishReason.ABORT, error="the engine is stopping")
 
@@ -187,9 +221,11 @@ def _share_time(plan: list[Work], elapsed_s: float) -> None:
         work.sequence.compute_s += elapsed_s * work.count / tokens
 
 
-def _row(sequence: Sequence) -> Row:
+def _row(answer: Answer) -> Row:
+    sequence = answer.sequence
     return Row(
         sampling=sequence.request.sampling,
         seed=sequence.seed,
         generated=sequence.token_ids[sequence.prompt_tokens :],
+        forbidden=tuple(answer.forbidden),
     )

@@ -272,6 +272,57 @@ def test_pinned_adapters_are_loaded_before_anyone_asks(engine: Engine, refs: dic
     assert f"all8@{pinned.digest}" in engine.stats().adapters_resident
 
 
+def test_a_new_version_of_a_name_leaves_the_old_one_to_those_who_run_on_it(
+    engine: Engine, refs: dict[str, AdapterRef]
+) -> None:
+    """The name is for people: two digests under one name are two adapters, side by side in one batch."""
+    old, new = replace(refs["all8"], name="pirate"), replace(refs["mlp3"], name="pirate")
+    expected = [one.token_ids for one in run(engine, request("1", PROMPT, old), request("2", PROMPT, new))]
+    running = Collector()
+    engine.submit(request("long", PROMPT, old, max_tokens=100), running)
+    answers = run(engine, *(request(f"r{i}", PROMPT, [old, new][i % 2]) for i in range(6)))
+    assert [answer.token_ids for answer in answers] == expected * 3
+    assert running.wait().completion_tokens == 100
+    assert running.token_ids[:8] == expected[0]
+    assert {one.digest for one in engine.stats().adapters if one.name == "pirate"} == {old.digest, new.digest}
+
+
+def test_what_each_adapter_has_and_where_it_lies_is_told(engine: Engine, refs: dict[str, AdapterRef]) -> None:
+    engine.pin([refs["all8"]])
+    run(engine, *(request(name, PROMPT, ref) for name, ref in refs.items()))
+    stats = engine.stats()
+    adapters = {one.name: one for one in stats.adapters}
+    assert adapters.keys() == refs.keys()
+    assert sorted(one.tier for one in adapters.values()) == ["host"] * 3 + ["slot"] * 3
+    assert [name for name, one in adapters.items() if one.pinned] == ["all8"]
+    assert stats.adapter_disk_loads == stats.adapter_loads == len(refs)
+    assert stats.adapter_host_bytes > 0
+    assert stats.adapter_requests == len(refs)
+    run(engine, request("again", PROMPT, refs["all8"]))
+    assert engine.stats().adapter_hits == stats.adapter_hits + 1
+
+
+def test_a_flood_of_long_answers_is_interrupted_for_another_key_and_goes_on_unharmed(
+    start: Callable[[EngineSettings], Engine], settings: EngineSettings, refs: dict[str, AdapterRef]
+) -> None:
+    engine = start(replace(settings, max_running=3, preempt_after_s=0.0))
+    prompts = [(20 + i, *PROMPT) for i in range(3)]
+    expected = [run(engine, request("r", prompt, refs["all8"], max_tokens=100))[0].token_ids for prompt in prompts]
+    flood = [Collector() for _ in prompts]
+    for i, (prompt, collector) in enumerate(zip(prompts, flood, strict=True)):
+        engine.submit(request(f"a{i}", prompt, refs["all8"], fairness_key="a", max_tokens=100), collector)
+    while engine.stats().running < 3:
+        time.sleep(0.001)
+    run(engine, request("b", PROMPT, fairness_key="b"))
+    for collector in flood:
+        collector.wait()
+    assert engine.stats().preemptions >= 1
+    assert [collector.token_ids for collector in flood] == expected
+    assert [collector.pieces[-1].cached_tokens for collector in flood] == [
+        collector.pieces[0].cached_tokens for collector in flood
+    ]
+
+
 def test_a_listener_that_is_gone_ends_its_own_request_alone(engine: Engine) -> None:
     def gone(piece: Tokens) -> None:
         raise RuntimeError("Event loop is closed")

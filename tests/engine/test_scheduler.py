@@ -3,6 +3,7 @@
 import random
 import zlib
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -13,8 +14,6 @@ from deployments.engine.scheduler import Scheduler
 from deployments.engine.sequence import Sequence, Work
 from deployments.engine.slots import FAILURE_S, FAILURES_KEPT, AdapterSlots
 from tests.engine.conftest import request
-
-END_OF_TIME = 1e9
 
 
 class Rows:
@@ -34,21 +33,26 @@ class Rows:
 class House:
     """A scheduler with a loader that takes one step, and a model that answers 1 to everything."""
 
-    def __init__(self, running: int = 4, slots: int = 2, budget: int = 16, wait: float = 3.0) -> None:
+    def __init__(
+        self, running: int = 4, slots: int = 2, budget: int = 16, wait: float = 3.0, preempt: float = 1e9
+    ) -> None:
         self.rows = Rows()
         self.kv = KvTable(running, self.rows, prefix_cache=True)
         self.slots = AdapterSlots(slots)
-        self.scheduler = Scheduler(self.kv, self.slots, budget, wait)
+        self.scheduler = Scheduler(self.kv, self.slots, budget, wait, preempt)
         self.budget = budget
         self.now = 0.0
         self.finished: list[str] = []
         self._loading: list[str] = []
 
-    def add(self, request_id: str, prompt: int = 4, out: int = 4, adapter: str = "", key: str = "") -> Sequence:
+    def add(
+        self, request_id: str, prompt: int = 4, out: int = 4, adapter: str = "", key: str = "", weight: float = 1.0
+    ) -> Sequence:
         ref = AdapterRef(adapter, adapter, "") if adapter else None
         tokens = tuple(zlib.crc32(f"{request_id} {i}".encode()) % 1000 for i in range(prompt))
-        sequence = Sequence(request(request_id, tokens, ref, fairness_key=key, max_tokens=out), END_OF_TIME)
-        self.scheduler.add(sequence)
+        asked = request(request_id, tokens, ref, fairness_key=key, max_tokens=out)
+        sequence = Sequence(replace(asked, fairness_weight=weight))
+        self.scheduler.add(sequence, self.now)
         return sequence
 
     def step(self) -> list[Work]:
@@ -159,6 +163,67 @@ def test_keys_share_the_tokens_not_the_requests() -> None:
     assert 2 < done["short"] / done["long"] < 4
 
 
+def test_a_key_of_twice_the_weight_gets_twice_the_tokens() -> None:
+    house = House(running=2, budget=16)
+    for i in range(300):
+        house.add(f"light{i}", key="light")
+        house.add(f"heavy{i}", key="heavy", weight=2.0)
+    house.steps(300)
+    done = Counter(name.rstrip("0123456789") for name in house.finished)
+    assert 1.6 < done["heavy"] / done["light"] < 2.4
+
+
+def test_a_key_that_waits_gets_a_place_from_one_that_holds_two_more() -> None:
+    """All places are taken by one key's endless answers; the other key's requests still begin and end."""
+    house = House(running=4, budget=64, preempt=0.3)
+    flood = [house.add(f"a{i}", out=500, key="a") for i in range(10)]
+    house.steps(5)
+    house.add("b0", out=10, key="b")
+    house.add("b1", out=10, key="b")
+    house.steps(30)
+    assert house.finished == ["b0", "b1"]
+    assert house.scheduler.preemptions == 2
+    house.steps(2000)
+    assert len(house.finished) == 12
+    assert all(sequence.completion_tokens == 500 for sequence in flood), "what was set back was computed again"
+
+
+def test_no_place_is_taken_where_that_would_not_be_fairer() -> None:
+    house = House(running=3, budget=64, preempt=0.1)
+    for key in "abc":
+        house.add(key, out=50, key=key)
+    house.steps(3)
+    for key in "abcd":
+        house.add(f"{key}2", out=50, key=key)
+    house.steps(40)
+    assert house.scheduler.preemptions == 0
+
+
+def test_a_request_that_is_set_back_is_charged_and_cached_as_at_first() -> None:
+    house = House(running=1, budget=64, preempt=0.1)
+    first = house.add("first", prompt=20, out=50)
+    house.steps(4)
+    served = house.scheduler._counters.served("")
+    house.scheduler._preempt(first, house.now)
+    assert (first.kv_slot, first.adapter_slot, first.computed) == (-1, -1, 0)
+    plan = house.step()
+    assert sum(work.count for work in plan) + first.cached <= len(first.token_ids)
+    assert first.cached == 0
+    assert house.scheduler._counters.served("") == served + 2
+
+
+def test_an_adapter_that_holds_its_slot_for_ever_is_set_back_in_the_end() -> None:
+    house = House(running=4, slots=1, wait=1.0)
+    endless = house.add("endless", adapter="x", out=3000)
+    house.steps(3)
+    house.add("starved", adapter="y", out=2, key="other")
+    house.steps(60)
+    assert house.finished == ["starved"]
+    assert house.scheduler.preemptions >= 1
+    house.steps(5)
+    assert endless in house.scheduler.running, "it goes on when the other is done"
+
+
 def test_a_key_that_pauses_saves_up_no_turns() -> None:
     counters = TokenCounters()
     counters.enter("busy")
@@ -215,7 +280,9 @@ def test_a_bad_adapter_is_refused_for_a_while_and_then_tried_again() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_comes_and_goes_everybody_ends_and_everything_is_free_again(seed: int) -> None:
     rng = random.Random(seed)
-    house = House(running=rng.randrange(1, 6), slots=rng.randrange(1, 4), budget=rng.randrange(8, 40), wait=0.5)
+    house = House(
+        running=rng.randrange(1, 6), slots=rng.randrange(1, 4), budget=rng.randrange(8, 40), wait=0.5, preempt=0.2
+    )
     live: dict[str, Sequence] = {}
     aborted = 0
     for i in range(150):
@@ -239,7 +306,7 @@ def test_whatever_comes_and_goes_everybody_ends_and_everything_is_free_again(see
 
 def _ended(table: KvTable, prompt: tuple[int, ...], key: str = "", adapter: str = "", sound: bool = True) -> Sequence:
     ref = AdapterRef(adapter, adapter, "") if adapter else None
-    sequence = Sequence(request("r", prompt, ref, fairness_key=key), END_OF_TIME)
+    sequence = Sequence(request("r", prompt, ref, fairness_key=key))
     table.acquire(sequence)
     sequence.computed = len(prompt)
     table.release(sequence, sound)
@@ -272,10 +339,10 @@ def test_a_prompts_start_is_taken_over_from_the_same_key_and_adapter_alone(
 def test_the_start_of_a_running_request_is_copied() -> None:
     rows = Rows()
     table = KvTable(3, rows, prefix_cache=True)
-    first = Sequence(request("1", LONG), END_OF_TIME)
+    first = Sequence(request("1", LONG))
     table.acquire(first)
     first.computed = 25
-    second = Sequence(request("2", LONG), END_OF_TIME)
+    second = Sequence(request("2", LONG))
     table.acquire(second)
     assert second.computed == 25
     assert rows.copies == [(first.kv_slot, second.kv_slot, 25)]
@@ -287,6 +354,13 @@ def test_what_is_not_sound_is_cleared_and_never_taken_over() -> None:
     _ended(table, LONG, sound=False)
     assert rows.cleared == [0]
     assert _ended(table, LONG).cached == 0
+
+
+def test_shared_prefixes_are_taken_over_between_keys_but_never_between_adapters() -> None:
+    table = KvTable(3, Rows(), prefix_cache=True, shared_prefixes=True)
+    _ended(table, LONG, "k", "a")
+    assert _ended(table, LONG, "other", "a").cached == 39
+    assert _ended(table, LONG, "other", "b").cached == 0
 
 
 def test_without_a_prefix_cache_nothing_is_taken_over() -> None:
