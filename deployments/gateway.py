@@ -162,6 +162,7 @@ class Gateway:
         for run in list(self._runs.values()):
             run.cut()
         await self.settler.wait(STOP_TIMEOUT_S)
+        self.metrics.publish()
         for loop in self._loops:
             loop.cancel()
         if self._loops:
@@ -226,6 +227,7 @@ class Gateway:
         while True:
             await asyncio.sleep(self._checkpoint_s)
             try:
+                self.metrics.publish()
                 if self._runs:
                     for request_id in await self.link.extend(dict.fromkeys(self._runs, self._lease_s)):
                         if run := self._runs.get(RequestId(request_id)):

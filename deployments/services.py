@@ -42,7 +42,14 @@ def services_of(request: Request) -> Services:
     return cast(Services, request.app.state.services)
 
 
-def request_id_of(request: Request) -> RequestId:
+# FastAPI runs a dependency that is a plain function on a thread, which costs more than a hold: these are async.
+
+
+async def parts_of(request: Request) -> Services:
+    return services_of(request)
+
+
+async def request_id_of(request: Request) -> RequestId:
     """Our own id of this request, made at the app's edge."""
     return RequestId(request.scope["farebox.request_id"])
 
@@ -52,6 +59,6 @@ async def authenticated(request: Request) -> Principal:
     return await gateway.authenticate(request.headers.get("authorization", ""))
 
 
-Parts = Annotated[Services, Depends(services_of)]
+Parts = Annotated[Services, Depends(parts_of)]
 Caller = Annotated[Principal, Depends(authenticated)]
 OurId = Annotated[RequestId, Depends(request_id_of)]
