@@ -125,6 +125,22 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a settle charges against where the store has lost the hold."""
+
+    head: str
+    """Members of the usage record that the hold froze, as JSON without braces."""
+    unit: Unit
+    bucket: BucketId
+    """The first that the hold drew on: it owes what is not there any more. Empty for what is free."""
+    held: int
+    """Nanos, or 1 request: the most that is charged."""
+    overage_cap: Nanos
+    held_at_ms: int
+    """By the store's clock; not later than any settle of it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settlement:
     """What was served, once and for all. ``list_nanos`` above the hold is cut to it: our loss."""
 
@@ -133,6 +149,8 @@ class Settlement:
     usage: Usage
     list_nanos: Nanos
     status: Status
+    origin: Origin | None = None
+    """Without it, a settle whose hold is lost is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,3 +184,7 @@ class Clawback:
     tenant: TenantId
     granted_by: str
     amount: int
+
+
+Movement = Grant | Clawback | Settlement
+"""What counts once by its own id, however often it is sent."""

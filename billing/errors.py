@@ -172,6 +172,17 @@ class UnknownKey(Refusal):
         return f"API key {self.key_id!r} does not exist"
 
 
+@dataclass(eq=False)
+class Quarantined(BillingError):
+    """The store has lost a hold and nobody can be sure that it was not charged: a person decides."""
+
+    request_id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the record of {self.request_id} is kept for its operator (`farebox quarantine`): {self.reason}"
+
+
 class StoreUnavailable(BillingError):
     """The store does not answer in time. Nothing was or will be served unmetered."""
 

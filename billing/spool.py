@@ -7,26 +7,28 @@ removed only after the ledger has it, so a crash in between settles twice, which
 import asyncio
 import errno
 import fcntl
-import json
+import logging
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from uuid import uuid4
 
 from billing.account import Settlement
-from billing.errors import BillingError, DuplicateRequest, UnknownHold
-from billing.money import Nanos
+from billing.errors import BillingError, DuplicateRequest, Quarantined, UnknownHold
 from billing.store.holds import Ledger
-from billing.usage import RequestId, Status, TenantId, Usage
+from billing.store.packing import pack_settlement, unpack_settlement
 
 MAX_PENDING = 100_000
 """Settlements of one process, about 30 MB."""
 BATCH = 2_000
 REFUSED = "refused.txt"
 """Lines that the ledger refused or nobody can read, for people; never dropped."""
+
+
+logger = logging.getLogger(__name__)
 
 
 class SpoolFull(BillingError):
@@ -67,7 +69,7 @@ class Spool:
         if self._pending >= self._max_pending:
             raise SpoolFull(f"{self._pending} settlements wait for the store")
         with self._guard:
-            self._file.append([_to_line(settlement)])
+            self._file.append([pack_settlement(settlement)])
             self._pending += 1
 
     async def replay(self, ledger: Ledger) -> int:
@@ -104,7 +106,9 @@ class Spool:
 
     async def _settle(self, line: str, ledger: Ledger) -> None:
         try:
-            await ledger.settle(_from_line(line))
+            await ledger.settle(unpack_settlement(line))
+        except Quarantined as error:
+            logger.warning("%s", error)
         except (UnknownHold, DuplicateRequest, ValueError, KeyError, TypeError, AssertionError) as error:
             await asyncio.to_thread(self._refuse, line, error)
 
@@ -194,18 +198,3 @@ def _open_locked(path: Path) -> _File | None:
         handle.close()
         return None
     return _File(path, handle)
-
-
-def _to_line(settlement: Settlement) -> str:
-    return json.dumps(asdict(settlement), separators=(",", ":"))
-
-
-def _from_line(line: str) -> Settlement:
-    raw = json.loads(line)
-    return Settlement(
-        request_id=RequestId(raw["request_id"]),
-        tenant=TenantId(raw["tenant"]),
-        usage=Usage(**raw["usage"]),
-        list_nanos=Nanos(int(raw["list_nanos"])),
-        status=Status(raw["status"]),
-    )

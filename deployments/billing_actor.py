@@ -52,7 +52,7 @@ class BillingActor:
         settings = DodoSettings.from_env()
 
         async def open_parts() -> Parts:
-            redis = await connect(url, durability=args.durability)
+            redis = await connect(url, durability=args.durability, min_replicas_acked=args.min_replicas_acked)
             return assemble(redis, settings, args.requests_per_minute)
 
         eager_s = min(args.flush_interval_s, 5.0)

@@ -66,6 +66,8 @@ class FareboxArgs(_Config):
     """How tokens travel from replica to gateway: sockets of our own beside the calls, or Serve's streaming calls."""
     durability: Literal["strict", "trusted"] = "strict"
     """``trusted``: a managed store whose settings cannot be read keeps its data, on the operator's word."""
+    min_replicas_acked: Annotated[int, Field(ge=0, le=5)] = 0
+    """Replicas of the store that must have a settle or a grant before it is acknowledged."""
 
 
 class BillingArgs(_Config):
@@ -79,6 +81,7 @@ class BillingArgs(_Config):
     archive_url: str = ""
     """Where old usage records go as Parquet, a local path or fsspec URL; empty keeps all of them in the store."""
     durability: Literal["strict", "trusted"] = "strict"
+    min_replicas_acked: Annotated[int, Field(ge=0, le=5)] = 0
 
 
 class ModelEntry(_Config):

@@ -12,6 +12,7 @@ from billing.admission import Admission, Quote
 from billing.catalogue import Model
 from billing.errors import InvalidKey
 from billing.leases import Leases
+from billing.redo import Redo
 from billing.spool import Spool
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
@@ -75,6 +76,7 @@ class Gateway:
         ledger: Ledger,
         admission: Admission,
         spool: Spool,
+        redo: Redo,
         link: ReplicaLink,
         metrics: GatewayMetrics,
         max_context_tokens: int,
@@ -88,6 +90,7 @@ class Gateway:
         self._answer_timeout_s = answer_timeout_s
         self.leases = Leases(ledger, self.lose, checkpoint_s)
         self.settler = Settler(ledger, spool, metrics)
+        self._redo = redo
         self._surroundings = Surroundings(link, ledger, self.leases, self.settler, metrics, self._untrack)
         self._runs: dict[RequestId, Run] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -152,6 +155,7 @@ class Gateway:
             asyncio.create_task(self.leases.run()),
             asyncio.create_task(self._extend_for_ever()),
             asyncio.create_task(self.settler.replay_for_ever()),
+            asyncio.create_task(self._redo.run()),
         ]
 
     async def stop(self) -> None:

@@ -130,7 +130,7 @@ async def connect_patiently(url: str, args: FareboxArgs) -> Redis:
     deadline = asyncio.get_running_loop().time() + STORE_PATIENCE_S
     while True:
         try:
-            return await connect(url, durability=args.durability)
+            return await connect(url, durability=args.durability, min_replicas_acked=args.min_replicas_acked)
         except StoreUnavailable:
             if asyncio.get_running_loop().time() > deadline:
                 raise

@@ -15,7 +15,7 @@ from billing.growth import GrowingHold
 from billing.leases import Leases
 from billing.money import Nanos
 from billing.store.holds import Ledger
-from billing.store.packing import worst_case
+from billing.store.packing import origin_of, worst_case
 from billing.usage import NOTHING, RequestId, Status, Usage
 from deployments.engine.request import (
     AdapterRejected,
@@ -237,7 +237,8 @@ class Run:
     async def _close(self, status: Status, usage: Usage, free_if_away: bool) -> Receipt:
         if self._deadline is not None:
             self._deadline.cancel()
-        settlement = Settlement(self.request_id, self.hold.request.tenant, usage, self._price(usage), status)
+        origin = origin_of(self.hold, self._credit.held_nanos)
+        settlement = Settlement(self.request_id, self.hold.request.tenant, usage, self._price(usage), status, origin)
         try:
             await self._stop_engine()
         finally:

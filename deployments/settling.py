@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from billing.account import Receipt, Settlement
-from billing.errors import StoreUnavailable
+from billing.errors import Quarantined, StoreUnavailable
 from billing.money import Nanos
 from billing.spool import Spool, SpoolFull
 from billing.store.holds import Ledger
@@ -51,6 +51,8 @@ class Settler:
         """
         try:
             receipt = await self._settle(settlement)
+        except Quarantined as error:
+            raise MeteringUnavailable(str(error)) from error
         except StoreUnavailable as error:
             if free_if_away:
                 settlement = replace(settlement, usage=NOTHING, list_nanos=Nanos(0), status=Status.FAILED)

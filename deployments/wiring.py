@@ -1,6 +1,7 @@
 """Builds one gateway's parts from its configuration and environment, with whatever link it is given."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -9,8 +10,10 @@ from billing.admission import Admission
 from billing.catalogue import Catalogue
 from billing.dodo.client import Dodo, DodoSettings
 from billing.dodo.webhooks import Webhooks
+from billing.redo import Recent, Redo
 from billing.spool import Spool
 from billing.store.call_budget import SharedBudget
+from billing.store.connection import identity
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
 from deployments.config import FareboxArgs
@@ -34,7 +37,8 @@ def build_services(
     gateway_id: str,
 ) -> Services:
     """Wire one gateway. Raises DodoMisconfigured where payments are half configured."""
-    ledger, tenants = Ledger(redis), Tenants(redis)
+    recent, tenants = Recent(), Tenants(redis)
+    ledger = Ledger(redis, on_done=recent.note)
     gateway = Gateway(
         shelf=shelf,
         text=text,
@@ -47,6 +51,7 @@ def build_services(
             step_compute_ms=args.hold_step_compute_s * 1000,
         ),
         spool=Spool(Path(args.spool_dir)),
+        redo=Redo(ledger, recent, partial(identity, redis)),
         link=link,
         metrics=GatewayMetrics(),
         max_context_tokens=args.engine.max_context_tokens,

@@ -1,15 +1,16 @@
-"""How to reach the store, and whether it is fit to keep money.
+"""How to reach the store, who it is, and whether it is fit to keep money.
 
 Every file of ``billing/store`` talks to the store inside ``guarded``; nobody else sees its errors.
 """
 
 from collections.abc import Mapping
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from redis import exceptions
 from redis.asyncio import Redis
 
-from billing.errors import StoreRefused
+from billing.errors import StoreRefused, StoreUnavailable
 from billing.store import keys
 from billing.store.address import Address, Shape, parse
 from billing.store.cluster import Cluster
@@ -17,14 +18,20 @@ from billing.store.guard import guarded as guarded
 from billing.store.guard import is_unfit
 from billing.store.primary import Sentinels, pool
 
+_replicas_needed: WeakKeyDictionary[Redis, int] = WeakKeyDictionary()
 Durability = Literal["strict", "trusted"]
 
+START_SILENCE_S = 1.0
+"""No client waits for a start."""
+REPLICAS_PATIENCE_MS = 150
 SCHEMA = "1"
 OLDEST = {"Redis": (6, 2), "Valkey": (8, 0)}
 
 
-async def connect(url: str, *, durability: Durability = "strict") -> Redis:
+async def connect(url: str, *, durability: Durability = "strict", min_replicas_acked: int = 0) -> Redis:
     """A client of a store that was verified: one server, the primary that sentinels name, or a cluster.
+
+    ``min_replicas_acked``: how many replicas must have a movement of money before it is acknowledged.
 
     Raises:
         StoreUnavailable: it does not answer.
@@ -37,13 +44,50 @@ async def connect(url: str, *, durability: Durability = "strict") -> Redis:
             await redis.aclose()
             redis = Cluster(address)
         if isinstance(redis, Cluster):
-            async with guarded():
+            async with guarded(START_SILENCE_S):
                 await redis.learn()
         await verify(redis, durability)
+        _replicas_needed[redis] = min_replicas_acked
+        await replicated(redis, keys.ALL_SHARDS[0].pulse)
     except BaseException:
         await redis.aclose()
         raise
     return redis
+
+
+async def replicated(redis: Redis, key: str) -> None:
+    """Wait until enough replicas have everything written so far where ``key`` lies. Writes to it.
+
+    Raises:
+        StoreUnavailable: they do not in time; what was written stands, and is waited for again when it is sent again.
+    """
+    needed = _replicas_needed.get(redis, 0)
+    if not needed:
+        return
+    async with guarded():
+        pipe = redis.pipeline(transaction=False)
+        pipe.set(key, "")  # a connection waits for its own last write only
+        pipe.execute_command("WAIT", needed, REPLICAS_PATIENCE_MS)
+        _, having = await pipe.execute()
+    if having < needed:
+        raise StoreUnavailable(f"the metering store has this on {having} of {needed} replicas")
+
+
+async def identity(redis: Redis) -> frozenset[str]:
+    """Which servers keep the books now. It changes when one was started again or another took its place.
+
+    Raises:
+        StoreUnavailable: one of them does not answer.
+    """
+    found = set[str]()
+    async with guarded():
+        for server in primaries_of(redis).values():
+            pipe = server.pipeline(transaction=False)
+            pipe.info("server")
+            pipe.info("replication")
+            process, role = await pipe.execute()
+            found.add(f"{process['run_id']} {role['master_replid']}")
+    return frozenset(found)
 
 
 def _open(address: Address) -> Redis:
@@ -69,7 +113,7 @@ class _Watched(Redis):
 
 
 async def _is_clustered(redis: Redis) -> bool:
-    async with guarded():
+    async with guarded(START_SILENCE_S):
         return (await redis.info("cluster")).get("cluster_enabled") == 1
 
 
@@ -88,7 +132,7 @@ async def verify(redis: Redis, durability: Durability = "strict") -> None:
         StoreRefused: it evicts keys, acknowledges before its log is on disk, is too old, holds data of another
             layout.
     """
-    async with guarded():
+    async with guarded(START_SILENCE_S):
         for name, server in primaries_of(redis).items():
             info = await server.info()
             _refuse_old(name, info)

@@ -6,17 +6,18 @@ may be called again with the same id after a lost reply: it then tells what the 
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from redis.asyncio import Redis
 
-from billing.account import Account, Clawback, Grant, Hold, HoldRequest, Progress, Receipt, Settlement
+from billing.account import Account, Clawback, Grant, Hold, HoldRequest, Movement, Progress, Receipt, Settlement
 from billing.clock import Clock, now_ms
 from billing.errors import DuplicateRequest, GrantRefused, SourceReused, UnknownHold
 from billing.money import MAX_BALANCE_NANOS, MAX_GRANT_NANOS, Nanos
-from billing.store.connection import guarded
+from billing.store.connection import guarded, replicated
 from billing.store.keys import ALL_SHARDS, Shard, shard_for, shard_of
+from billing.store.orphans import Orphans
 from billing.store.packing import (
     letter_of,
     pack_hold,
@@ -40,8 +41,17 @@ SWEEP_SILENCE_S = 2.0
 class Ledger:
     """Holds, settlements, grants and clawbacks of all tenants."""
 
-    def __init__(self, redis: Redis, clock: Clock = now_ms, marker_stretch_ms: int = MARKER_STRETCH_MS) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        clock: Clock = now_ms,
+        marker_stretch_ms: int = MARKER_STRETCH_MS,
+        on_done: Callable[[Movement], None] | None = None,
+    ) -> None:
+        """``on_done`` hears of every movement that the store acknowledged."""
         self._redis = redis
+        self._on_done = on_done
+        self.orphans = Orphans(redis, clock, marker_stretch_ms)
         self._clock = clock
         self._stretch_ms = marker_stretch_ms
         self._hold = redis.register_script(source("hold"))
@@ -125,8 +135,18 @@ class Ledger:
         Raises:
             UnknownHold: the id was never held, or was settled longer ago than is remembered.
             DuplicateRequest: it was settled, and its record has been archived since.
+            Quarantined: the store has lost the hold, and nobody can be sure that it was not charged.
             StoreUnavailable: whether it took effect is unknown; settle again.
         """
+        receipt = await self._settle_known(settlement)
+        if receipt is None:
+            receipt = await self.orphans.settle(settlement) or await self._settle_known(settlement)
+        if receipt is None:
+            raise UnknownHold(settlement.request_id)
+        await self._acknowledge(settlement)
+        return receipt
+
+    async def _settle_known(self, settlement: Settlement) -> Receipt | None:
         shard, tenant = shard_for(settlement.tenant), settlement.tenant
         arguments: list[str | int] = [
             settlement.request_id,
@@ -140,10 +160,16 @@ class Ledger:
         async with guarded():
             reply = cast(list[str], await self._settle(keys=_settling_keys(shard, tenant), args=arguments))
         if reply[0] == "unknown":
-            raise UnknownHold(settlement.request_id)
+            return None
         if reply[0] == "duplicate":
             raise DuplicateRequest(settlement.request_id)
         return Receipt(UsageRecord.from_json(reply[1]), is_repeat=reply[0] == "repeat")
+
+    async def _acknowledge(self, movement: Movement) -> None:
+        """Nobody is told before enough replicas have it."""
+        await replicated(self._redis, shard_for(movement.tenant).pulse)
+        if self._on_done is not None:
+            self._on_done(movement)
 
     async def void(self, request_id: RequestId, tenant: TenantId) -> None:
         """Free a hold under which nothing was served; the record says so and charges nothing."""
@@ -210,7 +236,9 @@ class Ledger:
             reply = await self._grant(keys=names, args=arguments)
         if reply == "too_much":
             raise GrantRefused(grant.source, "the account would hold more than can be counted exactly")
-        return _was_new(reply, grant.source)
+        is_new = _was_new(reply, grant.source)
+        await self._acknowledge(grant)
+        return is_new
 
     async def claw_back(self, clawback: Clawback) -> int:
         """Take back what an earlier grant gave, once per source; before that grant, it waits for it.
@@ -235,6 +263,7 @@ class Ledger:
             raise GrantRefused(clawback.source, f"{clawback.granted_by} filled no bucket")
         if reply == "reused":
             raise SourceReused(clawback.source)
+        await self._acknowledge(clawback)
         return int(reply)
 
     async def restore(self, clawback: Clawback) -> int:
@@ -258,6 +287,7 @@ class Ledger:
             raise GrantRefused(source, f"{clawback.source} took nothing back")
         if reply == "reused":
             raise SourceReused(source)
+        await replicated(self._redis, shard.pulse)
         return int(reply)
 
     async def repay_overage(self, source: str, tenant: TenantId, nanos: int) -> bool:
@@ -271,7 +301,9 @@ class Ledger:
         names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, source)]
         async with guarded():
             reply = await self._repay(keys=names, args=[tenant, source, nanos, self._clock(), MOVEMENT_TTL_MS])
-        return _was_new(reply, source)
+        is_new = _was_new(reply, source)
+        await replicated(self._redis, shard.pulse)
+        return is_new
 
     async def account(self, tenant: TenantId) -> Account:
         """The account as of now: buckets that expired with nothing owed are left out."""

@@ -107,6 +107,16 @@ class Shard:
         return f"{self.tag}:dead"
 
     @property
+    def quarantine(self) -> str:
+        """Hash: request id to JSON of a settle that nobody can be sure about, with the reason."""
+        return f"{self.tag}:quarantine"
+
+    @property
+    def pulse(self) -> str:
+        """String, written so that replicas can be waited for."""
+        return f"{self.tag}:pulse"
+
+    @property
     def settled(self) -> tuple[str, ...]:
         """Hashes, one per stretch of time in turn: request ids settled in it, so that a repeat is recognised."""
         return tuple(f"{self.tag}:settled:{turn}" for turn in range(SETTLED_STRETCHES))

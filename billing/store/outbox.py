@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from billing.export.events import SealedEvent
-from billing.store.connection import guarded
+from billing.store.connection import guarded, replicated
 from billing.store.keys import ALL_SHARDS, PUMP, Shard, shard_for
 from billing.store.scripts import source
 from billing.store.stream import BULK_DEADLINE_S
@@ -94,7 +94,9 @@ class Outbox:
         for event in events:
             args += (event.id, event.to_json())
         async with guarded(BULK_DEADLINE_S):
-            return bool(await self._seal(keys=[shard.cursor, shard.outbox], args=args))
+            is_sealed = bool(await self._seal(keys=[shard.cursor, shard.outbox], args=args))
+        await replicated(self._redis, shard.pulse)
+        return is_sealed
 
     async def events(self) -> list[SealedEvent]:
         """Everything sealed and not acknowledged, oldest first."""

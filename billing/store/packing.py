@@ -5,8 +5,9 @@ Knows the text of a bucket, a hold and a usage; the same formats stand in ``lua/
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 
-from billing.account import Bucket, Hold, HoldRequest, LimitsLeft
+from billing.account import Bucket, Hold, HoldRequest, LimitsLeft, Origin, Settlement
 from billing.errors import (
     BillingError,
     CreditOnHold,
@@ -16,7 +17,7 @@ from billing.errors import (
     UnknownHold,
 )
 from billing.money import MAX_BALANCE_NANOS, Nanos
-from billing.usage import BucketId, Draw, Unit, Usage
+from billing.usage import BucketId, Draw, RequestId, Status, TenantId, Unit, Usage
 
 RETRY_HELD_S = 2
 """When to ask again for credit that running requests hold: about the time between two checkpoints."""
@@ -124,6 +125,48 @@ def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_previe
             int(is_preview),
         )
     ]
+
+
+def origin_of(hold: Hold, held_nanos: Nanos) -> Origin:
+    """What a settle needs to know of its hold, should the store lose it. ``held_nanos``: with all extensions."""
+    first = hold.draws[0] if hold.draws else None
+    is_covered = hold.covered_by_requests
+    return Origin(
+        head=_head(hold.request),
+        unit=Unit.REQUESTS if is_covered else Unit.NANOS,
+        bucket=first.bucket if first else BucketId(""),
+        held=1 if is_covered else held_nanos,
+        overage_cap=hold.request.funding.overage_cap,
+        held_at_ms=hold.lease_ends_at_ms - hold.request.lease_ms,
+    )
+
+
+def pack_settlement(settlement: Settlement) -> str:
+    return json.dumps(asdict(settlement), separators=(",", ":"))
+
+
+def unpack_settlement(text: str) -> Settlement:
+    """Raises ValueError, KeyError, TypeError or AssertionError for what ``pack_settlement`` did not write."""
+    raw = json.loads(text)
+    return Settlement(
+        request_id=RequestId(raw["request_id"]),
+        tenant=TenantId(raw["tenant"]),
+        usage=Usage(**raw["usage"]),
+        list_nanos=Nanos(int(raw["list_nanos"])),
+        status=Status(raw["status"]),
+        origin=_unpack_origin(raw["origin"]) if raw.get("origin") else None,
+    )
+
+
+def _unpack_origin(raw: Mapping[str, str]) -> Origin:
+    return Origin(
+        head=raw["head"],
+        unit=Unit(raw["unit"]),
+        bucket=BucketId(raw["bucket"]),
+        held=int(raw["held"]),
+        overage_cap=Nanos(int(raw["overage_cap"])),
+        held_at_ms=int(raw["held_at_ms"]),
+    )
 
 
 def _head(request: HoldRequest) -> str:

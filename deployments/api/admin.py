@@ -190,6 +190,7 @@ async def billing(parts: Parts) -> JSONResponse:
             "dead_events": backlog.dead_events,
             "cursors": {str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
             "unsettled_on_this_gateway": parts.gateway.settler.spooled,
+            "quarantined_settles": len(await parts.ledger.orphans.kept()),
             "refused_settles": await parts.gateway.settler.refused(),
         }
     )

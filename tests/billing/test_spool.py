@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from billing.errors import StoreUnavailable
-from billing.spool import REFUSED, Spool, SpoolFull, _to_line
+from billing.spool import REFUSED, Spool, SpoolFull
 from billing.store.connection import connect
 from billing.store.holds import Ledger
+from billing.store.packing import pack_settlement
 from cluster import valkey
 from tests.billing.samples import ACME, money, request, settlement
 
@@ -73,7 +74,8 @@ async def test_quantities_that_cannot_be_are_set_aside_and_hold_up_nothing(ledge
     await ledger.grant(money(1_000_000))
     await ledger.hold(request())
     assert spool.refused == 0
-    spool._file.append([_to_line(settlement("req_odd")).replace('"completion_tokens":5', '"completion_tokens":-5')])
+    odd = pack_settlement(settlement("req_odd")).replace('"completion_tokens":5', '"completion_tokens":-5')
+    spool._file.append([odd])
     spool._pending += 1
     spool.append(settlement())
     assert await spool.replay(ledger) == 2

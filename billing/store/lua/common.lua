@@ -132,14 +132,15 @@ local function take_owed(keys, marker, tenant, b, buckets, calendar, now)
 end
 
 -- Markers lie in one hash per stretch of time, four hashes in turn. A marker is found during its own
--- stretch and the two after it, and outlives them by a tenth of a stretch.
+-- stretch and the two after it, and outlives them by a tenth of a stretch. After a failover the clock may have
+-- gone back: a marker of the stretch to come counts as well.
 local function marker_key(ring, stretch)
   return ring[stretch % #ring + 1]
 end
 
 local function find_marker(ring, id, now, stretch_ms)
   local stretch = math.floor(now / stretch_ms)
-  for back = 0, STRETCHES_REMEMBERED do
+  for back = -1, STRETCHES_REMEMBERED do
     local key = marker_key(ring, stretch - back)
     local value = redis.call("HGET", key, id)
     if value then return value, key end

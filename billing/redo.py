@@ -1,0 +1,121 @@
+"""The movements of the last seconds, sent again when the store may have lost them.
+
+Knows who the store is and until when it was the same. Each movement counts once by its own id, so that
+sending it again is harmless where nothing was lost.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import assert_never
+
+from billing.account import Clawback, Grant, Movement, Settlement
+from billing.errors import (
+    DuplicateRequest,
+    GrantRefused,
+    Quarantined,
+    SourceReused,
+    StoreUnavailable,
+    UnknownHold,
+)
+from billing.store.holds import Ledger
+
+PROBE_S = 0.5
+WINDOW_S = 10.0
+"""How much a store may lose: more than an unsynced log (2 s) or a lagging replica does."""
+MOST = 50_000
+"""Movements of one process, about 50 MB; more in a window than that and the oldest are not sent again."""
+
+Identify = Callable[[], Awaitable[frozenset[str]]]
+_REFUSALS = (Quarantined, UnknownHold, DuplicateRequest, GrantRefused, SourceReused)
+
+logger = logging.getLogger(__name__)
+
+
+class Recent:
+    """Movements that were acknowledged lately, oldest first."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._noted: deque[tuple[float, Movement]] = deque(maxlen=most)
+
+    def __len__(self) -> int:
+        return len(self._noted)
+
+    def note(self, movement: Movement) -> None:
+        self._noted.append((asyncio.get_running_loop().time(), movement))
+
+    def forget_before(self, time_s: float) -> None:
+        while self._noted and self._noted[0][0] < time_s:
+            self._noted.popleft()
+
+    def take(self) -> list[Movement]:
+        """All of them, grants first: settles draw on what those gave."""
+        taken = [movement for _, movement in self._noted]
+        self._noted.clear()
+        return sorted(taken, key=lambda movement: isinstance(movement, Settlement))
+
+
+class Redo:
+    """Watches the store on behalf of one process."""
+
+    def __init__(self, ledger: Ledger, recent: Recent, identify: Identify, window_s: float = WINDOW_S) -> None:
+        """``recent`` is told by the ledger itself of what was acknowledged."""
+        self._ledger, self._recent, self._identify, self._window_s = ledger, recent, identify, window_s
+        self._identity: frozenset[str] | None = None
+
+    async def run(self) -> None:
+        """Watch until cancelled. Outlives an absent store and our bugs."""
+        while True:
+            await asyncio.sleep(PROBE_S)
+            try:
+                if resent := await self.watch_once():
+                    logger.warning("the store was started again or replaced: %d movements were sent again", resent)
+            except StoreUnavailable as error:
+                logger.warning("%d movements may have to be sent again: %s", len(self._recent), error)
+            except Exception:
+                logger.exception("%d movements may have to be sent again", len(self._recent))
+
+    async def watch_once(self) -> int:
+        """Look who the store is. What was acknowledged long before it was last the same is safe and forgotten.
+
+        Returns:
+            How many movements were sent again.
+
+        Raises:
+            StoreUnavailable: nothing is forgotten until it is back.
+        """
+        started = asyncio.get_running_loop().time()
+        identity = await self._identify()
+        resent = await self._send_again() if self._identity not in (None, identity) else 0
+        self._identity = identity
+        self._recent.forget_before(started - self._window_s)
+        return resent
+
+    async def _send_again(self) -> int:
+        waiting = deque(self._recent.take())
+        resent = 0
+        try:
+            while waiting:
+                await self._send(waiting[0])
+                waiting.popleft()
+                resent += 1
+        finally:
+            for movement in waiting:
+                self._recent.note(movement)
+        return resent
+
+    async def _send(self, movement: Movement) -> None:
+        """The ledger notes it again: this store, too, may be lost."""
+        try:
+            match movement:
+                case Settlement():
+                    await self._ledger.settle(movement)
+                case Grant():
+                    await self._ledger.grant(movement)
+                case Clawback():
+                    await self._ledger.claw_back(movement)
+                case _:
+                    assert_never(movement)
+        except _REFUSALS as refusal:
+            logger.warning("a movement that was acknowledged before is refused now: %s", refusal)
