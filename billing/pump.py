@@ -19,6 +19,7 @@ from billing.dodo.client import Dodo, DodoSettings
 from billing.dodo.customers import create_wanted
 from billing.dodo.webhooks import Webhooks
 from billing.export.exporter import Exporter, FlushReport
+from billing.reconcile.watch import Watch
 from billing.store import board
 from billing.store.call_budget import SharedBudget
 from billing.store.holds import Ledger
@@ -26,10 +27,14 @@ from billing.store.tenants import Tenants
 
 LIMIT_S = 120.0
 """A chore that takes longer is cut off and starts again: everything it does may be cut off."""
+EXAMINE_LIMIT_S = 3_000.0
+"""Dodo's books are many pages, and calls are few."""
 LATE_S = 60.0
 """How much later than its interval and limit a chore's timer may be before the process is unhealthy."""
 FLUSH_PATIENCE_S = 45.0
 """How long a flush goes on as its calls come in: well below the limit."""
+RETRY_S = 60.0
+"""What is done once an hour is tried again sooner when it failed."""
 LAST_FLUSH_S = 5.0
 
 log = logging.getLogger("farebox.billing.pump")
@@ -54,6 +59,7 @@ class Parts:
     webhooks: Webhooks
     counters: LiveCounters
     budget: Budget
+    watch: Watch
 
     async def close(self) -> None:
         await self.dodo.close()
@@ -72,7 +78,18 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
 
     webhooks = Webhooks(redis, unasked, ledger, tenants, catalogue, settings.webhook_key)
     exporter = Exporter(redis, dodo, tenants, budget=budget, patience_s=FLUSH_PATIENCE_S)
-    return Parts(redis, dodo, unasked, ledger, tenants, exporter, webhooks, LiveCounters(redis), budget)
+    return Parts(
+        redis,
+        dodo,
+        unasked,
+        ledger,
+        tenants,
+        exporter,
+        webhooks,
+        LiveCounters(redis),
+        budget,
+        Watch(redis, dodo, budget),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +103,8 @@ class Intervals:
     counters_s: float = 2.0
     subscriptions_s: float = 300.0
     prune_s: float = 3_600.0
+    glance_s: float = 60.0
+    examine_s: float = 3_600.0
 
 
 @dataclass
@@ -100,11 +119,12 @@ class Chore:
     """In a row."""
     last_error: str = ""
     """Of the last run; empty if it went well."""
+    limit_s: float = LIMIT_S
     beat_s: float = field(default_factory=time.monotonic)
     """When its timer last moved."""
 
     def is_late(self, now_s: float) -> bool:
-        return now_s - self.beat_s > self.interval_s + LIMIT_S + LATE_S
+        return now_s - self.beat_s > self.interval_s + self.limit_s + LATE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +151,8 @@ class Pump:
             Chore("counters", intervals.counters_s, lambda parts: parts.counters.catch_up()),
             Chore("subscriptions", intervals.subscriptions_s, _refresh_overdue),
             Chore("prune", intervals.prune_s, lambda parts: parts.webhooks.prune()),
+            Chore("glance", intervals.glance_s, lambda parts: parts.watch.glance()),
+            Chore("examine", intervals.examine_s, lambda parts: parts.watch.examine(), limit_s=EXAMINE_LIMIT_S),
         ]
 
     def start(self) -> None:
@@ -189,7 +211,7 @@ class Pump:
         while True:
             chore.beat_s = started = time.monotonic()
             try:
-                async with asyncio.timeout(LIMIT_S):
+                async with asyncio.timeout(chore.limit_s):
                     await chore.run(await self.parts())
             except Exception as error:  # the outermost loop: whatever fails is counted and tried again
                 chore.failures += 1
@@ -198,7 +220,8 @@ class Pump:
             else:
                 chore.failures, chore.last_error = 0, ""
             chore.runs += 1
-            await asyncio.sleep(max(0.01, chore.interval_s - (time.monotonic() - started)))
+            pause_s = min(chore.interval_s, RETRY_S) if chore.failures else chore.interval_s
+            await asyncio.sleep(max(0.01, pause_s - (time.monotonic() - started)))
 
 
 async def _create_customers(parts: Parts) -> int:

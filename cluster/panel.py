@@ -4,8 +4,9 @@ Knows Rich and the shapes of what is shown; asks nobody.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from billing.dodo.sync import SyncReport
+from billing.money import format_usd
 from cluster.launch import Say
 from cluster.operate import Status
 from cluster.settings import Settings
@@ -79,10 +81,32 @@ def status_table(status: Status) -> Group:
     if status.run is not None and status.applications:
         run = status.run
         parts.append(Text(f"API {run.api_url}  dashboard {run.dashboard_url}  sandbox {run.sandbox_url or '-'}"))
-    for name in ("pump", "backlog"):
-        if isinstance(said := status.billing.get(name), dict):
-            parts.append(Text(f"{name}: " + ", ".join(f"{key} {value}" for key, value in said.items() if value != "")))
+    if isinstance(said := status.billing.get("pump"), dict):
+        parts.append(Text("pump: " + ", ".join(f"{key} {value}" for key, value in said.items() if value != "")))
+    if status.billing:
+        parts += [Text(line) for line in money_lines(status.billing)]
     return Group(*parts)
+
+
+def money_lines(billing: Mapping[str, object]) -> Iterator[str]:
+    """What is open, what waits, what needs a person, and whether the books are right."""
+    open_ = cast(Mapping[str, int], billing.get("money") or {})
+    if open_:
+        yield (
+            f"holds: {open_['open_holds']} open with ${format_usd(open_['held_nanos'])}, "
+            f"the oldest {open_['oldest_hold_s']} s"
+        )
+        yield f"not told to Dodo: {billing['backlog']}, the oldest {open_['backlog_age_s']} s"
+    waiting = {
+        "dead letters": "dead_events",
+        "parked webhooks": "parked_webhooks",
+        "spooled settles": "unsettled_on_this_gateway",
+        "refused settles": "refused_settles",
+    }
+    yield "needs a look: " + ", ".join(f"{billing.get(key, 0)} {name}" for name, key in waiting.items())
+    for kind, proof in cast(Mapping[str, Mapping[str, object]], billing.get("books") or {}).items():
+        found = f"{proof['faults']} wrong, {proof['named']}" if proof["faults"] else str(proof["unproven"])
+        yield f"books ({kind}): {found or 'every proof holds to the nano'}"
 
 
 def show_sync(console: Console, report: SyncReport) -> None:

@@ -9,19 +9,21 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from ray.util.metrics import Gauge
-
 from billing.archive.archiver import Archiver, ArchiveReport
 from billing.archive.files import Archive
+from billing.clock import now_ms
 from billing.counters import Counters
 from billing.dodo.client import DodoSettings
 from billing.errors import StoreRefused
 from billing.export.exporter import FlushReport
 from billing.pump import Chore, ChoreStatus, Intervals, Parts, Pump, assemble
+from billing.store import proof_state
 from billing.store.connection import connect
 from billing.store.outbox import Backlog, PumpState, Sums
+from billing.store.unsettled import unsettled
 from billing.usage import TenantId
 from deployments.config import BillingArgs
+from deployments.metrics import MoneyMetrics
 
 ARCHIVE_INTERVAL_S = 6 * 3_600.0
 
@@ -59,7 +61,7 @@ class BillingActor:
         self._pump = Pump(
             open_parts, Intervals(flush_s=args.flush_interval_s, expire_s=args.expire_interval_s, customers_s=eager_s)
         )
-        self._gauges = _Gauges()
+        self._metrics = MoneyMetrics()
         self._pump.chores.append(Chore("metrics", 10.0, self._measure))
         if args.archive_url:
             self._pump.chores.append(Chore("archive", ARCHIVE_INTERVAL_S, partial(_archive, args.archive_url)))
@@ -103,32 +105,15 @@ class BillingActor:
         return self.close() if self._is_open else None
 
     async def _measure(self, parts: Parts) -> None:
-        backlog = await parts.exporter.outbox.backlog()
-        state = await parts.exporter.outbox.shown()
-        self._gauges.show(backlog, state, await parts.webhooks.inbox.parked_count())
+        """Never read back: bills come from the stream."""
+        outbox = parts.exporter.outbox
+        pump = await outbox.shown()
+        self._metrics.export(pump, await outbox.backlog())
+        self._metrics.ledger(await unsettled(parts.redis), pump, now_ms())
+        self._metrics.parked(await parts.webhooks.inbox.parked_count())
+        for kind, state in (await proof_state.shown(parts.redis)).items():
+            self._metrics.proof(kind, state)
 
 
 async def _archive(url: str, parts: Parts) -> ArchiveReport:
     return await Archiver(parts.redis, await asyncio.to_thread(Archive, url)).run_once()
-
-
-class _Gauges:
-    """What Prometheus sees of billing. Never read back: bills come from the stream."""
-
-    def __init__(self) -> None:
-        self._unsealed = Gauge("farebox_billing_unsealed_entries", "Stream entries not yet sealed for export")
-        self._outbox = Gauge("farebox_billing_outbox_events", "Sealed events that Dodo has not acknowledged")
-        self._held = Gauge("farebox_billing_held_events", "Sealed events whose tenant has no Dodo customer yet")
-        self._dead = Gauge("farebox_billing_dead_events", "Events that Dodo refused for good")
-        self._parked = Gauge("farebox_billing_parked_webhooks", "Webhooks that wait for another try")
-        self._failures = Gauge("farebox_billing_export_failures", "Failed sends to Dodo in a row")
-        self._success = Gauge("farebox_billing_last_success_seconds", "Unix time when Dodo last had everything sent")
-
-    def show(self, backlog: Backlog, state: PumpState, parked: int) -> None:
-        self._unsealed.set(backlog.unsealed_entries)
-        self._outbox.set(backlog.outbox_events)
-        self._held.set(state.held_events)
-        self._dead.set(backlog.dead_events)
-        self._parked.set(parked)
-        self._failures.set(state.failures)
-        self._success.set(state.last_success_ms // 1_000)

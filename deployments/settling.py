@@ -71,6 +71,7 @@ class Settler:
         while True:
             await asyncio.sleep(SPOOL_INTERVAL_S)
             try:
+                self._metrics.spool(self.spooled, await self.refused())
                 await self._spool.replay(self._ledger)
             except StoreUnavailable:
                 logger.warning("the store is away: %d settles wait on disk", self._spool.pending)

@@ -83,11 +83,13 @@ class Exporter:
         sealed = 0
         if force or self._may_seal():
             sealed = await self._seal()
-        ready, destinations, held = await self._sendable()
+        everything = await self.outbox.events()
+        ready, destinations, held = await self._sendable(everything)
         if force or self._clock() >= self._state.next_try_ms:
             await self._send(ready, destinations, tally)
         waiting = max(0, len(ready) - tally.sent - tally.buried)
-        await self._show(tally, waiting, held)
+        oldest_ms = min((e.occurred_at_ms for e in everything), default=0) if waiting or held else 0
+        await self._show(tally, waiting, held, oldest_ms)
         return FlushReport(self._state.state, sealed, tally.sent, tally.buried, waiting, held, self._state.error)
 
     def _may_seal(self) -> bool:
@@ -121,9 +123,9 @@ class Exporter:
         events = fold(shard.number, start, entries[-1].id, records, self._clock())
         return len(events) if await self.outbox.seal(shard, start, entries[-1].id, len(entries), events) else 0
 
-    async def _sendable(self) -> tuple[list[SealedEvent], dict[TenantId, Destination], int]:
+    async def _sendable(self, events: list[SealedEvent]) -> tuple[list[SealedEvent], dict[TenantId, Destination], int]:
         """Events to send and where to; and how many are held because their tenants have no Dodo customer."""
-        events, now = await self.outbox.events(), self._clock()
+        now = self._clock()
         destinations: dict[TenantId, Destination] = {}
         for tenant in {event.tenant for event in events}:
             if destination := await self._destination(tenant):
@@ -177,13 +179,14 @@ class Exporter:
         self._state = replace(self._state, state=state, failures=failures, error=error, next_try_ms=now + wait_ms)
         log.warning("Dodo: %s; next try in %d ms", error, wait_ms)
 
-    async def _show(self, tally: Tally, waiting: int, held: int) -> None:
+    async def _show(self, tally: Tally, waiting: int, held: int, oldest_ms: int) -> None:
         self._state = replace(
             self._state,
             last_flush_ms=self._clock(),
             sent_events=tally.sent,
             waiting_events=waiting,
             held_events=held,
+            oldest_waiting_ms=oldest_ms,
             dead_events=(await self.outbox.sums()).dead_events,
             error=self._unreadable or self._state.error,
         )

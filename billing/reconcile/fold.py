@@ -15,7 +15,7 @@ from billing.usage import BucketId, Unit
 
 Place = tuple[int, int]
 _COUNTERS = ("granted", "clawed", "drawn", "sealed")
-_NUMBERS = ("entries", "repaid", "charged", "drawn_nanos", "last_name")
+_NUMBERS = ("entries", "has_taken", "repaid", "charged", "drawn_nanos", "last_name")
 
 
 @dataclass
@@ -28,6 +28,8 @@ class Fold:
     granted: Counter[BucketId] = field(default_factory=Counter)
     clawed: Counter[BucketId] = field(default_factory=Counter)
     drawn: Counter[BucketId] = field(default_factory=Counter)
+    has_taken: bool = False
+    """Something was taken back, so that credit of one bucket may have paid another's debt."""
     repaid: int = 0
     charged: int = 0
     drawn_nanos: int = 0
@@ -89,8 +91,12 @@ class Fold:
         self._follow(entry, int(str(moved["seq"])), f"{entry.kind} {moved['source']}")
         if entry.kind == "grant":
             self.granted[bucket] += amount
+        elif entry.kind == "adjust":
+            self.granted[bucket] += amount
+            self.has_taken |= amount < 0
         elif entry.kind == "clawback":
             self.clawed[bucket] += amount
+            self.has_taken = True
         elif entry.kind == "restore":
             self.clawed[bucket] -= amount
         elif entry.kind == "repay":

@@ -71,7 +71,7 @@ def _prove_credit(tenant: TenantId, account: AccountState, said: Fold) -> list[R
         wrong = [
             f"bucket {b.id} says {b.granted} granted of {filled[b.id]}" for b, _ in buckets if b.granted != filled[b.id]
         ]
-        if not +said.clawed or sum(right.values()) != there.total():
+        if not said.has_taken or sum(right.values()) != there.total():
             wrong += [
                 f"bucket {name} has {there[name]} of {right[name]}" for name in right if there[name] != right[name]
             ]

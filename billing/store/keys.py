@@ -40,6 +40,9 @@ PUMP = "fb:pump"
 CALL_BUDGET = "fb:dodo:budget"
 """Hash: what is left of this minute's calls to Dodo, when it was seen, and the calls a minute."""
 
+PROOF = "fb:proof"
+"""Hash: kind of pass over the books to JSON of what the last one found."""
+
 ARCHIVE = "fb:archive"
 """String: the URL under which archived entries lie."""
 

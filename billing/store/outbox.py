@@ -65,7 +65,13 @@ class PumpState:
     held_events: int = 0
     """Sealed events of tenants that have no Dodo customer yet."""
     dead_events: int = 0
+    oldest_waiting_ms: int = 0
+    """When the oldest record was settled of what the last flush left in the outbox; 0 where it left nothing."""
     error: str = ""
+
+    def waiting_s(self, now_ms: int) -> int:
+        """Age of the oldest record that the outbox was left with, in seconds."""
+        return max(0, now_ms - self.oldest_waiting_ms) // 1_000 if self.oldest_waiting_ms else 0
 
 
 class Outbox:

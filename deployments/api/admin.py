@@ -16,8 +16,10 @@ from billing.clock import now_ms
 from billing.money import NANOS_PER_USD
 from billing.plans import Plan
 from billing.prices import Usd
-from billing.store import board
+from billing.store import board, proof_state
+from billing.store.inbox import Inbox
 from billing.store.outbox import Outbox
+from billing.store.unsettled import unsettled
 from billing.tenants import ApiKey, Tenant, TenantName, new_key
 from billing.usage import TenantId, Unit
 from deployments.api.account import account_json
@@ -178,6 +180,7 @@ async def billing(parts: Parts) -> JSONResponse:
     """The billing actor's state as it last wrote it, its cursors and sums, and what is not told or settled yet."""
     outbox = Outbox(parts.redis)
     state, sums, backlog = await outbox.shown(), await outbox.sums(), await outbox.backlog()
+    open_ = await unsettled(parts.redis)
     return JSONResponse(
         {
             "object": "billing",
@@ -185,6 +188,9 @@ async def billing(parts: Parts) -> JSONResponse:
             "sums": asdict(sums),
             "backlog": backlog.unsealed_entries + backlog.outbox_events,
             "open_holds": await parts.ledger.open_holds(),
+            "money": asdict(open_) | {"backlog_age_s": max(open_.oldest_unsealed_s, state.waiting_s(now_ms()))},
+            "books": {kind: asdict(proof) for kind, proof in (await proof_state.shown(parts.redis)).items()},
+            "parked_webhooks": await Inbox(parts.redis).parked_count(),
             "unsealed_entries": backlog.unsealed_entries,
             "outbox_events": backlog.outbox_events,
             "dead_events": backlog.dead_events,

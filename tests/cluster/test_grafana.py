@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 COUNTER_OR_GAUGE = re.compile(r'(?:Counter|Gauge|Histogram)\(\s*f?"(farebox_[a-z_{}]+)"')
 ASKED = re.compile(r"ray_(farebox_[a-z_]+?)(?:_total|_bucket)?(?=[\[\])\s{]|$)")
 
@@ -21,3 +23,24 @@ def test_every_metric_on_the_dashboard_is_exported(repo: Path) -> None:
     }
     assert len(asked) > 10
     assert asked <= plain, sorted(asked - plain)
+
+
+MONEY = (
+    "farebox_ledger_open_holds", "farebox_ledger_oldest_hold_seconds", "farebox_ledger_unsettled_nanos",
+    "farebox_billing_unsealed_entries", "farebox_billing_outbox_events", "farebox_billing_backlog_age_seconds",
+    "farebox_billing_dead_events", "farebox_billing_parked_webhooks", "farebox_spool_settles",
+    "farebox_spool_refused_settles", "farebox_refusals", "farebox_reconcile_difference_nanos",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MONEY)
+def test_every_metric_of_money_has_a_panel(repo: Path, name: str) -> None:
+    dashboard = json.loads((repo / "cluster" / "grafana" / "farebox.json").read_text())
+    shown = {n for panel in dashboard["panels"] for target in panel["targets"] for n in ASKED.findall(target["expr"])}
+    assert name in shown
+
+
+def test_panels_have_their_own_place_and_id(repo: Path) -> None:
+    panels = json.loads((repo / "cluster" / "grafana" / "farebox.json").read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}) == len(panels)

@@ -121,6 +121,7 @@ end
 local hold = { tenant = tenant, head = head, asked = asked, key = key_id, draws = draws, lease = text(lease_ms),
   affords = text(affords), allowance = allowance_id, cap = text(overage_cap), tpm = text(tpm), tokens = text(tokens),
   usage = "0,0,0,0,0", list = "0" }
+hold.since = text(now)
 redis.call("HSET", keys.holds, id, cjson.encode(hold))
 redis.call("ZADD", keys.leases, text(now + lease_ms), id)
 redis.call("HINCRBY", keys.account, "open", 1)

@@ -23,7 +23,7 @@ from deployments.billing_actor import BillingActor
 from deployments.config import BillingArgs
 from tests.billing.dodo.world import API_KEY, SECRET, World, assert_same, delivery, is_clear
 
-FAST = Intervals(0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
+FAST = Intervals(*[0.1] * 9)
 WAIT_S = 20.0
 
 
@@ -225,5 +225,7 @@ async def test_the_actor_is_an_ordinary_class_that_needs_its_environment(
     status = await actor.status()
     assert (is_clear(status.backlog), len(status.cursors)) == (True, 1)
     assert (await actor.counters())[TenantId("acme")].overage_nanos == 5
+    await until(lambda: all(chore.runs for chore in actor._pump.chores))
+    assert [chore.last_error for chore in actor._pump.chores] == [""] * len(actor._pump.chores)
     await actor.close()
     assert actor.__del__() is None, "nothing is left to close"

@@ -1,0 +1,60 @@
+"""The books proved all the time: often against the store alone, now and then against Dodo too.
+
+Knows when what was read before is read again; what is proved stands in the reconciler.
+"""
+
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from billing.clock import Clock, now_ms
+from billing.dodo.budget import BothBudgets, Budget, CallBudget
+from billing.dodo.client import Dodo
+from billing.history import archive_of
+from billing.reconcile.dodo_comparison import DAY_MS
+from billing.reconcile.reconciler import Reconciler, Report
+from billing.store.proof_state import ProofState, show
+
+STORE, DODO = "store", "dodo"
+"""Kinds of pass."""
+CALLS_PER_MINUTE = 30
+"""Of those to Dodo, at most: the pump needs the rest."""
+
+
+@dataclass
+class Watch:
+    redis: Redis
+    dodo: Dodo
+    budget: Budget
+    clock: Clock = now_ms
+    _glancing: Reconciler | None = None
+    _day: int = 0
+
+    async def glance(self) -> ProofState:
+        """Prove the store, reading only what is new; all since the watermark after a fault and on a new day."""
+        day = self.clock() // DAY_MS
+        if self._glancing is None or day != self._day:
+            self._glancing, self._day = Reconciler(self.redis, archive=await archive_of(self.redis)), day
+        report = await self._glancing.run()
+        if report.faults:
+            self._glancing = None
+        return await self._shown(STORE, report)
+
+    async def examine(self) -> ProofState:
+        """Prove the store and Dodo's own sums, from the watermark on."""
+        budget = BothBudgets(CallBudget(CALLS_PER_MINUTE), self.budget)
+        archive = await archive_of(self.redis)
+        return await self._shown(DODO, await Reconciler(self.redis, self.dodo, archive, budget, self.clock).run())
+
+    async def _shown(self, kind: str, report: Report) -> ProofState:
+        first = next((f"{row.proof} {row.tenant}: {row.named}" for row in report.faults), "")
+        state = ProofState(
+            at_ms=self.clock(),
+            proofs=len(report.rows),
+            faults=len(report.faults),
+            drift_nanos=report.drift_nanos,
+            named=first,
+            unproven="; ".join(report.unproven),
+        )
+        await show(self.redis, kind, state)
+        return state
