@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pyarrow.dataset as ds
 import pytest
@@ -262,6 +263,40 @@ def test_any_filesystem_will_do() -> None:
     entry = Entry("1-0", "grant", ACME, "{}")
     archive.write(Shard(7), [entry])
     assert archive.read(Shard(7)) == [entry]
+
+
+async def test_usage_and_books_are_the_same_over_an_archive_of_any_filesystem(house: House) -> None:
+    before = await usage(house)
+    name = f"books-{uuid4().hex}"
+    elsewhere = Archive(f"memory://{name}")
+    report = await archiver(house, elsewhere).run_once()
+    assert report.archived == report.trimmed > 0
+    assert await live(house) == 0
+    assert await archive_url(house.redis) == f"memory:///{name}"
+    assert await usage(house) == before
+    assert (await Reconciler(house.redis, house.dodo, await history.archive_of(house.redis)).run()).is_clean
+
+
+async def test_an_entry_altered_in_the_stream_after_it_was_archived_is_named(
+    house: House, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await archiver(house, archive).run_once()
+    await house.serve("req_after")
+    await house.flush()
+    stream = shard_for(ACME).stream
+    monkeypatch.setattr(ArchiveCursor, "trim", _nothing)
+    await archiver(house, archive).run_once()
+    ((entry, fields),) = await house.redis.xrange(stream)
+    await house.redis.delete(stream)
+    await house.redis.xadd(
+        stream, fields | {"p": fields["p"].replace('"status":"complete"', '"status":"failed"')}, id=entry
+    )
+    report = await Reconciler(house.redis, None, archive).run()
+    assert any("rec_req_after differs between stream and archive" in row.named for row in report.faults)
+
+
+async def _nothing(*_: object) -> int:
+    return 0
 
 
 def test_an_unknown_kind_of_url_is_refused() -> None:

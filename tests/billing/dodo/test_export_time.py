@@ -116,6 +116,39 @@ async def test_in_a_long_outage_windows_are_wide_and_sums_still_equal(world: Wor
     assert_same(await world.told(), world.sums)
 
 
+class Counted:
+    """A budget that never runs out and counts."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def take(self) -> bool:
+        self.calls += 1
+        return True
+
+
+async def test_a_day_s_outage_drains_in_a_few_calls_and_loses_nothing(world: World) -> None:
+    names = [f"tenant-{number}" for number in range(10)]
+    for name in names:
+        await world.tenant(name)
+    budget = Counted()
+    exporter = Exporter(world.redis, world.dodo, world.tenants, world.clock, budget, jitter=lambda: 0.0)
+    await world.fault("status:503", "drop_before")
+    for _ in range(96):
+        for name in names:
+            await world.use(name, overage=50)
+        await exporter.flush_once()
+        world.clock.move(15 * MINUTE)
+    await world.heal()
+    budget.calls = 0
+    report = await exporter.flush_once(force=True)
+    assert report.waiting == 0
+    assert report.sent > 1_800
+    assert budget.calls <= 40, "steps from 8 events to 1,000, and the few that were attempted are looked up"
+    assert_same(await world.told(), world.sums)
+    assert {event["metadata"]["restamped"] for event in await world.events()} == {True, False}  # type: ignore[index]
+
+
 async def test_charges_of_a_closed_billing_period_are_billed_in_the_next(world: World) -> None:
     await world.tenant("acme", plan="payg")
     start = world.clock()

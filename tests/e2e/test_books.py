@@ -1,0 +1,119 @@
+"""After a mixed load the books of a whole farebox are right, and one thing altered by hand in its store is named."""
+
+import asyncio
+import json
+from collections.abc import Callable
+
+import httpx
+import pytest
+import redis
+
+from billing.store.keys import shard_for
+from billing.usage import TenantId
+from tests.e2e import books, load
+from tests.e2e.stack import Stack, Tenant, wait_for
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # streams that were hung up
+]
+
+NAMES = ("free", "prepaid", "payg", "pro")
+
+
+@pytest.fixture(scope="module")
+def loaded(stack: Stack) -> Stack:
+    outcome = asyncio.run(load.run(stack, [stack.tenants[name] for name in NAMES], 120, seed=3))
+    assert outcome.receipts
+    assert outcome.hung_up
+    books.wait_until_flushed(stack, 120)
+    return stack
+
+
+@pytest.fixture
+def store(loaded: Stack) -> "redis.Redis":
+    url = json.loads(loaded.cli("status", "--json").stdout)["run"]["store_url"]
+    return redis.Redis.from_url(url, decode_responses=True)
+
+
+def drift(stack: Stack) -> list[dict[str, object]]:
+    done = stack.cli("reconcile", "--json", check=False)
+    found: list[dict[str, object]] = json.loads(done.stdout)["drift"]
+    assert done.returncode == (1 if found else 0), done.stdout
+    return found
+
+
+def test_right_books_exit_0(loaded: Stack) -> None:
+    done = loaded.cli("reconcile")
+    assert "every proof holds to the nano" in done.stdout
+    assert "dodo meter" in done.stdout
+    assert loaded.cli("reconcile", "--full").returncode == 0
+
+
+def test_one_record_altered_by_hand_exits_1_and_is_named(loaded: Stack, store: "redis.Redis") -> None:
+    tenant = loaded.tenants["prepaid"]
+    record_id = str(books.records(loaded, tenant)[0]["record_id"])
+    before = rewrite(store, tenant, record_id, lambda record: record.update(charged_nanos=record["charged_nanos"] + 1))
+    try:
+        named = [row for row in drift(loaded) if row["proof"] == "records"]
+        assert [row["tenant"] for row in named] == ["prepaid"]
+        assert f"{record_id} is not as it was written" in str(named[0]["named"])
+        assert named[0]["difference"] == 1
+    finally:
+        restore(store, tenant, before)
+    assert drift(loaded) == []
+
+
+def test_one_nano_in_a_bucket_exits_1_is_named_and_shows_as_a_metric(loaded: Stack, store: "redis.Redis") -> None:
+    tenant = TenantId("prepaid")
+    key = shard_for(tenant).buckets(tenant)
+    name, value = next(iter(store.hgetall(key).items()))
+    unit, remaining, rest = value.split("|", 2)
+    store.hset(key, name, f"{unit}|{int(remaining) + 1}|{rest}")
+    try:
+        (row,) = drift(loaded)
+        assert (row["proof"], row["tenant"], row["difference"]) == ("credit", "prepaid", 1)
+        assert f"bucket {name} has" in str(row["named"])
+        wait_for(lambda: _difference(loaded) == 1, 120, "no metric said that the books differ")
+        assert "bucket" in loaded.cli("status").stdout
+    finally:
+        store.hset(key, name, value)
+    assert drift(loaded) == []
+    wait_for(lambda: _difference(loaded) == 0, 120, "the metric did not go back to 0")
+
+
+Entries = list[tuple[str, dict[str, str]]]
+
+
+def rewrite(
+    store: "redis.Redis", tenant: Tenant, record_id: str, change: Callable[[dict[str, int]], object]
+) -> Entries:
+    """Alter one record where it stands; the entries as they were."""
+    before: Entries = store.xrange(shard_for(TenantId(tenant.name)).stream)
+    after: Entries = []
+    for id_, fields in before:
+        record = json.loads(fields["p"])
+        if record.get("record_id") == record_id:
+            change(record)
+        same = json.dumps(record, separators=(",", ":"))
+        after.append((id_, fields | {"p": same} if record.get("record_id") == record_id else fields))
+    assert after != before
+    restore(store, tenant, after)
+    return before
+
+
+def restore(store: "redis.Redis", tenant: Tenant, entries: Entries) -> None:
+    stream = shard_for(TenantId(tenant.name)).stream
+    pipe = store.pipeline(transaction=True)
+    pipe.delete(stream)
+    for id_, fields in entries:
+        pipe.xadd(stream, fields, id=id_)  # type: ignore[arg-type]
+    pipe.execute()
+
+
+def _difference(stack: Stack) -> float:
+    lines = httpx.get(stack.metrics_url, timeout=30).text.splitlines()
+    shown = [line for line in lines if line.startswith("ray_farebox_reconcile_difference_nanos") and '"store"' in line]
+    assert shown, "the metric is not there yet"
+    return max(float(line.rsplit(" ", 1)[1]) for line in shown)
