@@ -108,6 +108,43 @@ class DuplicateRequest(Refusal):
         return f"request {self.request_id} was held or settled before"
 
 
+class IdempotencyKeyReused(Refusal):
+    """One key, two bodies: one of the two requests is not what its sender means."""
+
+    def __str__(self) -> str:
+        return "this Idempotency-Key was sent before with another body: use a new key for a new request"
+
+
+@dataclass(eq=False)
+class IdempotencyKeyInUse(Refusal):
+    retry_after_s: float
+
+    def __str__(self) -> str:
+        return f"the request with this Idempotency-Key is still running: retry in {self.retry_after_s:g} s"
+
+
+@dataclass(eq=False)
+class AnswerTooLarge(Refusal):
+    record_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"the answer under this Idempotency-Key was delivered, charged by {self.record_id}, and is too large "
+            "to be kept: nothing was charged again; to run the request once more use a new key"
+        )
+
+
+@dataclass(eq=False)
+class AnswerIncomplete(Refusal):
+    record_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"the request with this Idempotency-Key broke off and what it had made may be charged by {self.record_id} "
+            "(GET /v1/usage/records): nothing was charged again; to run it once more use a new key"
+        )
+
+
 @dataclass(eq=False)
 class UnknownHold(Refusal):
     """Nothing is known of this request id: never held, or settled too long ago to remember. Never guessed."""

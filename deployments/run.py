@@ -118,8 +118,8 @@ class Run:
             if self.finish_reason is None:
                 self.leave()
 
-    async def collect(self) -> tuple[str, Receipt]:
-        """The whole text and its receipt; free when we fail on the way or cannot record it."""
+    async def collect(self) -> str:
+        """The whole text, which ``settle`` then charges; free when we fail on the way."""
         text = [self._first.text if self._first else ""]
         try:
             while self.finish_reason is None:
@@ -133,7 +133,7 @@ class Run:
         finally:
             if self.finish_reason is None:
                 self._fail()
-        return "".join(text), await self.settle(is_delivered=False)
+        return "".join(text)
 
     async def settle(self, is_delivered: bool = True) -> Receipt:
         """The receipt, once the record is on disk. ``is_delivered``: the client has the tokens already.
@@ -141,8 +141,17 @@ class Run:
         Raises:
             MeteringUnavailable: the store is away; the settlement is spooled on disk. What was not
                 delivered is spooled as free.
+            EngineError: it was cut, or its hold had ended, before this: what was not delivered was not charged.
         """
-        return await self._end(Status.COMPLETE, self.usage, free_if_away=not is_delivered)
+        receipt = await self._end(Status.COMPLETE, self.usage, free_if_away=not is_delivered)
+        if not is_delivered and receipt.record.status is not Status.COMPLETE:
+            raise self._cut_by
+        return receipt
+
+    async def over(self) -> None:
+        """Wait until an ending that has begun has reached the store or the spool."""
+        if self._ending is not None:
+            await asyncio.wait([self._ending])
 
     def leave(self) -> None:
         """The client is gone: stop the engine and bill what it made until now. Returns at once."""
@@ -192,6 +201,8 @@ class Run:
         self.finish_reason = piece.finish_reason
         if self.finish_reason is FinishReason.LENGTH and self.shortage is None:
             self.shortage = self._clamped()
+        if self.finish_reason is not None and self._deadline is not None:
+            self._deadline.cancel()
         return piece
 
     def _unpaid(self, piece: Tokens) -> Tokens:

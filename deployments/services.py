@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 
 from billing.dodo.client import Dodo
 from billing.dodo.webhooks import Webhooks
+from billing.store.answers import Answers
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
 from billing.tenants import Principal
@@ -23,6 +24,7 @@ class Services:
     redis: Redis
     ledger: Ledger
     tenants: Tenants
+    answers: Answers
     dodo: Dodo | None
     """``None`` where no payments key is configured: nothing can be bought, everything else works."""
     webhooks: Webhooks | None

@@ -12,6 +12,7 @@ from billing.dodo.client import Dodo, DodoSettings
 from billing.dodo.webhooks import Webhooks
 from billing.redo import Recent, Redo
 from billing.spool import Spool
+from billing.store.answers import Answers
 from billing.store.call_budget import SharedBudget
 from billing.store.connection import identity
 from billing.store.holds import Ledger
@@ -70,6 +71,7 @@ def build_services(
         redis=redis,
         ledger=ledger,
         tenants=tenants,
+        answers=Answers(redis, lease_ms=int(args.lease_s * 1000)),
         dodo=dodo,
         webhooks=Webhooks(redis, dodo, ledger, tenants, in_force, webhook_key) if dodo and webhook_key else None,
         gateway_id=gateway_id,

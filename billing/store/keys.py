@@ -148,6 +148,10 @@ class Shard:
         """Hash: marker of a grant, clawback or repayment, by its business id."""
         return f"{self.tag}:movement:{tenant}:{source}"
 
+    def answer(self, tenant: TenantId, key_hash: str) -> str:
+        """Hash: who claimed an idempotency key and for which body, and the answer and record it stands for."""
+        return f"{self.tag}:answer:{tenant}:{key_hash}"
+
     def tenant(self, tenant: TenantId) -> str:
         """String: the tenant as JSON."""
         return f"{self.tag}:tenant:{tenant}"

@@ -7,7 +7,15 @@ from functools import cache
 from pathlib import Path
 
 _LUA = Path(__file__).parent / "lua"
-_BUILDS_ON = {"hold": "draw", "extend": "draw", "settle": "close", "expire": "close", "orphan": "close"}
+_BUILDS_ON = {
+    "hold": "draw",
+    "extend": "draw",
+    "settle": "close",
+    "expire": "close",
+    "orphan": "close",
+    "claim": "outcome",
+    "conclude": "outcome",
+}
 
 
 @cache

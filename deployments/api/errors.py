@@ -89,6 +89,10 @@ ANSWERS: Mapping[type[BaseException], Answer] = {
     billing.GrantRefused: Answer(400, "grant_refused", INVALID, "Bad Request"),
     billing.UnknownHold: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=1),
     billing.DuplicateRequest: Answer(409, "duplicate_request", INVALID, "Conflict", should_retry=False),
+    billing.IdempotencyKeyInUse: Answer(409, "idempotency_key_in_use", INVALID, "Conflict"),
+    billing.AnswerTooLarge: Answer(409, "idempotency_answer_too_large", INVALID, "Conflict", should_retry=False),
+    billing.AnswerIncomplete: Answer(409, "idempotency_answer_incomplete", INVALID, "Conflict", should_retry=False),
+    billing.IdempotencyKeyReused: Answer(422, "idempotency_key_reused", INVALID, "Unprocessable Content"),
     billing.CreditOnHold: Answer(429, "credit_on_hold", QUOTA, "Credit On Hold"),
     billing.RateLimited: Answer(429, "rate_limit_exceeded", RATE, "Too Many Requests"),
     SpoolFull: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=5),
@@ -156,6 +160,8 @@ def _details(error: BaseException, top_up_url: str) -> Json:
             "required": format_usd(error.required_nanos),
             "currency": "USD",
         }
+    if isinstance(error, billing.AnswerTooLarge | billing.AnswerIncomplete):
+        return {"record_id": error.record_id}
     if isinstance(error, billing.RateLimited):
         return {"limit": error.limit, "limit_source": error.kind}
     return {}

@@ -3,9 +3,10 @@
 Knows OpenAI's shapes; what a request costs and how it runs is the gateway's business.
 """
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Annotated
 
 from fastapi import APIRouter, Body
@@ -13,36 +14,41 @@ from fastapi.responses import JSONResponse, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from billing.account import Receipt
 from billing.catalogue import Model
 from billing.errors import BillingError, UnknownModel
 from billing.money import format_usd
+from billing.store.answers import Kept
+from billing.tenants import Principal
+from billing.usage import RequestId, UsageRecord
 from deployments.api.account import draw_json
 from deployments.api.errors import answer_for, body_of
+from deployments.api.idempotency import REPLAYED, Claim, GivenKey, Head, Incomplete, Transcript, asked_under
 from deployments.api.wire import ChatRequest, CompletionRequest, QuoteRequest, Sampled
 from deployments.engine.request import EngineError, FinishReason
 from deployments.run import Run
-from deployments.services import Caller, OurId, Parts
+from deployments.services import Caller, OurId, Parts, Services
+
+SSE = "text/event-stream"
+UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 router = APIRouter()
+Json = dict[str, object]
 
 
 class _Shape:
     """How one endpoint writes its pieces."""
 
-    def __init__(self, run: Run, is_chat: bool) -> None:
-        kind = "chat.completion" if is_chat else "text_completion"
-        self._is_chat = is_chat
-        prefix = "chatcmpl-" if is_chat else "cmpl-"
-        name = prefix + run.request_id.removeprefix("req_")
-        base: dict[str, object] = {"id": name, "created": int(time.time()), "model": run.model.id}
+    def __init__(self, head: Head) -> None:
+        self._is_chat = head.is_chat
+        kind = "chat.completion" if head.is_chat else "text_completion"
+        base: dict[str, object] = {"id": head.name, "created": head.created, "model": head.model}
         self._whole = base | {"object": kind}
-        self._piece = base | {"object": "chat.completion.chunk" if is_chat else kind}
+        self._piece = base | {"object": "chat.completion.chunk" if head.is_chat else kind}
 
-    def whole(self, text: str, run: Run, receipt: Receipt) -> dict[str, object]:
+    def whole(self, text: str, reason: FinishReason | None, closing: Json) -> Json:
         content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": _reason(run.finish_reason)}
-        return self._whole | {"choices": [choice]} | _closing(run, receipt)
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": _reason(reason)}
+        return self._whole | {"choices": [choice]} | closing
 
     def opening(self) -> str:
         """Chat streams begin with the role."""
@@ -53,8 +59,8 @@ class _Shape:
             return self._event(self._choice({"content": text} if text else {}, reason))
         return self._event({"index": 0, "text": text, "logprobs": None, "finish_reason": _reason(reason)})
 
-    def closing(self, run: Run, receipt: Receipt) -> str:
-        return _event(self._piece | {"choices": []} | _closing(run, receipt)) + "data: [DONE]\n\n"
+    def closing(self, closing: Json) -> str:
+        return _event(self._piece | {"choices": []} | closing) + "data: [DONE]\n\n"
 
     def _choice(self, delta: dict[str, str], reason: FinishReason | None) -> dict[str, object]:
         return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": _reason(reason)}
@@ -71,8 +77,8 @@ def _reason(reason: FinishReason | None) -> str | None:
     return None if reason is None else reason.value
 
 
-def _closing(run: Run, receipt: Receipt) -> dict[str, object]:
-    usage, record = run.usage, receipt.record
+def _closing(record: UsageRecord, incomplete: Incomplete) -> Json:
+    usage = record.usage
     return {
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
@@ -89,11 +95,11 @@ def _closing(run: Run, receipt: Receipt) -> dict[str, object]:
             "adapter": record.adapter,
             "draws": [draw_json(draw) for draw in record.draws],
         },
-        **_incomplete(run),
+        **incomplete,
     }
 
 
-def _incomplete(run: Run) -> dict[str, object]:
+def _incomplete(run: Run) -> Incomplete:
     """Why the answer is shorter than asked for, where credit is the reason."""
     if run.shortage is None:
         return {}
@@ -101,56 +107,122 @@ def _incomplete(run: Run) -> dict[str, object]:
 
 
 class EventStream(StreamingResponse):
-    """A run as server-sent events; however the connection ends, the run does."""
+    """A run as server-sent events; however the connection ends, the run and its claim do."""
 
-    def __init__(self, run: Run, shape: _Shape, headers: Mapping[str, str]) -> None:
-        self._run = run
-        super().__init__(
-            _events(run, shape),
-            media_type="text/event-stream",
-            headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"},
-        )
+    def __init__(self, run: Run, claim: Claim, head: Head) -> None:
+        self._run, self._claim = run, claim
+        super().__init__(_events(run, claim, head), media_type=SSE, headers=_headers(run) | UNBUFFERED)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._run.leave()
+            self._claim.conclude(self._run)
 
 
-async def _events(run: Run, shape: _Shape) -> AsyncGenerator[str, None]:
+async def _events(run: Run, claim: Claim, head: Head) -> AsyncGenerator[str, None]:
     """Every piece, then usage and receipt, then ``[DONE]``: that one only after the record is on disk."""
+    shape = _Shape(head)
     yield shape.opening()
     try:
         async for piece in run.pieces():
+            claim.add(piece.text, piece.finish_reason)
             yield shape.piece(piece.text, piece.finish_reason)
+        await claim.stage_delivered(head, _incomplete(run))
         receipt = await run.settle()
     except (EngineError, BillingError) as error:
         yield _event(body_of(error))
         return
-    yield shape.closing(run, receipt)
+    yield shape.closing(_closing(receipt.record, _incomplete(run)))
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(asked: ChatRequest, parts: Parts, caller: Caller, our_id: OurId) -> Response:
-    return await _answer(await parts.gateway.open(caller, asked.to_ask(), our_id), asked, is_chat=True)
+async def chat_completions(asked: ChatRequest, parts: Parts, caller: Caller, our_id: OurId, key: GivenKey) -> Response:
+    return await _answer(asked, parts, caller, our_id, key)
 
 
 @router.post("/v1/completions")
-async def completions(asked: CompletionRequest, parts: Parts, caller: Caller, our_id: OurId) -> Response:
-    return await _answer(await parts.gateway.open(caller, asked.to_ask(), our_id), asked, is_chat=False)
+async def completions(asked: CompletionRequest, parts: Parts, caller: Caller, our_id: OurId, key: GivenKey) -> Response:
+    return await _answer(asked, parts, caller, our_id, key)
 
 
-async def _answer(run: Run, asked: Sampled, is_chat: bool) -> Response:
-    shape, headers = _Shape(run, is_chat), _headers(run)
-    if asked.is_streamed:
-        return EventStream(run, shape, headers)
-    text, receipt = await run.collect()
-    headers |= {
-        "x-farebox-cost": format_usd(receipt.record.charged_nanos),
-        "x-farebox-balance": format_usd(receipt.record.balance_nanos),
+async def _answer(asked: Sampled, parts: Services, caller: Principal, our_id: RequestId, key: str | None) -> Response:
+    ask = asked.to_ask()
+    claim = Claim(parts.answers, parts.gateway.settler, asked_under(key, caller, our_id, asked))
+    try:
+        if (kept := await claim.make()) is not None:
+            return _replay(kept, asked.is_streamed)
+        run = await parts.gateway.open(caller, ask, our_id)
+    except BaseException:
+        claim.conclude(None)
+        raise
+    head = _head(run, is_chat=isinstance(asked, ChatRequest))
+    return await (_stream(run, claim, head) if asked.is_streamed else _whole(run, claim, head))
+
+
+async def _stream(run: Run, claim: Claim, head: Head) -> Response:
+    is_ours = False
+    try:
+        await claim.check()
+        is_ours = True
+        return EventStream(run, claim, head)
+    finally:
+        if not is_ours:
+            run.cut()
+            claim.conclude(run)
+
+
+async def _whole(run: Run, claim: Claim, head: Head) -> Response:
+    try:
+        text = await run.collect()
+        claim.add(text, run.finish_reason)
+        record = await _charge(run, claim, head)
+    finally:
+        claim.conclude(run)
+    headers = _headers(run) | _costs(record)
+    closing = _closing(record, _incomplete(run))
+    return JSONResponse(_Shape(head).whole(text, run.finish_reason, closing), headers=headers)
+
+
+async def _charge(run: Run, claim: Claim, head: Head) -> UsageRecord:
+    """Stage, then settle: an answer is charged only when it can be repeated, and repeated only when it was charged."""
+    is_staged = False
+    try:
+        await claim.stage(head, _incomplete(run))
+        is_staged = True
+    except asyncio.CancelledError:
+        run.leave()
+        raise
+    finally:
+        if not is_staged:
+            run.cut()
+    return (await run.settle(is_delivered=False)).record
+
+
+def _replay(kept: Kept, is_streamed: bool) -> Response:
+    """A kept answer in the shape in which it was asked for."""
+    transcript = Transcript.from_json(kept.answer)
+    shape, record, pieces = _Shape(transcript.head), kept.record, transcript.pieces
+    closing = _closing(record, transcript.incomplete)
+    headers = REPLAYED | {"x-farebox-max-tokens": str(transcript.head.max_tokens)}
+    if is_streamed:
+        events = [shape.opening(), *(shape.piece(*piece) for piece in pieces), shape.closing(closing)]
+        return Response("".join(events), media_type=SSE, headers=headers | UNBUFFERED)
+    [(text, reason)] = pieces
+    return JSONResponse(shape.whole(text, reason, closing), headers=headers | _costs(record))
+
+
+def _head(run: Run, is_chat: bool) -> Head:
+    name = ("chatcmpl-" if is_chat else "cmpl-") + run.request_id.removeprefix("req_")
+    return Head(name, int(time.time()), run.model.id, is_chat, run.hold.max_tokens)
+
+
+def _costs(record: UsageRecord) -> dict[str, str]:
+    return {
+        "x-farebox-cost": format_usd(record.charged_nanos),
+        "x-farebox-balance": format_usd(record.balance_nanos),
     }
-    return JSONResponse(shape.whole(text, run, receipt), headers=headers)
 
 
 def _headers(run: Run) -> dict[str, str]:

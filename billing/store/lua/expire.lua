@@ -14,7 +14,7 @@ local bill = close_hold(keys, id, hold,
 local first = hold.draws[1]
 local by_request = first and first[2] == "r"
 mark(keys.settled, id, cjson.encode({
-  tenant = hold.tenant, head = hold.head, cap = hold.cap, usage = hold.usage, list = hold.list,
+  tenant = hold.tenant, entry = bill.entry, head = hold.head, cap = hold.cap, usage = hold.usage, list = hold.list,
   unit = by_request and "r" or "n", bucket = first and first[1] or "",
   held = text(bill.held), charged = by_request and text(math.min(1, usage[4])) or text(bill.charged),
 }), now, stretch_ms)
