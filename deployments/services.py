@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPBearer
 from redis.asyncio import Redis
 
 from billing.dodo.client import Dodo
@@ -14,6 +15,10 @@ from billing.store.tenants import Tenants
 from billing.tenants import Principal
 from billing.usage import RequestId
 from deployments.gateway import Gateway
+
+API_KEY = HTTPBearer(scheme_name="ApiKey", description="A tenant's API key, `fbx_...`.", auto_error=False)
+ADMIN_KEY = HTTPBearer(scheme_name="AdminKey", description="The operator's `FAREBOX_ADMIN_KEY`.", auto_error=False)
+"""For the document: who a key belongs to is found out by us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,8 @@ async def request_id_of(request: Request) -> RequestId:
     return RequestId(request.scope["farebox.request_id"])
 
 
-async def authenticated(request: Request) -> Principal:
+async def authenticated(request: Request, _: Annotated[object, Security(API_KEY)] = None) -> Principal:
+    """Raises InvalidKey, TenantSuspended, StoreUnavailable."""
     gateway = services_of(request).gateway
     return await gateway.authenticate(request.headers.get("authorization", ""))
 

@@ -19,6 +19,8 @@ from billing.store import keys
 from billing.store.connection import guarded
 from billing.tenants import Principal, Tenant
 from billing.usage import Draw, Unit, UsageRecord
+from deployments.api.bodies import AccountBody, CheckoutBody, RecordPage, UsageBody
+from deployments.api.document import refusals
 from deployments.api.errors import BadRequest, Conflict, NotFound
 from deployments.services import Caller, Parts, Services
 
@@ -27,11 +29,11 @@ MAX_DAYS = 366
 YEARS = range(2000, 2101)
 MAX_RECORDS = 1_000
 
-router = APIRouter()
+router = APIRouter(responses=refusals(401, 403, 503))
 Json = dict[str, object]
 
 
-@router.get("/v1/account")
+@router.get("/v1/account", response_model=AccountBody)
 async def account(parts: Parts, caller: Caller) -> JSONResponse:
     plan = plan_of(caller.tenant, parts.gateway.shelf.current)
     state = await parts.ledger.account(caller.tenant.id)
@@ -77,7 +79,7 @@ def _bucket_json(bucket: Bucket) -> Json:
     }
 
 
-@router.get("/v1/usage")
+@router.get("/v1/usage", response_model=UsageBody, responses=refusals(400))
 async def usage(
     parts: Parts,
     caller: Caller,
@@ -133,7 +135,7 @@ def _total_json(total: history.Total, group_by: str) -> Json:
     }
 
 
-@router.get("/v1/usage/records")
+@router.get("/v1/usage/records", response_model=RecordPage, responses=refusals(400))
 async def usage_records(
     parts: Parts, caller: Caller, cursor: str = "", limit: Annotated[int, Query(ge=1, le=MAX_RECORDS)] = 100
 ) -> JSONResponse:
@@ -186,7 +188,7 @@ class CheckoutRequest(BaseModel):
     return_url: str = ""
 
 
-@router.post("/v1/checkout")
+@router.post("/v1/checkout", response_model=CheckoutBody, responses=refusals(400, 404, 409, 413, 502))
 async def checkout(asked: CheckoutRequest, parts: Parts, caller: Caller) -> JSONResponse:
     """A page on which to pay. The credit comes with Dodo's webhook, not with the page."""
     name = _product_name(asked, parts, caller)

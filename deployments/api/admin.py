@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Security
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,15 +23,29 @@ from billing.store.unsettled import unsettled
 from billing.tenants import ApiKey, Tenant, TenantName, new_key
 from billing.usage import TenantId, Unit
 from deployments.api.account import account_json
+from deployments.api.bodies import (
+    BillingBody,
+    CatalogueBody,
+    DeadLetter,
+    EngineBody,
+    GatewayList,
+    GrantBody,
+    KeyBody,
+    Listing,
+    NewKeyBody,
+    TenantBody,
+    TenantWithAccount,
+)
+from deployments.api.document import refusals
 from deployments.api.errors import AdminDenied, BadRequest, NotFound
-from deployments.services import Parts, services_of
+from deployments.services import ADMIN_KEY, Parts, services_of
 from deployments.shelf import as_json
 
 DAY_MS = 24 * 3_600_000
 Json = dict[str, object]
 
 
-async def operator(request: Request) -> None:
+async def operator(request: Request, _: Annotated[object, Security(ADMIN_KEY)] = None) -> None:
     """Raises AdminDenied unless the admin key is sent as a bearer token."""
     wanted = services_of(request).admin_key
     if not wanted:
@@ -41,7 +55,7 @@ async def operator(request: Request) -> None:
         raise AdminDenied("the admin key is missing or wrong: send `Authorization: Bearer <FAREBOX_ADMIN_KEY>`")
 
 
-router = APIRouter(prefix="/admin", dependencies=[Depends(operator)])
+router = APIRouter(prefix="/admin", dependencies=[Depends(operator)], responses=refusals(401, 503))
 
 
 class _Asked(BaseModel):
@@ -88,7 +102,7 @@ class NewGrant(_Asked):
         return Grant(f"operator:{self.source}", tenant, unit, amount, expires, self.adapters)
 
 
-@router.post("/tenants")
+@router.post("/tenants", status_code=201, response_model=TenantBody, responses=refusals(400, 404, 409, 413))
 async def create_tenant(asked: NewTenant, parts: Parts) -> JSONResponse:
     plan = asked.plan or parts.gateway.shelf.current.default_plan
     _check_plan(parts.gateway.shelf.current.plans, plan)
@@ -96,12 +110,12 @@ async def create_tenant(asked: NewTenant, parts: Parts) -> JSONResponse:
     return JSONResponse(_tenant(await parts.tenants.create(tenant)), 201)
 
 
-@router.get("/tenants")
+@router.get("/tenants", response_model=Listing[TenantBody])
 async def list_tenants(parts: Parts) -> JSONResponse:
     return JSONResponse({"object": "list", "data": [_tenant(tenant) for tenant in await parts.tenants.list()]})
 
 
-@router.get("/tenants/{tenant_id}")
+@router.get("/tenants/{tenant_id}", response_model=TenantWithAccount, responses=refusals(404))
 async def get_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
     tenant = await parts.tenants.get(tenant_id)
     state = await parts.ledger.account(tenant.id)
@@ -109,7 +123,7 @@ async def get_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
     return JSONResponse(_tenant(tenant) | {"account": account_json(tenant, plan, state)})
 
 
-@router.patch("/tenants/{tenant_id}")
+@router.patch("/tenants/{tenant_id}", response_model=TenantBody, responses=refusals(400, 404, 409, 413))
 async def change_tenant(tenant_id: TenantId, asked: TenantChange, parts: Parts) -> JSONResponse:
     changes = asked.model_dump(exclude_none=True)
     if asked.plan is not None:
@@ -118,20 +132,20 @@ async def change_tenant(tenant_id: TenantId, asked: TenantChange, parts: Parts) 
     return JSONResponse(_tenant(changed))
 
 
-@router.post("/tenants/{tenant_id}/suspend")
+@router.post("/tenants/{tenant_id}/suspend", response_model=TenantBody, responses=refusals(404))
 async def suspend_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
     """New requests are refused within a second; running ones end as they would."""
     changed = await parts.tenants.update(tenant_id, lambda tenant: tenant.model_copy(update={"suspended": True}))
     return JSONResponse(_tenant(changed))
 
 
-@router.post("/tenants/{tenant_id}/resume")
+@router.post("/tenants/{tenant_id}/resume", response_model=TenantBody, responses=refusals(404))
 async def resume_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
     changed = await parts.tenants.update(tenant_id, lambda tenant: tenant.model_copy(update={"suspended": False}))
     return JSONResponse(_tenant(changed))
 
 
-@router.post("/tenants/{tenant_id}/keys")
+@router.post("/tenants/{tenant_id}/keys", status_code=201, response_model=NewKeyBody, responses=refusals(400, 404, 413))
 async def create_key(tenant_id: TenantId, asked: NewKey, parts: Parts) -> JSONResponse:
     """The secret stands in this reply and nowhere else."""
     await parts.tenants.get(tenant_id)
@@ -143,18 +157,18 @@ async def create_key(tenant_id: TenantId, asked: NewKey, parts: Parts) -> JSONRe
     return JSONResponse({"api_key": secret, "key": _key(key)}, 201)
 
 
-@router.get("/tenants/{tenant_id}/keys")
+@router.get("/tenants/{tenant_id}/keys", response_model=Listing[KeyBody], responses=refusals(404))
 async def list_keys(tenant_id: TenantId, parts: Parts) -> JSONResponse:
     await parts.tenants.get(tenant_id)
     return JSONResponse({"object": "list", "data": [_key(key) for key in await parts.tenants.keys(tenant_id)]})
 
 
-@router.delete("/tenants/{tenant_id}/keys/{key_id}")
+@router.delete("/tenants/{tenant_id}/keys/{key_id}", response_model=KeyBody, responses=refusals(404))
 async def revoke_key(tenant_id: TenantId, key_id: str, parts: Parts) -> JSONResponse:
     return JSONResponse(_key(await parts.tenants.revoke_key(tenant_id, key_id)))
 
 
-@router.post("/tenants/{tenant_id}/grants")
+@router.post("/tenants/{tenant_id}/grants", response_model=GrantBody, responses=refusals(400, 404, 409, 413))
 async def grant(tenant_id: TenantId, asked: NewGrant, parts: Parts) -> JSONResponse:
     """``granted`` is false where this source was granted before."""
     tenant = await parts.tenants.get(tenant_id)
@@ -163,19 +177,19 @@ async def grant(tenant_id: TenantId, asked: NewGrant, parts: Parts) -> JSONRespo
     return JSONResponse({"granted": is_new, "source": made.source, "unit": made.unit.value, "amount": made.amount})
 
 
-@router.get("/catalogue")
+@router.get("/catalogue", response_model=CatalogueBody)
 async def catalogue(parts: Parts) -> JSONResponse:
     """What this gateway sells, and the entries it set aside with their reasons."""
     return JSONResponse(as_json(parts.gateway.shelf.current) | {"gateway": parts.gateway_id})
 
 
-@router.get("/gateways")
+@router.get("/gateways", response_model=GatewayList)
 async def gateways(parts: Parts) -> JSONResponse:
     """Every gateway's own word: the hash of the catalogue it serves, and when it last said so."""
     return JSONResponse({"object": "list", "data": [asdict(state) for state in await board.gateways(parts.redis)]})
 
 
-@router.get("/billing")
+@router.get("/billing", response_model=BillingBody)
 async def billing(parts: Parts) -> JSONResponse:
     """The billing actor's state as it last wrote it, its cursors and sums, and what is not told or settled yet."""
     outbox = Outbox(parts.redis)
@@ -202,14 +216,14 @@ async def billing(parts: Parts) -> JSONResponse:
     )
 
 
-@router.get("/engines")
+@router.get("/engines", response_model=Listing[EngineBody])
 async def engines(parts: Parts) -> JSONResponse:
     """Every replica's engine, as it counts itself."""
     stats = await parts.gateway.link.stats()
     return JSONResponse({"object": "list", "data": [{"replica": name, **asdict(s)} for name, s in stats.items()]})
 
 
-@router.get("/dead-letters")
+@router.get("/dead-letters", response_model=Listing[DeadLetter])
 async def dead_letters(parts: Parts) -> JSONResponse:
     """Events that Dodo refused for good, with its reason."""
     dead = await Outbox(parts.redis).dead()

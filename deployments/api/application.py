@@ -4,9 +4,10 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Lifespan
 
 from deployments.api import account, admin, errors, health, openai, webhook
+from deployments.api.document import openapi_json
 from deployments.edge import Front
 from deployments.services import Services
 
@@ -20,9 +21,20 @@ def make_app(services: Services) -> ASGIApp:
         yield
         await services.gateway.stop()
 
-    app = FastAPI(title="Farebox", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = make_routes(lifespan)
     app.state.services = services
-    for module in (openai, account, admin, webhook, health):
-        app.include_router(module.router)
-    errors.install(app)
     return Front(app, services.max_body_bytes)
+
+
+def make_routes(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+    """Every route and error, with nothing behind them yet: enough to be documented."""
+    app = FastAPI(
+        title="Farebox", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    routers = [module.router for module in (openai, account, admin, webhook, health)]
+    for router in routers:
+        app.include_router(router)
+    app.state.routes = [route for router in routers for route in router.routes]
+    app.add_api_route("/openapi.json", openapi_json, include_in_schema=False)
+    errors.install(app)
+    return app

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from billing import errors as billing
@@ -217,6 +218,16 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
         400: "the body cannot be read",
     }
     message = messages.get(error.status_code, str(error.detail))
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    if error.status_code == 405:
+        headers["allow"] = ", ".join(_allowed(request))
     services_of(request).gateway.metrics.refused(code)
     body = problem(Answer(error.status_code, code, INVALID, title), message)
-    return Problem(body, error.status_code, dict(error.headers or {}))
+    return Problem(body, error.status_code, headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """Every method of a path: Starlette names those of the first route on it alone."""
+    routes: list[APIRoute] = request.app.state.routes
+    here = [route for route in routes if route.path_regex.match(request.scope["path"])]
+    return sorted({method for route in here for method in route.methods or ()})

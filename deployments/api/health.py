@@ -5,17 +5,18 @@ from fastapi.responses import JSONResponse
 
 from billing.errors import StoreUnavailable
 from billing.store.connection import guarded
+from deployments.api.bodies import Alive, Ready
 from deployments.services import Parts, Services
 
 router = APIRouter()
 
 
-@router.get("/healthz")
+@router.get("/healthz", response_model=Alive)
 async def healthz() -> JSONResponse:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/readyz")
+@router.get("/readyz", response_model=Ready, responses={503: {"model": Ready, "description": "Not ready"}})
 async def readyz(parts: Parts) -> JSONResponse:
     """Ready when the store answers, a catalogue is in force and a replica answers."""
     checks = {

@@ -21,6 +21,8 @@ from billing.store.answers import Kept
 from billing.tenants import Principal
 from billing.usage import RequestId, UsageRecord
 from deployments.api.account import draw_json
+from deployments.api.bodies import ChatCompletion, Listing, ModelBody, QuoteBody, TextCompletion
+from deployments.api.document import Responses, refusals
 from deployments.api.errors import answer_for, body_of
 from deployments.api.idempotency import REPLAYED, Claim, GivenKey, Head, Incomplete, Transcript, asked_under
 from deployments.api.wire import ChatRequest, CompletionRequest, QuoteRequest, Sampled
@@ -29,9 +31,13 @@ from deployments.run import Run
 from deployments.services import Caller, OurId, Parts, Services
 
 SSE = "text/event-stream"
+ANSWERED: Responses = {
+    200: {"content": {SSE: {"schema": {"type": "string"}}}, "description": "The answer, whole or as events"},
+    **refusals(400, 402, 404, 409, 413, 422, 429, 500, 504),
+}
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
-router = APIRouter()
+router = APIRouter(responses=refusals(401, 403, 503))
 Json = dict[str, object]
 
 
@@ -137,12 +143,12 @@ async def _events(run: Run, claim: Claim, head: Head) -> AsyncGenerator[str, Non
     yield shape.closing(_closing(receipt.record, _incomplete(run)))
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ANSWERED)
 async def chat_completions(asked: ChatRequest, parts: Parts, caller: Caller, our_id: OurId, key: GivenKey) -> Response:
     return await _answer(asked, parts, caller, our_id, key)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", response_model=TextCompletion, responses=ANSWERED)
 async def completions(asked: CompletionRequest, parts: Parts, caller: Caller, our_id: OurId, key: GivenKey) -> Response:
     return await _answer(asked, parts, caller, our_id, key)
 
@@ -240,7 +246,7 @@ def _headers(run: Run) -> dict[str, str]:
     return headers
 
 
-@router.post("/v1/quote")
+@router.post("/v1/quote", response_model=QuoteBody, responses=refusals(400, 404, 413))
 async def quote(asked: Annotated[QuoteRequest, Body()], parts: Parts, caller: Caller) -> JSONResponse:
     """What the request would cost at most, and whether it would be admitted now. Nothing is held."""
     priced, quoted = await parts.gateway.quote(caller, asked.to_ask())
@@ -262,13 +268,13 @@ async def quote(asked: Annotated[QuoteRequest, Body()], parts: Parts, caller: Ca
     )
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=Listing[ModelBody])
 async def list_models(parts: Parts, caller: Caller) -> JSONResponse:
     models = parts.gateway.shelf.current.open_to(caller.tenant.id, caller.key.models)
     return JSONResponse({"object": "list", "data": [_model(model, parts.base_model) for model in models]})
 
 
-@router.get("/v1/models/{model_id:path}")
+@router.get("/v1/models/{model_id:path}", response_model=ModelBody, responses=refusals(404))
 async def get_model(model_id: str, parts: Parts, caller: Caller) -> JSONResponse:
     models = parts.gateway.shelf.current.open_to(caller.tenant.id, caller.key.models)
     found = next((model for model in models if model.id == model_id), None)

@@ -4,12 +4,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from billing.errors import DodoUnavailable
+from deployments.api.bodies import Received
+from deployments.api.document import refusals
 from deployments.services import Parts
 
 router = APIRouter()
+SIGNED = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
+"""Dodo's envelope, by Standard Webhooks: verified as raw bytes before it is parsed."""
 
 
-@router.post("/webhooks/dodo")
+@router.post("/webhooks/dodo", response_model=Received, responses=refusals(401, 413, 503), openapi_extra=SIGNED)
 async def dodo(request: Request, parts: Parts) -> JSONResponse:
     """2xx only after the write; anything else makes Dodo deliver again."""
     if parts.webhooks is None:

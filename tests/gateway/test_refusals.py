@@ -148,7 +148,10 @@ async def test_paths_and_methods_that_do_not_exist(house: House) -> None:
     reply = await house.client.get("/v1/chat/completions")
     check(reply, 405, "method_not_allowed")
     assert reply.headers["allow"] == "POST"
-    for path in ("/docs", "/openapi.json", "/redoc"):
+    reply = await house.client.put("/admin/tenants")
+    check(reply, 405, "method_not_allowed")
+    assert reply.headers["allow"] == "GET, POST"
+    for path in ("/docs", "/redoc", "/v1/account/"):
         check(await house.client.get(path), 404, "not_found")
 
 
