@@ -101,6 +101,7 @@ def money_lines(billing: Mapping[str, object]) -> Iterator[str]:
         "dead letters": "dead_events",
         "parked webhooks": "parked_webhooks",
         "spooled settles": "unsettled_on_this_gateway",
+        "quarantined settles": "quarantined_settles",
         "refused settles": "refused_settles",
     }
     yield "needs a look: " + ", ".join(f"{billing.get(key, 0)} {name}" for name, key in waiting.items())

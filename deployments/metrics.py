@@ -98,6 +98,7 @@ class MoneyMetrics:
         self._holds = Gauge("farebox_ledger_open_holds", "Holds of all gateways that are not settled")
         self._hold_age = Gauge("farebox_ledger_oldest_hold_seconds", "Age of the oldest open hold")
         self._held = Gauge("farebox_ledger_unsettled_nanos", "Nanos of a US dollar that open holds have set aside")
+        self._quarantined = Gauge("farebox_quarantine_settles", "Settles that a person must charge or drop")
         self._unsealed = Gauge("farebox_billing_unsealed_entries", "Stream entries not yet sealed for export")
         self._outbox = Gauge("farebox_billing_outbox_events", "Sealed events that Dodo has not acknowledged")
         self._held_events = Gauge("farebox_billing_held_events", "Sealed events whose tenant has no Dodo customer yet")
@@ -117,6 +118,7 @@ class MoneyMetrics:
         self._holds.set(open_.open_holds)
         self._hold_age.set(open_.oldest_hold_s)
         self._held.set(open_.held_nanos)
+        self._quarantined.set(open_.quarantined)
         self._age.set(max(open_.oldest_unsealed_s, pump.waiting_s(now_ms)))
 
     def export(self, pump: PumpState, backlog: Backlog) -> None:

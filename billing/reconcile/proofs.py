@@ -56,8 +56,8 @@ def prove_tenant(tenant: TenantId, account: AccountState, said: Fold, holds: Seq
 def _prove_credit(tenant: TenantId, account: AccountState, said: Fold) -> list[Row]:
     """Remaining = granted - taken back - drawn, for each unit.
 
-    Credit that pays a debt moves between buckets without an entry, which can happen only after
-    something was taken back. Until then every bucket must be right by itself.
+    Credit that pays a debt moves between buckets without an entry, which can happen only after something was
+    taken back or drawn beyond what was there. Until then every bucket must be right by itself.
     """
     filled = {bucket.id: said.filled(bucket) for bucket, _ in account.buckets}
     rows = []
@@ -71,7 +71,8 @@ def _prove_credit(tenant: TenantId, account: AccountState, said: Fold) -> list[R
         wrong = [
             f"bucket {b.id} says {b.granted} granted of {filled[b.id]}" for b, _ in buckets if b.granted != filled[b.id]
         ]
-        if not said.has_taken or sum(right.values()) != there.total():
+        had_debt = said.has_taken or any(amount < 0 for amount in right.values())
+        if not had_debt or sum(right.values()) != there.total():
             wrong += [
                 f"bucket {name} has {there[name]} of {right[name]}" for name in right if there[name] != right[name]
             ]

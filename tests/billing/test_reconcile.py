@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,19 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from billing.account import Grant
+from billing.account import Bucket, Grant
 from billing.clock import now_ms
 from billing.dodo.budget import CallBudget
 from billing.dodo.client import PAGE, Dodo, DodoSettings, Event
 from billing.export.events import CHARGE, USAGE, SealedEvent
+from billing.reconcile.fold import Fold
+from billing.reconcile.proofs import prove_tenant
 from billing.reconcile.reconciler import Reconciler
-from billing.store.books import UnreadableBooks
+from billing.store.books import AccountState, UnreadableBooks
 from billing.store.keys import shard_for
 from billing.store.outbox import Outbox
 from billing.store.tenants import Tenants
-from billing.usage import Unit
+from billing.usage import BucketId, Unit
 from cluster.dodo_sandbox.server import SandboxServer
 from tests.billing.movements import ACME, ZETA, House
 
@@ -74,6 +77,18 @@ async def test_credit_that_pays_a_debt_is_no_drift(house: House) -> None:
     await house.refund()
     report = await house.reconcile()
     assert report.faults == ()
+
+
+@pytest.mark.parametrize(("paid", "is_right"), [(0, True), (5, True), (4, True), (6, False)])
+def test_a_debt_by_overdrawing_may_be_paid_from_another_bucket_and_no_more(paid: int, is_right: bool) -> None:
+    fold = Fold(granted=Counter({BucketId("a"): 10, BucketId("b"): 20}), drawn=Counter({BucketId("a"): 15}))
+    left = [(_bucket("a", 10, -5 + min(paid, 5)), 0), (_bucket("b", 20, 20 - paid), 0)]
+    account = AccountState(0, "", 0, 0, 0, tuple(left))
+    assert all(row.is_exact for row in prove_tenant(ACME, account, fold, [])) is is_right
+
+
+def _bucket(name: str, granted: int, remaining: int) -> Bucket:
+    return Bucket(BucketId(name), Unit.NANOS, remaining, granted)
 
 
 async def test_an_empty_store_is_clean(redis: Redis) -> None:

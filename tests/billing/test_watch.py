@@ -108,6 +108,11 @@ async def test_what_is_open_is_counted_with_its_age_and_amount(house: House) -> 
     assert 3_600 <= (await unsettled(house.redis)).oldest_hold_s < 3_700
 
 
+async def test_settles_in_quarantine_are_counted(redis: Redis) -> None:
+    await redis.hset(shard_for(ACME).quarantine, "req_1", "{}")
+    assert (await unsettled(redis)).quarantined == 1
+
+
 async def test_usage_that_no_window_has_yet_grows_old(redis: Redis) -> None:
     assert await unsettled(redis) == Unsettled()
     await redis.xadd(shard_for(ACME).stream, {"k": "grant", "t": ACME, "p": "{}"}, id="1000-0")
