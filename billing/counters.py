@@ -38,11 +38,17 @@ class LiveCounters:
         self._positions: dict[int, str] = {}
         self._by_tenant: dict[TenantId, Counters] = {}
         self._reading = asyncio.Lock()
+        self._active: set[TenantId] = set()
         self.unreadable = 0
 
     @property
     def by_tenant(self) -> Mapping[TenantId, Counters]:
         return dict(self._by_tenant)
+
+    def take_active(self) -> frozenset[TenantId]:
+        """Tenants with records that were read since the last call."""
+        active, self._active = frozenset(self._active), set()
+        return active
 
     async def catch_up(self) -> int:
         """Read on to the end of every stream. How many entries were new; who comes meanwhile waits for its turn.
@@ -70,6 +76,7 @@ class LiveCounters:
         except UnreadableEntry:
             self.unreadable += 1
             return
+        self._active.add(entry.tenant)
         was, usage = self._by_tenant.get(entry.tenant, Counters()), record.usage
         self._by_tenant[entry.tenant] = replace(
             was,

@@ -72,6 +72,8 @@ class Plan(_Configured):
     monthly_price: Usd = Nanos(0)
     """The subscription's fixed price; Dodo charges it, farebox only creates the product."""
     limits: Limits = Limits()
+    low_balance: Usd = Nanos(1_000_000_000)
+    """A prepaid tenant with this much left, or less, is told once."""
     grace_days: Annotated[int, Field(ge=0, le=60)] = 3
     """Days that a subscription in ``past_due`` keeps its postpaid credit."""
 

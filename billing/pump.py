@@ -12,18 +12,24 @@ from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
+from billing.admission import plan_of
 from billing.catalogue import Catalogue
+from billing.clock import now_ms
 from billing.counters import LiveCounters
 from billing.dodo.budget import Budget
 from billing.dodo.client import Dodo, DodoSettings
 from billing.dodo.customers import create_wanted
+from billing.dodo.refiller import Refiller
 from billing.dodo.webhooks import Webhooks
 from billing.export.exporter import Exporter, FlushReport
 from billing.reconcile.watch import Watch
 from billing.store import board
 from billing.store.call_budget import SharedBudget
 from billing.store.holds import Ledger
+from billing.store.notices import Notices
+from billing.store.refills import Refills
 from billing.store.tenants import Tenants
+from billing.thresholds import notices_for
 
 LIMIT_S = 120.0
 """A chore that takes longer is cut off and starts again: everything it does may be cut off."""
@@ -60,6 +66,8 @@ class Parts:
     counters: LiveCounters
     budget: Budget
     watch: Watch
+    notices: Notices
+    refiller: Refiller
 
     async def close(self) -> None:
         await self.dodo.close()
@@ -78,6 +86,8 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
 
     webhooks = Webhooks(redis, unasked, ledger, tenants, catalogue, settings.webhook_key)
     exporter = Exporter(redis, dodo, tenants, budget=budget, patience_s=FLUSH_PATIENCE_S)
+    notices, counters = Notices(redis), LiveCounters(redis)
+    refiller = Refiller(unasked, ledger, tenants, Refills(redis), webhooks.inbox, webhooks.payments, notices, catalogue)
     return Parts(
         redis,
         dodo,
@@ -86,9 +96,11 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
         tenants,
         exporter,
         webhooks,
-        LiveCounters(redis),
+        counters,
         budget,
         Watch(redis, dodo, budget),
+        notices,
+        refiller,
     )
 
 
@@ -101,6 +113,8 @@ class Intervals:
     customers_s: float = 5.0
     webhooks_s: float = 10.0
     counters_s: float = 2.0
+    refills_s: float = 5.0
+    notices_s: float = 5.0
     subscriptions_s: float = 300.0
     prune_s: float = 3_600.0
     glance_s: float = 60.0
@@ -149,6 +163,8 @@ class Pump:
             Chore("customers", intervals.customers_s, _create_customers),
             Chore("webhooks", intervals.webhooks_s, lambda parts: parts.webhooks.replay()),
             Chore("counters", intervals.counters_s, lambda parts: parts.counters.catch_up()),
+            Chore("refills", intervals.refills_s, lambda parts: parts.refiller.run_once()),
+            Chore("notices", intervals.notices_s, _tell),
             Chore("subscriptions", intervals.subscriptions_s, _refresh_overdue),
             Chore("prune", intervals.prune_s, lambda parts: parts.webhooks.prune()),
             Chore("glance", intervals.glance_s, lambda parts: parts.watch.glance()),
@@ -226,6 +242,18 @@ class Pump:
 
 async def _create_customers(parts: Parts) -> int:
     return await create_wanted(parts.unasked, parts.tenants, parts.budget)
+
+
+async def _tell(parts: Parts) -> int:
+    """Tell what should be told of the tenants that used something since the last look. How many notices were new."""
+    catalogue, told = await board.current(parts.redis), 0
+    if catalogue is None:
+        return 0
+    for tenant in await parts.tenants.many(parts.counters.take_active()):
+        account = await parts.ledger.account(tenant.id)
+        for notice in notices_for(tenant, plan_of(tenant, catalogue), account, now_ms()):
+            told += await parts.notices.tell(notice)
+    return told
 
 
 async def _refresh_overdue(parts: Parts) -> int:

@@ -22,6 +22,7 @@ from cluster import report as reports
 from cluster.environment import LIVE, SANDBOX, dodo_environment
 from cluster.first_run import ensure_models
 from cluster.launch import HEALTHY_TIMEOUT_S
+from cluster.notices import notices
 from cluster.operate import NotRunning, Running
 from cluster.preflight import Obstacle, check_machine, check_ports
 from cluster.settings import Settings, SettingsError
@@ -47,6 +48,7 @@ app.command()(books.reconcile)
 app.command()(books.usage)
 app.command()(reports.report)
 app.command()(reports.price)
+app.command()(notices)
 out = Console()
 err = Console(stderr=True)
 

@@ -9,6 +9,8 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import httpx
+
 from billing.archive.archiver import Archiver, ArchiveReport
 from billing.archive.files import Archive
 from billing.clock import now_ms
@@ -16,6 +18,7 @@ from billing.counters import Counters
 from billing.dodo.client import DodoSettings
 from billing.errors import StoreRefused
 from billing.export.exporter import FlushReport
+from billing.herald import Herald, Receiver
 from billing.pump import Chore, ChoreStatus, Intervals, Parts, Pump, assemble
 from billing.store import proof_state
 from billing.store.connection import connect
@@ -26,6 +29,7 @@ from deployments.config import BillingArgs
 from deployments.metrics import MoneyMetrics
 
 ARCHIVE_INTERVAL_S = 6 * 3_600.0
+HERALD_INTERVAL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ class BillingActor:
         self._pump.chores.append(Chore("metrics", 10.0, self._measure))
         if args.archive_url:
             self._pump.chores.append(Chore("archive", ARCHIVE_INTERVAL_S, partial(_archive, args.archive_url)))
+        if receiver := Receiver.from_env():
+            self._pump.chores.append(Chore("herald", HERALD_INTERVAL_S, partial(_send_notices, receiver)))
         self._pump.start()
         self._is_open = True
 
@@ -117,3 +123,8 @@ class BillingActor:
 
 async def _archive(url: str, parts: Parts) -> ArchiveReport:
     return await Archiver(parts.redis, await asyncio.to_thread(Archive, url)).run_once()
+
+
+async def _send_notices(receiver: Receiver, parts: Parts) -> int:
+    async with httpx.AsyncClient() as client:
+        return await Herald(parts.notices, receiver, client).run_once()

@@ -8,21 +8,18 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, Self, TypeVar, cast
+from typing import Literal, Self, cast
 
 import httpx
 from dodopayments import (
-    APIConnectionError,
-    APIResponseValidationError,
-    APIStatusError,
     AsyncDodoPayments,
     DefaultAsyncHttpxClient,
     omit,
 )
 from dodopayments.types import EventInputParam
 from dodopayments.types.price_param import PriceParam
-from pydantic import BaseModel
 
+from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, text_in
 from billing.dodo.wire import (
     MS_PER_SECOND,
     Dispute,
@@ -33,7 +30,6 @@ from billing.dodo.wire import (
     Payment,
     UsagePeriod,
     Wire,
-    WireError,
     to_iso,
 )
 from billing.errors import DodoMisconfigured, DodoRefused, DodoUnavailable
@@ -45,14 +41,7 @@ PAGE = 100
 MAX_PAGES = 1_000
 TENANT_TAG = "farebox_tenant"
 """Metadata key that says which tenant a Dodo customer is."""
-TRANSIENT = (408, 409, 425, 429)
-"""Statuses below 500 that a later try may change."""
-
-_UNREADABLE = (APIConnectionError, APIResponseValidationError, httpx.HTTPError, ValueError, TypeError, AttributeError)
-"""No answer, or none that the SDK can read: it trips over a list that is no JSON with an AttributeError."""
-
 Environment = Literal["sandbox", "test_mode", "live_mode"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -149,7 +138,7 @@ class Dodo:
     async def ingest(self, events: Sequence[Event]) -> int:
         """Send up to 1000 events with different ids; the count that Dodo says it took (repeats left out)."""
         assert len({event.id for event in events}) == len(events), "Dodo refuses a call that repeats an id"
-        reply = await _call(self._sdk.usage_events.ingest(events=[event.to_wire() for event in events]))
+        reply = await answered(self._sdk.usage_events.ingest(events=[event.to_wire() for event in events]))
         count = getattr(reply, "ingested_count", None)
         if not isinstance(count, int):  # a proxy's page with status 200, say: nobody took our events
             raise DodoUnavailable(f"no ingested_count in the reply: {str(reply)[:100]!r}")
@@ -157,7 +146,7 @@ class Dodo:
 
     async def has_event(self, event_id: str) -> bool:
         try:
-            reply = await _call(self._sdk.usage_events.retrieve(event_id))
+            reply = await answered(self._sdk.usage_events.retrieve(event_id))
         except DodoRefused as refused:
             if refused.status == httpx.codes.NOT_FOUND:
                 return False
@@ -168,7 +157,7 @@ class Dodo:
         """One page of all customers' events of a name, numbered from 0; the last one is shorter than ``PAGE``."""
         since = datetime.fromtimestamp(since_ms // MS_PER_SECOND, UTC)
         call = self._sdk.usage_events.list(event_name=name, start=since, page_number=page, page_size=PAGE)
-        return [_parse(DodoEvent.read, item) for item in await _items(call)]
+        return [parsed(DodoEvent.read, item) for item in await listed(call)]
 
     async def create_customer(self, tenant: Tenant) -> str:
         """The id of this tenant's customer: the one that carries its tag, else a new one.
@@ -179,24 +168,24 @@ class Dodo:
         for wire in await self._pages(lambda page: self._list_customers(tenant.email, page)):
             if cast(Wire, wire.get("metadata") or {}).get(TENANT_TAG) == tenant.id:
                 return str(wire["customer_id"])
-        made = await _call(
+        made = await answered(
             self._sdk.customers.create(
                 email=tenant.email, name=tenant.name or tenant.id, metadata={TENANT_TAG: tenant.id}
             )
         )
-        wire = _wire(made)
+        wire = as_wire(made)
         owner = cast(Wire, wire.get("metadata") or {}).get(TENANT_TAG)
         if owner != tenant.id:
             whose = f"tenant {owner}'s" if owner else f"none of ours: it has no {TENANT_TAG} in its metadata"
             raise DodoRefused(409, "CUSTOMER_SHARED", f"the customer of {tenant.email} is {whose}")
-        return _text(wire, "customer_id")
+        return text_in(wire, "customer_id")
 
     async def checkout(
         self, tenant: Tenant, product_id: str, metadata: Mapping[str, str], return_url: str, quantity: int = 1
     ) -> str:
         """A page where this tenant pays for a product. The tenant has a Dodo customer."""
         assert tenant.dodo_customer_id, "an email would find, or make, somebody else's customer"
-        reply = await _call(
+        reply = await answered(
             self._sdk.checkout_sessions.create(
                 product_cart=[{"product_id": product_id, "quantity": quantity}],
                 customer={"customer_id": tenant.dodo_customer_id},
@@ -204,20 +193,57 @@ class Dodo:
                 return_url=return_url,
             )
         )
-        return _text(_wire(reply), "checkout_url")
+        return text_in(as_wire(reply), "checkout_url")
+
+    async def payment_methods(self, customer_id: str) -> list[str]:
+        """Ids of a customer's saved cards that may be charged without it being there, the last used first."""
+        items = await listed(self._sdk.customers.retrieve_payment_methods(customer_id))
+        usable = [item for item in items if item.get("recurring_enabled") is not False]
+        usable.sort(key=lambda item: str(item.get("last_used_at") or ""), reverse=True)
+        return [str(item["payment_method_id"]) for item in usable if item.get("payment_method_id")]
+
+    async def charge_saved(
+        self, tenant: Tenant, product_id: str, payment_method_id: str, metadata: Mapping[str, str]
+    ) -> str:
+        """Charge a saved card for one of a product, at once; the payment's id. It may yet fail.
+
+        Raises:
+            DodoUnavailable: whether the card was charged is unknown: look it up by ``metadata``.
+            DodoRefused: it was not.
+        """
+        assert tenant.dodo_customer_id, "a saved card is a customer's"
+        reply = await answered(
+            self._sdk.checkout_sessions.create(
+                product_cart=[{"product_id": product_id, "quantity": 1}],
+                customer={"customer_id": tenant.dodo_customer_id},
+                metadata=dict(metadata),
+                payment_method_id=payment_method_id,
+                confirm=True,
+            )
+        )
+        return text_in(as_wire(reply), "payment_id")
+
+    async def payments_of(self, customer_id: str, since_ms: int) -> list[Payment]:
+        """A customer's payments made since then, without their carts."""
+        pages = await self._pages(
+            lambda page: self._sdk.payments.list(
+                customer_id=customer_id, created_at_gte=to_iso(since_ms), page_number=page, page_size=PAGE
+            )
+        )
+        return [parsed(Payment.read, wire) for wire in pages]
 
     async def portal(self, customer_id: str) -> str:
         """A link to Dodo's own page where a customer sees invoices and cancels."""
-        return _text(_wire(await _call(self._sdk.customers.customer_portal.create(customer_id))), "link")
+        return text_in(as_wire(await answered(self._sdk.customers.customer_portal.create(customer_id))), "link")
 
     async def retrieve_subscription(self, subscription_id: str) -> DodoSubscription:
-        return _read(DodoSubscription.read, await _call(self._sdk.subscriptions.retrieve(subscription_id)))
+        return read_as(DodoSubscription.read, await answered(self._sdk.subscriptions.retrieve(subscription_id)))
 
     async def retrieve_payment(self, payment_id: str) -> Payment:
-        return _read(Payment.read, await _call(self._sdk.payments.retrieve(payment_id)))
+        return read_as(Payment.read, await answered(self._sdk.payments.retrieve(payment_id)))
 
     async def retrieve_dispute(self, dispute_id: str) -> Dispute:
-        return _read(Dispute.read, await _call(self._sdk.disputes.retrieve(dispute_id)))
+        return read_as(Dispute.read, await answered(self._sdk.disputes.retrieve(dispute_id)))
 
     async def usage_history(self, subscription_id: str) -> list[UsagePeriod]:
         """Billing periods of a subscription with what each meter consumed."""
@@ -226,35 +252,35 @@ class Dodo:
                 subscription_id, page_number=page, page_size=PAGE
             )
         )
-        return [_parse(UsagePeriod.read, wire) for wire in pages]
+        return [parsed(UsagePeriod.read, wire) for wire in pages]
 
     async def meters(self) -> list[DodoMeter]:
         pages = await self._pages(lambda page: self._sdk.meters.list(page_number=page, page_size=PAGE))
-        return [_parse(DodoMeter.read, wire) for wire in pages]
+        return [parsed(DodoMeter.read, wire) for wire in pages]
 
     async def create_meter(self, name: str, event_name: str, key: str, unit: str) -> DodoMeter:
         """A meter that sums the metadata value ``key`` of events named ``event_name``."""
         call = self._sdk.meters.create(
             name=name, event_name=event_name, measurement_unit=unit, aggregation={"type": "sum", "key": key}
         )
-        return _read(DodoMeter.read, await _call(call))
+        return read_as(DodoMeter.read, await answered(call))
 
     async def products(self) -> list[DodoProduct]:
         pages = await self._pages(lambda page: self._sdk.products.list(page_number=page, page_size=PAGE))
-        return [_parse(DodoProduct.read, wire) for wire in pages]
+        return [parsed(DodoProduct.read, wire) for wire in pages]
 
     async def retrieve_product(self, product_id: str) -> DodoProduct:
-        return _read(DodoProduct.read, await _call(self._sdk.products.retrieve(product_id)))
+        return read_as(DodoProduct.read, await answered(self._sdk.products.retrieve(product_id)))
 
     async def create_product(self, tag: str, name: str, price: PriceParam) -> DodoProduct:
         call = self._sdk.products.create(name=name, price=price, tax_category="saas", metadata={"farebox": tag})
-        return _read(DodoProduct.read, await _call(call))
+        return read_as(DodoProduct.read, await answered(call))
 
     async def webhooks(self) -> list[WebhookEndpoint]:
         found: list[WebhookEndpoint] = []
         iterator: str | None = None
         for _ in range(MAX_PAGES):
-            reply = _wire(await _call(self._sdk.webhooks.list(limit=PAGE, iterator=iterator or omit)))
+            reply = as_wire(await answered(self._sdk.webhooks.list(limit=PAGE, iterator=iterator or omit)))
             items = cast(Sequence[Wire], reply.get("data") or ())
             found += [WebhookEndpoint(str(item["id"]), str(item["url"])) for item in items]
             iterator = cast(str | None, reply.get("iterator"))
@@ -263,13 +289,13 @@ class Dodo:
         return found
 
     async def create_webhook(self, url: str, idempotency_key: str) -> WebhookEndpoint:
-        made = _wire(
-            await _call(self._sdk.webhooks.create(url=url, description="farebox", idempotency_key=idempotency_key))
+        made = as_wire(
+            await answered(self._sdk.webhooks.create(url=url, description="farebox", idempotency_key=idempotency_key))
         )
-        return WebhookEndpoint(_text(made, "id"), str(made.get("url", url)))
+        return WebhookEndpoint(text_in(made, "id"), str(made.get("url", url)))
 
     async def webhook_secret(self, webhook_id: str) -> str:
-        return _text(_wire(await _call(self._sdk.webhooks.retrieve_secret(webhook_id))), "secret")
+        return text_in(as_wire(await answered(self._sdk.webhooks.retrieve_secret(webhook_id))), "secret")
 
     def _list_customers(self, email: str, page: int) -> Awaitable[object]:
         return self._sdk.customers.list(email=email, page_number=page, page_size=PAGE)
@@ -278,66 +304,8 @@ class Dodo:
         """All items of a list that Dodo numbers from page 0."""
         found: list[Wire] = []
         for page in range(MAX_PAGES):
-            items = await _items(fetch(page))
+            items = await listed(fetch(page))
             found += items
             if len(items) < PAGE:
                 break
         return found
-
-
-async def _items(call: Awaitable[object]) -> list[Wire]:
-    items = _wire(await _call(call)).get("items")
-    if not isinstance(items, list):
-        raise DodoUnavailable("no items in the reply")
-    return cast(list[Wire], items)
-
-
-async def _call(call: Awaitable[T]) -> T:
-    try:
-        return await call
-    except APIStatusError as error:
-        raise _refusal(error) from error
-    except _UNREADABLE as error:
-        raise DodoUnavailable(f"{type(error).__name__}: {error}") from error
-
-
-def _refusal(error: APIStatusError) -> DodoUnavailable | DodoRefused:
-    body = error.body if isinstance(error.body, dict) else {}
-    message = str(body.get("message") or error.message)[:500]
-    if error.status_code in TRANSIENT or error.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
-        return DodoUnavailable(f"{error.status_code}: {message}", _retry_after(error.response))
-    return DodoRefused(error.status_code, str(body.get("code") or ""), message)
-
-
-def _retry_after(response: httpx.Response) -> float:
-    try:
-        return max(float(response.headers.get("retry-after", "0")), 0.0)
-    except ValueError:
-        return 0.0
-
-
-def _wire(reply: object) -> Wire:
-    if not isinstance(reply, BaseModel):
-        raise DodoUnavailable(f"no JSON object in the reply: {str(reply)[:100]!r}")
-    try:
-        return reply.model_dump(mode="json", warnings=False)
-    except ValueError as error:
-        raise DodoUnavailable(f"unreadable reply: {error}") from error
-
-
-def _read(read: Callable[[Wire], T], reply: object) -> T:
-    return _parse(read, _wire(reply))
-
-
-def _parse(read: Callable[[Wire], T], wire: Wire) -> T:
-    try:
-        return read(wire)
-    except WireError as error:
-        raise DodoUnavailable(f"unreadable reply: {error}") from error
-
-
-def _text(wire: Wire, name: str) -> str:
-    value = wire.get(name)
-    if not isinstance(value, str) or not value:
-        raise DodoUnavailable(f"no {name} in the reply")
-    return value

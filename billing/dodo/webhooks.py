@@ -45,7 +45,7 @@ class Webhooks:
     ) -> None:
         self.inbox = Inbox(redis)
         self._subscriptions = Subscriptions(dodo, tenants, self.inbox, catalogue_source, clock)
-        self._payments = Payments(dodo, ledger, tenants, self.inbox, self._subscriptions, catalogue_source, clock)
+        self.payments = Payments(dodo, ledger, tenants, self.inbox, self._subscriptions, catalogue_source, clock)
         self._secret, self._clock = secret, clock
 
     async def receive(self, body: bytes, headers: Mapping[str, str]) -> Delivery:
@@ -108,11 +108,11 @@ class Webhooks:
     async def _dispatch(self, kind: str, wire: Wire) -> Outcome:
         data = inner(wire, "data")
         if kind == "payment.succeeded":
-            await self._payments.succeeded(Payment.read(data))
+            await self.payments.succeeded(Payment.read(data))
         elif kind == "refund.succeeded":
-            await self._payments.refunded(Refund.read(data))
+            await self.payments.refunded(Refund.read(data))
         elif kind.startswith("dispute."):
-            await self._payments.disputed(text(data, "dispute_id"))
+            await self.payments.disputed(text(data, "dispute_id"))
         elif kind.startswith("subscription."):
             await self._subscriptions.refresh(text(data, "subscription_id"), moment_ms(data, "past_due_ends_at"))
         else:

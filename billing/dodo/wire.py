@@ -47,6 +47,7 @@ class Payment:
     includes_usage: bool
     service_starts_ms: Mapping[str, int]
     """By subscription, the start of the period this payment pays for; usage in it is of the period before."""
+    metadata: Wire
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
@@ -63,6 +64,7 @@ class Payment:
             subscription_ids=tuple(str(s) for s in _list(wire.get("subscription_ids"))) or ((one,) if one else ()),
             includes_usage=wire.get("includes_usage") is True,
             service_starts_ms={text(p, "subscription_id", ""): _moment(p, "starts_at") for p in periods},
+            metadata=_object(wire.get("metadata")),
         )
 
 

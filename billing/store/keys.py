@@ -34,6 +34,14 @@ INBOX_PARKED = "fb:inbox:parked"
 """Sorted set: webhook ids that wait for a replay, by the time of their next try."""
 PAYMENTS = "fb:payments"
 """Hash: payment id to JSON of the credit that it buys, fixed when the payment is first seen."""
+NOTICES = "fb:{notices}:log"
+"""Stream: what the owner should hear of, the newest ten thousand."""
+NOTICES_TOLD = "fb:{notices}:told"
+"""Sorted set: what was told, by time, so that it is told once."""
+NOTICES_SENT = "fb:{notices}:sent"
+"""Hash: how far the outgoing webhook has come."""
+REFILLS = "fb:refills"
+"""Set: tenants that have set up auto-refill."""
 PUMP = "fb:pump"
 """Hash: the exporter's state for people: last flush, last error, stopped or not."""
 
@@ -155,6 +163,10 @@ class Shard:
     def tenant(self, tenant: TenantId) -> str:
         """String: the tenant as JSON."""
         return f"{self.tag}:tenant:{tenant}"
+
+    def refill(self, tenant: TenantId) -> str:
+        """String: the tenant's auto-refill as JSON."""
+        return f"{self.tag}:refill:{tenant}"
 
     def keys_of(self, tenant: TenantId) -> str:
         """Set: hashes of the tenant's API keys."""

@@ -5,7 +5,7 @@ by a list is written before what is listed, so that a crash in between leaves no
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
@@ -207,12 +207,17 @@ class Tenants:
             raise UnknownTenant(tenant_id)
         return str(text)
 
+    async def many(self, tenant_ids: Iterable[TenantId]) -> list[Tenant]:
+        """Those of these tenants that there are."""
+        async with guarded(LIST_SILENCE_S):
+            texts = await _get_all(self._redis, [shard_for(one).tenant(one) for one in tenant_ids])
+        return [Tenant.model_validate_json(text) for text in texts if text]
+
     async def list(self) -> list[Tenant]:
         """All tenants by id."""
         async with guarded(LIST_SILENCE_S):
-            ids = sorted(await self._redis.smembers(names.TENANTS))
-            texts = await _get_all(self._redis, [shard_for(TenantId(str(i))).tenant(TenantId(str(i))) for i in ids])
-        return [Tenant.model_validate_json(text) for text in texts if text]
+            ids = sorted(str(one) for one in await self._redis.smembers(names.TENANTS))
+        return await self.many(TenantId(one) for one in ids)
 
 
 async def _get_all(redis: Redis, keys: list[str]) -> list[str | None]:

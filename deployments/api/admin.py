@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request, Security
+from fastapi import APIRouter, Depends, Query, Request, Security
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,7 @@ from billing.plans import Plan
 from billing.prices import Usd
 from billing.store import board, proof_state
 from billing.store.inbox import Inbox
+from billing.store.notices import Notices
 from billing.store.outbox import Outbox
 from billing.store.unsettled import unsettled
 from billing.tenants import ApiKey, Tenant, TenantName, new_key
@@ -33,6 +34,7 @@ from deployments.api.bodies import (
     KeyBody,
     Listing,
     NewKeyBody,
+    NoticeBody,
     TenantBody,
     TenantWithAccount,
 )
@@ -221,6 +223,13 @@ async def engines(parts: Parts) -> JSONResponse:
     """Every replica's engine, as it counts itself."""
     stats = await parts.gateway.link.stats()
     return JSONResponse({"object": "list", "data": [{"replica": name, **asdict(s)} for name, s in stats.items()]})
+
+
+@router.get("/notices", response_model=Listing[NoticeBody], responses=refusals(400))
+async def list_notices(parts: Parts, limit: Annotated[int, Query(ge=1, le=1_000)] = 100) -> JSONResponse:
+    """What the owner should hear of, newest first."""
+    found = await Notices(parts.redis).newest(limit)
+    return JSONResponse({"object": "list", "data": [json.loads(notice.to_json()) for notice in found]})
 
 
 @router.get("/dead-letters", response_model=Listing[DeadLetter])

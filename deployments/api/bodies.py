@@ -8,6 +8,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from billing.catalogue import Catalogue
+from billing.notices import NoticeKind
 from billing.plans import Limits
 from billing.prices import Price
 from billing.store.board import GatewayState
@@ -19,29 +20,29 @@ T = TypeVar("T")
 Dollars = Annotated[str, Field(pattern=r"^-?[0-9]+\.[0-9]{6,9}$", examples=["0.0000245"])]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     """Documented whole: a field that is not here is not sent."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Listing(_Body, Generic[T]):
+class Listing(Body, Generic[T]):
     object: Literal["list"]
     data: list[T]
 
 
-class PromptDetails(_Body):
+class PromptDetails(Body):
     cached_tokens: int
 
 
-class TokenUsage(_Body):
+class TokenUsage(Body):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
 
 
-class DrawBody(_Body):
+class DrawBody(Body):
     """What was drawn from one bucket of credit, in dollars or in requests."""
 
     bucket: str
@@ -49,7 +50,7 @@ class DrawBody(_Body):
     amount: Dollars | int
 
 
-class ReceiptBody(_Body):
+class ReceiptBody(Body):
     record_id: str
     cost_usd: Dollars
     list_usd: Dollars
@@ -59,33 +60,33 @@ class ReceiptBody(_Body):
     draws: list[DrawBody]
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     role: Literal["assistant"]
     content: str
 
 
-class ChatChoice(_Body):
+class ChatChoice(Body):
     index: int
     message: ChatMessage
     logprobs: None
     finish_reason: Literal["stop", "length"]
 
 
-class TextChoice(_Body):
+class TextChoice(Body):
     index: int
     text: str
     logprobs: None
     finish_reason: Literal["stop", "length"]
 
 
-class IncompleteDetails(_Body):
+class IncompleteDetails(Body):
     """Why an answer is shorter than asked for, where credit is the reason."""
 
     reason: str
     message: str
 
 
-class _Completed(_Body):
+class _Completed(Body):
     id: str
     created: int
     model: str
@@ -104,7 +105,7 @@ class TextCompletion(_Completed):
     choices: list[TextChoice]
 
 
-class ErrorBody(_Body):
+class ErrorBody(Body):
     """OpenAI's error object."""
 
     message: str
@@ -132,7 +133,7 @@ class Problem(BaseModel):
     record_id: str | None = None
 
 
-class QuoteBody(_Body):
+class QuoteBody(Body):
     object: Literal["quote"]
     model: str
     adapter: str
@@ -146,7 +147,7 @@ class QuoteBody(_Body):
     refusal: ErrorBody | None
 
 
-class ModelBody(_Body):
+class ModelBody(Body):
     id: str
     object: Literal["model"]
     created: int
@@ -158,7 +159,7 @@ class ModelBody(_Body):
     price_version: str
 
 
-class _BucketBody(_Body):
+class _BucketBody(Body):
     id: str
     expires_at_ms: int | None
     adapters: list[str]
@@ -176,7 +177,7 @@ class RequestsBucket(_BucketBody):
     granted: int
 
 
-class AccountBody(_Body):
+class AccountBody(Body):
     object: Literal["account"]
     tenant: str
     plan: str
@@ -194,7 +195,7 @@ class AccountBody(_Body):
     subscription: Subscription | None
 
 
-class UsageTotal(_Body):
+class UsageTotal(Body):
     """One model's or one day's total."""
 
     model: str | None = None
@@ -210,7 +211,7 @@ class UsageTotal(_Body):
     overage_usd: Dollars
 
 
-class UsageBody(_Body):
+class UsageBody(Body):
     object: Literal["usage"]
     start: str
     end: str
@@ -218,7 +219,7 @@ class UsageBody(_Body):
     data: list[UsageTotal]
 
 
-class RecordBody(_Body):
+class RecordBody(Body):
     record_id: str
     request_id: str
     seq: int
@@ -240,7 +241,7 @@ class RecordPage(Listing[RecordBody]):
     next_cursor: str | None
 
 
-class CheckoutBody(_Body):
+class CheckoutBody(Body):
     object: Literal["checkout"]
     checkout_url: str
     session_id: str
@@ -254,7 +255,7 @@ class TenantWithAccount(TenantBody):
     account: AccountBody
 
 
-class KeyBody(_Body):
+class KeyBody(Body):
     object: Literal["api_key"]
     id: str
     tenant: str
@@ -266,14 +267,14 @@ class KeyBody(_Body):
     revoked_at_ms: int | None
 
 
-class NewKeyBody(_Body):
+class NewKeyBody(Body):
     """The secret stands here and nowhere else."""
 
     api_key: str
     key: KeyBody
 
 
-class GrantBody(_Body):
+class GrantBody(Body):
     granted: bool
     source: str
     unit: Literal["nanos", "requests"]
@@ -319,21 +320,32 @@ class DeadLetter(BaseModel):
     reason: str
 
 
-class Received(_Body):
+class NoticeBody(Body):
+    """Something an owner wants to hear of; ``facts`` depend on its kind."""
+
+    id: str
+    kind: NoticeKind
+    tenant: str
+    once: str
+    at_ms: int
+    facts: dict[str, str]
+
+
+class Received(Body):
     received: Literal[True]
 
 
-class Alive(_Body):
+class Alive(Body):
     status: Literal["ok"]
 
 
-class Checks(_Body):
+class Checks(Body):
     store: bool
     catalogue: bool
     replica: bool
 
 
-class Ready(_Body):
+class Ready(Body):
     status: Literal["ready", "not ready"]
     checks: Checks
 

@@ -6,6 +6,7 @@ import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from deployments.billing_actor import BillingActor
 from deployments.config import BillingArgs
 from tests.billing.dodo.world import API_KEY, SECRET, World, assert_same, delivery, is_clear
 
-FAST = Intervals(*[0.1] * 9)
+FAST = Intervals(*[0.1] * len(fields(Intervals)))
 WAIT_S = 20.0
 
 

@@ -1,0 +1,82 @@
+"""What the SDK gave back: read into values, or turned into one of two kinds of failure.
+
+Knows the SDK's exceptions and models; knows no call.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar, cast
+
+import httpx
+from dodopayments import APIConnectionError, APIResponseValidationError, APIStatusError
+from pydantic import BaseModel
+
+from billing.dodo.wire import Wire, WireError
+from billing.errors import DodoRefused, DodoUnavailable
+
+TRANSIENT = (408, 409, 425, 429)
+"""Statuses below 500 that a later try may change."""
+
+_UNREADABLE = (APIConnectionError, APIResponseValidationError, httpx.HTTPError, ValueError, TypeError, AttributeError)
+"""No answer, or none that the SDK can read: it trips over a list that is no JSON with an AttributeError."""
+
+T = TypeVar("T")
+
+
+async def listed(call: Awaitable[object]) -> list[Wire]:
+    """One page's items. Raises DodoUnavailable, DodoRefused."""
+    items = as_wire(await answered(call)).get("items")
+    if not isinstance(items, list):
+        raise DodoUnavailable("no items in the reply")
+    return cast(list[Wire], items)
+
+
+async def answered(call: Awaitable[T]) -> T:
+    """The call's answer. Raises DodoUnavailable where none came or a later try may differ, else DodoRefused."""
+    try:
+        return await call
+    except APIStatusError as error:
+        raise _refusal(error) from error
+    except _UNREADABLE as error:
+        raise DodoUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+def _refusal(error: APIStatusError) -> DodoUnavailable | DodoRefused:
+    body = error.body if isinstance(error.body, dict) else {}
+    message = str(body.get("message") or error.message)[:500]
+    if error.status_code in TRANSIENT or error.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+        return DodoUnavailable(f"{error.status_code}: {message}", _retry_after(error.response))
+    return DodoRefused(error.status_code, str(body.get("code") or ""), message)
+
+
+def _retry_after(response: httpx.Response) -> float:
+    try:
+        return max(float(response.headers.get("retry-after", "0")), 0.0)
+    except ValueError:
+        return 0.0
+
+
+def as_wire(reply: object) -> Wire:
+    if not isinstance(reply, BaseModel):
+        raise DodoUnavailable(f"no JSON object in the reply: {str(reply)[:100]!r}")
+    try:
+        return reply.model_dump(mode="json", warnings=False)
+    except ValueError as error:
+        raise DodoUnavailable(f"unreadable reply: {error}") from error
+
+
+def read_as(read: Callable[[Wire], T], reply: object) -> T:
+    return parsed(read, as_wire(reply))
+
+
+def parsed(read: Callable[[Wire], T], wire: Wire) -> T:
+    try:
+        return read(wire)
+    except WireError as error:
+        raise DodoUnavailable(f"unreadable reply: {error}") from error
+
+
+def text_in(wire: Wire, name: str) -> str:
+    value = wire.get(name)
+    if not isinstance(value, str) or not value:
+        raise DodoUnavailable(f"no {name} in the reply")
+    return value

@@ -1,0 +1,43 @@
+"""What the owner, or a tenant's own systems, should hear of: named events with a few facts each.
+
+Knows their shape; knows no store and no receiver.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Self
+
+from billing.usage import TenantId
+
+
+class NoticeKind(StrEnum):
+    ALLOWANCE = "allowance.reached"
+    """A share of a period's allowance is used up: ``percent`` says which, 80 or 100."""
+    OVERAGE = "overage.reached"
+    """The same of the most that may stand unpaid."""
+    BALANCE_LOW = "balance.low"
+    REFILL_SUCCEEDED = "refill.succeeded"
+    REFILL_FAILED = "refill.failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One event. ``once`` names what it is about: the same name is told a single time."""
+
+    kind: NoticeKind
+    tenant: TenantId
+    once: str
+    at_ms: int
+    facts: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
+    """Its place in the log, given when it is told."""
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "kind": self.kind.value, "facts": dict(self.facts)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str, id_: str = "") -> Self:
+        raw = json.loads(text)
+        return cls(**{**raw, "kind": NoticeKind(raw["kind"]), "tenant": TenantId(raw["tenant"]), "id": id_})
