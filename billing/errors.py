@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields, is_dataclass
 
 from billing.money import Nanos, format_usd
 
+LONGEST_SHOWN = 256
+"""Characters of a name that a refusal repeats."""
+
 
 class BillingError(Exception):
     """Anything billing refuses or cannot do."""
@@ -42,7 +45,7 @@ class UnknownModel(Refusal):
     model: str
 
     def __str__(self) -> str:
-        return f"model {self.model!r} does not exist: GET /v1/models lists those you may use"
+        return f"model {self.model[:LONGEST_SHOWN]!r} does not exist: GET /v1/models lists those you may use"
 
 
 @dataclass(eq=False)

@@ -173,6 +173,7 @@ def _group(record: UsageRecord, group_by: GroupBy | None) -> str:
 
 def _checked(cursor: str) -> str:
     ms, dash, number = cursor.partition("-")
-    if not (dash and ms.isascii() and ms.isdigit() and number.isascii() and number.isdigit() and len(cursor) < 42):
+    is_id = dash and all(part.isascii() and part.isdigit() and len(part) <= 19 for part in (ms, number))
+    if not is_id:
         raise ValueError(f"{cursor!r} is no cursor")
     return cursor

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, cast
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, Field
 
 from billing import history
 from billing.account import Account, Bucket
@@ -22,6 +22,7 @@ from billing.usage import Draw, Unit, UsageRecord
 from deployments.api.bodies import AccountBody, CheckoutBody, RecordPage, UsageBody
 from deployments.api.document import refusals
 from deployments.api.errors import BadRequest, Conflict, NotFound
+from deployments.api.wire import Sent
 from deployments.services import Caller, Parts, Services
 
 DEFAULT_DAYS = 30
@@ -178,14 +179,14 @@ def draw_json(draw: Draw) -> Json:
     return {"bucket": draw.bucket, "unit": "usd" if draw.unit is Unit.NANOS else "requests", "amount": amount}
 
 
-class CheckoutRequest(BaseModel):
+class CheckoutRequest(Sent):
     """One of ``pack`` and ``plan``, by its name in the catalogue."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"pack": "small"}]})
 
     pack: str = ""
     plan: str = ""
-    return_url: str = ""
+    return_url: Annotated[str, Field(pattern="^(https?://.*)?$", max_length=2048)] = ""
 
 
 @router.post("/v1/checkout", response_model=CheckoutBody, responses=refusals(400, 404, 409, 413, 502))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Security
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from billing.account import Grant
 from billing.admission import plan_of
@@ -40,6 +40,7 @@ from deployments.api.bodies import (
 )
 from deployments.api.document import refusals
 from deployments.api.errors import AdminDenied, BadRequest, NotFound
+from deployments.api.wire import Sent
 from deployments.services import ADMIN_KEY, Parts, services_of
 from deployments.shelf import as_json
 
@@ -60,7 +61,7 @@ async def operator(request: Request, _: Annotated[object, Security(ADMIN_KEY)] =
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)], responses=refusals(401, 503))
 
 
-class _Asked(BaseModel):
+class _Asked(Sent):
     model_config = ConfigDict(extra="forbid")
 
 

@@ -201,11 +201,14 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(step) for step in first["loc"] if step != "body")
+    where, said = ".".join(str(step) for step in first["loc"][1:]), str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         refusal = BadRequest("the body is not valid JSON")
+    elif where:
+        refusal = BadRequest(f"{where}: {said}", where)
     else:
-        refusal = BadRequest(f"{where}: {first['msg']}" if where else str(first["msg"]), where or None)
+        is_object = first["type"] not in ("missing", "model_attributes_type")
+        refusal = BadRequest(said if is_object else "send one JSON object, with `Content-Type: application/json`")
     return await _on_error(request, refusal)
 
 
@@ -215,7 +218,7 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     messages = {
         404: f"no such path: {request.url.path}",
         405: f"{request.method} is not allowed on {request.url.path}",
-        400: "the body cannot be read",
+        400: "the body cannot be read: send one JSON object in UTF-8, without deep nesting or endless numbers",
     }
     message = messages.get(error.status_code, str(error.detail))
     headers = {name.lower(): value for name, value in (error.headers or {}).items()}

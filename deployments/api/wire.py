@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deployments.api.errors import BadRequest
 from deployments.engine.request import RequestRejected, SamplingParams
 from deployments.gateway import Ask, Prompt
 
 MAX_STOPS = 4
+LONGEST_MODEL_ID = 256
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's own default of the older endpoint."""
 UNSUPPORTED = (
@@ -58,16 +59,41 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class Sampled(BaseModel, ABC):
+class Sent(BaseModel):
+    """A body whose every string is text: JSON can spell half of a surrogate pair, which nothing can encode."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: object) -> object:
+        waiting = [body]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, Mapping):
+                waiting += (*value.keys(), *value.values())
+            elif isinstance(value, list):
+                waiting += value
+            elif isinstance(value, str) and not value.isascii():
+                _encode(value)
+        return body
+
+
+def _encode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds half of a surrogate pair, \\u{ord(text[error.start]):x}") from error
+
+
+class Sampled(Sent, ABC):
     """What both endpoints share. Unknown fields are accepted, as OpenAI's clients expect."""
 
     model_config = ConfigDict(extra="allow")
 
-    model: str
+    model: Annotated[str, Field(min_length=1, max_length=LONGEST_MODEL_ID, examples=["pirate"])]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, Field(le=2**31 - 1)] | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -94,7 +120,7 @@ class Sampled(BaseModel, ABC):
     def _refuse_unsupported(self) -> None:
         for name in ("n", "best_of"):
             if getattr(self, name) not in (None, 1):
-                raise BadRequest(f"{name} above 1 is not supported: send one request for each answer", name)
+                raise BadRequest(f"{name} other than 1 is not supported: send one request for each answer", name)
         for name in UNSUPPORTED:
             if (self.model_extra or {}).get(name):
                 raise BadRequest(f"{name} is not supported here: remove it", name)
