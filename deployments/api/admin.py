@@ -14,6 +14,7 @@ from billing.account import Grant
 from billing.admission import plan_of
 from billing.clock import now_ms
 from billing.money import NANOS_PER_USD
+from billing.notices import NoticeKind
 from billing.plans import Plan
 from billing.prices import Usd
 from billing.store import board, proof_state
@@ -26,6 +27,7 @@ from billing.usage import TenantId, Unit
 from deployments.api.account import account_json
 from deployments.api.bodies import (
     BillingBody,
+    Body,
     CatalogueBody,
     DeadLetter,
     EngineBody,
@@ -34,7 +36,6 @@ from deployments.api.bodies import (
     KeyBody,
     Listing,
     NewKeyBody,
-    NoticeBody,
     TenantBody,
     TenantWithAccount,
 )
@@ -63,6 +64,17 @@ router = APIRouter(prefix="/admin", dependencies=[Depends(operator)], responses=
 
 class _Asked(Sent):
     model_config = ConfigDict(extra="forbid")
+
+
+class NoticeBody(Body):
+    """Something an owner wants to hear of; ``facts`` depend on its kind."""
+
+    id: str
+    kind: NoticeKind
+    tenant: str
+    once: str
+    at_ms: int
+    facts: dict[str, str]
 
 
 class NewTenant(_Asked):

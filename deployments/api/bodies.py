@@ -8,7 +8,6 @@ from typing import Annotated, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from billing.catalogue import Catalogue
-from billing.notices import NoticeKind
 from billing.plans import Limits
 from billing.prices import Price
 from billing.store.board import GatewayState
@@ -318,17 +317,6 @@ class DeadLetter(BaseModel):
     tenant: str
     name: str
     reason: str
-
-
-class NoticeBody(Body):
-    """Something an owner wants to hear of; ``facts`` depend on its kind."""
-
-    id: str
-    kind: NoticeKind
-    tenant: str
-    once: str
-    at_ms: int
-    facts: dict[str, str]
 
 
 class Received(Body):
