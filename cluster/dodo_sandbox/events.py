@@ -132,10 +132,23 @@ async def list_events(filters: Annotated[EventFilter, Query()], sandbox: Here) -
         if name is not None and name != meter.event_name:
             raise bad_request(f"event_name {name} is not the meter's, {meter.event_name}")
         name = meter.event_name
+    if meter is None or meter.filter is None:
+        return Page(items=_page(sandbox.store, filters, name))
     found = select(sandbox.store, filters.customer_id, name, filters.start, filters.end)
-    if meter is not None and meter.filter is not None:
-        found = [event for event in found if meter.filter.admits(event.metadata or {})]
-    return filters.of(found[::-1])
+    return filters.of([event for event in found if meter.filter.admits(event.metadata or {})][::-1])
+
+
+def _page(store: Store, filters: EventFilter, event_name: str | None) -> list[Event]:
+    """One page without reading the others: there may be very many."""
+    rows = store.db.execute(
+        f"SELECT body FROM events WHERE {_WANTED} ORDER BY timestamp_ms DESC, seq DESC LIMIT ?5 OFFSET ?6",
+        (
+            *_wanted(filters.customer_id, event_name, filters.start, filters.end),
+            filters.page_size,
+            filters.page_number * filters.page_size,
+        ),
+    )
+    return [Event.model_validate_json(body) for (body,) in rows]
 
 
 @router.get("/events/{event_id}")
@@ -151,11 +164,22 @@ def select(
 ) -> list[Event]:
     """Events with ``start <= timestamp < end``, the oldest first."""
     rows = store.db.execute(
-        "SELECT body FROM events WHERE (?1 IS NULL OR customer_id = ?1) AND (?2 IS NULL OR event_name = ?2)"
-        " AND (?3 IS NULL OR timestamp_ms >= ?3) AND (?4 IS NULL OR timestamp_ms < ?4) ORDER BY timestamp_ms, seq",
-        (customer_id, event_name, start and to_ms(start), end and to_ms(end)),
+        f"SELECT body FROM events WHERE {_WANTED} ORDER BY timestamp_ms, seq",
+        _wanted(customer_id, event_name, start, end),
     )
     return [Event.model_validate_json(body) for (body,) in rows]
+
+
+_WANTED = (
+    "(?1 IS NULL OR customer_id = ?1) AND (?2 IS NULL OR event_name = ?2)"
+    " AND (?3 IS NULL OR timestamp_ms >= ?3) AND (?4 IS NULL OR timestamp_ms < ?4)"
+)
+
+
+def _wanted(
+    customer_id: str | None, event_name: str | None, start: datetime | None, end: datetime | None
+) -> tuple[str | None, str | None, int | None, int | None]:
+    return customer_id, event_name, None if start is None else to_ms(start), None if end is None else to_ms(end)
 
 
 def counted_metadata(
