@@ -256,7 +256,7 @@ def read_json(body: bytes | str) -> Wire:
     """
     try:
         value = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for lists in lists without end
         raise WireError(f"no JSON: {error}") from None
     if not isinstance(value, dict):
         raise WireError("no JSON object")

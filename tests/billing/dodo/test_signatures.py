@@ -1,11 +1,14 @@
 """Only what Dodo signed just now, byte for byte, is read at all."""
 
+from datetime import UTC, datetime
+
 import pytest
+from standardwebhooks import Webhook
 
 from billing.errors import WebhookRejected
 from billing.store.keys import INBOX
 from billing.usage import TenantId
-from tests.billing.dodo.world import API_KEY, World, delivery
+from tests.billing.dodo.world import API_KEY, SECRET, World, delivery
 
 ACME = TenantId("acme")
 USD = 1_000_000_000
@@ -46,6 +49,14 @@ async def test_whatever_does_not_verify_is_rejected_and_not_kept(
     with pytest.raises(WebhookRejected):
         await world.webhooks().receive(body, headers)
     assert await world.redis.hlen(INBOX) == 0
+
+
+async def test_lists_in_lists_without_end_are_no_delivery_whoever_signed_them(world: World) -> None:
+    body, now = b"[" * 100_000, datetime.now(UTC)
+    headers = delivery("made.up", {})[1] | {"webhook-timestamp": str(int(now.timestamp()))}
+    headers["webhook-signature"] = Webhook(SECRET).sign(headers["webhook-id"], now, body.decode())
+    with pytest.raises(WebhookRejected, match="no JSON"):
+        await world.webhooks().receive(body, headers)
 
 
 async def test_header_names_may_come_in_any_case(world: World) -> None:
