@@ -20,7 +20,13 @@ from pathlib import Path
 
 from tests.chaos.table import Row, machine, markdown, put_between_marks
 
-SCENARIOS: tuple[str, ...] = ("gateway_kills", "billing_kills")
+SCENARIOS: tuple[str, ...] = (
+    "gateway_kills",
+    "races",
+    "dodo_faults",
+    "webhooks",
+    "billing_kills",
+)
 """Modules of this folder, the longest first, so that the two lanes end together."""
 LANES = 2
 LIMIT_S = 600

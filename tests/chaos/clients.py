@@ -25,6 +25,8 @@ class Seen:
     """Of refusals."""
     cut: int = 0
     """Replies that broke off, or never began."""
+    clamped: int = 0
+    """Answers that were granted fewer tokens than asked for."""
     again: int = 0
     """Receipts that came a second time: must be none."""
 
@@ -48,6 +50,7 @@ async def ask(client: httpx.AsyncClient, key: str, body: dict[str, object], seen
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
             seen.statuses[reply.status_code] += 1
+            seen.clamped += int(reply.headers.get("x-farebox-max-tokens", 2**31)) < int(str(body["max_tokens"]))
             if reply.status_code != 200:
                 seen.codes[json.loads(await reply.aread())["error"]["code"]] += 1
             elif body["stream"]:

@@ -91,10 +91,12 @@ def house(clock: Clock = now_ms) -> Iterator[House]:
 
 
 @asynccontextmanager
-async def world(house: House, clock: Clock = now_ms) -> AsyncIterator[World]:
-    """Everything for sale is made at Dodo; nobody is there yet."""
+async def world(
+    house: House, clock: Clock = now_ms, http_client: httpx.AsyncClient | None = None
+) -> AsyncIterator[World]:
+    """Everything for sale is made at Dodo; nobody is there yet. ``http_client`` sees every call to Dodo."""
     redis = await connect(house.store_url)
-    dodo = Dodo(DodoSettings(API_KEY, SECRET, base_url=house.dodo_url))
+    dodo = Dodo(DodoSettings(API_KEY, SECRET, base_url=house.dodo_url), http_client)
     catalogue = read_catalogue(USER_CONFIG)
     async with httpx.AsyncClient(base_url=house.dodo_url, trust_env=False, timeout=30) as operator:
         await board.publish(redis, catalogue, "gateway-1", clock())

@@ -1,0 +1,120 @@
+"""Payments and refunds delivered several times and in any order, among thousands of forgeries, to a real gateway.
+
+The gateway is a process of the same parts behind a real HTTP server; payments and refunds are the offline Dodo's.
+"""
+
+import asyncio
+import random
+import socket
+from collections import Counter
+
+import httpx
+
+from billing.usage import TenantId
+from cluster.dodo_sandbox.server import url_of
+from tests.billing.dodo.world import API_KEY, World, delivery
+from tests.chaos.clients import client_of
+from tests.chaos.forgeries import Delivery, forge, malformed
+from tests.chaos.gateway_process import GatewaySpec, serve
+from tests.chaos.house import USER_CONFIG, Forks, House, house, listener, tenant_with, world
+from tests.chaos.table import Row
+
+NAME = "webhooks"
+TENANTS = tuple(f"tenant-{number}" for number in range(6))
+PAYMENTS, COPIES = 30, 5
+FORGED, MALFORMED = 3_000, 300
+AT_ONCE = 16
+CENT = 10_000_000
+"""Nanos that a cent of a pack buys."""
+AUTH = {"Authorization": f"Bearer {API_KEY}"}
+SEED = 20_261_129
+
+
+def run() -> list[Row]:
+    forks = Forks("tests.chaos.gateway_process")
+    with house() as at, listener() as bound:
+        return asyncio.run(_run(at, forks, bound))
+
+
+async def _run(at: House, forks: Forks, bound: socket.socket) -> list[Row]:
+    gateway = forks.start(serve, GatewaySpec(at.store_url, at.folder, at.environ, USER_CONFIG), bound)
+    chance = random.Random(SEED)
+    async with world(at) as there, client_of(url_of(bound), AT_ONCE) as client:
+        for name in TENANTS:
+            await tenant_with(there, name, 0)
+        model, genuine = await _trade(there, chance)
+        copies = genuine * COPIES
+        false = [forge(chance.choice(genuine), chance) for _ in range(FORGED)]
+        odd = [malformed(chance, number) for number in range(MALFORMED)]
+        answers = await _deliver(client, [*copies, *false, *odd], chance)
+        assert gateway.exitcode is None, "a gateway survives its deliveries"
+        gateway.kill()
+        off = {name: await _balance(there, name) - model[name] for name in TENANTS}
+    _check(answers, copies, false, odd)
+    drift = sum(map(abs, off.values()))
+    missing, given_twice = sum(one < 0 for one in off.values()), sum(one > 0 for one in off.values())
+    return [
+        Row(f"webhooks delivered {COPIES} times, in any order", len(copies), missing, given_twice, drift),
+        Row("forged or malformed webhooks", len(false) + len(odd), 0, _accepted(answers, false), drift),
+    ]
+
+
+async def _trade(there: World, chance: random.Random) -> tuple[Counter[str], list[Delivery]]:
+    """Buy and refund at Dodo; the nanos that each tenant must end with, and a delivery of each event."""
+    model: Counter[str] = Counter()
+    told: list[Delivery] = []
+    for number in range(PAYMENTS):
+        name = chance.choice(TENANTS)
+        payment = await there.buy(name, "pack:small", quantity=chance.randint(1, 3))
+        cents = int(str(payment["total_amount"]))
+        model[name] += cents * CENT
+        told.append(delivery("payment.succeeded", payment, f"msg_pay_{number}"))
+        if number % 2:
+            back = chance.randint(1, cents)
+            refund = await _refund(there, str(payment["payment_id"]), back)
+            model[name] -= back * CENT
+            told.append(delivery("refund.succeeded", refund, f"msg_refund_{number}"))
+    return model, told
+
+
+async def _refund(there: World, payment_id: str, cents: int) -> dict[str, object]:
+    lines = (await there.operator.get(f"/payments/{payment_id}/line-items", headers=AUTH)).json()
+    items = [{"item_id": lines["items"][0]["items_id"], "amount": cents}]
+    made = await there.operator.post("/refunds", json={"payment_id": payment_id, "items": items}, headers=AUTH)
+    made.raise_for_status()
+    refund: dict[str, object] = made.json()
+    return refund
+
+
+async def _deliver(client: httpx.AsyncClient, all_: list[Delivery], chance: random.Random) -> dict[int, int]:
+    """Send every delivery, shuffled, several at a time; the status by the delivery's identity and place."""
+    gate, answers = asyncio.Semaphore(AT_ONCE), dict[int, int]()
+
+    async def one(place: int) -> None:
+        body, headers = all_[place]
+        wire = {name: value.encode() for name, value in headers.items()}
+        async with gate:
+            answers[place] = (await client.post("/webhooks/dodo", content=body, headers=wire)).status_code
+
+    places = list(range(len(all_)))
+    chance.shuffle(places)
+    await asyncio.gather(*(one(place) for place in places))
+    return answers
+
+
+def _check(answers: dict[int, int], copies: list[Delivery], false: list[Delivery], odd: list[Delivery]) -> None:
+    statuses = [answers[place] for place in range(len(answers))]
+    genuine, forged, rest = statuses[: len(copies)], statuses[len(copies) : -len(odd)], statuses[-len(odd) :]
+    assert set(genuine) == {200}, f"what Dodo sent is taken: {Counter(genuine)}"
+    assert all(400 <= status < 500 for status in forged), f"forgeries are refused: {Counter(forged)}"
+    assert all(status < 500 for status in rest), f"nothing that Dodo could say breaks a gateway: {Counter(rest)}"
+    assert len(forged) == len(false)
+
+
+def _accepted(answers: dict[int, int], false: list[Delivery]) -> int:
+    first = len(answers) - MALFORMED - len(false)
+    return sum(answers[place] < 300 for place in range(first, first + len(false)))
+
+
+async def _balance(there: World, name: str) -> int:
+    return (await there.ledger.account(TenantId(name))).balance_nanos
