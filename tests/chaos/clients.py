@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from typing import Any
 
 import httpx
 
@@ -20,18 +21,19 @@ class Seen:
 
     receipts: dict[str, int] = field(default_factory=dict)
     """Cost by record id, of every reply that was read to its end."""
+    tokens: list[int] = field(default_factory=list)
+    """Completion tokens of each of those replies."""
     statuses: Counter[int] = field(default_factory=Counter)
     codes: Counter[str] = field(default_factory=Counter)
     """Of refusals."""
     cut: int = 0
     """Replies that broke off, or never began."""
-    clamped: int = 0
-    """Answers that were granted fewer tokens than asked for."""
-    again: int = 0
-    """Receipts that came a second time: must be none."""
 
-    def keep(self, receipt: dict[str, str]) -> None:
-        self.again += receipt["record_id"] in self.receipts
+    def keep(self, last: dict[str, Any]) -> None:
+        """The reply's last object, or its only one."""
+        receipt = last["receipt"]
+        assert receipt["record_id"] not in self.receipts, "a record is one request's"
+        self.tokens.append(last["usage"]["completion_tokens"])
         self.receipts[receipt["record_id"]] = nanos_of(receipt["cost_usd"])
 
 
@@ -50,26 +52,24 @@ async def ask(client: httpx.AsyncClient, key: str, body: dict[str, object], seen
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
             seen.statuses[reply.status_code] += 1
-            seen.clamped += int(reply.headers.get("x-farebox-max-tokens", 2**31)) < int(str(body["max_tokens"]))
             if reply.status_code != 200:
                 seen.codes[json.loads(await reply.aread())["error"]["code"]] += 1
             elif body["stream"]:
                 await _read_stream(reply, seen)
             else:
-                seen.keep(json.loads(await reply.aread())["receipt"])
+                seen.keep(json.loads(await reply.aread()))
     except httpx.TransportError:
         seen.cut += 1
 
 
 async def _read_stream(reply: httpx.Response, seen: Seen) -> None:
-    receipt = None
+    piece: dict[str, Any] = {}
     async for line in reply.aiter_lines():
         if line == "data: [DONE]":
-            assert receipt is not None, "the receipt comes before [DONE]"
-            seen.keep(receipt)
+            seen.keep(piece)
             return
         if line.startswith("data: "):
-            receipt = json.loads(line.removeprefix("data: ")).get("receipt", receipt)
+            piece = json.loads(line.removeprefix("data: "))
     seen.cut += 1
 
 

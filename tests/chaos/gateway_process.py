@@ -43,6 +43,7 @@ class GatewaySpec:
     fuse: Fuse = field(default_factory=Fuse)
     lease_s: float = 4.0
     checkpoint_s: float = 0.1
+    hold_step_tokens: int = 4
     tokens: int = 16
     token_s: float = 0.02
 
@@ -112,6 +113,7 @@ async def _serve(spec: GatewaySpec, listener: socket.socket) -> None:
             "spool_dir": str(spec.folder / "spool"),
             "lease_s": spec.lease_s,
             "checkpoint_s": spec.checkpoint_s,
+            "hold_step_tokens": spec.hold_step_tokens,
         }
     )
     redis, text, link = await connect(spec.store_url), Text(spec.folder / "model"), DyingLink(spec)
