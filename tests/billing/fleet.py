@@ -78,6 +78,26 @@ class Fleet:
             server.kill()
 
 
+def replace_primary(fleet: Fleet) -> None:
+    """Kill the primary, wait for the sentinels to raise the replica, and bring the old one back behind it."""
+    old, new = fleet.servers
+    old.kill()
+    wait_until(lambda: new.client.info()["role"] == "master", "a replica that was raised")
+    follow(old, new)
+    fleet.servers = [new, old]
+
+
+def follow(old: Server, new: Server) -> None:
+    """Start a server again as the replica of another one, and wait until it has everything."""
+    words = list(old.command)
+    if "--replicaof" in words:
+        at = words.index("--replicaof")
+        del words[at : at + 3]
+    old.command = [*words, "--replicaof", HOST, str(new.port)]
+    old.start().await_answer()
+    wait_until(lambda: old.client.info()["master_link_status"] == "up", "a replica in step")
+
+
 def wait_until(is_so: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
@@ -118,6 +138,7 @@ def durable(folder: Path, program: Path | None = None, **options: str) -> Server
         "appendfsync": "always",
         "save": "",
         "maxmemory-policy": "noeviction",
+        "repl-diskless-sync-delay": "0",
     } | {key.replace("_", "-"): value for key, value in options.items()}
     command = [str(program or valkey.find_server()), *(w for k, v in words.items() for w in (f"--{k}", *_split(v)))]
     return Server(port, folder, command)

@@ -235,16 +235,16 @@ class LedgerMachine(RuleBasedStateMachine):
             assert sum(int(f[1]) + int(f[2]) for f in fields) + spent[unit] == sum(int(f[3]) for f in fields)
 
 
-def drive(url: str, examples: int, steps: int) -> None:
+def drive(url: str, examples: int, steps: int, machine: type[LedgerMachine] = LedgerMachine) -> None:
     """Run the machine against the store at ``url``, whatever its shape; it is emptied."""
-    LedgerMachine.url = url
+    machine.url = url
     limits = settings(
         max_examples=examples,
         stateful_step_count=steps,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(LedgerMachine, settings=limits)
+    run_state_machine_as_test(machine, settings=limits)
 
 
 def test_the_ledger_does_what_the_model_says(server: valkey.Valkey) -> None:

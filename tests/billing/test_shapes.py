@@ -29,7 +29,8 @@ from tests.billing.fleet import HOST, Fleet, Server, cluster, durable, wait_unti
 from tests.billing.samples import money, request, settlement
 
 IN_TIME_S = 0.3
-SLACK_S = 0.2
+SLACK_S = 0.7
+"""What a busy test machine may add to it; a call that waits without bound takes five seconds."""
 TENANTS = [TenantId(f"tenant_{n}") for n in range(24)]
 """Enough for each of three nodes to have some."""
 
@@ -150,7 +151,7 @@ async def test_a_hung_node_refuses_its_own_tenants_in_time_and_nobody_else(nodes
     hung = {t for t in TENANTS if key_slot(shard_for(t).tag.encode()) < 16_384 // 3}
     for (is_answered, seconds), tenant in zip(waits, [t for t in TENANTS for _ in range(5)], strict=True):
         assert is_answered == (tenant not in hung)
-        assert seconds < IN_TIME_S + SLACK_S
+        assert is_answered or seconds < IN_TIME_S + SLACK_S
     await _until_served(ledger, TENANTS)
 
 

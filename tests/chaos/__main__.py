@@ -26,6 +26,11 @@ SCENARIOS: tuple[str, ...] = (
     "dodo_faults",
     "webhooks",
     "billing_kills",
+    "store_shapes",
+    "store_kills",
+    "power_loss",
+    "store_failover",
+    "store_away",
 )
 """Modules of this folder, the longest first, so that the two lanes end together."""
 LANES = 2

@@ -1,0 +1,161 @@
+"""Clients that hold and settle without pause, remember what was acknowledged to them, and audit the books.
+
+A client that meets an absent store stops where it was; ``finish`` goes on from there, with the same ids.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from redis.asyncio import Redis
+
+from billing.account import HoldRequest, Receipt, Settlement
+from billing.errors import StoreUnavailable, UnknownHold
+from billing.money import Nanos
+from billing.store.holds import Ledger
+from billing.store.keys import shard_for
+from billing.store.packing import origin_of, worst_case
+from billing.usage import RequestId, TenantId, UsageRecord
+from tests.billing.samples import money, request, settlement
+
+CLIENTS = 24
+CREDIT = 10**12
+PATIENCE_S = 20.0
+
+
+@dataclass
+class Fault:
+    """What one audit found wrong."""
+
+    lost: int = 0
+    doubled: int = 0
+    drift_nanos: int = 0
+
+    def __add__(self, other: "Fault") -> "Fault":
+        return Fault(self.lost + other.lost, self.doubled + other.doubled, self.drift_nanos + other.drift_nanos)
+
+
+@dataclass
+class Load:
+    """One round of load on tenants of its own, so that its books can be told from those of other rounds."""
+
+    name: str
+    chance: random.Random
+    acked: dict[RequestId, Nanos] = field(default_factory=dict)
+    """What each receipt said."""
+    expected: dict[RequestId, Nanos] = field(default_factory=dict)
+    """What each settle that was sent must cost, whether it was acknowledged or not."""
+    unfinished: list[HoldRequest | Settlement] = field(default_factory=list)
+    is_over: bool = False
+    _number: int = 0
+
+    @property
+    def tenants(self) -> list[TenantId]:
+        return [TenantId(f"{self.name}_{number}") for number in range(4)]
+
+    async def open(self, ledger: Ledger) -> None:
+        for tenant in self.tenants:
+            await ledger.grant(replace(money(CREDIT, f"payment:{tenant}"), tenant=tenant))
+
+    async def run(self, ledger: Ledger) -> None:
+        """Until every client has met an absent store, or ``is_over``."""
+        await asyncio.gather(*(self._use(ledger) for _ in range(CLIENTS)))
+
+    async def _use(self, ledger: Ledger) -> None:
+        while not self.is_over:
+            step: HoldRequest | Settlement = self.next_request()
+            try:
+                assert isinstance(step, HoldRequest)
+                step = await self._hold(ledger, step)
+                self._told(await ledger.settle(step))
+            except StoreUnavailable:
+                self.unfinished.append(step)
+                return
+
+    async def under_way(self) -> None:
+        """Wait until the load has reached its pace."""
+        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        while len(self.acked) < CLIENTS:
+            assert asyncio.get_running_loop().time() < deadline, "the load did not begin"
+            await asyncio.sleep(0.005)
+
+    async def finish(self, ledger: Ledger) -> None:
+        """Go on where each client stopped, as a gateway that retries does, until it is acknowledged."""
+        await asyncio.gather(*(self._finish(ledger, step) for step in self.unfinished))
+        self.unfinished = []
+
+    async def _finish(self, ledger: Ledger, step: HoldRequest | Settlement) -> None:
+        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        while True:
+            try:
+                if isinstance(step, HoldRequest):
+                    step = await self._hold(ledger, step)
+                return self._told(await ledger.settle(step))
+            except StoreUnavailable:
+                assert asyncio.get_running_loop().time() < deadline, "the store did not come back"
+                await asyncio.sleep(0.05)
+
+    async def _hold(self, ledger: Ledger, asked: HoldRequest) -> Settlement:
+        hold = await ledger.hold(asked)
+        ended = replace(settlement(asked.request_id, self.chance.randint(0, 20)), tenant=asked.tenant)
+        assert ended.list_nanos <= worst_case(asked), "this load stays below what it held"
+        self.expected[asked.request_id] = ended.list_nanos
+        return replace(ended, origin=origin_of(hold, hold.held_nanos))
+
+    def _told(self, receipt: Receipt) -> None:
+        self.acked[receipt.record.request_id] = receipt.record.charged_nanos
+
+    def next_request(self) -> HoldRequest:
+        self._number += 1
+        tenant = self.tenants[self._number % len(self.tenants)]
+        return request(f"req_{self.name}_{self._number}", tenant=tenant, lease_ms=600_000)
+
+    async def void(self, ledger: Ledger, refused: Iterable[HoldRequest]) -> None:
+        """What was refused may have reached the store all the same: nothing was served under it."""
+        for asked in refused:
+            with suppress(UnknownHold):
+                await ledger.void(asked.request_id, asked.tenant)
+
+    async def missing(self, redis: Redis) -> int:
+        """Acknowledged settles of which the books know nothing, now."""
+        return len(self.acked.keys() - {record.request_id for record in await self._records(redis)})
+
+    async def audit(self, redis: Redis, ledger: Ledger) -> Fault:
+        """Compare receipts, records, balances and holds, to the nano. Every client has finished."""
+        assert not self.unfinished, "finish first"
+        records = await self._records(redis)
+        counts = Counter(record.request_id for record in records)
+        booked = {record.request_id: record.charged_nanos for record in records}
+        wrong = sum(abs(booked.get(i, 0) - charge) for i, charge in self.acked.items())
+        wrong += sum(abs(booked[i] - self.expected.get(i, Nanos(0))) for i in booked)
+        for tenant in self.tenants:
+            account = await ledger.account(tenant)
+            spent = sum(r.charged_nanos for r in records if r.tenant == tenant)
+            wrong += abs(CREDIT - spent - account.balance_nanos) + account.held_nanos
+            assert account.open_holds == 0, f"{account.open_holds} holds of {tenant} stay open"
+        doubled = sum(count - 1 for count in counts.values())
+        return Fault(len(self.acked.keys() - booked.keys()), doubled, wrong)
+
+    async def _records(self, redis: Redis) -> list[UsageRecord]:
+        found = []
+        for shard in {shard_for(tenant) for tenant in self.tenants}:
+            entries = await redis.xrange(shard.stream)
+            found += [UsageRecord.from_json(e["p"]) for _, e in entries if e["k"] == "usage" and e["t"] in self.tenants]
+        return found
+
+
+async def until_served(ledger: Ledger, tenant: TenantId, patience_s: float = PATIENCE_S) -> float:
+    """How long it took until the store answered again."""
+    started = asyncio.get_running_loop().time()
+    while True:
+        try:
+            await ledger.account(tenant)
+        except StoreUnavailable:
+            waited = asyncio.get_running_loop().time() - started
+            assert waited < patience_s, f"the store did not come back within {patience_s:g} s"
+            await asyncio.sleep(0.02)
+        else:
+            return asyncio.get_running_loop().time() - started

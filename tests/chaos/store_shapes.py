@@ -1,0 +1,74 @@
+"""The ledger's state machine on a cluster of three nodes, and behind sentinels that replace the primary under it.
+
+Here the replica is in step when the primary is killed: what the model knows, the store must know after it.
+"""
+
+import tempfile
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from tests.billing.fleet import Fleet, cluster, replace_primary, watched
+from tests.billing.samples import ACME
+from tests.billing.test_ledger_machine import LedgerMachine, drive
+from tests.chaos.store_load import until_served
+from tests.chaos.table import Row
+
+NAME = "store-shapes"
+EXAMPLES, STEPS = 100, 40
+FAILOVERS = 3
+BETWEEN = 2_000
+"""Movements and questions between two failovers."""
+T = TypeVar("T")
+
+
+class ThroughFailovers(LedgerMachine):
+    """Kills the primary between two movements, again and again."""
+
+    fleet: ClassVar[Fleet]
+    calls: ClassVar[int] = 0
+    failovers: ClassVar[int] = 0
+
+    def run(self, work: Coroutine[None, None, T]) -> T:
+        result = super().run(work)
+        type(self).calls += 1
+        if self.calls >= BETWEEN * (self.failovers + 1) and self.failovers < FAILOVERS:
+            type(self).failovers += 1
+            self._fail_over()
+        return result
+
+    def _fail_over(self) -> None:
+        primary = self.fleet.servers[0]
+        with primary.client as client:
+            client.set("fb:pulse", "")
+            assert client.wait(1, 5_000) == 1, "the replica is not in step"
+        replace_primary(self.fleet)
+        _relax(self.fleet)
+        super().run(until_served(self.ledger, ACME))
+
+
+def run() -> list[Row]:
+    return [_on_a_cluster(), _behind_sentinels()]
+
+
+def _on_a_cluster() -> Row:
+    with tempfile.TemporaryDirectory(prefix="fb") as name, cluster(Path(name)) as fleet:
+        _relax(fleet)
+        drive(fleet.url, EXAMPLES, STEPS)
+    return Row("state machine on a 3-node cluster", EXAMPLES * STEPS, 0, 0, 0)
+
+
+def _behind_sentinels() -> Row:
+    with tempfile.TemporaryDirectory(prefix="fb") as name, watched(Path(name)) as fleet:
+        _relax(fleet)
+        ThroughFailovers.fleet = fleet
+        drive(fleet.url, EXAMPLES, STEPS, ThroughFailovers)
+    assert ThroughFailovers.failovers == FAILOVERS, f"{ThroughFailovers.failovers} failovers fell in the run"
+    return Row("state machine through sentinel failovers", FAILOVERS, 0, 0, 0)
+
+
+def _relax(fleet: Fleet) -> None:
+    """The machine asks for no durability and is the faster without it."""
+    for server in fleet.servers:
+        with server.client as client:
+            client.config_set("appendfsync", "no")
