@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -13,6 +13,8 @@ import httpx
 
 MODELS = ("farebox-base", "pirate", "flat")
 TIMEOUT_S = 60.0
+PAUSE_S = 0.02
+"""Of a client that was refused or cut off, before its next request."""
 
 
 @dataclass
@@ -28,6 +30,10 @@ class Seen:
     """Of refusals."""
     cut: int = 0
     """Replies that broke off, or never began."""
+    streaming: int = 0
+    """Streams that a client is in the middle of, now."""
+    begun: int = 0
+    """Streams whose first token came."""
 
     def keep(self, last: dict[str, Any]) -> None:
         """The reply's last object, or its only one."""
@@ -46,31 +52,58 @@ def chat(model: str, max_tokens: int, *, is_streamed: bool = False, words: int =
     return {"model": model, "messages": [message], "max_tokens": max_tokens, "stream": is_streamed}
 
 
-async def ask(client: httpx.AsyncClient, key: str, body: dict[str, object], seen: Seen) -> None:
-    """One request, sent once."""
+def any_chat(chance: random.Random) -> dict[str, object]:
+    """Half of them streaming."""
+    return chat(chance.choice(MODELS), chance.randint(1, 16), is_streamed=chance.random() < 0.5)
+
+
+async def ask(client: httpx.AsyncClient, key: str, body: dict[str, object], seen: Seen) -> bool:
+    """One request, sent once. Was it admitted?"""
     headers = {"authorization": f"Bearer {key}"}
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
             seen.statuses[reply.status_code] += 1
             if reply.status_code != 200:
-                seen.codes[json.loads(await reply.aread())["error"]["code"]] += 1
+                seen.codes[_code_of(await reply.aread())] += 1
             elif body["stream"]:
                 await _read_stream(reply, seen)
             else:
                 seen.keep(json.loads(await reply.aread()))
+            return reply.status_code == 200
     except httpx.TransportError:
         seen.cut += 1
+        return False
 
 
 async def _read_stream(reply: httpx.Response, seen: Seen) -> None:
     piece: dict[str, Any] = {}
-    async for line in reply.aiter_lines():
-        if line == "data: [DONE]":
-            seen.keep(piece)
-            return
-        if line.startswith("data: "):
-            piece = json.loads(line.removeprefix("data: "))
+    has_begun = False
+    try:
+        async for line in reply.aiter_lines():
+            if line == "data: [DONE]":
+                seen.keep(piece)
+                return
+            if line.startswith("data: "):
+                piece = json.loads(line.removeprefix("data: "))
+                if not has_begun and _has_text(piece):
+                    has_begun = True
+                    seen.begun += 1
+                    seen.streaming += 1
+    finally:
+        seen.streaming -= has_begun
     seen.cut += 1
+
+
+def _has_text(piece: dict[str, Any]) -> bool:
+    return any(choice["delta"].get("content") for choice in piece.get("choices", ()))
+
+
+def _code_of(body: bytes) -> str:
+    """A refusal's code; a proxy in front may answer in words of its own."""
+    try:
+        return str(json.loads(body)["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return "not ours"
 
 
 def client_of(url: str, connections: int) -> httpx.AsyncClient:
@@ -78,14 +111,22 @@ def client_of(url: str, connections: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits, trust_env=False)
 
 
-async def ask_until(stopped: asyncio.Event, url: str, keys: Sequence[str], seen: Seen, workers: int, seed: int) -> None:
-    """Keep that many clients busy, half of them streaming, until told to stop."""
+async def ask_until(
+    stopped: asyncio.Event,
+    url: str,
+    keys: Sequence[str],
+    seen: Seen,
+    workers: int,
+    seed: int,
+    body_of: Callable[[random.Random], dict[str, object]] = any_chat,
+) -> None:
+    """Keep that many clients busy until told to stop."""
 
     async def work(number: int) -> None:
         chance = random.Random(f"{seed}:{number}")
         while not stopped.is_set():
-            body = chat(chance.choice(MODELS), chance.randint(1, 16), is_streamed=chance.random() < 0.5)
-            await ask(client, chance.choice(keys), body, seen)
+            if not await ask(client, chance.choice(keys), body_of(chance), seen):
+                await asyncio.sleep(PAUSE_S)
 
     async with client_of(url, workers) as client:
         await asyncio.gather(*(work(number) for number in range(workers)))
