@@ -103,9 +103,12 @@ class _Watched(Redis):
     """A client of whatever the sentinels say is the primary."""
 
     def __init__(self, address: Address) -> None:
-        self._sentinels = Sentinels(address)
+        self._sentinels = Sentinels(address, self._drop_idle)
         super().__init__(connection_pool=pool(address.options, self._sentinels.primary))
         self.auto_close_connection_pool = True
+
+    async def _drop_idle(self) -> None:
+        await self.connection_pool.disconnect(inuse_connections=False)
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         await super().aclose(close_connection_pool)

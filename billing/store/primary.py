@@ -72,8 +72,10 @@ def pool(options: Mapping[str, Any], find: Find | None = None) -> BlockingConnec
 class Sentinels:
     """Asks all sentinels at once and believes the one that knows of the latest failover."""
 
-    def __init__(self, address: Address) -> None:
-        self._service = address.service
+    def __init__(self, address: Address, on_change: Callable[[], Awaitable[None]]) -> None:
+        """``on_change`` ends idle connections: an old primary that comes back would take writes, and lose them."""
+        self._service, self._on_change = address.service, on_change
+        self._last: Node | None = None
         options = dict(address.sentinel_options or {})
         options.setdefault("socket_connect_timeout", LOOKUP_S)
         options.setdefault("socket_timeout", LOOKUP_S)
@@ -98,7 +100,11 @@ class Sentinels:
         if not answers:
             raise exceptions.ConnectionError(f"no sentinel knows where the primary of {self._service!r} is")
         latest = max(cast(list[dict[str, Any]], answers), key=lambda state: int(state["config-epoch"]))
-        return Node(str(latest["ip"]), int(latest["port"]))
+        node = Node(str(latest["ip"]), int(latest["port"]))
+        if self._last not in (None, node):
+            await self._on_change()
+        self._last = node
+        return node
 
     async def aclose(self) -> None:
         self._lookup.cancel()

@@ -1,28 +1,35 @@
-"""The primary dies mid-load while its replica lags: what it acknowledged last is lost, and each gateway sends it again.
+"""The primary dies or hangs mid-load while its replica lags: what it acknowledged last is lost, and sent again.
 
 The lag is made: the replica is stopped and its connection cut, so that everything acknowledged from then on exists
-on the primary alone, holds included. Each failover must lose something, or it proves nothing.
+on the primary alone, holds included. Each failover must lose something, or it proves nothing. A primary that only
+hung comes back believing that it still is one: nobody may write to it.
 """
 
 import asyncio
 import random
 import signal
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from redis.asyncio import Redis
+from redis.crc import key_slot
 
+from billing.errors import StoreUnavailable
 from billing.redo import Recent, Redo
 from billing.store.connection import connect, identity
 from billing.store.holds import Ledger
-from tests.billing.fleet import Fleet, follow, wait_until, watched
-from tests.chaos.store_load import Fault, Load, until_served
+from billing.store.keys import shard_for
+from billing.usage import TenantId
+from tests.billing.fleet import SLOTS, Fleet, Server, cluster, follow, wait_until, watched
+from tests.chaos.store_load import PATIENCE_S, Fault, Load, until_served
 from tests.chaos.table import Row
 
 NAME = "store-failover"
-FAILOVERS, GATEWAYS = 4, 2
+FAILOVERS, GATEWAYS = 3, 2
+NODES = 3
 LAG_S = 0.4
 SEED = 20_261_131
 
@@ -43,49 +50,118 @@ class Gateway:
         return cls(redis, ledger, Redo(ledger, recent, partial(identity, redis)), load)
 
 
+@dataclass
+class Pair:
+    """A primary and its replica, and how the primary goes."""
+
+    primary: Server
+    replica: Server
+    is_killed: bool
+
+    async def lag_and_go(self) -> None:
+        """For a while the primary is alone with what it acknowledges; then it answers nobody."""
+        self.replica.send(signal.SIGSTOP)
+        with self.primary.client as client:
+            client.client_kill_filter(_type="replica")
+        await asyncio.sleep(LAG_S)
+        if self.is_killed:
+            self.primary.kill()
+        else:
+            self.primary.send(signal.SIGSTOP)
+        self.replica.send(signal.SIGCONT)
+
+    def in_step(self) -> bool:
+        with self.primary.client as client:
+            return int(client.wait(1, 100)) == 1
+
+
 def run() -> list[Row]:
-    found = Fault()
+    return [_behind_sentinels("killed"), _behind_sentinels("hung"), _in_a_cluster()]
+
+
+def _behind_sentinels(how: str) -> Row:
+    found, tries = Fault(), FAILOVERS if how == "killed" else 1
     with tempfile.TemporaryDirectory(prefix="fb") as name, watched(Path(name)) as fleet:
-        for number in range(FAILOVERS):
-            found += asyncio.run(_fail_over(fleet, number))
-            follow(fleet.servers[1], fleet.servers[0])
-    return [Row("sentinel failover mid-load, replica behind", FAILOVERS, found.lost, found.doubled, found.drift_nanos)]
+        for number in range(tries):
+            pair = Pair(*fleet.servers, is_killed=how == "killed")
+            found += asyncio.run(_fail_over(fleet, pair, f"{how}{number}"))
+            if pair.is_killed:
+                follow(pair.primary, pair.replica)
+            fleet.servers = [pair.replica, pair.primary]
+    return Row(f"primary {how} ahead of its replica (sentinels)", tries, found.lost, found.doubled, found.drift_nanos)
 
 
-async def _fail_over(fleet: Fleet, number: int) -> Fault:
-    loads = [Load(f"f{number}g{n}", random.Random(f"{SEED}:{number}:{n}")) for n in range(GATEWAYS)]
+def _in_a_cluster() -> Row:
+    found = Fault()
+    with tempfile.TemporaryDirectory(prefix="fb") as name, cluster(Path(name), NODES, replicas=1) as fleet:
+        for number in range(NODES - 1):
+            pair = Pair(fleet.servers[number], fleet.servers[NODES + number], is_killed=True)
+            found += asyncio.run(_fail_over(fleet, pair, f"node{number}", partial(_is_on_node, number)))
+            pair.primary.start().await_answer()
+            wait_until(partial(_is_replica, pair.primary), "an old primary that follows")
+    return Row("primary killed ahead of its replica (cluster)", NODES - 1, found.lost, found.doubled, found.drift_nanos)
+
+
+async def _fail_over(fleet: Fleet, pair: Pair, name: str, fits: Callable[[TenantId], bool] = lambda _: True) -> Fault:
+    loads = [Load(f"{name}g{n}", random.Random(f"{SEED}:{name}:{n}"), fits) for n in range(GATEWAYS)]
     gateways = [await Gateway.open(fleet.url, load) for load in loads]
     for gateway in gateways:
         await gateway.load.open(gateway.ledger)
         await gateway.redo.watch_once()
-    await asyncio.to_thread(wait_until, lambda: fleet.servers[0].client.wait(1, 100) == 1, "a replica in step")
+    await asyncio.to_thread(wait_until, pair.in_step, "a replica in step")
     using = [asyncio.create_task(gateway.load.run(gateway.ledger)) for gateway in gateways]
     for load in loads:
         await load.under_way()
-    await _kill_ahead_of_replica(fleet)
+    await pair.lag_and_go()
     await asyncio.gather(*using)
-    await asyncio.gather(*(until_served(gateway.ledger, gateway.load.tenants[0]) for gateway in gateways))
+    await asyncio.gather(*(_served(gateway) for gateway in gateways))
     lost = [await gateway.load.missing(gateway.redis) for gateway in gateways]
     assert sum(lost), "the failover lost nothing: it proves nothing"
-    found = sum([await _recover(gateway) for gateway in gateways], Fault())
+    if not pair.is_killed:
+        pair.primary.send(signal.SIGCONT)
+    for gateway in gateways:
+        await gateway.load.finish(gateway.ledger)
+        assert await _sent_again(gateway.redo), "another store answers, and nothing was sent again"
+    if not pair.is_killed:
+        await _use_beside(pair.primary, gateways)
+    found = [await gateway.load.audit(gateway.redis, gateway.ledger) for gateway in gateways]
     for gateway in gateways:
         await gateway.redis.aclose()
-    return found
+    return sum(found, Fault())
 
 
-async def _kill_ahead_of_replica(fleet: Fleet) -> None:
-    """For a while the primary is alone with what it acknowledges; then it is gone."""
-    primary, replica = fleet.servers
-    replica.send(signal.SIGSTOP)
-    primary.client.client_kill_filter(_type="replica")
-    await asyncio.sleep(LAG_S)
-    primary.kill()
-    replica.send(signal.SIGCONT)
-    fleet.servers = [replica, primary]
+async def _served(gateway: Gateway) -> None:
+    for tenant in gateway.load.tenants:
+        await until_served(gateway.ledger, tenant)
 
 
-async def _recover(gateway: Gateway) -> Fault:
-    """Clients retry what was never answered; the gateway sends again what was."""
-    await gateway.load.finish(gateway.ledger)
-    assert await gateway.redo.watch_once(), "another store answers, and nothing was sent again"
-    return await gateway.load.audit(gateway.redis, gateway.ledger)
+async def _sent_again(redo: Redo) -> int:
+    deadline = asyncio.get_running_loop().time() + PATIENCE_S
+    while True:
+        try:
+            return await redo.watch_once()
+        except StoreUnavailable:
+            assert asyncio.get_running_loop().time() < deadline, "the store did not come back"
+            await asyncio.sleep(0.05)
+
+
+async def _use_beside(old: Server, gateways: list[Gateway]) -> None:
+    """While the old primary still takes itself for one, and until the sentinels have told it better."""
+    for gateway in gateways:
+        gateway.load.is_over = False
+    using = [asyncio.create_task(gateway.load.run(gateway.ledger)) for gateway in gateways]
+    await asyncio.sleep(1)
+    for gateway in gateways:
+        gateway.load.is_over = True
+    await asyncio.gather(*using)
+    await asyncio.to_thread(wait_until, partial(_is_replica, old), "an old primary that follows")
+
+
+def _is_replica(server: Server) -> bool:
+    with server.client as client:
+        info = client.info("replication")
+    return bool(info["role"] == "slave" and info["master_link_status"] == "up")
+
+
+def _is_on_node(number: int, tenant: TenantId) -> bool:
+    return bool(key_slot(shard_for(tenant).tag.encode()) * NODES // SLOTS == number)

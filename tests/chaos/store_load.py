@@ -6,9 +6,11 @@ A client that meets an absent store stops where it was; ``finish`` goes on from 
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import count, islice
 
 from redis.asyncio import Redis
 
@@ -22,6 +24,7 @@ from billing.usage import RequestId, TenantId, UsageRecord
 from tests.billing.samples import money, request, settlement
 
 CLIENTS = 24
+TENANTS = 4
 CREDIT = 10**12
 PATIENCE_S = 20.0
 
@@ -44,6 +47,8 @@ class Load:
 
     name: str
     chance: random.Random
+    fits: Callable[[TenantId], bool] = lambda _: True
+    """Whose store is of interest."""
     acked: dict[RequestId, Nanos] = field(default_factory=dict)
     """What each receipt said."""
     expected: dict[RequestId, Nanos] = field(default_factory=dict)
@@ -52,9 +57,10 @@ class Load:
     is_over: bool = False
     _number: int = 0
 
-    @property
+    @cached_property
     def tenants(self) -> list[TenantId]:
-        return [TenantId(f"{self.name}_{number}") for number in range(4)]
+        names = (TenantId(f"{self.name}_{number}") for number in count())
+        return list(islice(filter(self.fits, names), TENANTS))
 
     async def open(self, ledger: Ledger) -> None:
         for tenant in self.tenants:
@@ -136,7 +142,7 @@ class Load:
             spent = sum(r.charged_nanos for r in records if r.tenant == tenant)
             wrong += abs(CREDIT - spent - account.balance_nanos) + account.held_nanos
             assert account.open_holds == 0, f"{account.open_holds} holds of {tenant} stay open"
-        doubled = sum(count - 1 for count in counts.values())
+        doubled = sum(times - 1 for times in counts.values())
         return Fault(len(self.acked.keys() - booked.keys()), doubled, wrong)
 
     async def _records(self, redis: Redis) -> list[UsageRecord]:
