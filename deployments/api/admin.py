@@ -78,6 +78,8 @@ class NoticeBody(Body):
 
 
 class NewTenant(_Asked):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"id": "globex", "email": "it@globex.example"}]})
+
     id: TenantName
     email: Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")]
     name: str = ""

@@ -31,8 +31,10 @@ from deployments.run import Run
 from deployments.services import Caller, OurId, Parts, Services
 
 SSE = "text/event-stream"
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+"""What OpenAPI says of a stream is said of each event: its data is a chunk as JSON, and at last ``[DONE]``."""
 ANSWERED: Responses = {
-    200: {"content": {SSE: {"schema": {"type": "string"}}}, "description": "The answer, whole or as events"},
+    200: {"content": {SSE: {"schema": EVENT}}, "description": "The answer, whole or as events"},
     **refusals(400, 402, 404, 409, 413, 422, 429, 500, 504),
 }
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 
 from deployments.api.errors import BadRequest
 from deployments.engine.request import RequestRejected, SamplingParams
@@ -147,7 +148,13 @@ class Sampled(Sent, ABC):
         return bool(self.stream)
 
 
+CHAT: JsonDict = {"model": "pirate", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}
+TEXT: JsonDict = {"model": "pirate", "prompt": "Once upon a time", "max_tokens": 20}
+
+
 class ChatRequest(Sampled):
+    model_config = ConfigDict(json_schema_extra={"examples": [CHAT, CHAT | {"stream": True}]})
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
@@ -159,6 +166,8 @@ class ChatRequest(Sampled):
 
 
 class CompletionRequest(Sampled):
+    model_config = ConfigDict(json_schema_extra={"examples": [TEXT]})
+
     text: Annotated[str | list[str] | list[int] | list[list[int]], Field(alias="prompt", min_length=1)]
 
     def prompt(self) -> Prompt:
@@ -175,6 +184,8 @@ class CompletionRequest(Sampled):
 
 class QuoteRequest(ChatRequest):
     """A chat or a text completion that is only priced: one of ``messages`` and ``prompt`` is given."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [CHAT, TEXT]})
 
     messages: list[Message] = Field(default_factory=list)
     text: str | list[int] = Field(default="", alias="prompt")
