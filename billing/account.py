@@ -186,5 +186,19 @@ class Clawback:
     amount: int
 
 
-Movement = Grant | Clawback | Settlement
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """An operator's correction once per ``source``: credit given, or taken where ``amount`` is below zero.
+
+    It moves credit only: what was told to Dodo stays told. A balance may go below zero.
+    """
+
+    source: str
+    tenant: TenantId
+    unit: Unit
+    amount: int
+    reason: str
+
+
+Movement = Grant | Clawback | Adjustment | Settlement
 """What counts once by its own id, however often it is sent."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import assert_never
 
-from billing.account import Clawback, Grant, Movement, Settlement
+from billing.account import Adjustment, Clawback, Grant, Movement, Settlement
 from billing.errors import (
     DuplicateRequest,
     GrantRefused,
@@ -115,6 +115,8 @@ class Redo:
                     await self._ledger.grant(movement)
                 case Clawback():
                     await self._ledger.claw_back(movement)
+                case Adjustment():
+                    await self._ledger.adjust(movement)
                 case _:
                     assert_never(movement)
         except _REFUSALS as refusal:

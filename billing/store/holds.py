@@ -10,8 +10,20 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
 
-from billing.account import Account, Clawback, Grant, Hold, HoldRequest, Movement, Progress, Receipt, Settlement
+from billing.account import (
+    Account,
+    Adjustment,
+    Clawback,
+    Grant,
+    Hold,
+    HoldRequest,
+    Movement,
+    Progress,
+    Receipt,
+    Settlement,
+)
 from billing.clock import Clock, now_ms
 from billing.errors import DuplicateRequest, GrantRefused, SourceReused, UnknownHold
 from billing.money import MAX_BALANCE_NANOS, MAX_GRANT_NANOS, Nanos
@@ -23,12 +35,12 @@ from billing.store.packing import (
     pack_hold,
     pack_usage,
     pairs,
-    unpack_bucket,
+    unpack_account,
     unpack_extension,
     unpack_hold,
 )
 from billing.store.scripts import source
-from billing.usage import NOTHING, RequestId, Status, TenantId, Unit, UsageRecord
+from billing.usage import NOTHING, RequestId, Status, TenantId, UsageRecord
 
 MARKER_STRETCH_MS = 3_600_000
 """A settled request id is remembered for at least two of these."""
@@ -61,6 +73,7 @@ class Ledger:
         self._expire = redis.register_script(source("expire"))
         self._grant = redis.register_script(source("grant"))
         self._claw_back = redis.register_script(source("claw_back"))
+        self._adjust = redis.register_script(source("adjust"))
         self._restore = redis.register_script(source("restore"))
         self._repay = redis.register_script(source("repay"))
         self._account = redis.register_script(source("account"))
@@ -225,20 +238,10 @@ class Ledger:
         shard, tenant = shard_for(grant.tenant), grant.tenant
         names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, grant.source)]
         arguments: list[str | int] = [tenant, grant.source, letter_of(grant.unit), grant.amount]
-        arguments += [
-            grant.expires_at_ms or 0,
-            ",".join(grant.adapters),
-            self._clock(),
-            MOVEMENT_TTL_MS,
-            MAX_BALANCE_NANOS,
-        ]
-        async with guarded():
-            reply = await self._grant(keys=names, args=arguments)
-        if reply == "too_much":
-            raise GrantRefused(grant.source, "the account would hold more than can be counted exactly")
-        is_new = _was_new(reply, grant.source)
+        arguments += [grant.expires_at_ms or 0, ",".join(grant.adapters)]
+        reply = await self._move(self._grant, grant.source, names, arguments)
         await self._acknowledge(grant)
-        return is_new
+        return reply != "repeat"
 
     async def claw_back(self, clawback: Clawback) -> int:
         """Take back what an earlier grant gave, once per source; before that grant, it waits for it.
@@ -256,13 +259,9 @@ class Ledger:
         names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.stream]
         names += [shard.movement(tenant, clawback.source), shard.movement(tenant, clawback.granted_by)]
         arguments: list[str | int] = [tenant, clawback.source, clawback.granted_by, clawback.amount]
-        arguments += [self._clock(), MOVEMENT_TTL_MS]
-        async with guarded():
-            reply = str(await self._claw_back(keys=names, args=arguments))
+        reply = await self._move(self._claw_back, clawback.source, names, arguments)
         if reply == "not_a_bucket":
             raise GrantRefused(clawback.source, f"{clawback.granted_by} filled no bucket")
-        if reply == "reused":
-            raise SourceReused(clawback.source)
         await self._acknowledge(clawback)
         return int(reply)
 
@@ -280,15 +279,32 @@ class Ledger:
         names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.stream]
         names += [shard.movement(tenant, name) for name in (source, clawback.source, clawback.granted_by)]
         arguments: list[str | int] = [tenant, source, clawback.source, clawback.granted_by]
-        arguments += [self._clock(), MOVEMENT_TTL_MS]
-        async with guarded():
-            reply = str(await self._restore(keys=names, args=arguments))
+        reply = await self._move(self._restore, source, names, arguments)
         if reply == "unknown":
             raise GrantRefused(source, f"{clawback.source} took nothing back")
-        if reply == "reused":
-            raise SourceReused(source)
         await replicated(self._redis, shard.pulse)
         return int(reply)
+
+    async def adjust(self, adjustment: Adjustment) -> bool:
+        """Correct what a tenant has, up or down, once per source.
+
+        Returns:
+            False where this source was counted before.
+
+        Raises:
+            GrantRefused: nothing, or more than can be counted exactly.
+            SourceReused: the source stands for another movement.
+        """
+        if not 0 < abs(adjustment.amount) <= MAX_GRANT_NANOS:
+            reason = f"{adjustment.amount} {adjustment.unit} is nothing, or more than {MAX_GRANT_NANOS}"
+            raise GrantRefused(adjustment.source, reason)
+        shard, tenant = shard_for(adjustment.tenant), adjustment.tenant
+        names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, adjustment.source)]
+        arguments: list[str | int] = [tenant, adjustment.source, letter_of(adjustment.unit), adjustment.amount]
+        arguments += [adjustment.reason]
+        reply = await self._move(self._adjust, adjustment.source, names, arguments)
+        await self._acknowledge(adjustment)
+        return reply != "repeat"
 
     async def repay_overage(self, source: str, tenant: TenantId, nanos: int) -> bool:
         """Lower settled exposure when the payment that bills it succeeded, once per source.
@@ -299,40 +315,33 @@ class Ledger:
         assert nanos >= 0, "a payment is not negative"
         shard = shard_for(tenant)
         names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, source)]
-        async with guarded():
-            reply = await self._repay(keys=names, args=[tenant, source, nanos, self._clock(), MOVEMENT_TTL_MS])
-        is_new = _was_new(reply, source)
+        reply = await self._move(self._repay, source, names, [tenant, source, nanos])
         await replicated(self._redis, shard.pulse)
-        return is_new
+        return reply != "repeat"
+
+    async def _move(
+        self, script: AsyncScript, source: str, names: Sequence[str], arguments: Sequence[str | int]
+    ) -> str:
+        """One movement of credit by its own id. Raises SourceReused, GrantRefused."""
+        async with guarded():
+            reply = await script(keys=names, args=[*arguments, self._clock(), MOVEMENT_TTL_MS, MAX_BALANCE_NANOS])
+        if reply == "reused":
+            raise SourceReused(source)
+        if reply == "too_much":
+            raise GrantRefused(source, "the account would hold more than can be counted exactly")
+        return str(reply)
 
     async def account(self, tenant: TenantId) -> Account:
         """The account as of now: buckets that expired with nothing owed are left out."""
         shard, now = shard_for(tenant), self._clock()
         async with guarded():
             numbers, flat = await self._account(keys=[shard.account(tenant), shard.buckets(tenant)])
-        seq, open_holds, overage, overage_held = (int(n or 0) for n in numbers)
-        buckets = [unpack_bucket(name, text) for name, text in pairs(flat).items()]
-        live = [b for b, _ in buckets if b.expires_at_ms is None or b.expires_at_ms > now or b.remaining < 0]
-        return Account(
-            tenant=tenant,
-            buckets=tuple(sorted(live, key=lambda b: (not b.is_allowance, b.expires_at_ms or 2**63, b.id))),
-            held_nanos=Nanos(overage_held + sum(held for b, held in buckets if b.unit is Unit.NANOS)),
-            held_requests=sum(held for b, held in buckets if b.unit is Unit.REQUESTS),
-            overage_nanos=Nanos(overage),
-            seq=seq,
-            open_holds=open_holds,
-        )
+        return unpack_account(tenant, numbers, pairs(flat), now)
 
 
 def _settling_keys(shard: Shard, tenant: TenantId) -> list[str]:
     names = [shard.account(tenant), shard.buckets(tenant), shard.holds, shard.leases, shard.limits(tenant)]
     return [*names, shard.stream, *shard.settled]
-
-
-def _was_new(reply: str, movement: str) -> bool:
-    if reply == "reused":
-        raise SourceReused(movement)
-    return reply != "repeat"
 
 
 def _tenant_in(hold: str) -> TenantId:

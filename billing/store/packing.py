@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
-from billing.account import Bucket, Hold, HoldRequest, LimitsLeft, Origin, Settlement
+from billing.account import Account, Bucket, Hold, HoldRequest, LimitsLeft, Origin, Settlement
 from billing.errors import (
     BillingError,
     CreditOnHold,
@@ -57,6 +57,22 @@ def unpack_bucket(bucket_id: str, text: str) -> tuple[Bucket, int]:
         is_allowance=is_allowance == "1",
     )
     return bucket, int(held)
+
+
+def unpack_account(tenant: TenantId, numbers: Sequence[str | None], texts: Mapping[str, str], now_ms: int) -> Account:
+    """What ``account.lua`` answers; buckets that expired with nothing owed are left out."""
+    seq, open_holds, overage, overage_held = (int(number or 0) for number in numbers)
+    buckets = [unpack_bucket(name, text) for name, text in texts.items()]
+    live = [b for b, _ in buckets if b.expires_at_ms is None or b.expires_at_ms > now_ms or b.remaining < 0]
+    return Account(
+        tenant=tenant,
+        buckets=tuple(sorted(live, key=lambda b: (not b.is_allowance, b.expires_at_ms or 2**63, b.id))),
+        held_nanos=Nanos(overage_held + sum(held for b, held in buckets if b.unit is Unit.NANOS)),
+        held_requests=sum(held for b, held in buckets if b.unit is Unit.REQUESTS),
+        overage_nanos=Nanos(overage),
+        seq=seq,
+        open_holds=open_holds,
+    )
 
 
 def pack_usage(usage: Usage) -> str:

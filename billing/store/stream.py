@@ -30,7 +30,7 @@ class Entry:
 
     id: str
     kind: str
-    """``usage``, ``grant``, ``clawback``, ``restore`` or ``repay``."""
+    """``usage``, ``grant``, ``adjust``, ``clawback``, ``restore`` or ``repay``."""
     tenant: TenantId
     payload: str
     chain: str = ""

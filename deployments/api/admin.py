@@ -10,10 +10,10 @@ from fastapi import APIRouter, Depends, Query, Request, Security
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
-from billing.account import Grant
+from billing.account import Adjustment, Grant
 from billing.admission import plan_of
 from billing.clock import now_ms
-from billing.money import NANOS_PER_USD
+from billing.money import NANOS_PER_USD, AmountError, parse_usd
 from billing.notices import NoticeKind
 from billing.plans import Plan
 from billing.prices import Usd
@@ -26,6 +26,7 @@ from billing.tenants import ApiKey, Tenant, TenantName, new_key
 from billing.usage import TenantId, Unit
 from deployments.api.account import account_json
 from deployments.api.bodies import (
+    AdjustmentBody,
     BillingBody,
     Body,
     CatalogueBody,
@@ -119,6 +120,26 @@ class NewGrant(_Asked):
         return Grant(f"operator:{self.source}", tenant, unit, amount, expires, self.adapters)
 
 
+class NewAdjustment(_Asked):
+    """A correction: either ``usd`` or ``requests``, below zero to take. The same ``source`` twice is one."""
+
+    source: Annotated[str, Field(min_length=1, max_length=128)]
+    usd: str | None = None
+    requests: int | None = None
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
+
+    def to_adjustment(self, tenant: TenantId) -> Adjustment:
+        if (self.requests is None) == (self.usd is None):
+            raise BadRequest("give either usd or requests", "usd")
+        try:
+            unit, amount = (
+                (Unit.REQUESTS, self.requests or 0) if self.usd is None else (Unit.NANOS, int(parse_usd(self.usd)))
+            )
+        except AmountError as error:
+            raise BadRequest(str(error), "usd") from error
+        return Adjustment(f"adjustment:{self.source}", tenant, unit, amount, self.reason)
+
+
 @router.post("/tenants", status_code=201, response_model=TenantBody, responses=refusals(400, 404, 409, 413))
 async def create_tenant(asked: NewTenant, parts: Parts) -> JSONResponse:
     plan = asked.plan or parts.gateway.shelf.current.default_plan
@@ -192,6 +213,15 @@ async def grant(tenant_id: TenantId, asked: NewGrant, parts: Parts) -> JSONRespo
     made = asked.to_grant(tenant.id)
     is_new = await parts.ledger.grant(made)
     return JSONResponse({"granted": is_new, "source": made.source, "unit": made.unit.value, "amount": made.amount})
+
+
+@router.post("/tenants/{tenant_id}/adjustments", response_model=AdjustmentBody, responses=refusals(400, 404, 409, 413))
+async def adjust(tenant_id: TenantId, asked: NewAdjustment, parts: Parts) -> JSONResponse:
+    """``adjusted`` is false where this source was counted before. Nothing of it is told to Dodo."""
+    tenant = await parts.tenants.get(tenant_id)
+    made = asked.to_adjustment(tenant.id)
+    is_new = await parts.ledger.adjust(made)
+    return JSONResponse({"adjusted": is_new, "source": made.source, "unit": made.unit.value, "amount": made.amount})
 
 
 @router.get("/catalogue", response_model=CatalogueBody)

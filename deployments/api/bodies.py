@@ -280,6 +280,13 @@ class GrantBody(Body):
     amount: int
 
 
+class AdjustmentBody(Body):
+    adjusted: bool
+    source: str
+    unit: Literal["nanos", "requests"]
+    amount: int
+
+
 class CatalogueBody(Catalogue):
     hash: str
     price_versions: dict[str, str]

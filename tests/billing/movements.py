@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
 
-from billing.account import Bucket, Clawback, Funding, Grant
+from billing.account import Adjustment, Bucket, Clawback, Funding, Grant
 from billing.dodo.budget import CallBudget
 from billing.dodo.client import Dodo
 from billing.export.exporter import Exporter
@@ -57,6 +57,10 @@ class House:
         await self.serve("req_more_overage", ZETA, 20, funding=Funding(overage_cap=Nanos(500_000)))
         await self.serve("req_free", ZETA, price=PER_TOKEN.model_copy(update={"free": True}))
         await ledger.repay_overage("payment:4", ZETA, 10_000)
+        await ledger.adjust(Adjustment("adjustment:1", ACME, Unit.NANOS, 5_000, "billed twice"))
+        await ledger.hold(request("req_long", step_tokens=4))
+        await ledger.extend(request("req_long"), Nanos(30_000), Nanos(0))
+        await ledger.settle(settlement("req_long", 8))
         await ledger.hold(request("req_void"))
         await ledger.void(request("req_void").request_id, ACME)
         await ledger.hold(request("req_left"))
@@ -66,11 +70,13 @@ class House:
         await ledger.expire()
         await ledger.settle(settlement("req_gone", 3))
         await ledger.hold(request("req_open"))
+        await ledger.extend(request("req_open"), Nanos(70_000), Nanos(0))
         await ledger.hold(request("req_open_zeta", tenant=ZETA, funding=Funding(overage_cap=Nanos(500_000))))
 
     async def refund(self) -> None:
         """Take credit back that was spent, so that a later payment pays a debt."""
         await self.ledger.claw_back(Clawback("refund:3", ZETA, "payment:3", 60_000))
+        await self.ledger.adjust(Adjustment("adjustment:2", ZETA, Unit.NANOS, -2_000, "granted too much"))
         await self.ledger.grant(Grant("payment:5", ZETA, Unit.NANOS, 90_000))
 
     async def flush(self) -> None:

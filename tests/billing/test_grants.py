@@ -1,13 +1,16 @@
 """Credit comes once per payment and goes once per refund, in any order."""
 
+import json
+
 import pytest
 from redis.asyncio import Redis
 
-from billing.account import Clawback, Funding
+from billing.account import Adjustment, Clawback, Funding
 from billing.errors import GrantRefused, InsufficientCredits, SourceReused
 from billing.money import MAX_GRANT_NANOS, Nanos
 from billing.store.holds import Ledger
 from billing.store.keys import shard_for
+from billing.usage import Unit
 from tests.billing.conftest import SteppedClock
 from tests.billing.samples import ACME, FREE, WORST, calls, money, request, settlement
 
@@ -81,3 +84,60 @@ class TestGrantsAndClawbacks:
             await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", 5))
         with pytest.raises(GrantRefused):
             await ledger.claw_back(Clawback("refund:2", ACME, "payment:1", 0))
+
+
+def correction(amount: int, source: str = "adjustment:1", unit: Unit = Unit.NANOS) -> Adjustment:
+    return Adjustment(source, ACME, unit, amount, "the 3rd was billed twice")
+
+
+class TestCorrections:
+    @pytest.mark.parametrize("amount", [40, -40, -1_000])
+    async def test_a_correction_moves_the_balance_by_itself_and_once(
+        self, ledger: Ledger, store: Redis, amount: int
+    ) -> None:
+        await ledger.grant(money(100))
+        assert [await ledger.adjust(correction(amount)) for _ in range(3)] == [True, False, False]
+        assert (await ledger.account(ACME)).balance_nanos == 100 + amount
+        _, (_, entry) = await store.xrange(shard_for(ACME).stream)
+        assert entry["k"] == "adjust"
+        moved = json.loads(entry["p"])
+        assert (moved["amount"], moved["balance_nanos"], moved["seq"]) == (amount, 100 + amount, 2)
+        assert (moved["source"], moved["reason"]) == ("adjustment:1", "the 3rd was billed twice")
+
+    async def test_the_same_source_with_another_amount_is_an_error(self, ledger: Ledger) -> None:
+        await ledger.adjust(correction(5))
+        for other in (correction(6), correction(-5), correction(5, unit=Unit.REQUESTS)):
+            with pytest.raises(SourceReused):
+                await ledger.adjust(other)
+        with pytest.raises(SourceReused):
+            await ledger.grant(money(5, "adjustment:1"))
+
+    @pytest.mark.parametrize("amount", [0, MAX_GRANT_NANOS + 1, -MAX_GRANT_NANOS - 1])
+    async def test_an_absurd_correction_is_refused(self, ledger: Ledger, amount: int) -> None:
+        with pytest.raises(GrantRefused):
+            await ledger.adjust(correction(amount))
+
+    async def test_what_is_taken_is_taken_from_credit_and_the_rest_is_owed(self, ledger: Ledger) -> None:
+        await ledger.grant(money(WORST))
+        await ledger.hold(request(max_tokens=10))
+        await ledger.adjust(correction(-WORST))
+        assert (await ledger.account(ACME)).balance_nanos == -30_000
+        with pytest.raises(InsufficientCredits):
+            await ledger.hold(request("req_2"))
+        record = (await ledger.settle(settlement(completion=10))).record
+        assert (record.charged_nanos, record.balance_nanos) == (30_000, -30_000)
+        await ledger.grant(money(WORST, "payment:2"))
+        assert (await ledger.account(ACME)).balance_nanos == WORST - 30_000
+
+    async def test_calls_can_be_corrected_too(self, ledger: Ledger) -> None:
+        await ledger.grant(calls(3))
+        await ledger.adjust(correction(-2, unit=Unit.REQUESTS))
+        covered = [(await ledger.hold(request("req_0"))).covered_by_requests]
+        await ledger.grant(money(WORST, "payment:2"))
+        covered.append((await ledger.hold(request("req_1"))).covered_by_requests)
+        assert covered == [True, False]
+
+    async def test_a_correction_downwards_cannot_be_refunded(self, ledger: Ledger) -> None:
+        await ledger.adjust(correction(-5))
+        assert await ledger.claw_back(Clawback("refund:1", ACME, "adjustment:1", 5)) == 0
+        assert (await ledger.account(ACME)).balance_nanos == -5

@@ -135,7 +135,7 @@ class TestRepeats:
         assert (await ledger.settle(settlement())).is_repeat
         await asyncio.sleep(stretch_ms / 1000)
         assert (await ledger.settle(settlement())).is_repeat
-        await asyncio.sleep(stretch_ms / 1000)
+        await asyncio.sleep(1.1 * stretch_ms / 1000)
         with pytest.raises(UnknownHold):
             await ledger.settle(settlement())
         await asyncio.sleep(stretch_ms / 1000)

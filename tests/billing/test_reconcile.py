@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from billing.account import Bucket, Grant
+from billing.account import Bucket, Clawback, Grant
 from billing.clock import now_ms
 from billing.dodo.budget import CallBudget
 from billing.dodo.client import PAGE, Dodo, DodoSettings, Event
@@ -89,6 +89,20 @@ def test_a_debt_by_overdrawing_may_be_paid_from_another_bucket_and_no_more(paid:
 
 def _bucket(name: str, granted: int, remaining: int) -> Bucket:
     return Bucket(BucketId(name), Unit.NANOS, remaining, granted)
+
+
+async def test_credit_restored_after_it_paid_a_debt_is_no_drift(house: House) -> None:
+    await house.refund()
+    await house.ledger.restore(Clawback("refund:3", ZETA, "payment:3", 60_000))
+    assert (await house.reconcile()).faults == ()
+
+
+async def test_an_altered_correction_is_named(house: House) -> None:
+    key = shard_for(ACME).retired(ACME)
+    text = await house.redis.hget(key, "adjustment:1")
+    unit, remaining, rest = text.split("|", 2)
+    await house.redis.hset(key, "adjustment:1", f"{unit}|{int(remaining) + 1}|{rest}")
+    await assert_found(house, "credit", "adjustment:1", difference=1)
 
 
 async def test_an_empty_store_is_clean(redis: Redis) -> None:
@@ -217,7 +231,7 @@ async def test_an_entry_that_is_none_of_ours_is_named(house: House) -> None:
 
 async def test_a_hold_deleted_by_hand_is_found(house: House) -> None:
     await house.redis.hdel(shard_for(ACME).holds, "req_open")
-    await assert_found(house, "held", "bucket payment:1 counts 50000 held of 0", 50_000)
+    await assert_found(house, "held", "bucket payment:1 counts 70000 held of 0", 70_000)
     await assert_found(house, "open holds", "field open", 1)
 
 

@@ -5,6 +5,7 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.dodo.client import Dodo, DodoSettings
+from billing.money import parse_usd
 from billing.store import keys
 from billing.usage import TenantId
 from deployments.services import Services
@@ -167,6 +168,17 @@ async def test_requests_granted_by_the_operator_cover_calls_whole(house: House) 
     check(await house.chat(key), 402, "insufficient_credits")
 
 
+async def test_a_correction_takes_or_gives_once_and_may_leave_a_debt(house: House) -> None:
+    await house.tenant(usd="1.00")
+    asked = {"source": "ticket-7", "usd": "-1.25", "reason": "granted twice"}
+    for is_new in (True, False):
+        reply = (await admin(house, "POST", "tenants/acme/adjustments", **asked)).json()
+        assert (reply["adjusted"], reply["amount"]) == (is_new, -1_250_000_000)
+        assert await house.balance() == parse_usd("-0.25")
+    await admin(house, "POST", "tenants/acme/adjustments", source="ticket-8", usd="0.50", reason="goodwill")
+    assert await house.balance() == parse_usd("0.25")
+
+
 async def test_the_operators_mistakes_are_named(house: House) -> None:
     await house.tenant()
     for method, path, body, status, code in (
@@ -185,6 +197,10 @@ async def test_the_operators_mistakes_are_named(house: House) -> None:
         ("POST", "tenants/acme/grants", {"source": "a", "usd": 1.5}, 400, "invalid_request"),
         ("POST", "tenants/acme/grants", {"source": "a", "usd": "1000000.01"}, 400, "invalid_request"),
         ("POST", "tenants/acme/grants", {"source": "a", "requests": 0}, 400, "invalid_request"),
+        ("POST", "tenants/acme/adjustments", {"source": "a", "usd": "1"}, 400, "invalid_request"),
+        ("POST", "tenants/acme/adjustments", {"source": "a", "reason": "b"}, 400, "invalid_request"),
+        ("POST", "tenants/acme/adjustments", {"source": "a", "usd": "x", "reason": "b"}, 400, "invalid_request"),
+        ("POST", "tenants/acme/adjustments", {"source": "a", "usd": "0", "reason": "b"}, 400, "grant_refused"),
     ):
         check(await admin(house, method, path, **body), status, code)
 

@@ -35,7 +35,7 @@ if not b then
   b = parse_bucket(granted_by, retired)
   buckets[#buckets + 1] = b
 end
-local taken = math.min(amount, b.granted)
+local taken = math.min(amount, math.max(0, b.granted))
 remember(taken)
 redis.call("HDEL", keys.retired, granted_by)
 b.remaining, b.granted, b.is_changed = b.remaining - taken, b.granted - taken, true

@@ -16,7 +16,7 @@ end
 -- A bucket is unit|remaining|held|granted|expires|is_allowance|adapters; unit is n or r, expires 0 is never.
 local function parse_bucket(id, value)
   local unit, remaining, held, granted, expires, allowance, adapters =
-    string.match(value, "^([nr])|(-?%d+)|(%d+)|(%d+)|(%d+)|([01])|(.*)$")
+    string.match(value, "^([nr])|(-?%d+)|(%d+)|(-?%d+)|(%d+)|([01])|(.*)$")
   return {
     id = id, unit = unit, remaining = tonumber(remaining), held = tonumber(held), granted = tonumber(granted),
     expires = tonumber(expires), is_allowance = allowance == "1", adapters = adapters,
@@ -110,7 +110,8 @@ end
 local function append_movement(keys, kind, tenant, m)
   local payload = '{"source":' .. cjson.encode(m.source) .. ',"unit":"' .. (m.unit == "r" and "requests" or "nanos")
     .. '","amount":' .. text(m.amount) .. ',"bucket":' .. cjson.encode(m.bucket) .. ',"seq":' .. next_seq(keys.account)
-    .. ',"balance_nanos":' .. text(m.balance) .. ',"occurred_at_ms":' .. text(m.now) .. "}"
+    .. ',"balance_nanos":' .. text(m.balance) .. ',"occurred_at_ms":' .. text(m.now)
+    .. (m.reason and ',"reason":' .. cjson.encode(m.reason) or "") .. "}"
   append(keys, kind, tenant, payload)
 end
 
