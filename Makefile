@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test chaos check format clean
+.PHONY: help serve install test chaos mutants check format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: $(INSTALLED) ## run all tests
 
 chaos: $(INSTALLED) ## kill, cut off and flood it on purpose; prints one table, kept in RELIABILITY.md
 	@$(BIN)/python -m tests.chaos
+
+mutants: $(INSTALLED) ## take each rule of the ledger away in turn; every one must be missed by a test
+	@$(BIN)/python -m tests.billing.mutants
 
 check: $(INSTALLED) ## lint, format, types, import contracts, tidiness
 	@$(BIN)/ruff check .

@@ -1,32 +1,34 @@
 """What the ledger should do, written a second time and as plainly as possible."""
 
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 FOREVER = 2**62
 
 
 @dataclass
 class Pot:
-    """A bucket: units left and held, and until when they may be drawn."""
+    """A bucket: what is left of it, and until when that may be drawn."""
 
     unit: str
     left: int
-    held: int = 0
     ends: int = FOREVER
     scope: str = ""
     is_allowance: bool = False
     granted: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Open:
-    parts: list[tuple[str, int]]
+    """A hold: on what it may draw, what it took from each pot, what it had used by its last checkpoint."""
+
     unit: str
     cap: int
-    cost: int = 0
-    calls: int = 0
-    is_doomed: bool = False
-    worst: int = 0
+    allowance: str
+    parts: Counter[str] = field(default_factory=Counter)
+    used: Mapping[str, int] = field(default_factory=Counter)
     billed: int = 0
 
 
@@ -36,103 +38,96 @@ class Model:
     pots: dict[str, Pot] = field(default_factory=dict)
     open: dict[str, Open] = field(default_factory=dict)
     expired: dict[str, Open] = field(default_factory=dict)
-    settled: dict[str, int] = field(default_factory=dict)
     owed: dict[str, list[int]] = field(default_factory=dict)
     overage: int = 0
-    spent: int = 0
 
-    def live(self, unit: str) -> list[tuple[str, Pot]]:
-        found = [(i, p) for i, p in self.pots.items() if p.unit == unit and (p.ends > self.now or p.left < 0)]
-        return sorted(found, key=lambda ip: (not ip[1].is_allowance, ip[1].ends, ip[0]))
+    def rank(self, name: str) -> tuple[int, int, str]:
+        pot = self.pots.get(name)
+        return (2, 0, name) if pot is None else (0 if pot.is_allowance else 1, pot.ends, name)
 
-    def balance(self) -> int:
-        return sum(p.left for _, p in self.live("nanos"))
+    def live(self, unit: str, allowance: str = "") -> list[tuple[str, Pot]]:
+        found = [i for i, p in self.pots.items() if p.unit == unit and (p.ends > self.now or p.left < 0)]
+        found = [i for i in found if not allowance or not self.pots[i].is_allowance or i == allowance]
+        return [(i, self.pots[i]) for i in sorted(found, key=self.rank)]
 
-    def held(self) -> int:
-        return sum(n for o in self.open.values() if o.unit == "nanos" for _, n in o.parts)
+    def held(self, holds: Iterable[Open]) -> Counter[str]:
+        return sum((hold.parts for hold in holds), Counter())
 
-    def held_overage(self) -> int:
-        return sum(n for o in self.open.values() for i, n in o.parts if i == "overage")
+    def room(self, cap: int, kept: Collection[Open]) -> int:
+        return max(0, cap - self.overage - self.held(kept)["overage"])
 
-    def hold(self, rid: str, worst: int, least: int, model: str, cap: int, is_doomed: bool) -> str:
+    def reach(self, hold: Open, kept: Collection[Open]) -> int:
+        """Nanos that a hold could have while these keep what they took and all others give it back."""
+        back = self.held(self.open.values()) - self.held(kept)
+        money = sum(p.left + back[i] for i, p in self.live("nanos", hold.allowance))
+        return money + self.room(hold.cap, kept) if money >= 0 else money
+
+    def take(self, pots: list[tuple[str, Pot]], amount: int, room: int = 0) -> Counter[str]:
+        """From the pots in their order, never what pays a debt; then from the room for exposure."""
+        money, parts = sum(p.left for _, p in pots), Counter[str]()
+        for name, pot in pots:
+            parts[name] = max(0, min(pot.left, min(amount, money) - parts.total()))
+            pot.left -= parts[name]
+        parts["overage"] = min(amount - money, room) if money >= 0 else 0
+        return +parts
+
+    def hold(self, rid: str, hold: Open, first: int, model: str) -> str:
         calls = [(i, p) for i, p in self.live("requests") if p.scope in ("", model)]
-        if worst and sum(p.left for _, p in calls) > 0:
-            name = next(i for i, p in calls if p.left > 0)
-            return self._open(rid, Open([(name, 1)], "requests", cap, is_doomed=is_doomed))
-        room = max(0, cap - self.overage - self.held_overage())
-        balance = self.balance()
-        able = balance + room if balance >= 0 else balance
-        if worst and able < least:
-            later = balance + self.held() - self.held_overage()
-            later += max(0, cap - self.overage) if later >= 0 else 0
-            return "on_hold" if later >= least else "insufficient"
-        rest, parts, amount = min(worst, balance), [], min(worst, able)
-        for name, pot in self.live("nanos"):
-            part = max(0, min(pot.left, rest - sum(n for _, n in parts)))
-            parts += [(name, part)] if part else []
-        parts += [("overage", amount - max(0, rest))] if amount > max(0, rest) else []
-        return self._open(rid, Open(parts, "nanos", cap, is_doomed=is_doomed, worst=amount))
+        if sum(p.left for _, p in calls) > 0:
+            hold.unit, hold.parts = "requests", self.take([(i, p) for i, p in calls if p.left > 0][:1], 1)
+        said = self.extend(hold, first, 1)
+        self.open |= {rid: hold} if said == "held" else {}
+        return said
 
-    def _open(self, rid: str, opened: Open) -> str:
-        for name, part in opened.parts:
-            if name != "overage":
-                self.pots[name].left -= part
-                self.pots[name].held += part
-        self.open[rid] = opened
+    def extend(self, hold: Open, total: int, least: int) -> str:
+        """Raise a hold to a total, or by all there is where that comes to the least."""
+        have, there = hold.parts.total(), self.reach(hold, self.open.values())
+        if hold.unit == "requests" or have >= total:
+            return "held"
+        if have + there < least:
+            return "on_hold" if have + self.reach(hold, [hold]) >= least else "insufficient"
+        pots = self.live("nanos", hold.allowance)
+        hold.parts += self.take(pots, min(total - have, there), self.room(hold.cap, self.open.values()))
         return "held"
 
-    def close(self, rid: str, cost: int, calls: int) -> int:
-        opened = self.open.pop(rid)
-        rest = min(cost, opened.worst) if opened.unit == "nanos" else min(1, calls)
-        opened.billed, charged = rest, 0
-        for name, part in opened.parts:
-            used = min(part, rest)
-            rest, charged = rest - used, charged + (used if opened.unit == "nanos" else 0)
+    def close(self, rid: str, used: Mapping[str, int]) -> int:
+        """Bill at most the hold and give the rest back; returns nanos charged."""
+        hold = self.expired[rid] = self.open.pop(rid)
+        rest = hold.billed = min(used[hold.unit], hold.parts.total())
+        for name in sorted(hold.parts, key=self.rank):
+            part = min(hold.parts[name], rest)
+            rest -= part
             if name == "overage":
-                self.overage += used
+                self.overage += part
             else:
-                self.pots[name].held -= part
-                self.pots[name].left += part - used
-        self.spent += charged
-        self.expired[rid] = opened
-        return charged
+                self.pots[name].left += hold.parts[name] - part
+        return hold.billed if hold.unit == "nanos" else 0
 
-    def close_late(self, rid: str, cost: int, calls: int) -> int:
-        opened = self.expired[rid]
-        due = (min(cost, opened.worst) if opened.unit == "nanos" else min(1, calls)) - opened.billed
-        if opened.unit == "requests":
-            pot = self.pots[opened.parts[0][0]]
-            pot.left -= 1 if due > 0 and pot.left > 0 and pot.ends > self.now else 0
+    def close_late(self, rid: str, used: Mapping[str, int]) -> int:
+        """Bill what the checkpoint missed, as far as it is there; returns nanos charged."""
+        hold = self.expired[rid]
+        due = min(used[hold.unit], hold.parts.total()) - hold.billed
+        if hold.unit == "requests":
+            self.take([(i, p) for i, p in self.live("requests") if i in hold.parts], due)
             return 0
-        balance, taken = self.balance(), 0
-        for _, pot in self.live("nanos"):
-            part = max(0, min(pot.left, min(due, balance) - taken))
-            pot.left, taken = pot.left - part, taken + part
-        room = max(0, opened.cap - self.overage - self.held_overage()) if balance >= 0 else 0
-        postpaid = max(0, min(due - taken, room))
-        self.overage, self.spent = self.overage + postpaid, self.spent + taken + postpaid
-        return taken + postpaid
+        parts = self.take(self.live("nanos"), max(0, due), self.room(hold.cap, self.open.values()))
+        self.overage += parts["overage"]
+        return parts.total()
 
-    def grant(self, source: str, pot: Pot) -> None:
-        self.pots[source] = pot
-        for amount in self.owed.pop(source, []):
-            self._take(pot, amount)
-        self._pay_debts()
+    def fill(self, name: str, pot: Pot) -> None:
+        """A grant, an allowance or a correction."""
+        pot.granted, self.pots[name] = pot.left, pot
+        self.claw_back(name, *self.owed.pop(name, []))
 
-    def claw_back(self, source: str, amount: int) -> int:
-        taken = self._take(self.pots[source], amount)
-        self._pay_debts()
+    def claw_back(self, name: str, *amounts: int) -> int:
+        """Take back what a grant gave, at most; then whatever is left pays what is owed."""
+        pot, taken = self.pots[name], 0
+        for amount in amounts:
+            taken = max(0, min(amount, pot.granted))
+            pot.left, pot.granted = pot.left - taken, pot.granted - taken
+        pots = [p for unit in ("nanos", "requests") for _, p in self.live(unit)]
+        for debt, other in product(pots, pots):
+            if debt.left < 0 < other.left and (debt.unit, debt.scope) == (other.unit, other.scope):
+                paid = min(-debt.left, other.left)
+                debt.left, other.left = debt.left + paid, other.left - paid
         return taken
-
-    def _take(self, pot: Pot, amount: int) -> int:
-        taken = min(amount, pot.granted)
-        pot.left, pot.granted = pot.left - taken, pot.granted - taken
-        return taken
-
-    def _pay_debts(self) -> None:
-        for unit in ("nanos", "requests"):
-            for _, debt in self.live(unit):
-                for _, pot in self.live(unit):
-                    if debt.left < 0 < pot.left and debt.scope == pot.scope:
-                        paid = min(-debt.left, pot.left)
-                        debt.left, pot.left = debt.left + paid, pot.left - paid
