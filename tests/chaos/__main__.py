@@ -90,7 +90,7 @@ def _run_apart(module: str) -> list[Row] | None:
         log, is_done = _call(command)
         rows = [Row(**raw) for raw in json.loads(out.read_text())] if is_done else None
     is_clean = rows is not None and all(row.is_clean for row in rows)
-    word = "ok" if is_clean else f"FAILED\n{log}"
+    word = ("ok" if rows else f"skipped\n{log}") if is_clean else f"FAILED\n{log}"
     print(f"{module}: {word} ({time.monotonic() - started:.0f} s)", file=sys.stderr, flush=True)
     return rows
 

@@ -13,7 +13,7 @@ import httpx
 
 MODELS = ("farebox-base", "pirate", "flat")
 TIMEOUT_S = 60.0
-PAUSE_S = 0.02
+PAUSE_S = 0.1
 """Of a client that was refused or cut off, before its next request."""
 
 
