@@ -123,9 +123,9 @@ class Cluster(Redis):
 
     async def _learn(self) -> None:
         known = dict.fromkeys([*self._owners, *self._seeds, *self._clients])
-        views = await first_answers(self._view(node) for node in known)
+        views, problem = await first_answers(self._view(node) for node in known)
         if not views:
-            raise exceptions.ConnectionError("no node of the cluster answers")
+            raise exceptions.ConnectionError(f"no node of the cluster answers{problem}")
         best = max(views, key=lambda view: (view.is_ok, view.epoch))
         owners = [self._seeds[0]] * SLOTS
         for first, last, node in best.ranges:

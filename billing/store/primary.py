@@ -94,11 +94,11 @@ class Sentinels:
         return await self._lookup.result()
 
     async def _ask(self) -> Node:
-        answers = await first_answers(
+        answers, problem = await first_answers(
             client.sentinel_master(self._service, return_responses=True) for client in self._clients
         )
         if not answers:
-            raise exceptions.ConnectionError(f"no sentinel knows where the primary of {self._service!r} is")
+            raise exceptions.ConnectionError(f"no sentinel knows where the primary of {self._service!r} is{problem}")
         latest = max(cast(list[dict[str, Any]], answers), key=lambda state: int(state["config-epoch"]))
         node = Node(str(latest["ip"]), int(latest["port"]))
         if self._last not in (None, node):
@@ -133,15 +133,16 @@ class Shared(Generic[T]):
             self._task.cancel()
 
 
-async def first_answers(questions: Iterable[Awaitable[T]]) -> list[T]:
-    """What those that are alive say: all that answer about when the first does."""
+async def first_answers(questions: Iterable[Awaitable[T]]) -> tuple[list[T], str]:
+    """What those that are alive say: all that answer about when the first does; and what one of the others said."""
     tasks = [asyncio.ensure_future(question) for question in questions]
     deadline = asyncio.get_running_loop().time() + LOOKUP_S
-    pending, found = set(tasks), list[T]()
+    pending, found, problem = set(tasks), list[T](), ""
     try:
         while pending and (left := deadline - asyncio.get_running_loop().time()) > 0:
             done, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             answers = [task.result() for task in done if task.exception() is None]
+            problem = next((f": {task.exception()}" for task in done if task.exception()), problem)
             if answers and not found:
                 deadline = asyncio.get_running_loop().time() + LATECOMERS_S
             found += answers
@@ -149,4 +150,4 @@ async def first_answers(questions: Iterable[Awaitable[T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return found
+    return found, problem

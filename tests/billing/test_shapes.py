@@ -25,7 +25,7 @@ from billing.store.outbox import Outbox
 from billing.store.primary import pool
 from billing.usage import TenantId
 from tests.billing.conftest import SYSTEM_REDIS
-from tests.billing.fleet import HOST, Fleet, Server, cluster, durable, wait_until, watched
+from tests.billing.fleet import HOST, Fleet, Server, cluster, durable, free_port, wait_until, watched
 from tests.billing.samples import money, request, settlement
 
 IN_TIME_S = 0.3
@@ -129,6 +129,17 @@ async def test_an_address_of_one_node_finds_its_cluster(nodes: Fleet, store: Red
     await redis.aclose()
 
 
+@pytest.mark.parametrize("url", ["redis+sentinel://{}/ledger", "redis+cluster://{}", "redis://{}"])
+async def test_a_store_that_is_not_there_is_unavailable_and_says_why(url: str) -> None:
+    with pytest.raises(StoreUnavailable, match=r"[Cc]onnect call failed"):
+        await connect(url.format(f"{HOST}:{free_port()}"))
+
+
+async def test_a_wrong_password_of_a_cluster_is_told(nodes: Fleet) -> None:
+    with pytest.raises(StoreUnavailable, match="password"):
+        await connect(nodes.url.replace("://", "://nobody:secret@"))
+
+
 async def test_a_crowd_cannot_overspend_on_a_cluster(store: Redis) -> None:
     ledger = Ledger(store)
     await ledger.grant(money(50 * 100_000))
@@ -202,6 +213,24 @@ async def test_sentinels_name_the_new_primary(tmp_path: Path) -> None:
         await _until_served(ledger, [TENANTS[0]])
         assert (await ledger.account(money(1).tenant)).balance_nanos == 100_000
         await ledger.hold(request())
+        await redis.aclose()
+
+
+async def test_a_primary_that_only_hung_and_was_replaced_is_written_to_by_nobody(tmp_path: Path) -> None:
+    """It comes back believing that it is the primary still; idle connections would lead to it."""
+    with watched(tmp_path, sentinels=1) as fleet:
+        old, new = fleet.servers
+        redis = await connect(fleet.url)
+        ledger = Ledger(redis)
+        await ledger.grant(money(100_000))
+        await asyncio.gather(*(ledger.account(tenant) for tenant in TENANTS))
+        await asyncio.to_thread(_in_step, new)
+        old.send(signal.SIGSTOP)
+        assert not (await _wait(ledger.account(TENANTS[0])))[0]
+        await _until_served(ledger, [TENANTS[0]])
+        old.send(signal.SIGCONT)
+        await asyncio.gather(*(ledger.grant(money(1, f"payment:{n}")) for n in range(2, 32)))
+        assert new.client.hlen(shard_for(money(1).tenant).buckets(money(1).tenant)) == 31
         await redis.aclose()
 
 
