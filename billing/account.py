@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from billing.money import Nanos
 from billing.plans import Limits
 from billing.prices import Price
-from billing.usage import BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
+from billing.usage import BucketId, Draw, Modifier, RequestId, Status, TenantId, Unit, Usage, UsageRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,10 @@ class HoldRequest:
     step_compute_ms: int = 5_000
     max_compute_ms: int = 0
     """0 where the price does not count compute."""
+    modifiers: tuple[Modifier, ...] = ()
+    """Why ``price`` is not the listed one."""
+    month_start_ms: int = 0
+    """The month whose spend this request counts towards; 0 where no price depends on it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ Knows how plan, price and clock become a hold; the store decides, in one step, w
 room for it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -11,12 +12,13 @@ from billing.account import Bucket, Funding, Hold, HoldRequest
 from billing.catalogue import Catalogue, Model
 from billing.clock import Clock, now_ms
 from billing.errors import InsufficientCredits, Refusal
+from billing.modifiers import Circumstances, EffectivePrice, Pricing, effective
 from billing.money import Nanos
 from billing.plans import Plan, PlanKind, month_of
 from billing.store.holds import Ledger
 from billing.store.packing import worst_case
 from billing.tenants import Principal, Tenant
-from billing.usage import BucketId, RequestId
+from billing.usage import BucketId, Modifier, RequestId
 
 LEASE_MS = 30_000
 STEP_TOKENS = 256
@@ -33,11 +35,14 @@ class Quote:
     """What a request would cost at most, and what would become of it now. Nothing is set aside."""
 
     cost_nanos: Nanos
-    """At list price, with every token asked for."""
+    """At the price it would be held at, with every token asked for."""
     max_tokens: int
     """Completion tokens that would be paid for; 0 where it is refused for another reason than credit."""
     covered_by_requests: bool = False
     refusal: Refusal | None = None
+    modifiers: tuple[Modifier, ...] = ()
+    """Why its price is not the listed one."""
+    price_version: str = ""
 
     @property
     def is_admitted(self) -> bool:
@@ -55,8 +60,11 @@ class Admission:
         step_tokens: int = STEP_TOKENS,
         step_compute_ms: int = STEP_COMPUTE_MS,
         max_compute_ms: int = MAX_COMPUTE_MS,
+        load: Callable[[], int] = lambda: 0,
     ) -> None:
+        """``load``: ten-thousandths of the replicas' capacity in use, for a price that depends on it."""
         self._ledger, self._clock, self._lease_ms = ledger, clock, lease_ms
+        self._load = load
         self._step_tokens, self._step_compute_ms, self._max_compute_ms = step_tokens, step_compute_ms, max_compute_ms
 
     async def admit(
@@ -74,7 +82,7 @@ class Admission:
             RateLimited, InsufficientCredits, CreditOnHold, DuplicateRequest: it may not run.
             StoreUnavailable: nobody can say, so it may not run.
         """
-        request = self._request(principal, model, catalogue, request_id, prompt_tokens, max_tokens)
+        request = await self._request(principal, model, catalogue, request_id, prompt_tokens, max_tokens)
         try:
             return await self._ledger.hold(request)
         except InsufficientCredits as refusal:
@@ -84,18 +92,24 @@ class Admission:
         self, principal: Principal, model: Model, catalogue: Catalogue, prompt_tokens: int, max_tokens: int
     ) -> Quote:
         """What ``admit`` would do now; changes nothing. Raises StoreUnavailable."""
-        request = self._request(principal, model, catalogue, _NO_REQUEST, prompt_tokens, max_tokens)
-        cost = worst_case(request)
+        request = await self._request(principal, model, catalogue, _NO_REQUEST, prompt_tokens, max_tokens)
+        cost, why_so_much = worst_case(request), (request.modifiers, request.price.version)
         try:
             hold = await self._ledger.preview(request)
         except InsufficientCredits as refusal:
             why = _explained(refusal, plan_of(principal.tenant, catalogue), request.funding)
-            return Quote(cost, refusal.max_affordable_tokens, refusal=why)
+            return Quote(cost, refusal.max_affordable_tokens, False, why, *why_so_much)
         except Refusal as refusal:
-            return Quote(cost, 0, refusal=refusal)
-        return Quote(cost, hold.max_tokens, hold.covered_by_requests)
+            return Quote(cost, 0, False, refusal, *why_so_much)
+        return Quote(cost, hold.max_tokens, hold.covered_by_requests, None, *why_so_much)
 
-    def _request(
+    async def _price(self, tenant: Tenant, model: Model, pricing: Pricing, now: int) -> EffectivePrice:
+        """What this request costs now. Only a price that depends on the month's spend asks the store."""
+        spent = await self._ledger.spent(tenant.id, _month_start(now)) if pricing.volume_tiers else Nanos(0)
+        at = Circumstances(tenant.id, now, spent, self._load() if pricing.load else 0)
+        return effective(model.price, model.id, pricing, at)
+
+    async def _request(
         self,
         principal: Principal,
         model: Model,
@@ -105,7 +119,8 @@ class Admission:
         max_tokens: int,
     ) -> HoldRequest:
         tenant = principal.tenant
-        plan = plan_of(tenant, catalogue)
+        plan, now = plan_of(tenant, catalogue), self._clock()
+        priced = await self._price(tenant, model, catalogue.pricing, now)
         return HoldRequest(
             request_id=request_id,
             tenant=tenant.id,
@@ -114,16 +129,22 @@ class Admission:
             adapter=model.identity,
             adapter_class=model.adapter_class,
             plan=tenant.plan,
-            price=model.price,
+            price=priced.price,
+            modifiers=priced.modifiers,
+            month_start_ms=_month_start(now) if catalogue.pricing.volume_tiers else 0,
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
-            funding=funding_for(tenant, plan, self._clock()),
+            funding=funding_for(tenant, plan, now),
             limits=plan.limits,
             lease_ms=self._lease_ms,
             step_tokens=self._step_tokens,
             step_compute_ms=self._step_compute_ms,
-            max_compute_ms=self._max_compute_ms if model.price.per_compute_second else 0,
+            max_compute_ms=self._max_compute_ms if priced.price.per_compute_second else 0,
         )
+
+
+def _month_start(now_ms: int) -> int:
+    return int(month_of(datetime.fromtimestamp(now_ms // 1000, UTC))[0].timestamp()) * 1000
 
 
 def plan_of(tenant: Tenant, catalogue: Catalogue) -> Plan:

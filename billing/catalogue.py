@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from billing.costs import Costs
 from billing.errors import ModelNotAllowed, UnknownModel
+from billing.modifiers import Pricing
 from billing.plans import Name, Pack, Plan
 from billing.prices import Price
 from billing.usage import TenantId
@@ -66,6 +67,8 @@ class Catalogue(BaseModel):
     plans: dict[Name, Plan]
     packs: dict[Name, Pack] = {}
     default_plan: Name
+    pricing: Pricing = Pricing()
+    """What changes a listed price from request to request."""
     costs: Costs | None = None
     """What the owner pays for a replica; only its own reports show it."""
     quarantined: tuple[Quarantined, ...] = ()

@@ -87,6 +87,17 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
+class Modifier:
+    """One reason why a request cost more or less than its list price, as it stands on the record."""
+
+    kind: str
+    """``volume``, ``time``, ``load`` or ``experiment``."""
+    name: str
+    multiplier: str
+    """A decimal string; ``1`` where an arm has a price of its own."""
+
+
+@dataclass(frozen=True, slots=True)
 class UsageRecord:
     """One settled request: append-only, and the only source of every charge and statistic."""
 
@@ -112,6 +123,8 @@ class UsageRecord:
     """Money left in the tenant's buckets right after this record."""
     seq: int = 0
     """The tenant's record number, without gaps."""
+    modifiers: tuple[Modifier, ...] = ()
+    """Why its price was not the listed one; empty where it was."""
 
     def drawn_from(self, bucket: BucketId) -> int:
         return sum(draw.amount for draw in self.draws if draw.bucket == bucket)
@@ -128,4 +141,5 @@ class UsageRecord:
         raw = json.loads(text)
         draws = tuple(Draw(BucketId(d["bucket"]), Unit(d["unit"]), d["amount"]) for d in raw.pop("draws"))
         usage, status = Usage(**raw.pop("usage")), Status(raw.pop("status"))
-        return cls(usage=usage, status=status, draws=draws, **raw)
+        modifiers = tuple(Modifier(**m) for m in raw.pop("modifiers", ()))
+        return cls(usage=usage, status=status, draws=draws, modifiers=modifiers, **raw)

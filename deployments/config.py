@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from billing.catalogue import Model
 from billing.costs import Costs
+from billing.modifiers import Pricing
 from billing.plans import Name, Pack, Plan
 from billing.prices import Price
 from billing.usage import TenantId
@@ -118,4 +119,5 @@ class GatewayUserConfig(_Config):
     plans: dict[Name, Plan]
     packs: dict[Name, Pack] = {}
     default_plan: Name
+    pricing: Pricing = Pricing()
     costs: Costs | None = None

@@ -26,6 +26,7 @@ from deployments.engine.request import (
 )
 from deployments.engine.text import Text
 from deployments.link import ReplicaLink
+from deployments.load import LoadMeter
 from deployments.metrics import GatewayMetrics
 from deployments.run import Run, Surroundings
 from deployments.settling import Settler
@@ -78,13 +79,14 @@ class Gateway:
         spool: Spool,
         redo: Redo,
         link: ReplicaLink,
+        load: LoadMeter,
         metrics: GatewayMetrics,
         max_context_tokens: int,
         lease_s: float,
         checkpoint_s: float,
         answer_timeout_s: float,
     ) -> None:
-        self.shelf, self.text, self.link, self.metrics = shelf, text, link, metrics
+        self.shelf, self.text, self.link, self.metrics, self._load = shelf, text, link, metrics, load
         self._tenants, self._ledger, self._admission = tenants, ledger, admission
         self._max_context_tokens, self._lease_s, self._checkpoint_s = max_context_tokens, lease_s, checkpoint_s
         self._answer_timeout_s = answer_timeout_s
@@ -156,6 +158,7 @@ class Gateway:
             asyncio.create_task(self._extend_for_ever()),
             asyncio.create_task(self.settler.replay_for_ever()),
             asyncio.create_task(self._redo.run()),
+            asyncio.create_task(self._load.run()),
         ]
 
     async def stop(self) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from billing.catalogue import Catalogue, Model, Quarantined
 from billing.costs import Costs
 from billing.errors import BillingError
+from billing.modifiers import Pricing
 from billing.plans import Name, Pack, Plan, PlanKind
 from deployments.config import GatewayUserConfig, ModelEntry
 
@@ -77,6 +78,7 @@ def read_catalogue(raw: object, last_good: Catalogue | None = None) -> Catalogue
         plans=plans,
         packs=_named(config.get("packs", {}), Pack, "pack", old.packs, aside),
         default_plan=_default_plan(config.get("default_plan"), plans, old, aside),
+        pricing=_one(config, "pricing", Pricing, aside) or old.pricing,
         costs=_one(config, "costs", Costs, aside) or (old.costs if "costs" in config else None),
         quarantined=tuple(aside),
     )

@@ -21,6 +21,7 @@ from deployments.config import FareboxArgs
 from deployments.engine.text import Text
 from deployments.gateway import Gateway
 from deployments.link import ReplicaLink
+from deployments.load import LoadMeter
 from deployments.metrics import GatewayMetrics
 from deployments.services import Services
 from deployments.shelf import Shelf
@@ -40,6 +41,7 @@ def build_services(
     """Wire one gateway. Raises DodoMisconfigured where payments are half configured."""
     recent, tenants = Recent(), Tenants(redis)
     ledger = Ledger(redis, on_done=recent.note)
+    load = LoadMeter(link, shelf, args.engine.max_running)
     gateway = Gateway(
         shelf=shelf,
         text=text,
@@ -50,10 +52,12 @@ def build_services(
             lease_ms=int(args.lease_s * 1000),
             step_tokens=args.hold_step_tokens,
             step_compute_ms=args.hold_step_compute_s * 1000,
+            load=load,
         ),
         spool=Spool(Path(args.spool_dir)),
         redo=Redo(ledger, recent, partial(identity, redis)),
         link=link,
+        load=load,
         metrics=GatewayMetrics(),
         max_context_tokens=args.engine.max_context_tokens,
         lease_s=args.lease_s,

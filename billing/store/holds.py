@@ -171,7 +171,7 @@ class Ledger:
             self._stretch_ms,
         ]
         async with guarded():
-            reply = cast(list[str], await self._settle(keys=_settling_keys(shard, tenant), args=arguments))
+            reply = cast(list[str], await self._settle(keys=shard.settling(tenant), args=arguments))
         if reply[0] == "unknown":
             return None
         if reply[0] == "duplicate":
@@ -198,7 +198,7 @@ class Ledger:
         for shard, request_id, tenant in await self._overdue(limit):
             arguments: list[str | int] = [request_id, self._clock(), self._stretch_ms]
             async with guarded():
-                expired += int(await self._expire(keys=_settling_keys(shard, tenant), args=arguments))
+                expired += int(await self._expire(keys=shard.settling(tenant), args=arguments))
         return expired
 
     async def _overdue(self, limit: int) -> list[tuple[Shard, RequestId, TenantId]]:
@@ -331,17 +331,18 @@ class Ledger:
             raise GrantRefused(source, "the account would hold more than can be counted exactly")
         return str(reply)
 
+    async def spent(self, tenant: TenantId, month_start_ms: int) -> Nanos:
+        """What the tenant's requests held in that month were charged so far."""
+        async with guarded():
+            month, spent = await self._redis.hmget(shard_for(tenant).account(tenant), ["month", "spent"])
+        return Nanos(int(spent or 0)) if month == str(month_start_ms) else Nanos(0)
+
     async def account(self, tenant: TenantId) -> Account:
         """The account as of now: buckets that expired with nothing owed are left out."""
         shard, now = shard_for(tenant), self._clock()
         async with guarded():
             numbers, flat = await self._account(keys=[shard.account(tenant), shard.buckets(tenant)])
         return unpack_account(tenant, numbers, pairs(flat), now)
-
-
-def _settling_keys(shard: Shard, tenant: TenantId) -> list[str]:
-    names = [shard.account(tenant), shard.buckets(tenant), shard.holds, shard.leases, shard.limits(tenant)]
-    return [*names, shard.stream, *shard.settled]
 
 
 def _tenant_in(hold: str) -> TenantId:

@@ -139,6 +139,7 @@ def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_previe
             limits.concurrent_requests or 0,
             request.prompt_tokens + request.max_tokens,
             int(is_preview),
+            request.month_start_ms,
         )
     ]
 
@@ -187,7 +188,7 @@ def _unpack_origin(raw: Mapping[str, str]) -> Origin:
 
 def _head(request: HoldRequest) -> str:
     """The members of the usage record that a hold freezes, as they will stand in its JSON."""
-    frozen = {
+    frozen: dict[str, object] = {
         "request_id": request.request_id,
         "tenant": request.tenant,
         "key_id": request.key_id,
@@ -196,6 +197,8 @@ def _head(request: HoldRequest) -> str:
         "plan": request.plan,
         "price_version": request.price.version,
     }
+    if request.modifiers:
+        frozen["modifiers"] = [asdict(modifier) for modifier in request.modifiers]
     return json.dumps(frozen, separators=(",", ":"))[1:-1]
 
 

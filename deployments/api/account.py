@@ -163,6 +163,7 @@ def record_json(record: UsageRecord) -> Json:
         "adapter": record.adapter,
         "plan": record.plan,
         "price_version": record.price_version,
+        "modifiers": [asdict(modifier) for modifier in record.modifiers],
         "status": record.status.value,
         "occurred_at_ms": record.occurred_at_ms,
         "usage": asdict(record.usage),

@@ -14,7 +14,6 @@ from billing.account import Adjustment, Grant
 from billing.admission import plan_of
 from billing.clock import now_ms
 from billing.money import NANOS_PER_USD, AmountError, parse_usd
-from billing.notices import NoticeKind
 from billing.plans import Plan
 from billing.prices import Usd
 from billing.store import board, proof_state
@@ -25,21 +24,21 @@ from billing.store.unsettled import unsettled
 from billing.tenants import ApiKey, Tenant, TenantName, new_key
 from billing.usage import TenantId, Unit
 from deployments.api.account import account_json
-from deployments.api.bodies import (
+from deployments.api.admin_bodies import (
     AdjustmentBody,
     BillingBody,
-    Body,
     CatalogueBody,
     DeadLetter,
     EngineBody,
     GatewayList,
     GrantBody,
     KeyBody,
-    Listing,
     NewKeyBody,
+    NoticeBody,
     TenantBody,
     TenantWithAccount,
 )
+from deployments.api.bodies import Listing
 from deployments.api.document import refusals
 from deployments.api.errors import AdminDenied, BadRequest, NotFound
 from deployments.api.wire import Sent
@@ -65,17 +64,6 @@ router = APIRouter(prefix="/admin", dependencies=[Depends(operator)], responses=
 
 class _Asked(Sent):
     model_config = ConfigDict(extra="forbid")
-
-
-class NoticeBody(Body):
-    """Something an owner wants to hear of; ``facts`` depend on its kind."""
-
-    id: str
-    kind: NoticeKind
-    tenant: str
-    once: str
-    at_ms: int
-    facts: dict[str, str]
 
 
 class NewTenant(_Asked):

@@ -7,12 +7,9 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from billing.catalogue import Catalogue
 from billing.plans import Limits
 from billing.prices import Price
-from billing.store.board import GatewayState
-from billing.store.outbox import PumpState, Sums
-from billing.tenants import Subscription, Tenant
+from billing.tenants import Subscription
 from billing.usage import Status, Usage
 
 T = TypeVar("T")
@@ -49,12 +46,21 @@ class DrawBody(Body):
     amount: Dollars | int
 
 
+class ModifierBody(Body):
+    """One reason why the price was not the listed one; ``multiplier`` is a decimal string."""
+
+    kind: Literal["volume", "time", "load", "experiment"]
+    name: str
+    multiplier: str
+
+
 class ReceiptBody(Body):
     record_id: str
     cost_usd: Dollars
     list_usd: Dollars
     balance_usd: Dollars
     price_version: str
+    modifiers: list[ModifierBody]
     adapter: str
     draws: list[DrawBody]
 
@@ -137,6 +143,7 @@ class QuoteBody(Body):
     model: str
     adapter: str
     price_version: str
+    modifiers: list[ModifierBody]
     prompt_tokens: int
     max_tokens: int
     max_cost_usd: Dollars
@@ -226,6 +233,7 @@ class RecordBody(Body):
     adapter: str
     plan: str
     price_version: str
+    modifiers: list[ModifierBody]
     status: Status
     occurred_at_ms: int
     usage: Usage
@@ -246,86 +254,6 @@ class CheckoutBody(Body):
     session_id: str
 
 
-class TenantBody(Tenant):
-    object: Literal["tenant"]
-
-
-class TenantWithAccount(TenantBody):
-    account: AccountBody
-
-
-class KeyBody(Body):
-    object: Literal["api_key"]
-    id: str
-    tenant: str
-    shown: str
-    name: str
-    models: list[str] | None
-    created_at_ms: int
-    expires_at_ms: int | None
-    revoked_at_ms: int | None
-
-
-class NewKeyBody(Body):
-    """The secret stands here and nowhere else."""
-
-    api_key: str
-    key: KeyBody
-
-
-class GrantBody(Body):
-    granted: bool
-    source: str
-    unit: Literal["nanos", "requests"]
-    amount: int
-
-
-class AdjustmentBody(Body):
-    adjusted: bool
-    source: str
-    unit: Literal["nanos", "requests"]
-    amount: int
-
-
-class CatalogueBody(Catalogue):
-    hash: str
-    price_versions: dict[str, str]
-    gateway: str
-
-
-class BillingBody(BaseModel):
-    """More may be told from one version to the next."""
-
-    object: Literal["billing"]
-    pump: PumpState
-    sums: Sums
-    backlog: int
-    open_holds: int
-    unsealed_entries: int
-    outbox_events: int
-    dead_events: int
-    cursors: dict[str, str]
-    unsettled_on_this_gateway: int
-    refused_settles: int
-
-
-class EngineBody(BaseModel):
-    """The replica's name beside its engine's counters (``EngineStats``)."""
-
-    replica: str
-    steps: int
-    running: int
-    waiting: int
-    adapters_resident: list[str]
-
-
-class DeadLetter(BaseModel):
-    id: str
-    tenant: str
-    name: str
-    reason: str
-
-
 class Received(Body):
     received: Literal[True]
 
@@ -343,6 +271,3 @@ class Checks(Body):
 class Ready(Body):
     status: Literal["ready", "not ready"]
     checks: Checks
-
-
-GatewayList = Listing[GatewayState]

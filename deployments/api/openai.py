@@ -7,6 +7,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Body
@@ -100,6 +101,7 @@ def _closing(record: UsageRecord, incomplete: Incomplete) -> Json:
             "list_usd": format_usd(record.list_nanos),
             "balance_usd": format_usd(record.balance_nanos),
             "price_version": record.price_version,
+            "modifiers": [asdict(modifier) for modifier in record.modifiers],
             "adapter": record.adapter,
             "draws": [draw_json(draw) for draw in record.draws],
         },
@@ -258,7 +260,8 @@ async def quote(asked: Annotated[QuoteRequest, Body()], parts: Parts, caller: Ca
             "object": "quote",
             "model": priced.model.id,
             "adapter": priced.model.identity,
-            "price_version": priced.model.price.version,
+            "price_version": quoted.price_version,
+            "modifiers": [asdict(modifier) for modifier in quoted.modifiers],
             "prompt_tokens": len(priced.prompt_token_ids),
             "max_tokens": priced.max_tokens,
             "max_cost_usd": format_usd(quoted.cost_nanos),

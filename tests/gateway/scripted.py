@@ -5,7 +5,7 @@ The prompt decides what it does; tokens are counted as an engine counts them.
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deployments.engine.request import EngineStats, FinishReason, GenerateRequest, Tokens
 
@@ -21,6 +21,7 @@ class ScriptedLink:
     ends_with: FinishReason | None = None
     """Overrides the reason of the last piece."""
     is_up: bool = True
+    busy: EngineStats = field(default_factory=EngineStats)
     cached_tokens: int = 0
     compute_ms: int = 1
     """For each token."""
@@ -73,4 +74,4 @@ class ScriptedLink:
 
     async def stats(self) -> Mapping[str, EngineStats]:
         steps = sum(self.steps.values())
-        return {"scripted": EngineStats(steps=steps, generation_tokens=steps)} if self.is_up else {}
+        return {"scripted": replace(self.busy, steps=steps, generation_tokens=steps)} if self.is_up else {}

@@ -55,6 +55,15 @@ local function charge(hold, known, usage, list)
   return { spent = spent, charged = charged, held = held, overage = overage, returned_overage = returned_overage }
 end
 
+-- What a month has cost so far; a hold of an earlier month that ends late counts towards none.
+local function count_spend(account, hold, charged)
+  local month = tonumber(hold.month or "0")
+  local counted = number_at(account, "month")
+  if month == 0 or month < counted then return end
+  local before = month == counted and number_at(account, "spent") or 0
+  redis.call("HSET", account, "month", hold.month, "spent", text(before + charged))
+end
+
 -- The first write frees memory: a store that is full still lets holds end.
 local function close_hold(keys, id, hold, outcome)
   local buckets = read_buckets(keys.buckets)
@@ -68,6 +77,7 @@ local function close_hold(keys, id, hold, outcome)
       "overage_held", text(number_at(keys.account, "overage_held") - bill.returned_overage))
   end
   write_changed(keys.buckets, buckets)
+  count_spend(keys.account, hold, bill.charged)
   return_tokens(keys, hold, outcome.usage)
   bill.record = record_json({
     record_id = "rec_" .. id, head = hold.head, usage = outcome.usage, status = outcome.status, now = outcome.now,

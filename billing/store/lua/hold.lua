@@ -9,7 +9,7 @@ local is_free, model = ARGV[9] == "1", ARGV[10]
 local lease_ms, calendar, stretch_ms = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
 local allowance_id, allowance_value, overage_cap = ARGV[14], ARGV[15], tonumber(ARGV[16])
 local rpm, tpm, concurrency, tokens = tonumber(ARGV[17]), tonumber(ARGV[18]), tonumber(ARGV[19]), tonumber(ARGV[20])
-local is_preview = ARGV[21] == "1"
+local is_preview, month = ARGV[21] == "1", ARGV[22]
 local now = store_ms()
 local MINUTE_MS = 60000
 
@@ -122,6 +122,7 @@ local hold = { tenant = tenant, head = head, asked = asked, key = key_id, draws 
   affords = text(affords), allowance = allowance_id, cap = text(overage_cap), tpm = text(tpm), tokens = text(tokens),
   usage = "0,0,0,0,0", list = "0" }
 hold.since = text(now)
+if month ~= "0" then hold.month = month end
 redis.call("HSET", keys.holds, id, cjson.encode(hold))
 redis.call("ZADD", keys.leases, text(now + lease_ms), id)
 redis.call("HINCRBY", keys.account, "open", 1)

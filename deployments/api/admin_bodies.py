@@ -1,0 +1,106 @@
+"""The shape of every answer to the operator, as the OpenAPI document tells it."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from billing.catalogue import Catalogue
+from billing.notices import NoticeKind
+from billing.store.board import GatewayState
+from billing.store.outbox import PumpState, Sums
+from billing.tenants import Tenant
+from deployments.api.bodies import AccountBody, Body, Listing
+
+
+class TenantBody(Tenant):
+    object: Literal["tenant"]
+
+
+class TenantWithAccount(TenantBody):
+    account: AccountBody
+
+
+class KeyBody(Body):
+    object: Literal["api_key"]
+    id: str
+    tenant: str
+    shown: str
+    name: str
+    models: list[str] | None
+    created_at_ms: int
+    expires_at_ms: int | None
+    revoked_at_ms: int | None
+
+
+class NewKeyBody(Body):
+    """The secret stands here and nowhere else."""
+
+    api_key: str
+    key: KeyBody
+
+
+class GrantBody(Body):
+    granted: bool
+    source: str
+    unit: Literal["nanos", "requests"]
+    amount: int
+
+
+class AdjustmentBody(Body):
+    adjusted: bool
+    source: str
+    unit: Literal["nanos", "requests"]
+    amount: int
+
+
+class CatalogueBody(Catalogue):
+    hash: str
+    price_versions: dict[str, str]
+    gateway: str
+
+
+class BillingBody(BaseModel):
+    """More may be told from one version to the next."""
+
+    object: Literal["billing"]
+    pump: PumpState
+    sums: Sums
+    backlog: int
+    open_holds: int
+    unsealed_entries: int
+    outbox_events: int
+    dead_events: int
+    cursors: dict[str, str]
+    unsettled_on_this_gateway: int
+    refused_settles: int
+
+
+class EngineBody(BaseModel):
+    """The replica's name beside its engine's counters (``EngineStats``)."""
+
+    replica: str
+    steps: int
+    running: int
+    waiting: int
+    adapters_resident: list[str]
+
+
+class DeadLetter(BaseModel):
+    id: str
+    tenant: str
+    name: str
+    reason: str
+
+
+class NoticeBody(Body):
+    """Something an owner wants to hear of; ``facts`` depend on its kind."""
+
+    id: str
+    kind: NoticeKind
+    tenant: str
+    once: str
+    at_ms: int
+    facts: dict[str, str]
+
+
+GatewayList = Listing[GatewayState]
