@@ -5,6 +5,7 @@ Knows rates; knows neither who pays nor what is left.
 
 import hashlib
 import json
+from functools import lru_cache
 from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
@@ -56,8 +57,7 @@ class Price(BaseModel):
     @property
     def version(self) -> str:
         """A hash of the rates: the same rates are the same version wherever they stand."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return "pv_" + hashlib.sha256(canonical.encode()).hexdigest()[:12]
+        return _version_of(self)
 
     def charge(self, usage: Usage) -> Nanos:
         """Nanos for these quantities: everything summed first, then rounded up once."""
@@ -98,3 +98,10 @@ class Price(BaseModel):
             else:
                 high = middle - 1
         return low
+
+
+@lru_cache(maxsize=4096)
+def _version_of(price: Price) -> str:
+    """Every request asks for it. By value: a copy with other rates is another price."""
+    canonical = json.dumps(price.model_dump(mode="json"), sort_keys=True)
+    return "pv_" + hashlib.sha256(canonical.encode()).hexdigest()[:12]

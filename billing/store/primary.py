@@ -7,9 +7,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
+import hiredis
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
-from redis.asyncio.connection import Connection, SSLConnection
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -25,7 +26,19 @@ Find = Callable[[], Awaitable[Node]]
 T = TypeVar("T")
 
 
-class PrimaryConnection(Connection):
+class _Packed(AbstractConnection):
+    """Writes commands with hiredis, as redis-py does for blocking clients only: a third of the cost of a hold."""
+
+    def pack_command(self, *words: Any) -> list[bytes]:
+        name, *rest = words
+        return [hiredis.pack_command((*str(name).split(), *rest))]
+
+
+class LocalConnection(_Packed, UnixDomainSocketConnection):
+    """A connection to a server on this machine."""
+
+
+class PrimaryConnection(_Packed, Connection):
     """A connection whose address is looked up each time it is made; one to a demoted primary is left."""
 
     def __init__(self, *, find: Find | None = None, **options: Any) -> None:
@@ -61,6 +74,8 @@ def pool(options: Mapping[str, Any], find: Find | None = None) -> BlockingConnec
     if issubclass(kind, Connection):
         kind = PrimaryTlsConnection if issubclass(kind, SSLConnection) else PrimaryConnection
         known["find"] = find
+    elif issubclass(kind, UnixDomainSocketConnection):
+        kind = LocalConnection
     known |= {"decode_responses": True, "retry": Retry(NoBackoff(), 1)}
     try:
         kind(**known)
