@@ -16,6 +16,7 @@ from billing.errors import (
     GrantRefused,
     Quarantined,
     SourceReused,
+    StoreRefused,
     StoreUnavailable,
     UnknownHold,
 )
@@ -27,6 +28,7 @@ WINDOW_S = 10.0
 MOST = 50_000
 """Movements of one process, about 50 MB; more in a window than that and the oldest are not sent again."""
 
+Verify = Callable[[], Awaitable[None]]
 Identify = Callable[[], Awaitable[frozenset[str]]]
 _REFUSALS = (Quarantined, UnknownHold, DuplicateRequest, GrantRefused, SourceReused)
 
@@ -59,10 +61,14 @@ class Recent:
 class Redo:
     """Watches the store on behalf of one process."""
 
-    def __init__(self, ledger: Ledger, recent: Recent, identify: Identify, window_s: float = WINDOW_S) -> None:
+    def __init__(
+        self, ledger: Ledger, recent: Recent, identify: Identify, verify: Verify, window_s: float = WINDOW_S
+    ) -> None:
         """``recent`` is told by the ledger itself of what was acknowledged."""
-        self._ledger, self._recent, self._identify, self._window_s = ledger, recent, identify, window_s
+        self._ledger, self._recent, self._window_s = ledger, recent, window_s
+        self._identify, self._verify = identify, verify
         self._identity: frozenset[str] | None = None
+        self._refusal: StoreRefused | None = None
 
     async def run(self) -> None:
         """Watch until cancelled. Outlives an absent store and our bugs."""
@@ -76,6 +82,11 @@ class Redo:
             except Exception:
                 logger.exception("%d movements may have to be sent again", len(self._recent))
 
+    def check(self) -> None:
+        """Raises StoreUnavailable while another store has taken over that is not fit to keep money."""
+        if self._refusal is not None:
+            raise StoreUnavailable(f"the metering store was replaced, and {self._refusal}")
+
     async def watch_once(self) -> int:
         """Look who the store is. What was acknowledged long before it was last the same is safe and forgotten.
 
@@ -87,10 +98,22 @@ class Redo:
         """
         started = asyncio.get_running_loop().time()
         identity = await self._identify()
-        resent = await self._send_again() if self._identity not in (None, identity) else 0
+        is_another = self._identity not in (None, identity)
+        resent = await self._send_again() if is_another else 0
+        if is_another or self._refusal is not None:
+            await self._judge()
         self._identity = identity
         self._recent.forget_before(started - self._window_s)
         return resent
+
+    async def _judge(self) -> None:
+        """What was asked at the start holds for every store that takes its place."""
+        try:
+            await self._verify()
+            self._refusal = None
+        except StoreRefused as refusal:
+            logger.critical("new requests are refused: %s", refusal)
+            self._refusal = refusal
 
     async def _send_again(self) -> int:
         waiting = deque(self._recent.take())

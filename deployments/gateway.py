@@ -109,6 +109,7 @@ class Gateway:
 
     async def open(self, principal: Principal, ask: Ask, request_id: RequestId) -> Run:
         """Hold the first step and wait for the first piece. Raises any Refusal, StoreUnavailable or EngineError."""
+        self._redo.check()
         priced = await self.price(principal, ask)
         catalogue = self.shelf.current
         admitting = self.settler.keep(

@@ -14,7 +14,7 @@ from billing.redo import Recent, Redo
 from billing.spool import Spool
 from billing.store.answers import Answers
 from billing.store.call_budget import SharedBudget
-from billing.store.connection import identity
+from billing.store.connection import identity, verify
 from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
 from deployments.config import FareboxArgs
@@ -55,7 +55,7 @@ def build_services(
             load=load,
         ),
         spool=Spool(Path(args.spool_dir)),
-        redo=Redo(ledger, recent, partial(identity, redis)),
+        redo=Redo(ledger, recent, partial(identity, redis), partial(verify, redis, args.durability)),
         link=link,
         load=load,
         metrics=GatewayMetrics(),

@@ -15,7 +15,7 @@ from billing.errors import DuplicateRequest, Quarantined, StoreUnavailable, Unkn
 from billing.money import Nanos
 from billing.redo import Recent, Redo
 from billing.spool import Spool
-from billing.store.connection import connect, identity, replicated
+from billing.store.connection import connect, identity, replicated, verify
 from billing.store.holds import Ledger
 from billing.store.keys import shard_for
 from billing.store.orphans import Orphans
@@ -187,7 +187,7 @@ async def test_a_store_that_came_back_without_its_last_seconds_gets_them_again(t
     server = valkey.start(tmp_path / "a")
     redis, recent = await connect(server.url), Recent()
     ledger = Ledger(redis, on_done=recent.note)
-    redo = Redo(ledger, recent, partial(identity, redis))
+    redo = Redo(ledger, recent, partial(identity, redis), partial(verify, redis))
     await ledger.grant(money(1_000_000))
     assert await redo.watch_once() == 0
     await redis.bgrewriteaof()
@@ -219,6 +219,28 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("s.sock", "lock"))
 
 
+async def test_a_store_that_took_over_and_is_not_durable_is_refused_until_it_is(store: Redis) -> None:
+    recent, who = Recent(), [frozenset({"a"})]
+
+    async def identify() -> frozenset[str]:
+        return who[-1]
+
+    redo = Redo(Ledger(store), recent, identify, partial(verify, store))
+    await redo.watch_once()
+    await store.config_set("appendfsync", "everysec")
+    try:
+        await redo.watch_once()
+        redo.check()
+        who.append(frozenset({"b"}))
+        await redo.watch_once()
+        with pytest.raises(StoreUnavailable, match="not on disk"):
+            redo.check()
+    finally:
+        await store.config_set("appendfsync", "always")
+    await redo.watch_once()
+    redo.check()
+
+
 async def test_what_was_acknowledged_long_before_is_not_sent_again(store: Redis) -> None:
     recent, who = Recent(), [frozenset({"a"})]
 
@@ -226,7 +248,7 @@ async def test_what_was_acknowledged_long_before_is_not_sent_again(store: Redis)
         return who[-1]
 
     ledger = Ledger(store, on_done=recent.note)
-    redo = Redo(ledger, recent, identify, window_s=0.1)
+    redo = Redo(ledger, recent, identify, partial(verify, store), window_s=0.1)
     await ledger.grant(money(100_000))
     assert (await redo.watch_once(), len(recent)) == (0, 1)
     await asyncio.sleep(0.15)
@@ -245,7 +267,7 @@ async def test_the_window_is_counted_from_when_the_store_was_last_the_same(store
         return frozenset({f"{time.monotonic()}" if len(recent) else "a"})
 
     ledger = Ledger(store, on_done=recent.note)
-    redo = Redo(ledger, recent, identify, window_s=0.1)
+    redo = Redo(ledger, recent, identify, partial(verify, store), window_s=0.1)
     await redo.watch_once()
     await ledger.grant(money(100_000))
     is_away = True

@@ -19,7 +19,7 @@ from redis.crc import key_slot
 
 from billing.errors import StoreUnavailable
 from billing.redo import Recent, Redo
-from billing.store.connection import connect, identity
+from billing.store.connection import connect, identity, verify
 from billing.store.holds import Ledger
 from billing.store.keys import shard_for
 from billing.usage import TenantId
@@ -47,7 +47,7 @@ class Gateway:
     async def open(cls, url: str, load: Load) -> "Gateway":
         redis, recent = await connect(url), Recent()
         ledger = Ledger(redis, on_done=recent.note)
-        return cls(redis, ledger, Redo(ledger, recent, partial(identity, redis)), load)
+        return cls(redis, ledger, Redo(ledger, recent, partial(identity, redis), partial(verify, redis)), load)
 
 
 @dataclass
