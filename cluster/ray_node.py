@@ -101,6 +101,8 @@ def environment(settings: Settings, ports: RayPorts, ours: Path, token: str) -> 
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replica_grpc.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replica_grpc.stop - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # How old what the autoscaler knows of the engines may be; Ray's own 10 seconds are half of a burst.
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.edge:middlewares",
         **(_haproxy(ports, ours) if settings.haproxy and sys.platform == "linux" else {}),
     }

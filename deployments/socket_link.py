@@ -33,6 +33,8 @@ MOST_LINES = 1_024
 """Replicas at once; whoever dials beyond is hung up on."""
 MOST_WAITING_TOKENS = 4_096
 """Of one request, while its client does not read them."""
+PACE_FOR_EACH_S, MOST_PACE_S = 0.0008, 0.025
+"""After its first, each stream sends at most this seldom for every other stream that is open, and never more seldom."""
 LAST_PIECE_PATIENCE_S = 5.0
 """The call and the last piece end a job on two ways; the one may be this much later than the other."""
 
@@ -40,15 +42,18 @@ logger = logging.getLogger(__name__)
 
 
 class Inflow:
-    """Pieces of one request on their way to its reader: the first at once, then whatever has queued."""
+    """Pieces of one request on their way to its reader: the first at once, then what has queued for ``pace_s()``."""
 
-    def __init__(self, most_tokens: int, on_overflow: Callable[[], None]) -> None:
-        self._most_tokens, self._on_overflow = most_tokens, on_overflow
+    def __init__(self, most_tokens: int, pace_s: Callable[[], float], on_overflow: Callable[[], None]) -> None:
+        self._most_tokens, self._pace_s, self._on_overflow = most_tokens, pace_s, on_overflow
+        self._loop = asyncio.get_running_loop()
         self._waiting: list[Tokens] = []
         self._waiting_tokens = 0
         self._failure: EngineError | asyncio.CancelledError | None = None
         self._is_whole = False
         self._reader: asyncio.Future[None] | None = None
+        self._due: asyncio.TimerHandle | None = None
+        self._read_at = 0.0
         self.source: object = None
         """The one line that it may come from, known with the first piece."""
 
@@ -66,10 +71,13 @@ class Inflow:
         self._waiting.append(piece)
         self._waiting_tokens += len(piece.token_ids)
         self._is_whole = piece.finish_reason is not None
-        if self._waiting_tokens > self._most_tokens and not self._is_whole:
+        if self._is_whole:
+            self._wake()
+        elif self._waiting_tokens > self._most_tokens:
             self.fail(SlowReader(f"the client left {self._waiting_tokens} tokens unread"))
             self._on_overflow()
-        self._wake()
+        elif self._reader is not None and self._due is None:
+            self._wake_in_time()
 
     def fail(self, error: EngineError | asyncio.CancelledError) -> None:
         """What has come is still read, then this is raised. A whole output can no longer fail."""
@@ -78,15 +86,33 @@ class Inflow:
             self._wake()
 
     async def next(self) -> Tokens:
-        while not self._waiting:
-            if self._failure is not None:
+        while not self._waiting or self._is_early:
+            if self._failure is not None and not self._waiting:
                 raise self._failure
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = self._loop.create_future()
+            if self._waiting:
+                self._wake_in_time()
             await self._reader
         pieces, self._waiting, self._waiting_tokens = self._waiting, [], 0
+        self._read_at = self._loop.time()
         return join(pieces)
 
+    @property
+    def _is_early(self) -> bool:
+        is_over = self._is_whole or self._failure is not None
+        return not is_over and self._loop.time() < self._read_at + self._pace_s()
+
+    def _wake_in_time(self) -> None:
+        when = self._read_at + self._pace_s()
+        if when <= self._loop.time():
+            self._wake()
+        else:
+            self._due = self._loop.call_at(when, self._wake)
+
     def _wake(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -116,6 +142,10 @@ class Listener:
 
     def open(self, request_id: str, inflow: Inflow) -> None:
         self._inflows[request_id] = inflow
+
+    def pace_s(self) -> float:
+        """How long tokens wait for company: alone not at all, in a crowd a little, for a send costs more than they."""
+        return min(MOST_PACE_S, PACE_FOR_EACH_S * (len(self._inflows) - 1))
 
     def close(self, request_id: str) -> None:
         self._inflows.pop(request_id, None)
@@ -197,7 +227,7 @@ class SocketLink(ServeLink):
 
     async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
         call = self._handle.options(multiplexed_model_id=identity_of(job)).run.remote(job, self._listener.address)
-        inflow = Inflow(self._most_waiting_tokens, call.cancel)
+        inflow = Inflow(self._most_waiting_tokens, self._listener.pace_s, call.cancel)
         self._listener.open(job.request_id, inflow)
         self._watch(call, inflow)
         is_over = False

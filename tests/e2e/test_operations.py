@@ -168,30 +168,38 @@ def test_scaling_by_hand_adds_a_replica_and_takes_it_away(stack: Stack) -> None:
         assert not seen.refusals
 
 
-def test_a_flood_brings_a_second_replica_that_leaves_later_and_cuts_nothing(
+def test_load_takes_the_group_from_one_replica_to_three_and_back_and_cuts_nothing(
     stack: Stack, config: Path, tmp_path: Path
 ) -> None:
     raw = yaml.safe_load(config.read_text())
-    bounds = raw["applications"][0]["deployments"][1]["autoscaling_config"]
-    bounds |= {"max_replicas": 2, "target_ongoing_requests": 4, "upscale_delay_s": 1, "downscale_delay_s": 5}
+    scaling = raw["applications"][0]["deployments"][1]["autoscaling_config"]
+    scaling |= {"max_replicas": 3, "look_back_period_s": 5, "upscale_delay_s": 1, "downscale_delay_s": 5}
+    scaling["policy"]["policy_kwargs"] = {"target_queued_tokens": 600}
     elastic = tmp_path / "serve_config.yaml"
     elastic.write_text(yaml.safe_dump(raw, sort_keys=False))
     stack.cli("deploy", str(elastic))
+    assert healthy_replicas(stack) == 1
+    tenant = stack.tenants["prepaid"]
 
-    async def flood() -> list[load.Outcome]:
+    async def rise_and_fall() -> list[load.Outcome]:
         seen = []
-        while len(stack.processes("farebox:LoraReplica")) < 2:
-            assert len(seen) < 30, "no second replica"
-            seen.append(await load.run(stack, [stack.tenants["prepaid"]], 60, at_once=40, seed=len(seen)))
-        wait_for(lambda: healthy_replicas(stack) == 2, 60, "the second replica is not healthy")
-        while len(stack.processes("farebox:LoraReplica")) == 2:
-            assert len(seen) < 200, "the second replica did not leave"
-            seen.append(await load.run(stack, [stack.tenants["prepaid"]], 4, at_once=2, seed=len(seen)))
+        while len(stack.processes("farebox:LoraReplica")) < 3:
+            assert len(seen) < 40, "no third replica"
+            seen.append(await load.run(stack, [tenant], 80, at_once=40, seed=len(seen)))
+        while healthy_replicas(stack) < 3:
+            assert len(seen) < 80, "the third replica is not healthy"
+            seen.append(await load.run(stack, [tenant], 80, at_once=40, seed=len(seen)))
+        while len(stack.processes("farebox:LoraReplica")) > 1:
+            assert len(seen) < 300, "the replicas did not leave"
+            seen.append(await load.run(stack, [tenant], 4, at_once=2, seed=len(seen)))
         return seen
 
-    for outcome in asyncio.run(flood()):
+    outcomes = asyncio.run(rise_and_fall())
+    assert healthy_replicas(stack) == 1
+    for outcome in outcomes:
         assert not outcome.broken
         assert not outcome.refusals
+    wait_for(lambda: books.account(stack, tenant)["open_holds"] == 0, 30, "a hold leaked")
     stack.cli("deploy", str(config))
 
 

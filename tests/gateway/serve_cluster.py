@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -47,9 +49,13 @@ class Cluster:
         raise AssertionError((self.folder / "log").read_text()[-3000:])
 
     def stats(self) -> dict[str, int]:
+        """Of the one engine."""
+        [engine] = self.engines()
+        return engine
+
+    def engines(self) -> list[dict[str, int]]:
         reply = httpx.get(f"{self.base_url}/admin/engines", headers=bearer(ADMIN_KEY), timeout=10)
-        [engine] = reply.json()["data"]
-        return dict(engine)
+        return list(reply.json()["data"])
 
     @property
     def address(self) -> tuple[str, int]:
@@ -150,9 +156,9 @@ def config_of(base: Path, adapters: dict[str, Path], folder: Path, transport: st
     return {"applications": [farebox]}
 
 
-def environment(store: valkey.Valkey, folder: Path, haproxy: bool) -> dict[str, str]:
+def environment(store_url: str, folder: Path, haproxy: bool) -> dict[str, str]:
     made = os.environ | {
-        "REDIS_URL": store.url,
+        "REDIS_URL": store_url,
         "FAREBOX_ADMIN_KEY": ADMIN_KEY,
         "PYTHONPATH": str(REPO),
         "OMP_NUM_THREADS": "1",
@@ -199,6 +205,42 @@ def await_start(cluster: Cluster) -> None:
         assert admin.post("/admin/tenants", json={"id": "acme", "email": "a@example.com"}).status_code == 201
         assert admin.post("/admin/tenants/acme/grants", json={"source": "t", "usd": "100.00"}).json()["granted"]
         cluster.key = admin.post("/admin/tenants/acme/keys", json={}).json()["api_key"]
+
+
+@contextmanager
+def serving(config: dict[str, object], folder: Path, haproxy: bool) -> Iterator[Cluster]:
+    """Start a cluster on a store of its own, and end both."""
+    port = free_port()
+    (folder / "config.json").write_text(json.dumps(config))
+    store = valkey.start(folder / "v")
+    log = (folder / "log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.gateway.serve_house", str(folder / "config.json"), str(port), ANSWER],
+        env=environment(store.url, folder, haproxy),
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        start_new_session=True,
+    )
+    made = Cluster(process, f"http://127.0.0.1:{port}", config, folder)
+    try:
+        await_start(made)
+        yield made
+    finally:
+        made.close()
+        stop(process)
+        log.close()
+        store.stop()
+
+
+def with_context(base: Path, out: Path) -> Path:
+    """The tests' base model with room for streams that last."""
+    shutil.copytree(base, out)
+    shape = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": CONTEXT}))
+    return out
 
 
 def stop(process: subprocess.Popen[str]) -> None:

@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,22 +15,10 @@ import httpx
 import openai
 import pytest
 
-from cluster import valkey
 from deployments.engine.adapters import digest_adapter
 from tests.engine.conftest import adapter_paths, base_path, tokenizer
 from tests.gateway.conftest import ADMIN_KEY, bearer
-from tests.gateway.serve_cluster import (
-    ANSWER,
-    CONTEXT,
-    REPO,
-    Cluster,
-    await_start,
-    config_of,
-    environment,
-    eventually,
-    free_port,
-    stop,
-)
+from tests.gateway.serve_cluster import Cluster, config_of, eventually, serving, with_context
 
 __all__ = ["adapter_paths", "base_path", "tokenizer"]
 
@@ -42,35 +28,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module", params=["default", "haproxy", "haproxy, Serve's streaming"])
 def cluster(request: pytest.FixtureRequest, base_path: Path, adapter_paths: dict[str, Path]) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="g", dir="/tmp"))
-    base = folder / "base"
-    shutil.copytree(base_path, base)
-    shape = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": CONTEXT}))
     chosen = {name: adapter_paths[name] for name in ("all8", "attention4")}
     transport = "serve" if "streaming" in request.param else "socket"
-    config, port = config_of(base, chosen, folder, transport), free_port()
-    (folder / "config.json").write_text(json.dumps(config))
-    store = valkey.start(folder / "v")
-    log = (folder / "log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.gateway.serve_house", str(folder / "config.json"), str(port), ANSWER],
-        env=environment(store, folder, "haproxy" in request.param),
-        cwd=REPO,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        start_new_session=True,
-    )
-    made = Cluster(process, f"http://127.0.0.1:{port}", config, folder)
+    config = config_of(with_context(base_path, folder / "base"), chosen, folder, transport)
     try:
-        await_start(made)
-        yield made
+        with serving(config, folder, "haproxy" in request.param) as made:
+            yield made
     finally:
-        made.close()
-        stop(process)
-        log.close()
-        store.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
