@@ -11,20 +11,21 @@ from asyncio import StreamReader
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deployments.engine.request import Tokens
 
 NONCE_BYTES = PROOF_BYTES = SECRET_BYTES = 32
 LENGTH_BYTES = 4
 MOST_FRAME_BYTES = 4 << 20
-PIECES_IN_FRAME = 256
-"""A longer batch travels in several frames."""
 
 Batch = Sequence[tuple[str, Tokens]]
 """Pieces of several requests, each behind its request id, those of one request in order."""
 
-_BATCH: TypeAdapter[tuple[tuple[str, Tokens], ...]] = TypeAdapter(tuple[tuple[str, Tokens], ...])
+_BATCH: TypeAdapter[tuple[tuple[str, Tokens], ...]] = TypeAdapter(
+    tuple[tuple[str, Tokens], ...],
+    config=ConfigDict(ser_json_inf_nan="constants"),  # a token may be impossible: its log-probability is -Infinity
+)
 
 
 class BadFrame(Exception):
@@ -55,16 +56,13 @@ def is_proof(claimed: bytes, secret: bytes, side: str, nonce: bytes) -> bool:
 
 
 def pack(batch: Batch) -> bytes:
-    """Frames of a batch."""
-    return b"".join(
-        _frame(_BATCH.dump_json(tuple(batch[start : start + PIECES_IN_FRAME]), exclude_defaults=True))
-        for start in range(0, len(batch), PIECES_IN_FRAME)
-    )
-
-
-def _frame(body: bytes) -> bytes:
-    assert len(body) <= MOST_FRAME_BYTES, "a piece is a few tokens"
-    return len(body).to_bytes(LENGTH_BYTES, "big") + body
+    """A batch in as many frames as it needs."""
+    body = _BATCH.dump_json(tuple(batch), exclude_defaults=True)
+    if len(body) <= MOST_FRAME_BYTES:
+        return len(body).to_bytes(LENGTH_BYTES, "big") + body
+    assert len(batch) > 1, "a piece is a few tokens"
+    middle = len(batch) // 2
+    return pack(batch[:middle]) + pack(batch[middle:])
 
 
 def unpack(body: bytes) -> Batch:

@@ -158,6 +158,8 @@ class Listener:
     async def stop(self) -> None:
         if self._server is not None:
             self._server.close()
+        for inflow in list(self._inflows.values()):
+            inflow.fail(ReplicaLost("this gateway listens no more"))
         ending = {task for task in self._lines.values() if task is not None}
         for line in self._lines:
             line.transport.abort()
@@ -263,6 +265,7 @@ async def _follow(call: DeploymentResponse[object], inflow: Inflow) -> None:
         answer = await call
     except asyncio.CancelledError as left:  # by Serve, which saw the client leave: the reader is about to know
         inflow.fail(left)
+        return
     except Exception as error:  # whatever it is, the reader waits for an answer
         inflow.fail(as_engine_error(error))
         return

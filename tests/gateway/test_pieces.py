@@ -3,8 +3,9 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 
-from deployments.engine.request import FinishReason, Tokens
+from deployments.engine.request import Choice, FinishReason, Tokens
 from deployments.pieces import SEND_INTERVAL_S, Outbox, join
 
 
@@ -22,6 +23,12 @@ def test_joined_pieces_keep_their_order_and_the_last_totals() -> None:
     assert joined.token_ids == (0, 1, 2)
     assert joined.text == "0 1 2 "
     assert (joined.completion_tokens, joined.compute_ms, joined.finish_reason) == (3, 2, FinishReason.STOP)
+
+
+def test_joined_pieces_keep_every_answer_and_every_field_of_the_last() -> None:
+    first = Tokens((1,), "a", 3, 2, 1, choices=(Choice(0, "a"),))
+    last = Tokens((2,), "b", 3, 2, 2, 9, FinishReason.ERROR, "why", True, (Choice(1, "b"),))
+    assert join([first, last]) == replace(last, token_ids=(1, 2), text="ab", choices=(Choice(0, "a"), Choice(1, "b")))
 
 
 async def test_tokens_of_another_thread_arrive_in_order_and_in_company() -> None:

@@ -4,16 +4,19 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from deployments import lines, socket_link
+from deployments import frames, lines, socket_link
 from deployments.engine.request import (
     AdapterRejected,
+    Choice,
     EngineFailed,
     FinishReason,
+    Logprob,
     Overloaded,
     RequestRejected,
     Tokens,
@@ -262,15 +265,22 @@ async def test_no_more_lines_than_there_may_be_replicas(path: Path, monkeypatch:
 
 
 def test_a_frame_keeps_every_field() -> None:
-    batch = [("a", PIECE), ("b", Tokens((), "", 1, 0, 0))]
+    logprob = Logprob(7, float("-inf"), ((8, -0.1), (9, float("-inf"))))
+    choices = (Choice(0, "a", (logprob,)), Choice(1, "b", finish_reason=FinishReason.STOP))
+    batch = [("a", PIECE), ("b", Tokens((), "", 1, 0, 0)), ("c", replace(PIECE, choices=choices))]
     assert list(unpack(pack(batch)[4:])) == batch
 
 
-async def test_a_long_batch_travels_in_several_frames() -> None:
-    batch = [(f"r{number}", PIECE) for number in range(600)]
+async def test_a_batch_longer_than_a_frame_travels_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "MOST_FRAME_BYTES", 1_000)
+    batch = [(f"r{number}", PIECE) for number in range(100)]
     reader = asyncio.StreamReader()
     reader.feed_data(pack(batch))
-    assert [pair for _ in range(3) for pair in await read_batch(reader)] == batch
+    reader.feed_eof()
+    arrived = []
+    while not reader.at_eof():
+        arrived += await read_batch(reader)
+    assert arrived == batch
 
 
 @pytest.mark.parametrize(
