@@ -67,7 +67,7 @@ def test_a_page_without_the_section_is_left_alone(tmp_path: Path) -> None:
     assert page.read_text() == "# A\n"
 
 
-@pytest.mark.parametrize("name", ["gateway", "ledger"])
+@pytest.mark.parametrize("name", ["gateway", "ledger", "token_path"])
 def test_a_benchmark_has_its_section_on_the_page_and_says_what_it_does(name: str) -> None:
     module = importlib.import_module(f"tests.bench.{name}")
     assert f"python -m tests.bench.{name}" in (module.__doc__ or "")
