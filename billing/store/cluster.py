@@ -6,6 +6,7 @@ client refuses pipelined scripts and waits for a hung node without the bound tha
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +71,9 @@ class Cluster(Redis):
             raise exceptions.ConnectionError("no node of the cluster has answered yet")
         return None if key is None else self._owners[key_slot(self.get_encoder().encode(key))]
 
-    def moved(self, error: exceptions.MovedError) -> Node:
-        """Believe a redirection at once."""
-        node = Node(error.host, error.port) if error.host else self._owners[error.slot_id]
+    def moved(self, error: exceptions.MovedError, asked: Node) -> Node:
+        """Believe a redirection at once. Without a host it means the one that was asked."""
+        node = Node(error.host or asked.host, error.port)
         self._owners[error.slot_id] = node
         self.suspect()
         return node
@@ -84,7 +85,7 @@ class Cluster(Redis):
         try:
             return await self._ask(node, args, options)
         except exceptions.MovedError as error:
-            return await self._ask(self.moved(error), args, options)
+            return await self._ask(self.moved(error, node), args, options)
         except exceptions.AskError as error:
             return await self._ask_importing(Node(error.host or node.host, error.port), args, options)
 
@@ -103,8 +104,20 @@ class Cluster(Redis):
         with self.trusting(node):
             return (await pipe.execute())[1]
 
-    def trusting(self, node: Node) -> "_Trust":
-        return _Trust(self, node)
+    @contextmanager
+    def trusting(self, node: Node) -> Iterator[None]:
+        """Around one wait for a node: an answer renews the trust in it, silence makes us look for another."""
+        is_heard = False
+        try:
+            with waiting_for(str(node)):
+                yield
+            is_heard = True
+        except exceptions.ResponseError:
+            is_heard = True
+            raise
+        finally:
+            if not is_heard:
+                self.suspect()
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "Pipeline":
         """``transaction``: its keys lie in one slot."""
@@ -139,21 +152,6 @@ class Cluster(Redis):
         info, slots = await pipe.execute()
         state = info if isinstance(info, dict) else dict(line.split(":", 1) for line in info.splitlines() if line)
         return _View(state["cluster_state"] == "ok", int(state["cluster_current_epoch"]), tuple(_ranges(slots, node)))
-
-
-class _Trust:
-    """Around one wait for a node: an answer renews the trust in it, silence makes us look for another."""
-
-    def __init__(self, cluster: Cluster, node: Node) -> None:
-        self._cluster, self._waiting = cluster, waiting_for(str(node))
-
-    def __enter__(self) -> None:
-        self._waiting.__enter__()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is not None and (not isinstance(error, exceptions.ResponseError)):
-            self._cluster.suspect()
-        self._waiting.__exit__(kind, error, trace)
 
 
 class _Script(AsyncScript):
@@ -201,7 +199,7 @@ class _ClusterPipeline(Pipeline):
         try:
             replies = await self._send(node, stack)
         except exceptions.MovedError as error:
-            return await self._send(self._cluster.moved(error), stack)
+            return await self._send(self._cluster.moved(error, node), stack)
         for number, reply in enumerate(replies):
             if isinstance(reply, exceptions.MovedError | exceptions.AskError):
                 args, options = stack[number]
