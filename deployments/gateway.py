@@ -63,6 +63,7 @@ class Priced:
     model: Model
     prompt_token_ids: tuple[int, ...]
     max_tokens: int
+    """Of all its answers together."""
 
 
 class Gateway:
@@ -142,7 +143,7 @@ class Gateway:
                 f"the prompt has {len(prompt)} tokens and this model's context ends at "
                 f"{self._max_context_tokens}: shorten it"
             )
-        return Priced(model, prompt, min(ask.max_tokens or room, room))
+        return Priced(model, prompt, min(ask.max_tokens or room, room) * ask.sampling.n)
 
     async def quote(self, principal: Principal, ask: Ask) -> tuple[Priced, Quote]:
         """What a request would hold and whether it would be admitted; changes nothing."""
@@ -209,7 +210,7 @@ class Gateway:
         return GenerateRequest(
             request_id=hold.request.request_id,
             prompt_token_ids=priced.prompt_token_ids,
-            sampling=replace(ask.sampling, max_tokens=hold.max_tokens),
+            sampling=replace(ask.sampling, max_tokens=max(1, hold.max_tokens // ask.sampling.n)),
             adapter=AdapterRef(model.id, model.digest, model.path) if model.is_adapter else None,
             fairness_key=hold.request.tenant,
             time_to_live_s=self._lease_s,

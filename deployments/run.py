@@ -19,6 +19,7 @@ from billing.store.packing import origin_of, worst_case
 from billing.usage import NOTHING, RequestId, Status, Usage
 from deployments.engine.request import (
     AdapterRejected,
+    Choice,
     EngineError,
     EngineFailed,
     FinishReason,
@@ -67,6 +68,8 @@ class Run:
         self._pieces = around.link.generate(job)
         self._first: Tokens | None = None
         self._ending: asyncio.Task[Receipt] | None = None
+        self._open = set(range(job.sampling.n))
+        """Answers that have not ended."""
         self._is_lost = False
         self._delivered = NOTHING
         self._reader: asyncio.Task[object] | None = None
@@ -118,12 +121,12 @@ class Run:
             if self.finish_reason is None:
                 self.leave()
 
-    async def collect(self) -> str:
-        """The whole text, which ``settle`` then charges; free when we fail on the way."""
-        text = [self._first.text if self._first else ""]
+    async def collect(self) -> list[Choice]:
+        """Everything, which ``settle`` then charges; free when we fail on the way."""
+        news = list(self._first.choices) if self._first else []
         try:
             while self.finish_reason is None:
-                text.append((await self._next()).text)
+                news += (await self._next()).choices
         except OUR_FAILURES:
             await self._end(Status.FAILED, NOTHING)
             raise
@@ -133,7 +136,7 @@ class Run:
         finally:
             if self.finish_reason is None:
                 self._fail()
-        return "".join(text)
+        return news
 
     async def settle(self, is_delivered: bool = True) -> Receipt:
         """The receipt, once the record is on disk. ``is_delivered``: the client has the tokens already.
@@ -179,7 +182,7 @@ class Run:
         return self.hold.request.price.charge(usage)
 
     async def _next(self) -> Tokens:
-        """The next piece that is paid for; the last one of a request that cannot pay for more is empty."""
+        """The next piece that is paid for, with its choices; the last of a request that cannot pay more is empty."""
         piece = await self._read()
         if self._is_lost:
             raise LeaseLost("the hold of this request ended while it ran")
@@ -203,7 +206,16 @@ class Run:
             self.shortage = self._clamped()
         if self.finish_reason is not None and self._deadline is not None:
             self._deadline.cancel()
-        return piece
+        return replace(piece, choices=self._news(piece))
+
+    def _news(self, piece: Tokens) -> tuple[Choice, ...]:
+        """What is new of each answer; where the request ends, those that are still open do."""
+        news = [choice for choice in piece.news if choice.index in self._open]
+        self._open -= {choice.index for choice in news if choice.finish_reason is not None}
+        if piece.finish_reason is not None:
+            news += [Choice(index, "", finish_reason=piece.finish_reason) for index in sorted(self._open)]
+            self._open.clear()
+        return tuple(news)
 
     def _unpaid(self, piece: Tokens) -> Tokens:
         """The end in place of a piece beyond the hold."""
@@ -213,7 +225,7 @@ class Run:
         if isinstance(refusal, UnknownHold):
             raise LeaseLost("the hold of this request ended while it ran")
         self.shortage = refusal
-        return replace(piece, token_ids=(), text="", finish_reason=FinishReason.LENGTH)
+        return replace(piece, token_ids=(), text="", choices=(), finish_reason=FinishReason.LENGTH)
 
     def _clamped(self) -> InsufficientCredits | None:
         """The shortage of a request that came to the end of what its tenant's credit affords."""

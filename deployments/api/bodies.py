@@ -65,6 +65,28 @@ class ReceiptBody(Body):
     draws: list[DrawBody]
 
 
+class TokenLogprob(Body):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Body):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+class TextLogprobs(Body):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class ChatMessage(Body):
     role: Literal["assistant"]
     content: str
@@ -73,14 +95,14 @@ class ChatMessage(Body):
 class ChatChoice(Body):
     index: int
     message: ChatMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
 class TextChoice(Body):
     index: int
     text: str
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 

@@ -10,6 +10,7 @@ from hashlib import sha256
 from typing import Annotated, Self
 
 from fastapi import Depends, Header, Request
+from pydantic import TypeAdapter
 
 from billing.errors import BillingError, ModelNotAllowed, Refusal, StoreUnavailable
 from billing.store.answers import MAX_ANSWER_BYTES, Answers, Asked, Kept
@@ -17,12 +18,14 @@ from billing.tenants import Principal
 from billing.usage import RequestId
 from deployments.api.errors import BadRequest
 from deployments.api.wire import Sampled
-from deployments.engine.request import FinishReason
+from deployments.engine.request import Choice
 from deployments.run import Run
 from deployments.settling import Settler
 
 HEADER = "Idempotency-Key"
 LONGEST_KEY = 255
+LOGPROB_BYTES = 48
+"""What a token's log-probability takes in a transcript, about."""
 REPLAYED = {"idempotent-replayed": "true"}
 """Tells an answer that was kept from one that ran."""
 
@@ -54,7 +57,6 @@ def _key_given(
 GivenKey = Annotated[str | None, Depends(_key_given)]
 
 
-Piece = tuple[str, FinishReason | None]
 Incomplete = dict[str, dict[str, str]]
 
 
@@ -67,6 +69,8 @@ class Head:
     model: str
     is_chat: bool
     max_tokens: int
+    """Of each answer."""
+    answers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class Transcript:
     """A whole answer, in the pieces in which it came."""
 
     head: Head
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Choice, ...]
     incomplete: Incomplete
     """What its last chunk says of an answer that credit cut short."""
 
@@ -83,9 +87,7 @@ class Transcript:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        raw = json.loads(text)
-        pieces = tuple((text, FinishReason(reason) if reason else None) for text, reason in raw["pieces"])
-        return cls(Head(**raw["head"]), pieces, raw["incomplete"])
+        return TypeAdapter(cls).validate_json(text)
 
 
 class Claim:
@@ -93,7 +95,7 @@ class Claim:
 
     def __init__(self, answers: Answers, settler: Settler, asked: Asked | None) -> None:
         self._answers, self._settler, self._asked = answers, settler, asked
-        self._pieces: list[Piece] = []
+        self._pieces: list[Choice] = []
         self._length = 0
 
     async def make(self) -> Kept | None:
@@ -105,10 +107,10 @@ class Claim:
         if self._asked is not None:
             await self._answers.check(self._asked)
 
-    def add(self, text: str, reason: FinishReason | None) -> None:
-        self._length += len(text)
+    def add(self, choice: Choice) -> None:
+        self._length += len(choice.text) + sum(LOGPROB_BYTES * (1 + len(each.top)) for each in choice.logprobs)
         if self._asked is not None and self._length <= MAX_ANSWER_BYTES:
-            self._pieces.append((text, reason))
+            self._pieces.append(choice)
 
     async def stage(self, head: Head, incomplete: Incomplete) -> None:
         """Before the answer is charged. Raises IdempotencyKeyInUse, StoreUnavailable."""

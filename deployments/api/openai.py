@@ -4,7 +4,6 @@ Knows OpenAI's shapes; what a request costs and how it runs is the gateway's bus
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
@@ -26,8 +25,10 @@ from deployments.api.bodies import ChatCompletion, Listing, ModelBody, QuoteBody
 from deployments.api.document import Responses, refusals
 from deployments.api.errors import answer_for, body_of
 from deployments.api.idempotency import REPLAYED, Claim, GivenKey, Head, Incomplete, Transcript, asked_under
+from deployments.api.shape import Json, Shape, event, merged
 from deployments.api.wire import ChatRequest, CompletionRequest, QuoteRequest, Sampled
-from deployments.engine.request import EngineError, FinishReason
+from deployments.engine.request import EngineError
+from deployments.engine.text import Text
 from deployments.run import Run
 from deployments.services import Caller, OurId, Parts, Services
 
@@ -41,49 +42,6 @@ ANSWERED: Responses = {
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 router = APIRouter(responses=refusals(401, 403, 503))
-Json = dict[str, object]
-
-
-class _Shape:
-    """How one endpoint writes its pieces."""
-
-    def __init__(self, head: Head) -> None:
-        self._is_chat = head.is_chat
-        kind = "chat.completion" if head.is_chat else "text_completion"
-        base: dict[str, object] = {"id": head.name, "created": head.created, "model": head.model}
-        self._whole = base | {"object": kind}
-        self._piece = base | {"object": "chat.completion.chunk" if head.is_chat else kind}
-
-    def whole(self, text: str, reason: FinishReason | None, closing: Json) -> Json:
-        content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": _reason(reason)}
-        return self._whole | {"choices": [choice]} | closing
-
-    def opening(self) -> str:
-        """Chat streams begin with the role."""
-        return self._event(self._choice({"role": "assistant", "content": ""}, None)) if self._is_chat else ""
-
-    def piece(self, text: str, reason: FinishReason | None) -> str:
-        if self._is_chat:
-            return self._event(self._choice({"content": text} if text else {}, reason))
-        return self._event({"index": 0, "text": text, "logprobs": None, "finish_reason": _reason(reason)})
-
-    def closing(self, closing: Json) -> str:
-        return _event(self._piece | {"choices": []} | closing) + "data: [DONE]\n\n"
-
-    def _choice(self, delta: dict[str, str], reason: FinishReason | None) -> dict[str, object]:
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": _reason(reason)}
-
-    def _event(self, choice: dict[str, object]) -> str:
-        return _event(self._piece | {"choices": [choice]})
-
-
-def _event(value: dict[str, object]) -> str:
-    return f"data: {json.dumps(value, separators=(',', ':'), ensure_ascii=False)}\n\n"
-
-
-def _reason(reason: FinishReason | None) -> str | None:
-    return None if reason is None else reason.value
 
 
 def _closing(record: UsageRecord, incomplete: Incomplete) -> Json:
@@ -119,9 +77,9 @@ def _incomplete(run: Run) -> Incomplete:
 class EventStream(StreamingResponse):
     """A run as server-sent events; however the connection ends, the run and its claim do."""
 
-    def __init__(self, run: Run, claim: Claim, head: Head) -> None:
+    def __init__(self, run: Run, claim: Claim, head: Head, text: Text) -> None:
         self._run, self._claim = run, claim
-        super().__init__(_events(run, claim, head), media_type=SSE, headers=_headers(run) | UNBUFFERED)
+        super().__init__(_events(run, claim, head, text), media_type=SSE, headers=_headers(run) | UNBUFFERED)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -131,18 +89,19 @@ class EventStream(StreamingResponse):
             self._claim.conclude(self._run)
 
 
-async def _events(run: Run, claim: Claim, head: Head) -> AsyncGenerator[str, None]:
+async def _events(run: Run, claim: Claim, head: Head, text: Text) -> AsyncGenerator[str, None]:
     """Every piece, then usage and receipt, then ``[DONE]``: that one only after the record is on disk."""
-    shape = _Shape(head)
+    shape = Shape(head, text)
     yield shape.opening()
     try:
         async for piece in run.pieces():
-            claim.add(piece.text, piece.finish_reason)
-            yield shape.piece(piece.text, piece.finish_reason)
+            for choice in piece.choices:
+                claim.add(choice)
+                yield shape.piece(choice)
         await claim.stage_delivered(head, _incomplete(run))
         receipt = await run.settle()
     except (EngineError, BillingError) as error:
-        yield _event(body_of(error))
+        yield event(body_of(error))
         return
     yield shape.closing(_closing(receipt.record, _incomplete(run)))
 
@@ -162,37 +121,39 @@ async def _answer(asked: Sampled, parts: Services, caller: Principal, our_id: Re
     claim = Claim(parts.answers, parts.gateway.settler, asked_under(key, caller, our_id, asked))
     try:
         if (kept := await claim.make()) is not None:
-            return _replay(kept, asked.is_streamed)
+            return _replay(kept, asked.is_streamed, parts.gateway.text)
         run = await parts.gateway.open(caller, ask, our_id)
     except BaseException:
         claim.conclude(None)
         raise
     head = _head(run, is_chat=isinstance(asked, ChatRequest))
-    return await (_stream(run, claim, head) if asked.is_streamed else _whole(run, claim, head))
+    text = parts.gateway.text
+    return await (_stream(run, claim, head, text) if asked.is_streamed else _whole(run, claim, head, text))
 
 
-async def _stream(run: Run, claim: Claim, head: Head) -> Response:
+async def _stream(run: Run, claim: Claim, head: Head, text: Text) -> Response:
     is_ours = False
     try:
         await claim.check()
         is_ours = True
-        return EventStream(run, claim, head)
+        return EventStream(run, claim, head, text)
     finally:
         if not is_ours:
             run.cut()
             claim.conclude(run)
 
 
-async def _whole(run: Run, claim: Claim, head: Head) -> Response:
+async def _whole(run: Run, claim: Claim, head: Head, text: Text) -> Response:
     try:
-        text = await run.collect()
-        claim.add(text, run.finish_reason)
+        choices = merged(await run.collect())
+        for choice in choices:
+            claim.add(choice)
         record = await _charge(run, claim, head)
     finally:
         claim.conclude(run)
     headers = _headers(run) | _costs(record)
     closing = _closing(record, _incomplete(run))
-    return JSONResponse(_Shape(head).whole(text, run.finish_reason, closing), headers=headers)
+    return JSONResponse(Shape(head, text).whole(choices, closing), headers=headers)
 
 
 async def _charge(run: Run, claim: Claim, head: Head) -> UsageRecord:
@@ -210,22 +171,21 @@ async def _charge(run: Run, claim: Claim, head: Head) -> UsageRecord:
     return (await run.settle(is_delivered=False)).record
 
 
-def _replay(kept: Kept, is_streamed: bool) -> Response:
+def _replay(kept: Kept, is_streamed: bool, text: Text) -> Response:
     """A kept answer in the shape in which it was asked for."""
     transcript = Transcript.from_json(kept.answer)
-    shape, record, pieces = _Shape(transcript.head), kept.record, transcript.pieces
+    shape, record, pieces = Shape(transcript.head, text), kept.record, transcript.pieces
     closing = _closing(record, transcript.incomplete)
     headers = REPLAYED | {"x-farebox-max-tokens": str(transcript.head.max_tokens)}
     if is_streamed:
-        events = [shape.opening(), *(shape.piece(*piece) for piece in pieces), shape.closing(closing)]
+        events = [shape.opening(), *map(shape.piece, pieces), shape.closing(closing)]
         return Response("".join(events), media_type=SSE, headers=headers | UNBUFFERED)
-    [(text, reason)] = pieces
-    return JSONResponse(shape.whole(text, reason, closing), headers=headers | _costs(record))
+    return JSONResponse(shape.whole(merged(pieces), closing), headers=headers | _costs(record))
 
 
 def _head(run: Run, is_chat: bool) -> Head:
     name = ("chatcmpl-" if is_chat else "cmpl-") + run.request_id.removeprefix("req_")
-    return Head(name, int(time.time()), run.model.id, is_chat, run.hold.max_tokens)
+    return Head(name, int(time.time()), run.model.id, is_chat, run.job.sampling.max_tokens, run.job.sampling.n)
 
 
 def _costs(record: UsageRecord) -> dict[str, str]:
@@ -237,7 +197,7 @@ def _costs(record: UsageRecord) -> dict[str, str]:
 
 def _headers(run: Run) -> dict[str, str]:
     """What is known at the hold: the tokens it pays for, and what is left of the limits."""
-    headers = {"x-farebox-max-tokens": str(run.hold.max_tokens)}
+    headers = {"x-farebox-max-tokens": str(run.job.sampling.max_tokens)}
     limits, left = run.hold.request.limits, run.hold.limits_left
     for name, limit, rest, reset_s in (
         ("requests", limits.requests_per_minute, left.requests, left.requests_reset_s),

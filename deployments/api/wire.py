@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from deployments.api.errors import BadRequest
-from deployments.engine.request import RequestRejected, SamplingParams
+from deployments.engine.request import MOST_BIASES, MOST_CHOICES, MOST_LOGPROBS, RequestRejected, SamplingParams
 from deployments.gateway import Ask, Prompt
 
 MAX_STOPS = 4
@@ -21,9 +21,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 UNSUPPORTED = (
     "tools",
     "functions",
-    "logprobs",
-    "top_logprobs",
-    "logit_bias",
     "echo",
     "suffix",
     "audio",
@@ -101,7 +98,9 @@ class Sampled(Sent, ABC):
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
-    n: int | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    logit_bias: Annotated[dict[int, float], Field(max_length=MOST_BIASES)] | None = None
     best_of: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -109,6 +108,10 @@ class Sampled(Sent, ABC):
     @abstractmethod
     def prompt(self) -> Prompt:
         """What the model is to answer. Raises BadRequest."""
+
+    @abstractmethod
+    def wanted_logprobs(self) -> int | None:
+        """How many likeliest tokens to report beside each one's own likelihood. Raises BadRequest."""
 
     def wanted_tokens(self) -> int | None:
         return self.max_tokens
@@ -119,9 +122,8 @@ class Sampled(Sent, ABC):
         return Ask(self.model, self.prompt(), self._sampling(), self.wanted_tokens())
 
     def _refuse_unsupported(self) -> None:
-        for name in ("n", "best_of"):
-            if getattr(self, name) not in (None, 1):
-                raise BadRequest(f"{name} other than 1 is not supported: send one request for each answer", name)
+        if self.best_of not in (None, self.n or 1):
+            raise BadRequest("best_of above n is not supported: every answer is returned", "best_of")
         for name in UNSUPPORTED:
             if (self.model_extra or {}).get(name):
                 raise BadRequest(f"{name} is not supported here: remove it", name)
@@ -139,7 +141,17 @@ class Sampled(Sent, ABC):
         if len(stop) > MAX_STOPS:
             raise BadRequest(f"stop takes at most {MAX_STOPS} strings, not {len(stop)}", "stop")
         try:
-            return SamplingParams(max_tokens=1, seed=self.seed, stop=stop, ignore_eos=self.ignore_eos, **given)
+            return SamplingParams(
+                max_tokens=1,
+                seed=self.seed,
+                stop=stop,
+                ignore_eos=self.ignore_eos,
+                n=self.n or 1,
+                min_tokens=self.min_tokens or 0,
+                logit_bias=tuple((self.logit_bias or {}).items()),
+                logprobs=self.wanted_logprobs(),
+                **given,
+            )
         except RequestRejected as error:
             raise BadRequest(str(error), str(error).split(" ", 1)[0]) from error
 
@@ -157,6 +169,13 @@ class ChatRequest(Sampled):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    def wanted_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        return self.top_logprobs or 0 if self.logprobs else None
 
     def prompt(self) -> Prompt:
         return [message.plain() for message in self.messages]
@@ -168,6 +187,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     model_config = ConfigDict(json_schema_extra={"examples": [TEXT]})
 
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     text: Annotated[str | list[str] | list[int] | list[list[int]], Field(alias="prompt", min_length=1)]
 
     def prompt(self) -> Prompt:
@@ -177,6 +197,9 @@ class CompletionRequest(Sampled):
                 raise BadRequest("one prompt a request: send a request for each", "prompt")
             prompt = prompt[0]
         return prompt if isinstance(prompt, str) else tuple(int(token) for token in prompt)
+
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
 
     def wanted_tokens(self) -> int | None:
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS

@@ -4,6 +4,7 @@ Knows the files of a Hugging Face model folder; imports no torch, so that a gate
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Never
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
 
 from deployments.engine.request import ModelRefused, RequestRejected
 
@@ -20,6 +22,14 @@ LONGEST_CHARACTER_TOKENS = 4
 """A UTF-8 character has at most four bytes, hence at most four byte tokens."""
 HELD_TOKENS = 16
 """Tokens held back for a character to complete before they are shown as they are."""
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+WORD_MARK = "\u2581"
+"""Stands for a space in SentencePiece's tokens."""
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))
+}
+"""The characters by which byte-level tokens spell their bytes (Radford et al., GPT-2, 2019)."""
 
 
 class Text:
@@ -68,6 +78,19 @@ class Text:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The whole text of these tokens, special tokens left out."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def token(self, token_id: int) -> tuple[str, bytes]:
+        """One token as text, half a character shown as broken, and its exact bytes."""
+        raw = self.tokenizer.id_to_token(token_id) or ""
+        if byte := BYTE_TOKEN.fullmatch(raw):
+            content = bytes.fromhex(byte[1])
+        elif WORD_MARK in raw:
+            content = raw.replace(WORD_MARK, " ").encode()
+        elif isinstance(self.tokenizer.decoder, ByteLevel) and BYTES.keys() >= set(raw):
+            content = bytes(BYTES[character] for character in raw)
+        else:
+            content = self.tokenizer.decode([token_id], skip_special_tokens=False).encode()
+        return content.decode(errors="replace"), content
 
     def detokenizer(self, stop: Iterable[str] = ()) -> "Detokenizer":
         """A fresh decoder for one request's output."""

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
 
-from deployments.engine.request import EngineStats, FinishReason, GenerateRequest, Tokens
+from deployments.engine.request import Choice, EngineStats, FinishReason, GenerateRequest, Logprob, Tokens
 
 
 @dataclass
@@ -51,15 +51,26 @@ class ScriptedLink:
                 self.aborted.append(job.request_id)
 
     def _piece(self, job: GenerateRequest, number: int, reason: FinishReason | None) -> Tokens:
+        answers, text = job.sampling.n, f"tok{number} "
+        choices = tuple(self._choice(job, index, number, reason) for index in range(answers))
+        is_plain = answers == 1 and job.sampling.logprobs is None
         return Tokens(
-            token_ids=(number,),
-            text=f"tok{number} ",
+            token_ids=(number,) * answers,
+            text=text if is_plain else "",
             prompt_tokens=len(job.prompt_token_ids),
             cached_tokens=min(self.cached_tokens, len(job.prompt_token_ids)),
-            completion_tokens=number + 1,
+            completion_tokens=(number + 1) * answers,
             compute_ms=(number + 1) * self.compute_ms,
             finish_reason=reason,
+            choices=() if is_plain else choices,
         )
+
+    def _choice(self, job: GenerateRequest, index: int, number: int, reason: FinishReason | None) -> Choice:
+        """Answer ``index`` of several says ``1tok0``, ``2tok0``..., and each token is as likely as the one before."""
+        logprobs: tuple[Logprob, ...] = ()
+        if (count := job.sampling.logprobs) is not None:
+            logprobs = (Logprob(number, -0.5, tuple((token, -0.5 - token) for token in range(count))),)
+        return Choice(index, f"{index or ''}tok{number} ", logprobs, reason)
 
     def _reason(self, job: GenerateRequest) -> FinishReason:
         full = FinishReason.LENGTH if self.length >= job.sampling.max_tokens else FinishReason.STOP

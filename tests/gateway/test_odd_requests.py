@@ -44,7 +44,7 @@ def chat(more: str | bytes = "") -> bytes:
         chat('"seed":0.5'),
         chat('"n":-1'),
         chat('"n":0'),
-        chat('"n":2'),
+        chat('"n":17'),
         chat('"best_of":-1'),
         chat('"stream":"perhaps"'),
         chat('"stream":true,"stream_options":[]'),
