@@ -30,7 +30,7 @@ REPLAYED = {"idempotent-replayed": "true"}
 """Tells an answer that was kept from one that ran."""
 
 
-def _key_given(
+async def _key_given(
     request: Request,
     _: Annotated[
         str | None,
