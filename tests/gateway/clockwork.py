@@ -114,6 +114,13 @@ class ClockworkHandle:
         self.calls += 1
         return Call(self._serve(job, gateway))
 
+    def broadcast(self, _: str, *__: object) -> "ClockworkHandle":
+        return self
+
+    async def results_async(self, **_: object) -> list[object]:
+        """Clockwork has no deadlines."""
+        return []
+
     async def _serve(self, job: GenerateRequest, gateway: Address) -> object:
         if self.failure is not None:
             raise self.failure
