@@ -63,7 +63,10 @@ class AdapterRouter(FIFOMixin, MultiplexMixin, RequestRouter):  # type: ignore[m
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        adapter = pending_request.metadata.multiplexed_model_id if pending_request is not None else ""
+        adapter = ""
+        if pending_request is not None:
+            adapter = pending_request.metadata.multiplexed_model_id
+            pending_request.routing_context.should_backoff = True  # every replica was named: wait before the next try
         seen = [self._see(replica) for replica in candidate_replicas]
         return [[candidate_replicas[p] for p in ranked] for ranked in rank(adapter, seen, self._spread_after)]
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.request_router.common import ReplicaQueueLengthCache, RequestRoutingContext
 
 from deployments import autoscaling
 from deployments.autoscaling import QueuedTokens
-from deployments.routing import Seen, rank
+from deployments.routing import AdapterRouter, Seen, rank
 
 
 @dataclass
@@ -107,3 +109,37 @@ def test_every_replica_is_named_once_so_that_a_full_one_has_an_alternative(adapt
 
 def test_the_base_model_is_at_home_everywhere() -> None:
     assert rank("", [seen("x", 9), seen("y", 0, "a")], spread_after=8) == [[0, 1]]
+
+
+async def test_the_router_names_every_replica_and_waits_before_it_names_them_again() -> None:
+    """Where all are full Serve asks again: without a wait between, it would ask for ever and do nothing else."""
+    router = AdapterRouter.__new__(AdapterRouter)
+    router.initialize_state(spread_after=2)
+    router._replica_queue_len_cache = ReplicaQueueLengthCache()
+    replicas = [Replica(ReplicaID(name, DeploymentID("LoraReplica")), set()) for name in ("x", "y")]
+    replicas[1].multiplexed_model_ids.add("a@1")
+    pending = Pending(Metadata("a@1"))
+    assert await router.choose_replicas(replicas, pending) == [[replicas[1]], [replicas[0]]]  # type: ignore[arg-type]
+    assert pending.routing_context.should_backoff
+    router.replica_queue_len_cache.update(replicas[1].replica_id, 2)
+    assert await router.choose_replicas(replicas, pending) == [[replicas[0]], [replicas[1]]]  # type: ignore[arg-type]
+    assert await router.choose_replicas(replicas, None) == [replicas]  # type: ignore[arg-type]
+
+
+@dataclass
+class Replica:
+    """What the router reads of Serve's ``RunningReplica``."""
+
+    replica_id: ReplicaID
+    multiplexed_model_ids: set[str]
+
+
+@dataclass
+class Metadata:
+    multiplexed_model_id: str
+
+
+@dataclass
+class Pending:
+    metadata: Metadata
+    routing_context: RequestRoutingContext = field(default_factory=RequestRoutingContext)
