@@ -66,7 +66,7 @@ def house(folder: Path, haproxy: bool) -> Iterator[House]:
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.gateway.serve_house", str(folder / "config.json"), str(port), ANSWER],
-            env=environment(store, folder, haproxy),
+            env=environment(store.url, folder, haproxy),
             cwd=REPO,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
