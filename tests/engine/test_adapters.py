@@ -24,7 +24,8 @@ from deployments.engine.loop import Engine
 from deployments.engine.lora import stage
 from deployments.engine.model import linear_shapes
 from deployments.engine.request import AdapterRef, AdapterRejected, FinishReason
-from tests.engine.conftest import ADAPTERS, Oracle, request, run
+from tests.engine.conftest import request, run
+from tests.engine.models import ADAPTERS, Oracle
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 V = "base_model.model.model.layers.0.self_attn.v_proj.lora_"

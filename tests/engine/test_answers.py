@@ -10,7 +10,8 @@ import torch
 from deployments.engine.loop import Engine
 from deployments.engine.request import AdapterRef, FinishReason, RequestRejected, SamplingParams
 from deployments.engine.settings import EngineSettings
-from tests.engine.conftest import Collector, Oracle, request, run
+from tests.engine.conftest import Collector, request, run
+from tests.engine.models import Oracle
 
 PROMPT = (5, 6, 7, 8, 9, 10, 11, 12, 13, 14)
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)

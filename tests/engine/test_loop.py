@@ -22,7 +22,8 @@ from deployments.engine.request import (
     Tokens,
 )
 from deployments.engine.settings import EngineSettings
-from tests.engine.conftest import VOCABULARY, Collector, request, run
+from tests.engine.conftest import Collector, request, run
+from tests.engine.models import VOCABULARY
 
 PROMPT = (5, 6, 7, 8)
 

@@ -28,7 +28,7 @@ from deployments.engine.model import Model, linear_shapes
 from deployments.engine.request import ModelRefused
 from deployments.engine.sequence import Span
 from deployments.engine.settings import EngineSettings
-from tests.engine.conftest import VOCABULARY, peft_on_newer_transformers
+from tests.engine.models import VOCABULARY, peft_on_newer_transformers
 
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -1,45 +1,45 @@
 """The engine's greedy tokens are PEFT's own, whatever else runs beside them."""
 
-import random
+from collections.abc import Callable
+from dataclasses import replace
 
 from deployments.engine.loop import Engine
-from deployments.engine.request import AdapterRef, FinishReason, SamplingParams
-from tests.engine.conftest import VOCABULARY, Collector, Oracle, request, run
-
-
-def _sampling(max_tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0.0)
+from deployments.engine.request import AdapterRef
+from deployments.engine.settings import EngineSettings
+from tests.engine import parity
+from tests.engine.conftest import request, run
+from tests.engine.models import Oracle
 
 
 def test_mixed_requests_get_the_tokens_that_peft_gives_one_at_a_time(
     engine: Engine, refs: dict[str, AdapterRef], oracle: Oracle
 ) -> None:
-    """More adapters than slots, prompts longer than a step, cancels in between, and prompts that share a start."""
-    rng = random.Random(7)
-    shared = tuple(rng.randrange(4, VOCABULARY) for _ in range(40))
-    jobs: list[tuple[str | None, tuple[int, ...], int, Collector]] = []
-    for i in range(60):
-        adapter = rng.choice([None, *refs])
-        own = tuple(rng.randrange(4, VOCABULARY) for _ in range(rng.randrange(1, 30)))
-        prompt = shared[: rng.randrange(10, 40)] + own if rng.random() < 0.4 else own
-        max_tokens = rng.randrange(1, 20)
-        jobs.append((adapter, prompt, max_tokens, Collector()))
-        ref = refs[adapter] if adapter else None
-        key = f"tenant {i % 5}"
-        engine.submit(request(f"r{i}", prompt, ref, sampling=_sampling(max_tokens), fairness_key=key), jobs[-1][3])
-        if i % 6 == 0:
-            engine.submit(request(f"gone{i}", prompt, ref, fairness_key=key, max_tokens=80), Collector())
-            engine.abort(f"gone{i}")
-    for _, prompt, _, collector in jobs:
-        assert collector.wait().finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        assert collector.pieces[-1].prompt_tokens == len(prompt)
-    for adapter, prompt, max_tokens, collector in jobs:
-        assert collector.token_ids == oracle.greedy(adapter, prompt, max_tokens), (adapter, prompt)
+    """A bounded round of ``python -m tests.engine.parity``."""
+    found = parity.run(engine, refs, oracle, 100)
+    assert not found.different
+    assert found.compared == 100
+    assert found.cancelled > 0
     stats = engine.stats()
     assert stats.mixed_steps > 0
     assert stats.max_adapters_in_step >= 3
     assert stats.adapter_loads > len(refs), "adapters were evicted and came back"
     assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.queued_tokens) == (0, 0, 0, 0)
+
+
+def test_base_rows_stay_base_with_every_slot_taken(
+    start: Callable[[EngineSettings], Engine], settings: EngineSettings, refs: dict[str, AdapterRef], oracle: Oracle
+) -> None:
+    """As many different adapters in the batch as there are slots, and rows of the base model between them."""
+    engine = start(replace(settings, adapter_slots=len(refs), max_running=2 * len(refs), max_batched_tokens=64))
+    prompt = (5, 9, 200, 31)
+    run(engine, *(request(name, prompt, ref, max_tokens=2) for name, ref in refs.items()))
+    asked = [request(name, prompt, ref) for name, ref in refs.items()]
+    mixed = [one for i, ref in enumerate(asked) for one in (ref, request(f"base{i}", prompt))]
+    answers = run(engine, *mixed)
+    assert engine.stats().max_adapters_in_step == len(refs) + 1
+    for one, answer in zip(mixed, answers, strict=True):
+        name = one.adapter.name if one.adapter else None
+        assert answer.token_ids[:4] == oracle.greedy(name, prompt, 8)[:4]
 
 
 def test_a_prompt_whose_start_is_cached_gets_the_same_tokens(

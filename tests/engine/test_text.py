@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deployments.engine.request import ModelRefused, RequestRejected
 from deployments.engine.text import StopStrings, Text
-from tests.engine.conftest import VOCABULARY
+from tests.engine.models import VOCABULARY
 
 WORDS = "größer 東京 🙂👩‍👩‍👧 the quick brown fox"
 
