@@ -80,7 +80,7 @@ def _judge(mutant: Mutant) -> Verdict:
 
 def _be(mutant: Mutant) -> int:
     """The life of a mutant's process. It fails where a test does."""
-    text = _file_of(mutant).read_text()
+    text = file_of(mutant).read_text()
     if text.count(mutant.rule) != 1:
         print(f"{mutant.file} has {text.count(mutant.rule)} times: {mutant.rule!r}", file=sys.stderr)
         return MISWRITTEN
@@ -91,7 +91,7 @@ def _be(mutant: Mutant) -> int:
     return _run_test(mutant.test) if mutant.test else _run_machine()
 
 
-def _file_of(mutant: Mutant) -> Path:
+def file_of(mutant: Mutant) -> Path:
     return STORE / "lua" / mutant.file if mutant.file.endswith(".lua") else STORE / mutant.file
 
 
@@ -143,7 +143,7 @@ class _MutantFinder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self._name:
             return None
-        loader = _MutantLoader(fullname, str(_file_of(self._mutant)), self._mutant)
+        loader = _MutantLoader(fullname, str(file_of(self._mutant)), self._mutant)
         return importlib.util.spec_from_loader(fullname, loader)
 
 

@@ -1,0 +1,38 @@
+"""The ledger against its model for as long as it takes: every kind of movement, in any order, again and again.
+
+On the embedded Valkey and, where it is installed, Debian's redis-server, each in a process of its own.
+"""
+
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from cluster import valkey
+from tests.billing.conftest import SYSTEM_REDIS
+from tests.billing.test_ledger_machine import drive, relax
+from tests.chaos.table import Row
+
+NAME = "ledger-machine"
+EXAMPLES, STEPS = 5_000, 60
+
+
+def run() -> list[Row]:
+    """Half of the examples on each kind of store. The machine itself raises where a law broke."""
+    has_redis = SYSTEM_REDIS.exists()
+    kinds = [None, SYSTEM_REDIS if has_redis else None]
+    with ProcessPoolExecutor(len(kinds), multiprocessing.get_context("spawn")) as processes:
+        steps = sum(processes.map(_drive, kinds))
+    return [Row(f"state machine, Valkey{' and redis-server' if has_redis else ''}", steps, 0, 0, 0)]
+
+
+def _drive(binary: Path | None) -> int:
+    examples = EXAMPLES // 2
+    with tempfile.TemporaryDirectory(prefix="fb") as folder:
+        server = valkey.start(Path(folder), binary)
+        try:
+            relax(server.url)
+            drive(server.url, examples, STEPS)
+        finally:
+            server.stop()
+    return examples * STEPS
