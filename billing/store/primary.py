@@ -31,7 +31,7 @@ class _Packed(AbstractConnection):
 
     def pack_command(self, *words: Any) -> list[bytes]:
         name, *rest = words
-        return [hiredis.pack_command((*str(name).split(), *rest))]
+        return [hiredis.pack_command((*name.split(), *rest))]
 
 
 class LocalConnection(_Packed, UnixDomainSocketConnection):
