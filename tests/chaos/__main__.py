@@ -21,6 +21,7 @@ from pathlib import Path
 from tests.chaos.table import Row, machine, markdown, put_between_marks
 
 SCENARIOS: tuple[str, ...] = (
+    "whole_stack",
     "ledger_machine",
     "gateway_kills",
     "races",

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 MODELS = ("farebox-base", "pirate", "flat")
+NOT_OURS = "not ours"
 TIMEOUT_S = 60.0
 PAUSE_S = 0.1
 """Of a client that was refused or cut off, before its next request."""
@@ -103,7 +104,7 @@ def _code_of(body: bytes) -> str:
     try:
         return str(json.loads(body)["error"]["code"])
     except (ValueError, KeyError, TypeError):
-        return "not ours"
+        return NOT_OURS
 
 
 def client_of(url: str, connections: int) -> httpx.AsyncClient:

@@ -7,15 +7,16 @@ production runs.
 import asyncio
 import os
 import socket
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 from redis.asyncio import Redis
 
-from billing.account import Hold, HoldRequest, Progress, Receipt, Settlement
+from billing.account import Hold, HoldRequest, Movement, Progress, Receipt, Settlement
 from billing.store.connection import connect
 from billing.store.holds import Ledger
 from billing.usage import RequestId
@@ -55,8 +56,10 @@ class GatewaySpec:
 class DyingLedger(Ledger):
     """A ledger that ends its process at a point, and writes down its checkpoints: what was asked, what was answered."""
 
-    def __init__(self, redis: Redis, fuse: Fuse, journal: Path) -> None:
-        super().__init__(redis)
+    def __init__(
+        self, fuse: Fuse, journal: Path, redis: Redis, on_done: Callable[[Movement], None] | None = None
+    ) -> None:
+        super().__init__(redis, on_done=on_done)
         self._fuse = fuse
         self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
@@ -104,7 +107,7 @@ def serve(spec: GatewaySpec, listener: socket.socket) -> None:
 
 
 async def _serve(spec: GatewaySpec, listener: socket.socket) -> None:
-    wiring.Ledger = lambda redis: DyingLedger(redis, spec.fuse, spec.journal)  # type: ignore[misc, assignment]
+    wiring.Ledger = partial(DyingLedger, spec.fuse, spec.journal)  # type: ignore[misc, assignment]
     shelf = Shelf()
     shelf.put(spec.user_config)
     args = FareboxArgs.model_validate(
