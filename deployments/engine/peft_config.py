@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from deployments.engine.request import AdapterRejected
+from deployments.engine.tensors import once_each
 
 LARGEST_SCALING = 1024.0
 """Bound on alpha / rank: far above any trained adapter, far below what overflows a float16."""
@@ -134,7 +135,7 @@ def parse_config(raw: bytes) -> PeftConfig:
         AdapterRejected: not JSON, not LoRA, or a key that is unknown or asks for what the engine doesn't do.
     """
     try:
-        content = json.loads(raw)
+        content = json.loads(raw, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
         raise AdapterRejected(f"adapter_config.json is not JSON: {error}") from error
     if not isinstance(content, dict):

@@ -58,7 +58,7 @@ def read_header(header: bytes, body_bytes: int) -> Iterator[tuple[str, TensorSpa
         AdapterRejected: they don't, or the header is not one.
     """
     try:
-        content = json.loads(header)
+        content = json.loads(header, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
         raise AdapterRejected(f"the weights are not a safetensors file: {error}") from error
     if not isinstance(content, dict):
@@ -72,6 +72,14 @@ def read_header(header: bytes, body_bytes: int) -> Iterator[tuple[str, TensorSpa
         yield name, span
     if expected != body_bytes:
         raise AdapterRejected(f"the file has {body_bytes} bytes of weights where its header says {expected}")
+
+
+def once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object in which no key stands twice: two readers could take different ones. Raises ValueError."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return content
 
 
 def _span(name: str, entry: object) -> TensorSpan:

@@ -1,6 +1,7 @@
 """A bad adapter is refused by name and reason, and leaves no trace in the base model."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -124,6 +125,40 @@ def _overlap(header: dict[str, dict[str, object]]) -> None:
     header[Q + "A.weight"]["data_offsets"] = header[V + "A.weight"]["data_offsets"]
 
 
+def _pipe(name: str) -> Callable[[Folder], None]:
+    """A named pipe, on which reading would wait for ever."""
+
+    def spoil(folder: Folder) -> None:
+        (folder.path / name).unlink()
+        os.mkfifo(folder.path / name)
+
+    return spoil
+
+
+def _loop(folder: Folder) -> None:
+    (folder.path / WEIGHTS_FILE).unlink()
+    (folder.path / WEIGHTS_FILE).symlink_to(folder.path / WEIGHTS_FILE)
+
+
+def _sparse(folder: Folder) -> None:
+    """Terabytes by its size, nothing on the disk."""
+    os.truncate(folder.path / WEIGHTS_FILE, 2**42)
+
+
+def _zero(weights: dict[str, Tensor]) -> None:
+    for key, weight in weights.items():
+        if "lora_B" in key:
+            weight.zero_()
+
+
+def _pair(module: str, inputs: int, outputs: int) -> Callable[[dict[str, Tensor]], None]:
+    def add(weights: dict[str, Tensor]) -> None:
+        weights[f"base_model.model.{module}.lora_A.weight"] = torch.ones(8, inputs)
+        weights[f"base_model.model.{module}.lora_B.weight"] = torch.ones(outputs, 8)
+
+    return add
+
+
 HOSTILE: Mapping[str, tuple[Callable[[Folder], object], str]] = {
     "no config": (lambda f: (f.path / CONFIG_FILE).unlink(), "has no adapter_config.json"),
     "no weights": (lambda f: (f.path / WEIGHTS_FILE).unlink(), r"has no adapter_model\.safetensors"),
@@ -195,6 +230,27 @@ HOSTILE: Mapping[str, tuple[Callable[[Folder], object], str]] = {
         lambda f: f.header(lambda h: h[Q + "A.weight"].update(shape=[-8, -48])),
         "must be a matrix",
     ),
+    "a named pipe for the weights": (_pipe(WEIGHTS_FILE), "has no adapter_model"),
+    "a named pipe for the config": (_pipe(CONFIG_FILE), "has no adapter_config"),
+    "a link to itself": (_loop, "has no adapter_model"),
+    "a sparse file of terabytes": (_sparse, "more than the allowed"),
+    "weights before any training": (lambda f: f.weights(_zero), "it changes nothing"),
+    "a module's name in other letters": (lambda f: f.weights(_rename("q_proj", "q_\u0440roj")), "not a LoRA factor"),
+    "a module's name that climbs": (lambda f: f.weights(_rename("q_proj", "../q_proj")), "not a LoRA factor"),
+    "a key twice in the config": (
+        lambda f: (f.path / CONFIG_FILE).write_text('{"peft_type": "LORA", "r": 8, "r": 16}'),
+        "a key stands twice",
+    ),
+    "a rank of a thousand digits": (lambda f: f.config(r=10**1000), "where the config says"),
+    "another base model's head": (lambda f: f.weights(_pair("lm_head", 48, 320)), "lm_head is no module"),
+    "another base model's embedding": (
+        lambda f: f.weights(_pair("model.embed_tokens", 320, 48)),
+        "embed_tokens is no module",
+    ),
+    "another base model's width": (
+        lambda f: f.weights(_pair("model.layers.0.self_attn.q_proj", 64, 64)),
+        "is for 64 inputs and 64 outputs",
+    ),
     "a size that lies": (lambda f: f.header(lambda h: h[Q + "A.weight"].update(shape=[2**40, 48])), "does not have"),
 }
 
@@ -233,7 +289,7 @@ def test_hostile_adapters_fail_their_own_requests_and_leave_the_base_model_bit_i
             assert other.token_ids == oracle.greedy(name, prompt, 8)
         with pytest.raises(AdapterRejected, match=reason):
             engine.submit(request("again", prompt, ref), lambda piece: None)
-    assert torch.equal(before, _base_logits(engine))
+        assert torch.equal(before, _base_logits(engine)), kind
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
 
