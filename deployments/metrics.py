@@ -1,8 +1,6 @@
 """Counters for people, exported through Ray's Prometheus endpoint. Lossy: nothing is billed from them."""
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -10,28 +8,8 @@ from billing.store.outbox import Backlog, PumpState
 from billing.store.proof_state import ProofState
 from billing.store.unsettled import Unsettled
 from billing.usage import UsageRecord
-from deployments.engine.request import EngineStats
 
 SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
-
-ENGINE_COUNTERS: Mapping[str, str] = {
-    "steps": "Batches that the engine ran",
-    "mixed_steps": "Batches that held three or more different adapters",
-    "prompt_tokens": "Prompt tokens computed or found in the prefix cache",
-    "cached_tokens": "Prompt tokens found in the prefix cache",
-    "generation_tokens": "Tokens generated",
-    "requests_finished": "Requests that the engine ended",
-    "requests_aborted": "Requests that were aborted",
-    "adapter_loads": "Adapters brought into a slot",
-}
-ENGINE_GAUGES: Mapping[str, str] = {
-    "max_adapters_in_step": "Most adapters seen in one batch",
-    "running": "Requests in the batch",
-    "waiting": "Requests that wait for a place in the batch",
-    "queued_tokens": "Prompt tokens that wait",
-    "kv_blocks_used": "Blocks of the key-value cache in use",
-    "kv_blocks_total": "Blocks of the key-value cache",
-}
 
 
 class GatewayMetrics:
@@ -139,21 +117,3 @@ class MoneyMetrics:
         self._faults.set(state.faults, tags=tags)
         self._unproven.set(int(bool(state.unproven)), tags=tags)
         self._proved.set(state.at_ms // 1_000, tags=tags)
-
-
-class EngineMetrics:
-    """The engine's own counters, published as differences since the last look."""
-
-    def __init__(self) -> None:
-        self._counters = {name: Counter(f"farebox_engine_{name}", text) for name, text in ENGINE_COUNTERS.items()}
-        self._gauges = {name: Gauge(f"farebox_engine_{name}", text) for name, text in ENGINE_GAUGES.items()}
-        self._last = EngineStats()
-
-    def publish(self, stats: EngineStats) -> None:
-        now, before = asdict(stats), asdict(self._last)
-        for name, counter in self._counters.items():
-            if now[name] > before[name]:
-                counter.inc(now[name] - before[name])
-        for name, gauge in self._gauges.items():
-            gauge.set(now[name])
-        self._last = stats

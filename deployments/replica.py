@@ -30,10 +30,10 @@ from deployments.engine.request import (
     Tokens,
 )
 from deployments.engine.settings import EngineSettings
+from deployments.engine_metrics import EngineMetrics
 from deployments.frames import Address
 from deployments.lines import Lines
 from deployments.link import Refused
-from deployments.metrics import EngineMetrics
 from deployments.pieces import Outbox
 
 STATS_INTERVAL_S = 2.0

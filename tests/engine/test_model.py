@@ -193,3 +193,16 @@ def test_half_precision_is_served_close_to_full(settings: EngineSettings, adapte
         answers.append(model.forward([Span(1, 0, 0, prompt, True), Span(0, -1, 0, prompt, True)]).float())
     full, half = answers
     assert (full - half).abs().max() < 0.1 * (full.max() - full.min())
+
+
+def test_weights_that_did_not_arrive_in_their_slot_are_noticed(
+    settings: EngineSettings, adapter_paths: dict[str, Path]
+) -> None:
+    model = Model(settings)
+    for name in ("all8", "mixed", "mlp3"):
+        adapter = stage(read_adapter(adapter_paths[name], linears=model.linears), model.lora.dtype)
+        model.lora.write(1, adapter)
+        assert model.lora.ineffective(1, adapter) == ""
+        last = list(adapter.modules)[-1]
+        model.lora._b[last][1].zero_()
+        assert model.lora.ineffective(1, adapter) == last
