@@ -32,6 +32,7 @@ KINDS = (
     *("status_after:500", "status_after:503", "drop_before", "drop_after", "timeout_after_commit", "garbage"),
     "latency:0.2",
 )
+POISON = ("status:400", "status:413", "status:422")
 ROUNDS, SETTLES = 80, 40
 AWAY = ("status:502", "status:503", "drop_before")
 DAY_STEPS, STEP, USES = 288, 5 * MINUTE, 10
@@ -85,8 +86,11 @@ async def _failing(at: House, clock: SteppedClock) -> Row:
         failed = sum(state["hits"] for state in (await there.operator.get("/_sandbox/faults")).json())
         assert failed >= LEAST * watch.calls, f"only {failed} of {watch.calls} calls failed"
         await there.heal()
-        revived = await _revive(there)
-        assert revived, "refusals for good had parked events"
+        await _use(there, ROUNDS, chance, receipts)
+        await there.fault(*POISON)
+        await exporters[0].flush_once(force=True)
+        await there.heal()
+        assert await _revive(there), "what Dodo refused for good was parked"
         books = await close_books(there)
     assert watch.stale == 0, f"{watch.stale} events were sent when they were older than an hour"
     return books.row(f"Dodo fails more than {LEAST:.0%} of calls, two actors", failed, receipts)
