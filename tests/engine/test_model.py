@@ -1,5 +1,6 @@
 """A model is served only if this engine computes what the model computes."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,15 @@ from transformers import (
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
     T5Config,
 )
 
@@ -58,6 +62,9 @@ SUPPORTED = [
     MistralConfig(**SIZES, sliding_window=None),
     GemmaConfig(**SIZES, head_dim=16),
     Phi3Config(**SIZES),
+    GraniteConfig(**SIZES),
+    Olmo2Config(**SIZES),
+    SmolLM3Config(**SIZES),
     GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3),
 ]
 
@@ -206,3 +213,20 @@ def test_weights_that_did_not_arrive_in_their_slot_are_noticed(
         last = list(adapter.modules)[-1]
         model.lora._b[last][1].zero_()
         assert model.lora.ineffective(1, adapter) == last
+
+
+def test_the_readme_names_the_architectures_that_are_served_and_no_others(repo: Path) -> None:
+    table = (repo / "README.md").read_text().partition("| architecture (`model_type`) |")[2].partition("\n\n")[0]
+    served = {name for line in table.splitlines() if "served" in line for name in re.findall(r"`([a-z0-9_]+)`", line)}
+    assert served - {"max_context_tokens", "dynamic", "longrope"} == {config.model_type for config in SUPPORTED}
+
+
+def test_the_readmes_ten_lines_answer(
+    repo: Path, base_path: Path, adapter_paths: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = (repo / "README.md").read_text().partition("## The engine alone")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
+    code = code.replace('".farebox/models/base"', f'"{base_path}", max_context_tokens=256')
+    code = code.replace(".farebox/models/adapters/pirate", str(adapter_paths["all8"]))
+    exec(code, {})  # noqa: S102 (our own README)
+    assert capsys.readouterr().out.strip()
