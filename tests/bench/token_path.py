@@ -25,6 +25,8 @@ from tests.bench.token_apps import FLOOR, SERVE, SERVE_EACH, SOCKET
 from tests.gateway.serve_cluster import ANSWER, REPO, cmdline_of, environment, free_port, stop
 
 TOKENS = 64
+HAPROXY, DEFAULT = MODES = ("haproxy", "default")
+SECTIONS = {HAPROXY: "token_path", DEFAULT: "token_path-default"}
 START_TIMEOUT_S = 60.0
 NAMES = {
     FLOOR: "the engine inside the gateway (floor)",
@@ -192,16 +194,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--streams", type=int, default=8, help="of each client in a round")
     parser.add_argument("--dry", action="store_true", help="print only; leave BENCHMARKS.md as it is")
+    parser.add_argument("--mode", choices=MODES, help="one of Serve's modes; both if it is left out")
     asked = parser.parse_args()
-    where = figures.machine()
-    fast = rounds(True, asked.rounds, asked.clients, asked.streams)
-    plain = rounds(False, asked.rounds, asked.clients, max(2, asked.streams // 4))
-    text = f"{where}; medians of {asked.rounds} rounds, {asked.clients} clients.\n\n{figures.verdicts(rows(fast))}\n\n"
-    text += f"Behind HAProxy, in Serve's throughput mode:\n\n{shown(fast)}\n\n"
-    text += f"Behind Serve's own proxy, in its default mode:\n\n{shown(plain)}"
-    print(text)
-    if not asked.dry:
-        figures.put("token_path", text)
+    for mode in [asked.mode] if asked.mode else MODES:
+        where = figures.machine()
+        found = rounds(mode == HAPROXY, asked.rounds, asked.clients, asked.streams)
+        text = f"{where}; medians of {asked.rounds} rounds, {asked.clients} clients.\n\n"
+        text += f"{figures.verdicts(rows(found))}\n\n{shown(found)}" if mode == HAPROXY else shown(found)
+        print(text)
+        if not asked.dry:
+            figures.put(SECTIONS[mode], text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import ray
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 240
 
 
 def start(config: dict[str, object], port: int) -> None:
