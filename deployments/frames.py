@@ -1,15 +1,16 @@
-"""What travels on the socket between a replica and a gateway: a proof from both sides, then batches of pieces.
+"""What travels on the socket between a replica and a gateway: proofs, then pieces one way and deadlines the other.
 
 Knows bytes and bounds; opens no socket. A frame is its length in four bytes, big-endian, and JSON that is
-parsed strictly into ``Batch``.
+parsed strictly into a ``Batch`` or into ``Deadlines``.
 """
 
 import hashlib
 import hmac
 import secrets
 from asyncio import StreamReader
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -21,11 +22,16 @@ MOST_FRAME_BYTES = 4 << 20
 
 Batch = Sequence[tuple[str, Tokens]]
 """Pieces of several requests, each behind its request id, those of one request in order."""
+Deadlines = Mapping[str, float]
+"""Seconds from now, by request id."""
+T = TypeVar("T")
 
 _BATCH: TypeAdapter[tuple[tuple[str, Tokens], ...]] = TypeAdapter(
     tuple[tuple[str, Tokens], ...],
     config=ConfigDict(ser_json_inf_nan="constants"),  # a token may be impossible: its log-probability is -Infinity
 )
+
+_DEADLINES: TypeAdapter[dict[str, float]] = TypeAdapter(dict[str, float])
 
 
 class BadFrame(Exception):
@@ -59,23 +65,40 @@ def pack(batch: Batch) -> bytes:
     """A batch in as many frames as it needs."""
     body = _BATCH.dump_json(tuple(batch), exclude_defaults=True)
     if len(body) <= MOST_FRAME_BYTES:
-        return len(body).to_bytes(LENGTH_BYTES, "big") + body
+        return _frame(body)
     assert len(batch) > 1, "a piece is a few tokens"
     middle = len(batch) // 2
     return pack(batch[:middle]) + pack(batch[middle:])
 
 
-def unpack(body: bytes) -> Batch:
-    """Raises BadFrame."""
-    try:
-        return _BATCH.validate_json(body, strict=True)
-    except ValidationError as error:
-        raise BadFrame(f"{error.error_count()} mistakes in a frame of {len(body)} bytes") from error
+def pack_deadlines(deadlines: Deadlines) -> bytes:
+    return _frame(_DEADLINES.dump_json(dict(deadlines)))
 
 
 async def read_batch(reader: StreamReader) -> Batch:
     """The next batch. Raises BadFrame, and IncompleteReadError or another OSError at the connection's end."""
+    return _parse(_BATCH, await _read(reader))
+
+
+async def read_deadlines(reader: StreamReader) -> Deadlines:
+    """The next deadlines. Raises as ``read_batch``."""
+    return _parse(_DEADLINES, await _read(reader))
+
+
+def _frame(body: bytes) -> bytes:
+    assert len(body) <= MOST_FRAME_BYTES, "a gateway has no such number of requests"
+    return len(body).to_bytes(LENGTH_BYTES, "big") + body
+
+
+async def _read(reader: StreamReader) -> bytes:
     length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "big")
     if not 0 < length <= MOST_FRAME_BYTES:
         raise BadFrame(f"a frame of {length} bytes")
-    return unpack(await reader.readexactly(length))
+    return await reader.readexactly(length)
+
+
+def _parse(shape: TypeAdapter[T], body: bytes) -> T:
+    try:
+        return shape.validate_json(body, strict=True)
+    except ValidationError as error:
+        raise BadFrame(f"{error.error_count()} mistakes in a frame of {len(body)} bytes") from error

@@ -6,12 +6,24 @@ Knows pieces, sockets and when a job is over for its gateway; knows no Serve.
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 from deployments.engine.output import Emit
 from deployments.engine.request import GenerateRequest, Tokens
-from deployments.frames import NONCE_BYTES, PROOF_BYTES, Address, is_proof, new_nonce, pack, proof
+from deployments.frames import (
+    NONCE_BYTES,
+    PROOF_BYTES,
+    Address,
+    BadFrame,
+    Deadlines,
+    is_proof,
+    new_nonce,
+    pack,
+    proof,
+    read_deadlines,
+)
 from deployments.link import ReplicaLost
 
 DIAL_TIMEOUT_S = 5.0
@@ -19,6 +31,8 @@ MOST_UNSENT_BYTES = 8 << 20
 """A gateway that leaves this much unread is given up, and with it all that it asked for."""
 
 logger = logging.getLogger(__name__)
+Extend = Callable[[Deadlines], None]
+"""As ``Engine.extend``."""
 
 
 class Jobs(Protocol):
@@ -32,8 +46,8 @@ class Jobs(Protocol):
 class Line:
     """One gateway's socket. Every job on it ends when it does."""
 
-    def __init__(self, writer: asyncio.StreamWriter, reader: asyncio.StreamReader) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, writer: asyncio.StreamWriter, reader: asyncio.StreamReader, extend: Extend) -> None:
+        self._loop, self._extend = asyncio.get_running_loop(), extend
         self._writer, self._reader = writer, reader
         self._unsent: deque[tuple[str, Tokens]] = deque()
         self._is_due = False
@@ -85,11 +99,14 @@ class Line:
             self._writer.transport.abort()
 
     async def _watch(self) -> None:
-        """Until the socket ends: a gateway says nothing after its proof."""
+        """Until the socket ends; meanwhile the gateway moves its jobs' deadlines, also while this replica drains."""
         try:
-            await self._reader.read(1)
-        except OSError as error:
-            logger.debug("a gateway's socket broke: %s", error)
+            while True:
+                self._extend(await read_deadlines(self._reader))
+        except (OSError, EOFError) as end:
+            logger.debug("a gateway's socket ended: %r", end)
+        except BadFrame as error:
+            logger.error("a gateway's socket is closed: %s", error)
         finally:
             self._writer.transport.abort()
             for over in self._open.values():
@@ -106,7 +123,8 @@ class Line:
 class Lines:
     """A replica's lines, dialled when a gateway's first job comes and again after one was lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, extend: Extend) -> None:
+        self._extend = extend
         self._lines: dict[Address, asyncio.Task[Line]] = {}
 
     async def to(self, gateway: Address) -> Line:
@@ -114,7 +132,7 @@ class Lines:
         dialling = self._lines.get(gateway)
         if dialling is None or (dialling.done() and not _is_up(dialling)):
             self._forget_lost()
-            dialling = self._lines[gateway] = asyncio.create_task(_dial(gateway))
+            dialling = self._lines[gateway] = asyncio.create_task(_dial(gateway, self._extend))
         try:
             return await asyncio.shield(dialling)
         except (OSError, EOFError, TimeoutError) as error:
@@ -134,7 +152,7 @@ def _is_up(dialling: asyncio.Task[Line]) -> bool:
     return not dialling.cancelled() and dialling.exception() is None and dialling.result().is_up
 
 
-async def _dial(gateway: Address) -> Line:
+async def _dial(gateway: Address, extend: Extend) -> Line:
     async with asyncio.timeout(DIAL_TIMEOUT_S):
         reader, writer = await asyncio.open_connection(gateway.host, gateway.port)
         try:
@@ -146,4 +164,4 @@ async def _dial(gateway: Address) -> Line:
         except BaseException:
             writer.transport.abort()
             raise
-        return Line(writer, reader)
+        return Line(writer, reader, extend)

@@ -60,7 +60,7 @@ class LoraReplica:
             _itself, max_num_models_per_replica=ADVERTISED_PER_SLOT * args.engine.adapter_slots
         )
         self._fetching: dict[str, asyncio.Lock] = {}
-        self._lines = Lines()
+        self._lines = Lines(self._engine.extend)
         self._metrics = EngineMetrics()
         self._store = Redis.from_url(url, decode_responses=True) if (url := os.environ.get("REDIS_URL", "")) else None
         self._pinned: tuple[Model, ...] = ()

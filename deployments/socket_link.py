@@ -20,6 +20,7 @@ from deployments.frames import (
     BadFrame,
     is_proof,
     new_nonce,
+    pack_deadlines,
     proof,
     read_batch,
 )
@@ -31,6 +32,8 @@ PROOF_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 5.0
 MOST_LINES = 1_024
 """Replicas at once; whoever dials beyond is hung up on."""
+MOST_UNSENT_BYTES = 1 << 20
+"""Of deadlines: a replica that leaves this much unread is given up."""
 MOST_WAITING_TOKENS = 4_096
 """Of one request, while its client does not read them."""
 PACE_FOR_EACH_S, MOST_PACE_S = 0.0008, 0.025
@@ -155,6 +158,19 @@ class Listener:
         """Requests that were given up because nobody read their tokens."""
         return frozenset(request_id for request_id, inflow in self._inflows.items() if inflow.is_slow)
 
+    def extend(self, deadlines: Mapping[str, float]) -> None:
+        """Tell each replica of its jobs, and of those that have not said where they run."""
+        for line in self._lines:
+            own = {
+                request_id: seconds
+                for request_id, seconds in deadlines.items()
+                if (inflow := self._inflows.get(request_id)) is not None and inflow.source in (None, line)
+            }
+            if line.transport.get_write_buffer_size() > MOST_UNSENT_BYTES:
+                line.transport.abort()
+            elif own:
+                line.write(pack_deadlines(own))
+
     async def stop(self) -> None:
         if self._server is not None:
             self._server.close()
@@ -244,7 +260,8 @@ class SocketLink(ServeLink):
                 call.cancel()
 
     async def extend(self, deadlines: Mapping[str, float]) -> frozenset[str]:
-        await super().extend(deadlines)
+        """Over the sockets: Serve's broadcast passes over a replica that drains, which has jobs to finish."""
+        self._listener.extend(deadlines)
         return self._listener.slow
 
     async def close(self) -> None:

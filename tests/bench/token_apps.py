@@ -39,7 +39,7 @@ class Replica(LoraReplica):
     async def __init__(self, transport: str) -> None:  # type: ignore[misc]
         engine = ClockworkEngine(step_s=STEP_S)
         engine.start()
-        self._engine, self._lines = engine, Lines()  # type: ignore[assignment]
+        self._engine, self._lines = engine, Lines(engine.extend)  # type: ignore[assignment]
         if transport == SERVE_EACH:
             pieces.SEND_INTERVAL_S = 0.0
 

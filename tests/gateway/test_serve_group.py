@@ -101,6 +101,7 @@ def test_a_replica_that_leaves_finishes_its_streams(group: Cluster) -> None:
         return await streams
 
     replies = asyncio.run(scale_down_under_load())
-    assert all(reply.rstrip().endswith("data: [DONE]") for reply in replies)
+    cut = [reply[-300:] for reply in replies if not reply.rstrip().endswith("data: [DONE]")]
+    assert not cut
     eventually(lambda: len(group.replica_pids("LoraReplica")) == 1 or None, 60)
     assert group.account()["open_holds"] == 0

@@ -21,7 +21,7 @@ from deployments.engine.request import (
     RequestRejected,
     Tokens,
 )
-from deployments.frames import MOST_FRAME_BYTES, NONCE_BYTES, PROOF_BYTES, BadFrame, pack, proof, read_batch, unpack
+from deployments.frames import MOST_FRAME_BYTES, NONCE_BYTES, PROOF_BYTES, BadFrame, pack, proof, read_batch
 from deployments.link import ReplicaLost, SlowReader
 from tests.gateway.clockwork import ClockworkEngine, Path, job_of, token_path
 from tests.gateway.conftest import until
@@ -54,7 +54,7 @@ async def test_one_step_of_many_requests_is_one_write(path: Path) -> None:
         line.put(f"r{number}", PIECE)
     await asyncio.sleep(0)
     assert len(writes) == 1
-    assert len(unpack(writes[0][4:])) == 16
+    assert len(await unpacked(writes[0])) == 16
 
 
 async def test_the_first_token_does_not_wait_for_the_second(path: Path) -> None:
@@ -90,6 +90,25 @@ async def test_a_reader_that_leaves_before_the_first_token_stops_the_engine(path
     await until(lambda: path.engine.running == 1)
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
+    await until(lambda: path.engine.aborted == ["r"])
+
+
+async def test_deadlines_reach_a_replica_that_serve_has_taken_off_its_list(path: Path) -> None:
+    """It drains: no broadcast finds it any more, and its streams may be longer than a lease."""
+    running = path.link.generate(job_of("r", 100_000))
+    await anext(running)
+    assert await path.link.extend({"r": 30.0, "over": 30.0}) == frozenset()
+    await until(lambda: path.engine.extended == [{"r": 30.0}])
+    await running.aclose()
+
+
+async def test_a_gateway_that_sends_nonsense_loses_its_line(path: Path) -> None:
+    running = path.link.generate(job_of("r", 100_000))
+    await anext(running)
+    [line] = path.link._listener._lines
+    line.write((7).to_bytes(4, "big") + b'{"r":"}')
+    with pytest.raises(ReplicaLost):
+        await read_on(running)
     await until(lambda: path.engine.aborted == ["r"])
 
 
@@ -264,23 +283,26 @@ async def test_no_more_lines_than_there_may_be_replicas(path: Path, monkeypatch:
     writer.close()
 
 
-def test_a_frame_keeps_every_field() -> None:
+async def unpacked(sent: bytes) -> list[tuple[str, Tokens]]:
+    reader, batch = asyncio.StreamReader(), []
+    reader.feed_data(sent)
+    reader.feed_eof()
+    while not reader.at_eof():
+        batch += await read_batch(reader)
+    return batch
+
+
+async def test_a_frame_keeps_every_field() -> None:
     logprob = Logprob(7, float("-inf"), ((8, -0.1), (9, float("-inf"))))
     choices = (Choice(0, "a", (logprob,)), Choice(1, "b", finish_reason=FinishReason.STOP))
     batch = [("a", PIECE), ("b", Tokens((), "", 1, 0, 0)), ("c", replace(PIECE, choices=choices))]
-    assert list(unpack(pack(batch)[4:])) == batch
+    assert await unpacked(pack(batch)) == batch
 
 
 async def test_a_batch_longer_than_a_frame_travels_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "MOST_FRAME_BYTES", 1_000)
     batch = [(f"r{number}", PIECE) for number in range(100)]
-    reader = asyncio.StreamReader()
-    reader.feed_data(pack(batch))
-    reader.feed_eof()
-    arrived = []
-    while not reader.at_eof():
-        arrived += await read_batch(reader)
-    assert arrived == batch
+    assert await unpacked(pack(batch)) == batch
 
 
 @pytest.mark.parametrize(
@@ -294,6 +316,7 @@ async def test_a_batch_longer_than_a_frame_travels_in_several(monkeypatch: pytes
         {"a": 1},
     ],
 )
-def test_a_frame_is_parsed_strictly(body: object) -> None:
+async def test_a_frame_is_parsed_strictly(body: object) -> None:
+    sent = json.dumps(body).encode()
     with pytest.raises(BadFrame):
-        unpack(json.dumps(body).encode())
+        await unpacked(len(sent).to_bytes(4, "big") + sent)
