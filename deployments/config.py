@@ -43,6 +43,8 @@ class EngineConfig(_Config):
     """``auto``, ``cpu`` or ``cuda``."""
     dtype: str = "auto"
     torch_threads: Annotated[int, Field(ge=1)] = 1
+    shared_prefixes: bool = False
+    """Reuse the start of a prompt between tenants too; each can then tell by the time what others asked."""
 
 
 class FareboxArgs(_Config):
