@@ -16,7 +16,7 @@ from standardwebhooks import Webhook
 from standardwebhooks.webhooks import EmptyWebhookSecretError
 
 from billing.clock import Clock, now_ms
-from billing.dodo.wire import to_iso
+from billing.dodo.fields import to_iso
 from billing.errors import BillingError
 from billing.notices import Notice
 from billing.store.notices import Notices, Sent

@@ -74,6 +74,8 @@ class Plan(_Configured):
     limits: Limits = Limits()
     low_balance: Usd = Nanos(1_000_000_000)
     """A prepaid tenant with this much left, or less, is told once."""
+    licence_key: bool = False
+    """Does Dodo hand its buyer a licence key, which is then an API key?"""
     grace_days: Annotated[int, Field(ge=0, le=60)] = 3
     """Days that a subscription in ``past_due`` keeps its postpaid credit."""
 
@@ -101,6 +103,8 @@ class Pack(_Configured):
     grants: Quota
     expires_days: Annotated[int, Field(gt=0, le=3650)] | None = 365
     visibility: Literal["public", "hidden"] = "public"
+    licence_key: bool = False
+    """Does Dodo hand its buyer a licence key for each one bought, which is then an API key?"""
 
     @model_validator(mode="after")
     def _can_be_sold(self) -> Self:

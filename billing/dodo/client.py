@@ -17,20 +17,21 @@ from dodopayments import (
     omit,
 )
 from dodopayments.types import EventInputParam
+from dodopayments.types.attach_product_entitlement_param import AttachProductEntitlementParam
 from dodopayments.types.price_param import PriceParam
 
+from billing.dodo.fields import MS_PER_SECOND, Wire, to_iso
 from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, text_in
 from billing.dodo.wire import (
-    MS_PER_SECOND,
     Dispute,
+    DodoCustomer,
     DodoEvent,
     DodoMeter,
     DodoProduct,
     DodoSubscription,
+    LicenceGrant,
     Payment,
     UsagePeriod,
-    Wire,
-    to_iso,
 )
 from billing.errors import DodoMisconfigured, DodoRefused, DodoUnavailable
 from billing.tenants import Tenant
@@ -180,6 +181,9 @@ class Dodo:
             raise DodoRefused(409, "CUSTOMER_SHARED", f"the customer of {tenant.email} is {whose}")
         return text_in(wire, "customer_id")
 
+    async def retrieve_customer(self, customer_id: str) -> DodoCustomer:
+        return read_as(DodoCustomer.read, await answered(self._sdk.customers.retrieve(customer_id)))
+
     async def checkout(
         self, tenant: Tenant, product_id: str, metadata: Mapping[str, str], return_url: str, quantity: int = 1
     ) -> str:
@@ -272,9 +276,36 @@ class Dodo:
     async def retrieve_product(self, product_id: str) -> DodoProduct:
         return read_as(DodoProduct.read, await answered(self._sdk.products.retrieve(product_id)))
 
-    async def create_product(self, tag: str, name: str, price: PriceParam) -> DodoProduct:
-        call = self._sdk.products.create(name=name, price=price, tax_category="saas", metadata={"farebox": tag})
+    async def create_product(
+        self, tag: str, name: str, price: PriceParam, entitlement_ids: Sequence[str] = ()
+    ) -> DodoProduct:
+        """A product; a buyer of it is handed what each entitlement grants."""
+        attached = [AttachProductEntitlementParam(entitlement_id=one) for one in entitlement_ids]
+        call = self._sdk.products.create(
+            name=name, price=price, tax_category="saas", metadata={"farebox": tag}, entitlements=attached or omit
+        )
         return read_as(DodoProduct.read, await answered(call))
+
+    async def licence_entitlements(self) -> Mapping[str, str]:
+        """Ids of the licence-key entitlements by the tag that we gave them; others' are left out."""
+        pages = await self._pages(lambda page: self._sdk.entitlements.list(page_number=page, page_size=PAGE))
+        tags = {str(wire["id"]): cast(Wire, wire.get("metadata") or {}).get("farebox") for wire in pages}
+        return {str(tag): id_ for id_, tag in tags.items() if tag}
+
+    async def create_licence_entitlement(self, tag: str, name: str) -> str:
+        call = self._sdk.entitlements.create(
+            name=name, integration_type="license_key", integration_config={}, metadata={"farebox": tag}
+        )
+        return text_in(as_wire(await answered(call)), "id")
+
+    async def licence_grants(self, entitlement_id: str, customer_id: str) -> list[LicenceGrant]:
+        """Every key that a customer was ever handed under an entitlement, as it is now."""
+        pages = await self._pages(
+            lambda page: self._sdk.entitlements.grants.list(
+                entitlement_id, customer_id=customer_id, page_number=page, page_size=PAGE
+            )
+        )
+        return [parsed(LicenceGrant.read, wire) for wire in pages]
 
     async def webhooks(self) -> list[WebhookEndpoint]:
         found: list[WebhookEndpoint] = []

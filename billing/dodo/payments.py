@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from billing.account import Clawback, Grant
 from billing.clock import Clock, now_ms
 from billing.dodo.client import Dodo
-from billing.dodo.subscriptions import DAY_MS, CatalogueSource, NotYet, Subscriptions
+from billing.dodo.newcomers import Newcomers
+from billing.dodo.subscriptions import DAY_MS, Subscriptions
+from billing.dodo.waiting import CatalogueSource, NotYet
 from billing.dodo.wire import Payment, Refund, UsagePeriod
 from billing.money import divide_up
 from billing.store.holds import Ledger
@@ -35,17 +37,29 @@ class Payments:
     ) -> None:
         self._dodo, self._ledger, self._tenants, self._inbox = dodo, ledger, tenants, inbox
         self._subscriptions, self._catalogue, self._clock = subscriptions, catalogue, clock
+        self._newcomers = Newcomers(dodo, tenants, catalogue, clock)
 
     async def succeeded(self, payment: Payment) -> None:
         """Grant what the cart buys, and take invoiced usage off the exposure."""
         if payment.status not in ("succeeded", ""):
             raise NotYet(f"payment {payment.id} is {payment.status}")
-        tenant = await self._tenant(payment.customer_id)
+        tenant = await self._buyer(payment)
         await self._grant(tenant, payment)
         for subscription_id in payment.subscription_ids:
             if payment.includes_usage:
                 await self._repay(tenant, payment, subscription_id)
             await self._subscriptions.refresh(subscription_id)
+
+    async def _buyer(self, payment: Payment) -> Tenant:
+        """Who paid. Somebody new becomes a tenant by buying something of ours, and not otherwise."""
+        known = await self._tenants.by_customer(payment.customer_id)
+        if known is not None:
+            return known
+        if await self._fixed_terms(payment):
+            return await self._newcomers.tenant_of(payment.customer_id)
+        for subscription_id in payment.subscription_ids:
+            await self._subscriptions.refresh(subscription_id)
+        return await self._tenant(payment.customer_id)
 
     async def _grant(self, tenant: Tenant, payment: Payment) -> None:
         for term in await self._fixed_terms(payment):

@@ -13,7 +13,7 @@ from billing.catalogue import Catalogue
 from billing.clock import Clock, now_ms
 from billing.dodo.client import Dodo
 from billing.dodo.payments import Payments
-from billing.dodo.subscriptions import CatalogueSource
+from billing.dodo.waiting import CatalogueSource
 from billing.dodo.wire import Payment
 from billing.errors import DodoRefused, DodoUnavailable
 from billing.money import NANOS_PER_CENT, divide_up, format_usd

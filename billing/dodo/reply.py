@@ -10,7 +10,7 @@ import httpx
 from dodopayments import APIConnectionError, APIResponseValidationError, APIStatusError
 from pydantic import BaseModel
 
-from billing.dodo.wire import Wire, WireError
+from billing.dodo.fields import Wire, WireError
 from billing.errors import DodoRefused, DodoUnavailable
 
 TRANSIENT = (408, 409, 425, 429)

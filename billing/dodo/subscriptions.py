@@ -3,25 +3,19 @@
 Knows which plan a subscription carries and when it counts; moves no money.
 """
 
-from collections.abc import Awaitable, Callable
-
 from billing.catalogue import Catalogue
 from billing.clock import Clock, now_ms
 from billing.dodo.client import Dodo
+from billing.dodo.newcomers import Newcomers
+from billing.dodo.waiting import CatalogueSource, NotYet
 from billing.dodo.wire import DodoSubscription
 from billing.plans import Plan
 from billing.store.inbox import Inbox
 from billing.store.tenants import Tenants
 from billing.tenants import ENDED, Subscription, SubscriptionStatus, Tenant
 
-CatalogueSource = Callable[[], Awaitable[Catalogue | None]]
-
 DAY_MS = 24 * 60 * 60_000
 ATTEMPTS = 5
-
-
-class NotYet(Exception):
-    """This cannot be applied now; the message says what is missing. A later try may find it."""
 
 
 class _Raced(Exception):
@@ -34,6 +28,7 @@ class Subscriptions:
     ) -> None:
         self._dodo, self._tenants, self._inbox = dodo, tenants, inbox
         self._catalogue, self._clock = catalogue, clock
+        self._newcomers = Newcomers(dodo, tenants, catalogue, clock)
 
     async def refresh(self, subscription_id: str, past_due_ends_at_ms: int | None = None) -> Tenant:
         """Ask Dodo for this subscription and store what it says now.
@@ -52,9 +47,8 @@ class Subscriptions:
     async def _refresh_once(self, subscription_id: str, past_due_ends_at_ms: int | None) -> Tenant:
         """What was stored must still be stored when the answer is written: answers never overtake each other."""
         first = await self._dodo.retrieve_subscription(subscription_id)
-        before = await self._tenants.by_customer(first.customer_id)
-        if before is None:
-            raise NotYet(f"no tenant has Dodo customer {first.customer_id}")
+        await self._plan_of(first)
+        before = await self._newcomers.tenant_of(first.customer_id)
         found = await self._dodo.retrieve_subscription(subscription_id)
         plan_name, catalogue = await self._plan_of(found)
 

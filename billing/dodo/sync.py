@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 
 from billing.catalogue import Catalogue
 from billing.dodo.client import Dodo
+from billing.dodo.licences import ENTITLEMENT
 from billing.dodo.wire import DodoMeter, DodoProduct
 from billing.export.events import CHARGE
 from billing.money import NANOS_PER_CENT, divide_up
@@ -58,6 +59,7 @@ class _Wanted:
     cents: int
     meter_id: str | None = None
     """``None`` for a product sold once."""
+    hands_out_key: bool = False
 
     @property
     def price(self) -> PriceParam:
@@ -78,6 +80,7 @@ class _Wanted:
         kind = "one_time_price" if self.meter_id is None else "usage_based_price"
         pairs = [("kind", kind, product.kind), ("cents", str(self.cents), str(product.cents))]
         pairs.append(("currency", "USD", product.currency))
+        pairs.append(("licence key", str(self.hands_out_key), str(product.hands_out_key)))
         if self.meter_id is not None:
             meters = {m.meter_id: m for m in product.meters}
             price = meters[self.meter_id].price_per_unit if self.meter_id in meters else "none"
@@ -117,6 +120,9 @@ class _Sync:
         async with guarded(BULK_DEADLINE_S):
             known = cast(dict[str, str], await redis.hgetall(DODO_IDS))
         await self._meter(known)
+        sold = [pack.licence_key for pack in catalogue.packs.values()]
+        if any([*sold, *(plan.licence_key for plan in catalogue.plans.values())]):
+            await self._entitlement()
         await self._products(known, catalogue)
         secret = await self._webhook(webhook_url) if webhook_url else ""
         if not self.is_dry:
@@ -133,6 +139,15 @@ class _Sync:
                 meter = await self.dodo.create_meter("Farebox charges", CHARGE, METER_KEY, "nano-USD")
         self.ids[CHARGE_METER] = meter.id if meter else ""
 
+    async def _entitlement(self) -> None:
+        """The one entitlement whose licence keys are API keys."""
+        found = (await self.dodo.licence_entitlements()).get(ENTITLEMENT, "")
+        if not found:
+            self.created.append(ENTITLEMENT)
+            if not self.is_dry:
+                found = await self.dodo.create_licence_entitlement(ENTITLEMENT, "Farebox API key")
+        self.ids[ENTITLEMENT] = found
+
     async def _products(self, known: Mapping[str, str], catalogue: Catalogue) -> None:
         by_id, by_tag = _index(await self.dodo.products())
         for wanted in _wanted(catalogue, self.ids[CHARGE_METER]):
@@ -142,7 +157,8 @@ class _Sync:
             else:
                 self.created.append(wanted.name)
                 if not self.is_dry:
-                    product = await self.dodo.create_product(wanted.name, wanted.title, wanted.price)
+                    given = [self.ids[ENTITLEMENT]] if wanted.hands_out_key else []
+                    product = await self.dodo.create_product(wanted.name, wanted.title, wanted.price, given)
             self.ids[wanted.name] = product.id if product else ""
 
     async def _webhook(self, url: str) -> str:
@@ -159,11 +175,13 @@ class _Sync:
 
 def _wanted(catalogue: Catalogue, meter_id: str) -> list[_Wanted]:
     packs = [
-        _Wanted(f"pack:{name}", f"Credit pack {name}", divide_up(pack.price, NANOS_PER_CENT))
+        _Wanted(f"pack:{name}", f"Credit pack {name}", divide_up(pack.price, NANOS_PER_CENT), None, pack.licence_key)
         for name, pack in catalogue.packs.items()
     ]
     plans = [
-        _Wanted(f"plan:{name}", f"Plan {name}", divide_up(plan.monthly_price, NANOS_PER_CENT), meter_id)
+        _Wanted(
+            f"plan:{name}", f"Plan {name}", divide_up(plan.monthly_price, NANOS_PER_CENT), meter_id, plan.licence_key
+        )
         for name, plan in catalogue.plans.items()
         if plan.is_postpaid
     ]

@@ -14,9 +14,13 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError, WebhookVerificati
 
 from billing.clock import Clock, now_ms
 from billing.dodo.client import Dodo
+from billing.dodo.fields import Wire, WireError, inner, moment_ms, read_json, text
+from billing.dodo.licences import Licences
+from billing.dodo.newcomers import Newcomers
 from billing.dodo.payments import Payments
-from billing.dodo.subscriptions import DAY_MS, CatalogueSource, NotYet, Subscriptions
-from billing.dodo.wire import Payment, Refund, Wire, WireError, inner, moment_ms, read_json, text
+from billing.dodo.subscriptions import DAY_MS, Subscriptions
+from billing.dodo.waiting import CatalogueSource, NotYet
+from billing.dodo.wire import Payment, Refund
 from billing.errors import BillingError, DodoRefused, DodoUnavailable, StoreUnavailable, WebhookRejected
 from billing.store.holds import Ledger
 from billing.store.inbox import Delivery, Inbox, Outcome
@@ -46,6 +50,8 @@ class Webhooks:
         self.inbox = Inbox(redis)
         self._subscriptions = Subscriptions(dodo, tenants, self.inbox, catalogue_source, clock)
         self.payments = Payments(dodo, ledger, tenants, self.inbox, self._subscriptions, catalogue_source, clock)
+        newcomers = Newcomers(dodo, tenants, catalogue_source, clock)
+        self._licences = Licences(dodo, tenants, self.inbox, newcomers, clock)
         self._secret, self._clock = secret, clock
 
     async def receive(self, body: bytes, headers: Mapping[str, str]) -> Delivery:
@@ -113,6 +119,9 @@ class Webhooks:
             await self.payments.refunded(Refund.read(data))
         elif kind.startswith("dispute."):
             await self.payments.disputed(text(data, "dispute_id"))
+        elif kind.startswith("entitlement_grant."):
+            if not await self._licences.refresh(text(data, "entitlement_id"), text(data, "customer_id")):
+                return Outcome.KEPT
         elif kind.startswith("subscription."):
             await self._subscriptions.refresh(text(data, "subscription_id"), moment_ms(data, "past_due_ends_at"))
         else:

@@ -3,25 +3,12 @@
 Knows shapes, in API replies and webhooks alike; sends nothing and decides nothing.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
 from typing import Self
 
+from billing.dodo.fields import Wire, WireError, as_list, as_object, inner, integer, moment, moment_ms, text
 from billing.tenants import SubscriptionStatus
-
-Wire = Mapping[str, object]
-"""A JSON object as it came."""
-
-MS_PER_SECOND = 1_000
-MAX_DIGITS = 30
-"""Of a whole number: ``1e999999`` would take minutes to write out."""
-
-
-class WireError(ValueError):
-    """A field that we cannot do without is missing or unreadable; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +38,20 @@ class Payment:
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        periods = [_object(p) for p in _list(wire.get("service_periods"))]
+        periods = [as_object(p) for p in as_list(wire.get("service_periods"))]
         one = text(wire, "subscription_id", "")
         return cls(
             id=text(wire, "payment_id"),
-            customer_id=text(_object(wire.get("customer")), "customer_id"),
+            customer_id=text(as_object(wire.get("customer")), "customer_id"),
             status=text(wire, "status", ""),
-            lines=tuple(_line(_object(item)) for item in _list(wire.get("product_cart"))),
+            lines=tuple(_line(as_object(item)) for item in as_list(wire.get("product_cart"))),
             total_amount=integer(wire, "total_amount", 0),
             currency=text(wire, "currency", ""),
             created_at_ms=moment_ms(wire, "created_at"),
-            subscription_ids=tuple(str(s) for s in _list(wire.get("subscription_ids"))) or ((one,) if one else ()),
+            subscription_ids=tuple(str(s) for s in as_list(wire.get("subscription_ids"))) or ((one,) if one else ()),
             includes_usage=wire.get("includes_usage") is True,
-            service_starts_ms={text(p, "subscription_id", ""): _moment(p, "starts_at") for p in periods},
-            metadata=_object(wire.get("metadata")),
+            service_starts_ms={text(p, "subscription_id", ""): moment(p, "starts_at") for p in periods},
+            metadata=as_object(wire.get("metadata")),
         )
 
 
@@ -107,6 +94,44 @@ class Dispute:
 
 
 @dataclass(frozen=True, slots=True)
+class LicenceGrant:
+    """A licence key that a purchase handed out, as Dodo has it now."""
+
+    id: str
+    customer_id: str
+    entitlement_id: str
+    status: str
+    """``Pending``, ``Delivered``, ``Failed`` or ``Revoked``."""
+    key: str
+    """Empty while there is none."""
+    subscription_id: str
+    payment_id: str
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        return cls(
+            id=text(wire, "id"),
+            customer_id=text(wire, "customer_id"),
+            entitlement_id=text(wire, "entitlement_id"),
+            status=text(wire, "status"),
+            key=text(inner(wire, "license_key"), "key", ""),
+            subscription_id=text(wire, "subscription_id", ""),
+            payment_id=text(wire, "payment_id", ""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DodoCustomer:
+    id: str
+    email: str
+    name: str
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        return cls(text(wire, "customer_id"), text(wire, "email"), text(wire, "name", ""))
+
+
+@dataclass(frozen=True, slots=True)
 class DodoSubscription:
     """A subscription as Dodo has it."""
 
@@ -128,11 +153,11 @@ class DodoSubscription:
             raise WireError(f"status: {unknown}") from None
         return cls(
             id=text(wire, "subscription_id"),
-            customer_id=text(_object(wire.get("customer")), "customer_id"),
+            customer_id=text(as_object(wire.get("customer")), "customer_id"),
             product_id=text(wire, "product_id"),
             status=status,
-            period_start_ms=_moment(wire, "previous_billing_date"),
-            period_end_ms=_moment(wire, "next_billing_date"),
+            period_start_ms=moment(wire, "previous_billing_date"),
+            period_end_ms=moment(wire, "next_billing_date"),
             cancel_at_period_end=wire.get("cancel_at_next_billing_date") is True,
             past_due_ends_at_ms=moment_ms(wire, "past_due_ends_at"),
         )
@@ -150,10 +175,10 @@ class UsagePeriod:
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        meters = [_object(m) for m in _list(wire.get("meters"))]
+        meters = [as_object(m) for m in as_list(wire.get("meters"))]
         units = {text(m, "id"): integer(m, "chargeable_units", 0) for m in meters}
         cents = {text(m, "id"): integer(m, "total_price", 0) for m in meters}
-        return cls(_moment(wire, "start_date"), _moment(wire, "end_date"), units, cents)
+        return cls(moment(wire, "start_date"), moment(wire, "end_date"), units, cents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +191,7 @@ class DodoMeter:
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        aggregation = _object(wire.get("aggregation"))
+        aggregation = as_object(wire.get("aggregation"))
         return cls(
             id=text(wire, "id"),
             name=text(wire, "name", ""),
@@ -198,18 +223,23 @@ class DodoProduct:
     tag: str
     """Our own name for it, such as ``pack:small``, from its metadata; empty for others' products."""
     meters: tuple[MeterPrice, ...] = ()
+    hands_out_key: bool = False
+    """Does a licence-key entitlement hang on it?"""
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        price = _object(wire.get("price_detail")) or _object(wire.get("price"))
+        price = as_object(wire.get("price_detail")) or as_object(wire.get("price"))
         return cls(
             id=text(wire, "product_id"),
             name=text(wire, "name", ""),
             kind=text(price, "type", ""),
             cents=integer(price, "fixed_price" if "fixed_price" in price else "price", 0),
             currency=text(price, "currency", ""),
-            tag=text(_object(wire.get("metadata")), "farebox", ""),
-            meters=tuple(_meter_price(_object(m)) for m in _list(price.get("meters"))),
+            tag=text(as_object(wire.get("metadata")), "farebox", ""),
+            meters=tuple(_meter_price(as_object(m)) for m in as_list(price.get("meters"))),
+            hands_out_key=any(
+                as_object(e).get("integration_type") == "license_key" for e in as_list(wire.get("entitlements"))
+            ),
         )
 
 
@@ -235,8 +265,8 @@ class DodoEvent:
             id=text(wire, "event_id"),
             name=text(wire, "event_name"),
             customer_id=text(wire, "customer_id", ""),
-            at_ms=_moment(wire, "timestamp"),
-            metadata=_object(wire.get("metadata")),
+            at_ms=moment(wire, "timestamp"),
+            metadata=as_object(wire.get("metadata")),
         )
 
     def quantity(self, name: str) -> int:
@@ -246,88 +276,6 @@ class DodoEvent:
             WireError: it is no whole number.
         """
         return integer(self.metadata, name, 0)
-
-
-def read_json(body: bytes | str) -> Wire:
-    """The JSON object in ``body``.
-
-    Raises:
-        WireError: it is no JSON object.
-    """
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:  # the latter for lists in lists without end
-        raise WireError(f"no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise WireError("no JSON object")
-    return value
-
-
-def text(wire: Wire, name: str, default: str | None = None) -> str:
-    value = wire.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str | int | float) or value == "":
-        if default is not None:
-            return default
-        raise WireError(f"{name} is missing")
-    return str(value)
-
-
-def integer(wire: Wire, name: str, default: int | None = None) -> int:
-    """A whole number that came as a number or as a string, ``"12"`` or ``12.0``."""
-    value = wire.get(name)
-    if value is None and default is not None:
-        return default
-    try:
-        number = Decimal(str(value))
-        if number.adjusted() > MAX_DIGITS:
-            raise OverflowError
-        whole = int(number)
-    except (InvalidOperation, ValueError, OverflowError):
-        raise WireError(f"{name} is no number: {str(value)[:50]!r}") from None
-    if whole != number:
-        raise WireError(f"{name} is no whole number: {value!r}")
-    return whole
-
-
-def moment_ms(wire: Wire, name: str) -> int | None:
-    """An ISO 8601 moment in Unix milliseconds; ``None`` where there is none."""
-    value = wire.get(name)
-    if value is None:
-        return None
-    try:
-        moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
-    except ValueError:
-        raise WireError(f"{name} is no moment: {value!r}") from None
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return round(aware.timestamp() * MS_PER_SECOND)
-
-
-def to_iso(ms: int) -> str:
-    """Unix milliseconds as an ISO 8601 moment in UTC."""
-    seconds, rest = divmod(ms, MS_PER_SECOND)
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{rest:03d}Z"
-
-
-def inner(wire: Wire, name: str) -> Wire:
-    """The object under ``name``; empty where there is none."""
-    return _object(wire.get(name))
-
-
-def _moment(wire: Wire, name: str) -> int:
-    value = moment_ms(wire, name)
-    if value is None:
-        raise WireError(f"{name} is missing")
-    return value
-
-
-def _object(value: object) -> Wire:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _list(value: object) -> Sequence[object]:
-    return value if isinstance(value, list | tuple) else ()
 
 
 def _line(wire: Wire) -> Line:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Self
 
 from billing.dodo.client import Event
-from billing.dodo.wire import to_iso
+from billing.dodo.fields import to_iso
 from billing.usage import TenantId, Usage, UsageRecord
 
 CHARGE = "farebox.charge"

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Self
 
-from billing.dodo.wire import DodoEvent, UsagePeriod, WireError
+from billing.dodo.fields import WireError
+from billing.dodo.wire import DodoEvent, UsagePeriod
 from billing.export.events import CHARGE
 from billing.money import divide_up
 from billing.reconcile.export_proofs import AMOUNT, nanos_of

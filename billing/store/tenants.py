@@ -31,6 +31,8 @@ CACHE_S = 0.9
 """How long a process trusts a key it has looked up: a revocation takes effect everywhere within a second."""
 MAX_CACHED = 20_000
 SECRET_LENGTH_MAX = 128
+LICENCE_LENGTH_MIN = 16
+"""A shorter one could be guessed: it is no key, whoever issued it."""
 UPDATE_TRIES = 20
 LIST_SILENCE_S = 5.0
 
@@ -167,6 +169,23 @@ class Tenants:
             await self._redis.set(names.api_key(key.hash), revoked.model_dump_json())
         return revoked
 
+    async def expire_key(self, tenant_id: TenantId, key_id: str, at_ms: int) -> ApiKey:
+        """Let a key end at a moment, unless it ends before it anyway. Told again, it keeps the first one.
+
+        Raises:
+            UnknownKey: the tenant has none of that id.
+        """
+        key = next((key for key in await self.keys(tenant_id) if key.id == key_id), None)
+        if key is None:
+            raise UnknownKey(key_id)
+        if key.revoked_at_ms is not None or (key.expires_at_ms is not None and key.expires_at_ms <= at_ms):
+            return key
+        self._seen.pop(key.hash, None)
+        ending = key.model_copy(update={"expires_at_ms": at_ms})
+        async with guarded():
+            await self._redis.set(names.api_key(key.hash), ending.model_dump_json())
+        return ending
+
     async def principal(self, secret: str) -> Principal:
         """Who sends a request with this secret.
 
@@ -230,7 +249,9 @@ async def _get_all(redis: Redis, keys: list[str]) -> list[str | None]:
 def _check_form(secret: str) -> None:
     if not secret:
         raise InvalidKey("missing")
-    if not secret.startswith(KEY_PREFIX) or len(secret) > SECRET_LENGTH_MAX or not secret.isascii():
+    is_ours_or_a_licence = secret.startswith(KEY_PREFIX) or len(secret) >= LICENCE_LENGTH_MIN
+    is_written_well = len(secret) <= SECRET_LENGTH_MAX and secret.isascii() and secret.isprintable()
+    if not is_ours_or_a_licence or not is_written_well or " " in secret:
         raise InvalidKey("malformed")
 
 

@@ -18,9 +18,11 @@ from cluster.dodo_sandbox import (
     cycle,
     disputes,
     endpoints,
+    entitlements,
     errors,
     events,
     invoices,
+    licences,
     meters,
     pages,
     payments,
@@ -52,6 +54,7 @@ API = (
     payments,
     refunds,
     disputes,
+    entitlements,
     subscriptions,
     cycle,
     plan_change,
@@ -82,6 +85,7 @@ def create_app(
     errors.install(app)
     for part in API:
         app.include_router(part.router, dependencies=[Depends(authorize)])
+    app.include_router(licences.router)
     app.include_router(admin.router)
     app.include_router(pages.router)
     app.add_middleware(Limits, sandbox=sandbox)

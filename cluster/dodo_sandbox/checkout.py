@@ -18,6 +18,7 @@ from cluster.dodo_sandbox.customers import (
     customer_of,
     save_card,
 )
+from cluster.dodo_sandbox.entitlements import issue
 from cluster.dodo_sandbox.errors import ApiError, bad_request, not_found, unprocessable
 from cluster.dodo_sandbox.payments import (
     CartItem,
@@ -154,7 +155,25 @@ def pay(sandbox: Sandbox, session_id: str, declined: bool = False) -> PaymentRec
         status = "active" if payment.status == "succeeded" else "failed"
         for subscription in starts:
             change(sandbox, subscription, f"subscription.{status}", now, status=status, payment_id=payment.payment_id)
+        if payment.status == "succeeded":
+            _hand_out(sandbox, session, payment)
     return payment
+
+
+def _hand_out(sandbox: Sandbox, session: SessionRecord, payment: PaymentRecord) -> None:
+    """A key for each unit of what was sold once; subscriptions have theirs from their start."""
+    for item, product in _products(sandbox, session):
+        if not product.is_recurring:
+            customer_id, at = payment.customer.customer_id, payment.created_at
+            issue(
+                sandbox,
+                product.product_id,
+                product.entitlements,
+                customer_id,
+                at,
+                item.quantity,
+                payment_id=payment.payment_id,
+            )
 
 
 def payer(sandbox: Sandbox, given: SessionCustomer | None) -> CustomerRecord:

@@ -16,6 +16,7 @@ from standardwebhooks.webhooks import Webhook
 
 from cluster.dodo_sandbox.disputes import DisputeRecord, DisputeSummary
 from cluster.dodo_sandbox.endpoints import EndpointRecord
+from cluster.dodo_sandbox.entitlements import Grant, GrantRecord
 from cluster.dodo_sandbox.outbox import Delivery, Message, PayloadKind
 from cluster.dodo_sandbox.payments import Payment, PaymentRecord
 from cluster.dodo_sandbox.refunds import Refund, RefundRecord
@@ -30,6 +31,7 @@ PARALLEL = 8
 _SHAPES: Mapping[PayloadKind, tuple[type[Resource], type[BaseModel], str]] = {
     "payment": (PaymentRecord, Payment, "Payment"),
     "refund": (RefundRecord, Refund, "Refund"),
+    "grant": (GrantRecord, Grant, "EntitlementGrant"),
     "dispute": (DisputeRecord, DisputeSummary, "Dispute"),
     "subscription": (SubscriptionRecord, Subscription, "Subscription"),
 }

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from fastapi import APIRouter, Query, Response
 from pydantic import AfterValidator, Field
 
+from cluster.dodo_sandbox.entitlements import Attached, EntitlementSummary, entitlement_of, summary
 from cluster.dodo_sandbox.errors import bad_request, not_found, unprocessable
 from cluster.dodo_sandbox.meters import meter_of
 from cluster.dodo_sandbox.state import Here, Sandbox
@@ -98,7 +99,7 @@ class Product(Wire):
     business_id: str = BUSINESS_ID
     created_at: datetime
     credit_entitlements: list[str] = Field(default_factory=list)
-    entitlements: list[str] = Field(default_factory=list)
+    entitlements: list[EntitlementSummary] = Field(default_factory=list)
     is_recurring: bool
     license_key_enabled: bool = False
     metadata: LimitedMetadata = Field(default_factory=dict)
@@ -115,7 +116,7 @@ class ListedProduct(Wire):
 
     business_id: str = BUSINESS_ID
     created_at: datetime
-    entitlements: list[str] = Field(default_factory=list)
+    entitlements: list[EntitlementSummary] = Field(default_factory=list)
     is_recurring: bool
     metadata: LimitedMetadata
     product_id: str
@@ -144,6 +145,7 @@ class CreateProduct(Wire):
     description: str | None = None
     metadata: LimitedMetadata = Field(default_factory=dict)
     credit_entitlements: list[object] | None = None
+    entitlements: Annotated[list[Attached], Field(max_length=50)] | None = None
 
 
 class UpdateProduct(Wire):
@@ -219,6 +221,7 @@ async def create_product(request: CreateProduct, sandbox: Here) -> Product:
         is_recurring=not isinstance(price, OneTimePrice),
         tax_category=request.tax_category,
         metadata=request.metadata,
+        entitlements=[summary(entitlement_of(sandbox, one.entitlement_id)) for one in request.entitlements or []],
         created_at=now,
         updated_at=now,
     )

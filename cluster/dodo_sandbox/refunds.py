@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 from fastapi import APIRouter, Query
 from pydantic import Field
 
+from cluster.dodo_sandbox import entitlements
 from cluster.dodo_sandbox.customers import CustomerLimitedDetails
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import bad_request, not_found
@@ -73,6 +74,8 @@ def refund(sandbox: Sandbox, request: CreateRefund) -> RefundRecord:
         sandbox.store.put(made)
         sandbox.store.put(payment.model_copy(update=change | {"refund_status": "partial" if left else "full"}))
         announce(sandbox, "refund.succeeded", "refund", made, now)
+        if not left:
+            entitlements.end_all(sandbox, "refunded", now, payment_id=payment.payment_id)
     return made
 
 

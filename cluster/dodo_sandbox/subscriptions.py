@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from fastapi import APIRouter, Query
 from pydantic import Field
 
+from cluster.dodo_sandbox import entitlements
 from cluster.dodo_sandbox.customers import CustomerLimitedDetails, customer_of, limited
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import bad_request, not_found
@@ -211,7 +212,19 @@ def change(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime, 
         announce(sandbox, type_, "subscription", changed, at, payment_id if isinstance(payment_id, str) else None)
         if type_ != "subscription.updated":
             announce(sandbox, "subscription.updated", "subscription", changed, at)
+        _hand_out_or_take_back(sandbox, changed, type_, at)
     return changed
+
+
+def _hand_out_or_take_back(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime) -> None:
+    """Keys live as long as their subscription; a plan change takes the old ones and issues new ones."""
+    if type_ in ("subscription.cancelled", "subscription.expired", "subscription.plan_changed"):
+        entitlements.end_all(sandbox, type_, at, subscription_id=one.subscription_id)
+    if type_ in ("subscription.active", "subscription.plan_changed"):
+        given = product_of(sandbox, one.product_id).entitlements
+        entitlements.issue(
+            sandbox, one.product_id, given, one.customer.customer_id, at, subscription_id=one.subscription_id
+        )
 
 
 def subscription_of(sandbox: Sandbox, subscription_id: str) -> SubscriptionRecord:

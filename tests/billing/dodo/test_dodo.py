@@ -4,7 +4,8 @@ import httpx
 import pytest
 
 from billing.dodo.client import PAGE, Dodo, DodoSettings, Event
-from billing.dodo.wire import DodoSubscription, Payment, WireError, integer, moment_ms, to_iso
+from billing.dodo.fields import WireError, integer, moment_ms, to_iso
+from billing.dodo.wire import DodoSubscription, Payment
 from billing.errors import DodoMisconfigured, DodoRefused, DodoUnavailable
 from billing.tenants import Tenant
 from billing.usage import TenantId

@@ -6,7 +6,8 @@ from redis.asyncio import Redis
 from billing.admission import funding_for
 from billing.catalogue import Catalogue
 from billing.dodo.budget import CallBudget
-from billing.dodo.subscriptions import NotYet, applied, as_stored
+from billing.dodo.subscriptions import applied, as_stored
+from billing.dodo.waiting import NotYet
 from billing.dodo.wire import DodoSubscription
 from billing.export.events import BOUNDARY_MS
 from billing.pump import Intervals
