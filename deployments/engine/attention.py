@@ -70,8 +70,10 @@ class Decodes:
     high: int
     length: int
     """The longest of their contexts."""
-    bias: Tensor | None
-    """``[high - low, 1, length]``: 0 where there is something to attend to, else minus infinity; None: everywhere."""
+    lengths: Tensor
+    """Of their contexts, ``[high - low]``; ``length`` where no decode runs."""
+    is_ragged: bool
+    """They are not all as long as the longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,32 @@ class Chunk:
     start: int
     mask: Tensor | None
     """``[count, start + count]``; None where all is new, and plain causality does."""
+
+    def mask_within(self, window: int | None, device: torch.device) -> Tensor | None:
+        """What each token may attend to: what stands before it, no further back than the window."""
+        if window is None:
+            return self.mask
+        seen = torch.ones(self.count, self.start + self.count, dtype=torch.bool, device=device)
+        return seen.tril(self.start).triu(self.start - window + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer turns products of queries and keys into weights."""
+
+    scale: float
+    softcap: float | None
+    """Scores are bent so that none exceeds this: ``softcap * tanh(score / softcap)``."""
+    window: int | None
+    """How many of the last tokens each one sees, itself included; None: all of them."""
+
+    def weights(self, scores: Tensor, bias: Tensor | None) -> Tensor:
+        """Scaled ``scores`` and what hides the unseen -> weights, computed in float32."""
+        if self.softcap is not None:
+            scores = (scores / self.softcap).tanh() * self.softcap
+        if bias is not None:
+            scores = scores + bias
+        return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
 
 
 class KvStep:
@@ -100,7 +128,7 @@ class KvStep:
         self.positions = torch.tensor(positions, device=device)
         self._slots = torch.tensor(slots, device=device)
         self._places: dict[int, Tensor] = {}
-        self._biases: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._biases: dict[tuple[int, torch.dtype, int | None], Tensor] = {}
         self.decodes: Decodes | None = None
         self.chunks: list[Chunk] = []
         self._plan(spans, device)
@@ -113,13 +141,21 @@ class KvStep:
             self._places[kv_heads] = first.view(-1)
         return self._places[kv_heads]
 
-    def bias(self, kv_heads: int, dtype: torch.dtype) -> Tensor | None:
-        """The decodes' bias for each kv head, ``[(high - low) * kv_heads, 1, length]``."""
-        assert self.decodes is not None
-        bias = self.decodes.bias
-        if bias is not None and (kv_heads, dtype) not in self._biases:
-            self._biases[kv_heads, dtype] = bias.to(dtype).repeat_interleave(kv_heads, dim=0)
-        return self._biases.get((kv_heads, dtype))
+    def bias(self, kv_heads: int, dtype: torch.dtype, window: int | None) -> Tensor | None:
+        """``[(high - low) * kv_heads, 1, length]``: 0 where a decode attends, else minus infinity; None: all zeros."""
+        decodes = self.decodes
+        assert decodes is not None
+        if not decodes.is_ragged and window is None:
+            return None
+        key = (kv_heads, dtype, window)
+        if key not in self._biases:
+            places = torch.arange(decodes.length, device=decodes.lengths.device)
+            hidden = places >= decodes.lengths[:, None]
+            if window is not None:
+                hidden |= places < decodes.lengths[:, None] - window
+            bias = hidden.new_zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf"))
+            self._biases[key] = bias[:, None].repeat_interleave(kv_heads, dim=0)
+        return self._biases[key]
 
     def _plan(self, spans: Seq[Span], device: torch.device) -> None:
         singles: list[tuple[int, Span]] = []
@@ -152,11 +188,6 @@ def _decodes(singles: Seq[tuple[int, Span]], device: torch.device) -> Decodes:
     for row, span in singles:
         lengths[span.kv_slot - low] = span.start + 1
         row_at[span.kv_slot - low] = row
-    bias = None
-    if min(lengths) < length:
-        bias = torch.zeros(high - low, 1, length)
-        bias[torch.arange(length) >= torch.tensor(lengths)[:, None, None]] = float("-inf")
-        bias = bias.to(device)
     return Decodes(
         rows=torch.tensor([row for row, _ in singles], device=device),
         places=torch.tensor([span.kv_slot - low for _, span in singles], device=device),
@@ -164,7 +195,8 @@ def _decodes(singles: Seq[tuple[int, Span]], device: torch.device) -> Decodes:
         low=low,
         high=high,
         length=length,
-        bias=bias,
+        lengths=torch.tensor(lengths, device=device),
+        is_ragged=min(lengths) < length,
     )
 
 
@@ -204,26 +236,27 @@ def _attend(
     """
     if kv_step is None:
         raise ModelRefused("the model does not hand its attention what it was called with")
-    if softcap is not None or s_aux is not None:
-        raise ModelRefused("the model caps its attention scores or has attention sinks, which is not supported")
-    if sliding_window is not None and sliding_window < kv_step.pool.context:
-        raise ModelRefused(
-            f"the model attends through a window of {sliding_window} tokens, which is only supported "
-            f"where max_context_tokens ({kv_step.pool.context}) fits into it"
-        )
+    if s_aux is not None:
+        raise ModelRefused("the model has attention sinks, which are not supported")
+    is_narrow = sliding_window is not None and sliding_window < kv_step.pool.context
+    scoring = Scoring(
+        scale=query.shape[3] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        window=sliding_window if is_narrow else None,
+    )
     assert isinstance(module.layer_idx, int)
     keys, values = kv_step.pool.layer(module.layer_idx, key, value)
     places = kv_step.places(key.shape[1])
     keys.view(-1, key.shape[3]).index_copy_(0, places, key[0].transpose(0, 1).reshape(-1, key.shape[3]))
     values.view(-1, value.shape[3]).index_copy_(0, places, value[0].transpose(0, 1).reshape(-1, value.shape[3]))
-    return _over_slots(kv_step, query[0].transpose(0, 1), keys, values, scaling)[None], None
+    return _over_slots(kv_step, query[0].transpose(0, 1), keys, values, scoring)[None], None
 
 
-def _over_slots(step: KvStep, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+def _over_slots(step: KvStep, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
     """query ``[T, heads, dim]`` -> ``[T, heads, value_dim]``. This is the one place that a faster kernel replaces."""
     decodes = step.decodes
     if decodes is not None:
-        attended = _decode(step, decodes, query, keys, values, scaling)
+        attended = _decode(step, decodes, query, keys, values, scoring)
         if not step.chunks:
             return attended
     output = query.new_empty(query.shape[0], query.shape[1], values.shape[3])
@@ -231,21 +264,36 @@ def _over_slots(step: KvStep, query: Tensor, keys: Tensor, values: Tensor, scali
         output[decodes.rows] = attended
     for chunk in step.chunks:
         end = chunk.start + chunk.count
-        output[chunk.row : chunk.row + chunk.count] = functional.scaled_dot_product_attention(
-            query[chunk.row : chunk.row + chunk.count].transpose(0, 1)[None],
-            keys[chunk.kv_slot, :, :end][None],
-            values[chunk.kv_slot, :, :end][None],
-            attn_mask=chunk.mask,
-            is_causal=chunk.start == 0 and chunk.count > 1,
-            scale=scaling,
-            enable_gqa=True,
-        )[0].transpose(0, 1)
+        output[chunk.row : chunk.row + chunk.count] = _attend_chunk(
+            chunk,
+            query[chunk.row : chunk.row + chunk.count].transpose(0, 1),
+            keys[chunk.kv_slot, :, :end],
+            values[chunk.kv_slot, :, :end],
+            scoring,
+        ).transpose(0, 1)
     return output
 
 
-def _decode(
-    step: KvStep, decodes: Decodes, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None
-) -> Tensor:
+def _attend_chunk(chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+    """query ``[heads, count, dim]``, keys and values ``[kv_heads, end, dim]`` -> ``[heads, count, value_dim]``."""
+    mask = chunk.mask_within(scoring.window, query.device)
+    is_causal = mask is None and chunk.start == 0 and chunk.count > 1
+    if scoring.softcap is None:
+        return functional.scaled_dot_product_attention(
+            query[None], keys[None], values[None],
+            attn_mask=mask, is_causal=is_causal, scale=scoring.scale, enable_gqa=True,
+        )[0]  # fmt: skip
+    kv_heads, (heads, count, dim), end = keys.shape[0], query.shape, keys.shape[1]
+    scores = torch.bmm(query.reshape(kv_heads, -1, dim) * scoring.scale, keys.transpose(1, 2))
+    hidden = None
+    if mask is not None or is_causal:
+        seen = query.new_ones(count, end, dtype=torch.bool).tril() if mask is None else mask
+        hidden = query.new_zeros(count, end).masked_fill(~seen, float("-inf"))
+    weights = scoring.weights(scores.view(heads, count, end), hidden)
+    return torch.bmm(weights.view(kv_heads, -1, end), values).view(heads, count, -1)
+
+
+def _decode(step: KvStep, decodes: Decodes, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
     """All decode rows in one go, ``[N, heads, value_dim]``. A kv head's queries share one pass over its keys.
 
     On a CPU in float32 two batched products are faster than torch's attention, whose work per head is small here.
@@ -254,17 +302,14 @@ def _decode(
     queries = query.index_select(0, decodes.row_at).view(-1, heads // kv_heads, dim)
     seen_keys = keys[decodes.low : decodes.high].flatten(0, 1)[:, : decodes.length]
     seen_values = values[decodes.low : decodes.high].flatten(0, 1)[:, : decodes.length]
-    bias = step.bias(kv_heads, query.dtype)
-    if query.device.type == "cpu" and query.dtype is torch.float32:
-        scale = dim**-0.5 if scaling is None else scaling
-        if bias is None:
-            scores = torch.bmm(queries * scale, seen_keys.transpose(1, 2))
-        else:
-            scores = torch.baddbmm(bias, queries, seen_keys.transpose(1, 2), alpha=scale)
-        attended = torch.bmm(scores.softmax(-1), seen_values)
+    bias = step.bias(kv_heads, query.dtype, scoring.window)
+    is_cpu = query.device.type == "cpu" and query.dtype is torch.float32
+    if is_cpu or scoring.softcap is not None:
+        scores = torch.bmm(queries * scoring.scale, seen_keys.transpose(1, 2))
+        attended = torch.bmm(scoring.weights(scores, bias), seen_values)
     else:
         attended = functional.scaled_dot_product_attention(
             queries[:, None], seen_keys[:, None], seen_values[:, None],
-            attn_mask=None if bias is None else bias[:, None], scale=scaling,
+            attn_mask=None if bias is None else bias[:, None], scale=scoring.scale,
         )[:, 0]  # fmt: skip
     return attended.view(-1, heads, values.shape[3]).index_select(0, decodes.places)

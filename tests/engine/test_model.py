@@ -12,8 +12,10 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -59,8 +61,10 @@ SUPPORTED = [
     LlamaConfig(**SIZES, tie_word_embeddings=True),
     Qwen2Config(**SIZES),
     Qwen3Config(**SIZES, head_dim=16),
-    MistralConfig(**SIZES, sliding_window=None),
+    MistralConfig(**SIZES, sliding_window=9),
     GemmaConfig(**SIZES, head_dim=16),
+    Gemma2Config(**SIZES, head_dim=16, sliding_window=8, attn_logit_softcapping=1.5, query_pre_attn_scalar=16),
+    Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
     Phi3Config(**SIZES),
     GraniteConfig(**SIZES),
     Olmo2Config(**SIZES),
@@ -108,8 +112,10 @@ def test_an_adapter_computes_what_peft_computes_on_every_supported_architecture(
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Gemma2Config(**SIZES, head_dim=16), "caps its attention scores"),
-        (MistralConfig(**SIZES, sliding_window=16), "window of 16 tokens"),
+        (
+            GptOssConfig(**SIZES, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=64),
+            "attention sinks",
+        ),
         (
             BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=4),
             "does not let its attention be replaced",
@@ -121,7 +127,7 @@ def test_an_adapter_computes_what_peft_computes_on_every_supported_architecture(
         ),
         (LlamaConfig(**{**SIZES, "max_position_embeddings": 64}), "the model's context is 64"),
     ],
-    ids=["softcap", "sliding window", "no hook", "dynamic positions", "short context"],
+    ids=["sinks", "no hook", "dynamic positions", "short context"],
 )  # fmt: skip
 def test_a_model_that_cannot_be_served_right_is_refused(
     config: PretrainedConfig, reason: str, settings: EngineSettings, tmp_path: Path
@@ -131,8 +137,26 @@ def test_a_model_that_cannot_be_served_right_is_refused(
         Model(replace(settings, model_path=path))
 
 
-def test_a_window_that_the_context_fits_into_is_served(settings: EngineSettings, tmp_path: Path) -> None:
-    Model(replace(settings, model_path=_saved(MistralConfig(**SIZES, sliding_window=128), tmp_path)))
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text"])
+def test_a_window_is_kept_over_chunks_decodes_and_neighbours(
+    kind: str, settings: EngineSettings, tmp_path: Path
+) -> None:
+    """Three prompts of different lengths, far longer than the window, in chunks and then token by token."""
+    config = next(config for config in SUPPORTED if config.model_type == kind)
+    path = _saved(config, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    prompts = [[(31 * i + 7 * slot) % VOCABULARY for i in range(30 + 11 * slot)] for slot in range(3)]
+    with torch.inference_mode():
+        wanted = [plain(input_ids=torch.tensor([prompt])).logits[0] for prompt in prompts]
+    model = Model(replace(settings, model_path=path))
+    done = [0, 0, 0]
+    for sizes in ((13, 20, 27), (12, 5, 9), (1, 1, 1), (1, 1, 1), (1, 1, 1)):
+        ends = [start + size for start, size in zip(done, sizes, strict=True)]
+        spans = [Span(slot, -1, done[slot], prompts[slot][done[slot] : ends[slot]], True) for slot in range(3)]
+        done = ends
+        got = model.forward(spans)
+        expected = torch.stack([logits[end - 1] for logits, end in zip(wanted, done, strict=True)])
+        torch.testing.assert_close(got, expected, atol=2e-3 * float(expected.abs().max()), rtol=1e-3)
 
 
 def test_a_wrong_answer_at_start_is_refused(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
