@@ -6,6 +6,8 @@ The same two deployments with the ledger and without it share one cluster and ta
 import argparse
 import asyncio
 import json
+import signal
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -174,16 +176,18 @@ def run(mode: str, folder: Path, rounds: int, seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mode", choices=[*MODES, "both"], default="both")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=2.5, help="length of a window")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of a window")
     parser.add_argument("--dry", action="store_true", help="print only; leave BENCHMARKS.md as it is")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended early"))  # what was started is ended too
     text = f"{figures.machine()}; medians of {asked.rounds} windows of {asked.seconds:g} s.\n\n"
     litellm.install()
     for mode in MODES if asked.mode == "both" else (asked.mode,):
         with tempfile.TemporaryDirectory(prefix="fbx-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
-            text += run(mode, Path(folder), asked.rounds, asked.seconds)
-    print(text)
+            found = run(mode, Path(folder), asked.rounds, asked.seconds)
+        print(found, flush=True)
+        text += found
     if not asked.dry and asked.mode == "both":
         figures.put("gateway", text)
 
