@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +27,7 @@ from cluster import valkey
 from deployments.edge import new_request_id
 from tests.bench import figures
 from tests.bench.figures import Latency, Row
+from tests.bench.patience import patiently
 from tests.bench.weights import Weights, weigh
 
 FEW, MANY = 10, 100_000
@@ -83,22 +85,22 @@ def settlement_of(request: HoldRequest) -> Settlement:
     return Settlement(request.request_id, request.tenant, usage, PRICE.charge(usage), Status.COMPLETE)
 
 
-async def timed(into: list[float], call: Awaitable[object]) -> None:
+async def timed(into: list[float], call: Callable[[], Awaitable[object]]) -> None:
     started = time.perf_counter()
-    await call
+    await patiently(call)
     into.append(time.perf_counter() - started)
 
 
 async def write(side: Side, into: Timed) -> None:
     """The yardstick: one ``SET`` of a new key, durable when it is answered."""
     number = next(side.numbers)
-    await timed(into.write, side.redis.set(f"bench:{number % 1000}", f"{number:0200d}"))
+    await timed(into.write, lambda: side.redis.set(f"bench:{number % 1000}", f"{number:0200d}"))
 
 
 async def pair(side: Side, into: Timed) -> None:
     request = side.next_request()
-    await timed(into.hold, side.ledger.hold(request))
-    await timed(into.settle, side.ledger.settle(settlement_of(request)))
+    await timed(into.hold, lambda: side.ledger.hold(request))
+    await timed(into.settle, lambda: side.ledger.settle(settlement_of(request)))
 
 
 async def alone(side: Side, calls: int) -> Timed:
@@ -129,7 +131,7 @@ async def together(side: Side, act: Callable[[Side, Timed], Awaitable[None]], ca
 async def open_accounts(side: Side) -> None:
     for start in range(0, side.tenants, 500):
         group = range(start, min(start + 500, side.tenants))
-        await asyncio.gather(*(side.ledger.grant(_grant(number)) for number in group))
+        await asyncio.gather(*(patiently(partial(side.ledger.grant, _grant(number))) for number in group))
 
 
 def _grant(number: int) -> Grant:

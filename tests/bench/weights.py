@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 
 from redis.asyncio import Redis
 
@@ -13,6 +14,7 @@ from billing.store.tenants import Tenants
 from billing.tenants import Tenant, new_key
 from billing.usage import RequestId, Status, TenantId, Unit, Usage
 from deployments.edge import new_request_id
+from tests.bench.patience import patiently
 
 TENANTS = 20_000
 RECORDS = 40_000
@@ -39,12 +41,13 @@ async def weigh(redis: Redis) -> Weights:
     names = [TenantId(f"tenant-{number:06d}") for number in range(TENANTS)]
     empty = await _used(redis)
     for name in names:
-        await tenants.create(Tenant(id=name, email=f"{name}@example.com", plan="prepaid"))
-        await tenants.add_key(new_key(name, now_ms=1)[1])
+        tenant, key = Tenant(id=name, email=f"{name}@example.com", plan="prepaid"), new_key(name, now_ms=1)[1]
+        await patiently(partial(tenants.create, tenant))
+        await patiently(partial(tenants.add_key, key))
     named = await _used(redis)
     for start in range(0, TENANTS, AT_ONCE):
         group = names[start : start + AT_ONCE]
-        await asyncio.gather(*(ledger.grant(Grant(PAYMENT, name, Unit.NANOS, 10**12)) for name in group))
+        await asyncio.gather(*(_grant(ledger, name) for name in group))
     granted = await _used(redis)
     streams, markers = await _of(redis, "stream"), await _of(redis, "settled")
     for start in range(0, RECORDS, AT_ONCE):
@@ -56,6 +59,10 @@ async def weigh(redis: Redis) -> Weights:
         record=(await _of(redis, "stream") - streams) / RECORDS,
         marker=(await _of(redis, "settled") - markers) / RECORDS,
     )
+
+
+async def _grant(ledger: Ledger, tenant: TenantId) -> None:
+    await patiently(lambda: ledger.grant(Grant(PAYMENT, tenant, Unit.NANOS, 10**12)))
 
 
 async def _sell(ledger: Ledger, tenant: TenantId) -> None:
@@ -73,9 +80,9 @@ async def _sell(ledger: Ledger, tenant: TenantId) -> None:
         max_tokens=256,
         funding=Funding(),
     )
-    await ledger.hold(request)
+    await patiently(lambda: ledger.hold(request))
     settlement = Settlement(request.request_id, tenant, usage, PRICE.charge(usage), Status.COMPLETE)
-    await ledger.settle(settlement)
+    await patiently(lambda: ledger.settle(settlement))
 
 
 async def _used(redis: Redis) -> int:
