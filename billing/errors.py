@@ -95,6 +95,11 @@ class RateLimited(Refusal):
     """``requests``, ``tokens`` or ``concurrency``."""
     limit: int
     retry_after_s: float
+    """When one request of this size would pass, if no other came before it."""
+    reset_s: float = 0.0
+    """When nothing of the limit is used any more."""
+    at_once: int = 0
+    """How many may come at once."""
 
     def __str__(self) -> str:
         what = "running at once" if self.kind == "concurrency" else f"{self.kind} a minute"

@@ -15,6 +15,8 @@ from billing.usage import Unit
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
 
+LEAST_BURST = 10
+
 
 class PlanKind(StrEnum):
     FREE = "free"
@@ -31,8 +33,23 @@ class Limits(_Configured):
     """Limits of one key. ``None`` means no limit of that kind."""
 
     requests_per_minute: Annotated[int, Field(gt=0)] | None = None
+    burst: Annotated[int, Field(gt=0)] | None = None
+    """Requests that may come at once; in any minute at most this many more than ``requests_per_minute`` pass."""
     tokens_per_minute: Annotated[int, Field(gt=0)] | None = None
+    """A minute's worth may come at once."""
     concurrent_requests: Annotated[int, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _burst_is_of_something(self) -> Self:
+        if self.burst is not None and self.burst > (self.requests_per_minute or 0):
+            raise ValueError("`burst` must be at most `requests_per_minute`, which it needs beside it")
+        return self
+
+    @property
+    def requests_at_once(self) -> int:
+        """``burst``, or a tenth of a minute's requests but ten where a minute has them; 0 without a limit."""
+        limit = self.requests_per_minute or 0
+        return self.burst or min(limit, max(LEAST_BURST, limit // 10))
 
 
 class Quota(_Configured):

@@ -140,6 +140,7 @@ def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_previe
             request.prompt_tokens + request.max_tokens,
             int(is_preview),
             request.month_start_ms,
+            limits.requests_at_once,
         )
     ]
 
@@ -251,7 +252,9 @@ def _refusal(request: HoldRequest, reply: Sequence[str]) -> BillingError:
     if reply[0] == "duplicate":
         return DuplicateRequest(request.request_id)
     if reply[0] == "limited":
-        return RateLimited(kind=reply[1], limit=int(reply[2]), retry_after_s=int(reply[3]) / 1000)
+        kind, limit, wait_ms, reset_ms = reply[1], *(int(word) for word in reply[2:5])
+        at_once = request.limits.requests_at_once if kind == "requests" else limit
+        return RateLimited(kind, limit, retry_after_s=wait_ms / 1000, reset_s=reset_ms / 1000, at_once=at_once)
     return _short_of_credit(request, reply, least(request))
 
 

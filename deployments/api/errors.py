@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from billing import errors as billing
 from billing.money import format_usd
 from billing.spool import SpoolFull
+from deployments.api import ratelimits
 from deployments.engine import request as engine
 from deployments.gateway import ContextTooLong
 from deployments.link import ReplicaLost, SlowReader
@@ -176,6 +177,8 @@ def headers_of(error: BaseException) -> dict[str, str]:
         headers["retry-after-ms"] = str(max(1, math.ceil(wait * 1000)))
     if answer.should_retry is not None:
         headers["x-should-retry"] = "true" if answer.should_retry else "false"
+    if isinstance(error, billing.RateLimited):
+        headers |= ratelimits.of_refusal(error)
     if answer.status == 401:
         headers["www-authenticate"] = "Bearer"
     return headers

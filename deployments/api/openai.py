@@ -20,6 +20,7 @@ from billing.money import format_usd
 from billing.store.answers import Kept
 from billing.tenants import Principal
 from billing.usage import RequestId, UsageRecord
+from deployments.api import ratelimits
 from deployments.api.account import draw_json
 from deployments.api.bodies import ChatCompletion, Listing, ModelBody, QuoteBody, TextCompletion
 from deployments.api.document import Responses, refusals
@@ -198,16 +199,7 @@ def _costs(record: UsageRecord) -> dict[str, str]:
 def _headers(run: Run) -> dict[str, str]:
     """What is known at the hold: the tokens it pays for, and what is left of the limits."""
     headers = {"x-farebox-max-tokens": str(run.job.sampling.max_tokens)}
-    limits, left = run.hold.request.limits, run.hold.limits_left
-    for name, limit, rest, reset_s in (
-        ("requests", limits.requests_per_minute, left.requests, left.requests_reset_s),
-        ("tokens", limits.tokens_per_minute, left.tokens, left.tokens_reset_s),
-    ):
-        if limit is not None and rest is not None:
-            headers[f"x-ratelimit-limit-{name}"] = str(limit)
-            headers[f"x-ratelimit-remaining-{name}"] = str(rest)
-            headers[f"x-ratelimit-reset-{name}"] = f"{reset_s:.3f}s"
-    return headers
+    return headers | ratelimits.of_hold(run.hold.request.limits, run.hold.limits_left)
 
 
 @router.post("/v1/quote", response_model=QuoteBody, responses=refusals(400, 404, 413))

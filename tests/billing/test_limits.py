@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from billing.account import HoldRequest
@@ -18,10 +19,71 @@ def limited(request_id: str, limits: Limits, **changes: object) -> HoldRequest:
     return request(request_id, limits=limits, price=FREE, **changes)
 
 
-async def test_a_minute_s_requests_may_come_at_once_and_the_next_waits(ledger: Ledger) -> None:
+@pytest.mark.parametrize(
+    ("per_minute", "burst", "at_once"),
+    [
+        (None, None, 0),
+        (1, None, 1),
+        (9, None, 9),
+        (60, None, 10),
+        (101, None, 10),
+        (600, None, 60),
+        (60, 6, 6),
+        (60, 60, 60),
+    ],
+)
+def test_a_tenth_of_a_minute_but_ten_may_come_at_once_unless_burst_says_otherwise(
+    per_minute: int | None, burst: int | None, at_once: int
+) -> None:
+    assert Limits(requests_per_minute=per_minute, burst=burst).requests_at_once == at_once
+
+
+@pytest.mark.parametrize(
+    "given", [{"burst": 1}, {"requests_per_minute": 5, "burst": 6}, {"requests_per_minute": 5, "burst": 0}]
+)
+def test_a_burst_is_of_a_limit_and_not_above_it(given: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="burst"):
+        Limits.model_validate(given)
+
+
+SIX_AT_ONCE = Limits(requests_per_minute=60, burst=6)
+SLACK_S = 0.4
+"""That a busy machine may take between two commands."""
+
+
+async def use(store: Redis, ahead_s: float) -> None:
+    """As if what was used until now were worn off after so long."""
+    seconds, microseconds = await store.time()
+    due = seconds * 1000 + microseconds // 1000 + int(ahead_s * 1000)
+    await store.hset(shard_for(ACME).limits(ACME), "r:key_1", str(due))
+
+
+@pytest.mark.parametrize(("ahead_s", "rest", "reset_s"), [(-90, 5, 1), (0, 5, 1), (1, 4, 2), (4, 1, 5), (4.9, 0, 5.9)])
+async def test_what_is_left_after_each_of_six_requests_at_once(
+    ledger: Ledger, store: Redis, ahead_s: float, rest: int, reset_s: float
+) -> None:
+    await use(store, ahead_s)
+    left = (await ledger.hold(limited("req_1", SIX_AT_ONCE))).limits_left
+    assert left.requests == rest
+    assert reset_s - SLACK_S <= left.requests_reset_s <= reset_s
+
+
+@pytest.mark.parametrize(("ahead_s", "wait_s"), [(5.5, 0.5), (6, 1), (60, 55)])
+async def test_the_seventh_is_told_when_its_time_comes(
+    ledger: Ledger, store: Redis, ahead_s: float, wait_s: float
+) -> None:
+    await use(store, ahead_s)
+    with pytest.raises(RateLimited) as refused:
+        await ledger.hold(limited("req_1", SIX_AT_ONCE))
+    assert (refused.value.limit, refused.value.at_once) == (60, 6)
+    assert wait_s - SLACK_S <= refused.value.retry_after_s <= wait_s
+    assert ahead_s - SLACK_S <= refused.value.reset_s <= ahead_s
+
+
+async def test_a_burst_may_come_at_once_and_the_next_waits(ledger: Ledger) -> None:
     limits = Limits(requests_per_minute=600)
     holds = [await ledger.hold(limited(f"req_{n}", limits)) for n in range(600 // 100)]
-    assert [h.limits_left.requests for h in holds][:2] == [599, 598]
+    assert [h.limits_left.requests for h in holds][:2] == [59, 58]
     assert holds[0].limits_left.requests_reset_s == pytest.approx(0.1, abs=0.01)
     few = Limits(requests_per_minute=2)
     for n in range(2):
@@ -33,7 +95,7 @@ async def test_a_minute_s_requests_may_come_at_once_and_the_next_waits(ledger: L
 
 
 async def test_a_place_is_free_again_when_its_time_has_come(ledger: Ledger) -> None:
-    limits = Limits(requests_per_minute=240)  # one each 250 ms
+    limits = Limits(requests_per_minute=240, burst=240)  # one each 250 ms
     answers = await asyncio.gather(
         *(ledger.hold(limited(f"req_{n}", limits)) for n in range(300)), return_exceptions=True
     )

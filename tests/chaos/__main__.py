@@ -23,6 +23,7 @@ from tests.chaos.table import Row, machine, markdown, put_between_marks
 SCENARIOS: tuple[str, ...] = (
     "whole_stack",
     "gateway_kills",
+    "limits",
     "races",
     "dodo_faults",
     "webhooks",

@@ -31,6 +31,8 @@ from tests.gateway.scripted import ScriptedLink
 
 AFTER_HOLD, MID_STREAM, BEFORE_SETTLE, AFTER_SETTLE = "after hold", "mid-stream", "before settle", "after settle"
 MID_STREAM_TOKENS = 6
+HOLDS = "holds.txt"
+"""When each hold was made, by the store's clock in milliseconds, a line each."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,11 @@ class DyingLedger(Ledger):
         super().__init__(redis, on_done=on_done)
         self._fuse = fuse
         self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._holds = os.open(journal.with_name(HOLDS), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     async def hold(self, request: HoldRequest) -> Hold:
         hold = await super().hold(request)
+        os.write(self._holds, f"{hold.lease_ends_at_ms - request.lease_ms}\n".encode())
         self._fuse.reach(AFTER_HOLD)
         return hold
 

@@ -40,6 +40,7 @@ async def test_an_allowance_is_shown_before_its_first_use(house: House) -> None:
     assert account["balance_usd"] == "1.000000"
     assert account["limits"] == {
         "requests_per_minute": 3,
+        "burst": None,
         "tokens_per_minute": None,
         "concurrent_requests": None,
     }

@@ -162,6 +162,8 @@ async def test_limits_and_what_is_left_of_them_stand_in_headers(house: House) ->
     assert reply.headers["x-ratelimit-limit-requests"] == "3"
     assert int(reply.headers["x-ratelimit-remaining-requests"]) < 3
     assert reply.headers["x-ratelimit-reset-requests"].endswith("s")
+    assert reply.headers["ratelimit-policy"] == '"requests";q=3;w=60;qu="requests"'
+    assert reply.headers["ratelimit"] == '"requests";r=2;t=20'
 
 
 async def test_running_requests_are_extended_in_the_engine_and_renewed_in_the_store(

@@ -88,6 +88,9 @@ async def test_too_many_requests_say_when_to_come_back(house: House) -> None:
     reply = await house.chat(key)
     check(reply, 429, "rate_limit_exceeded")
     assert int(reply.headers["retry-after"]) >= 1
+    assert reply.headers["x-ratelimit-remaining-requests"] == "0"
+    assert reply.headers["ratelimit-policy"] == '"requests";q=3;w=60;qu="requests"'
+    assert reply.headers["ratelimit"] == f'"requests";r=0;t={reply.headers["retry-after"]}'
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ local is_free, model = ARGV[9] == "1", ARGV[10]
 local lease_ms, calendar, stretch_ms = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
 local allowance_id, allowance_value, overage_cap = ARGV[14], ARGV[15], tonumber(ARGV[16])
 local rpm, tpm, concurrency, tokens = tonumber(ARGV[17]), tonumber(ARGV[18]), tonumber(ARGV[19]), tonumber(ARGV[20])
-local is_preview, month = ARGV[21] == "1", ARGV[22]
+local is_preview, month, burst = ARGV[21] == "1", ARGV[22], tonumber(ARGV[23])
 local now = store_ms()
 local MINUTE_MS = 60000
 
@@ -33,14 +33,14 @@ if not is_preview then
   if find_marker(keys.settled, id, now, stretch_ms) then return { "duplicate" } end
 end
 
--- Generic cell rate: one minute's worth may come at once. A request larger than the whole limit passes
--- only when nothing was used for a minute.
-local function arrive(field, limit, cost)
-  local due = math.max(number_at(keys.limits, field), now)
+-- Generic cell rate: so many may come at once, and then each in its time. A request larger than all that may
+-- come at once passes only when what came before is worn off.
+local function arrive(field, limit, cost, at_once)
+  local due, ahead_ms = math.max(number_at(keys.limits, field), now), at_once * MINUTE_MS / limit
   local due_next = due + cost * MINUTE_MS / limit
-  local over = due_next - now - MINUTE_MS
-  if over > 0 and due > now then return nil, over end
-  return due_next, math.max(0, math.floor((MINUTE_MS - (due_next - now)) * limit / MINUTE_MS))
+  local over = due_next - now - ahead_ms
+  if over > 0 and due > now then return nil, over, due - now end
+  return due_next, math.max(0, math.floor((ahead_ms - (due_next - now)) * limit / MINUTE_MS)), due_next - now
 end
 
 local function running()
@@ -55,19 +55,19 @@ end
 
 local left, arrivals, gone = {}, {}, {}
 if rpm > 0 then
-  local due, rest = arrive("r:" .. key_id, rpm, 1)
-  if not due then return { "limited", "requests", text(rpm), text(math.ceil(rest)) } end
-  arrivals["r:" .. key_id], left.requests, left.requests_reset = due, text(rest), text(due - now)
+  local due, rest, reset = arrive("r:" .. key_id, rpm, 1, burst)
+  if not due then return { "limited", "requests", text(rpm), text(math.ceil(rest)), text(math.ceil(reset)) } end
+  arrivals["r:" .. key_id], left.requests, left.requests_reset = due, text(rest), text(reset)
 end
 if tpm > 0 then
-  local due, rest = arrive("t:" .. key_id, tpm, tokens)
-  if not due then return { "limited", "tokens", text(tpm), text(math.ceil(rest)) } end
-  arrivals["t:" .. key_id], left.tokens, left.tokens_reset = due, text(rest), text(due - now)
+  local due, rest, reset = arrive("t:" .. key_id, tpm, tokens, tpm)
+  if not due then return { "limited", "tokens", text(tpm), text(math.ceil(rest)), text(math.ceil(reset)) } end
+  arrivals["t:" .. key_id], left.tokens, left.tokens_reset = due, text(rest), text(reset)
 end
 if concurrency > 0 then
   local count
   count, gone = running()
-  if count >= concurrency then return { "limited", "concurrency", text(concurrency), "1000" } end
+  if count >= concurrency then return { "limited", "concurrency", text(concurrency), "1000", "1000" } end
 end
 
 -- The allowance of this period is put in place once: under its id it is never filled again.
