@@ -5,6 +5,8 @@ Every movement carries an id that its sender chose: the same id twice is one mov
 
 from dataclasses import dataclass, field
 
+from billing.caps import SpendCap
+from billing.errors import SpendCapReached
 from billing.money import Nanos
 from billing.plans import Limits
 from billing.prices import Price
@@ -84,6 +86,13 @@ class HoldRequest:
     """Why ``price`` is not the listed one."""
     month_start_ms: int = 0
     """The month whose spend this request counts towards; 0 where no price depends on it."""
+    caps: tuple[SpendCap, ...] = ()
+    counts_as: str = ""
+    """The key under which limits and caps count it, where that is not its own: a rotated key goes on as the old."""
+
+    @property
+    def counted_key(self) -> str:
+        return self.counts_as or self.key_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +121,8 @@ class Hold:
     covered_by_requests: bool
     """A requests bucket pays for it, whatever it costs in nanos."""
     limits_left: LimitsLeft = field(default_factory=LimitsLeft)
+    clamped_by: SpendCapReached | None = None
+    """The key's cap, where that and not the credit decides ``max_tokens``."""
 
     @property
     def held_nanos(self) -> Nanos:

@@ -90,6 +90,33 @@ class CreditOnHold(Refusal):
 
 
 @dataclass(eq=False)
+class SpendCapReached(Refusal):
+    """The key has spent what it may in this hour, day or month; its tenant may have more."""
+
+    window: str
+    """``hour``, ``day`` or ``month``."""
+    cap_nanos: Nanos
+    spent_nanos: Nanos
+    """Within the window, settled."""
+    resets_at: str
+    """ISO 8601, UTC: when the next window begins."""
+    retry_after_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"this API key may spend ${format_usd(self.cap_nanos, 2)} {_PER[self.window]} and has spent "
+            f"${format_usd(self.spent_nanos, 2)}: use another key, have its cap raised, or wait until {self.resets_at}"
+        )
+
+
+_PER = {
+    "hour": "an hour while it is in quarantine (GET /v1/account says why)",
+    "day": "a day (UTC)",
+    "month": "a month (UTC)",
+}
+
+
+@dataclass(eq=False)
 class RateLimited(Refusal):
     kind: str
     """``requests``, ``tokens`` or ``concurrency``."""

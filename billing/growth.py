@@ -9,7 +9,14 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 
 from billing.account import Hold
-from billing.errors import BillingError, CreditOnHold, InsufficientCredits, StoreUnavailable, UnknownHold
+from billing.errors import (
+    BillingError,
+    CreditOnHold,
+    InsufficientCredits,
+    SpendCapReached,
+    StoreUnavailable,
+    UnknownHold,
+)
 from billing.money import Nanos, divide_up
 from billing.store.holds import Ledger
 from billing.store.packing import worst_case
@@ -70,7 +77,7 @@ class GrowingHold:
         try:
             self.held_nanos = max(self.held_nanos, await self._ledger.extend(self._request, total, cost))
             self.refusal = None
-        except (InsufficientCredits, CreditOnHold, StoreUnavailable, UnknownHold) as error:
+        except (InsufficientCredits, CreditOnHold, SpendCapReached, StoreUnavailable, UnknownHold) as error:
             self.refusal = error
         if self.held_nanos < total:
             self._next_attempt_at = asyncio.get_running_loop().time() + RETRY_S

@@ -227,11 +227,13 @@ class Run:
         self.shortage = refusal
         return replace(piece, token_ids=(), text="", choices=(), finish_reason=FinishReason.LENGTH)
 
-    def _clamped(self) -> InsufficientCredits | None:
-        """The shortage of a request that came to the end of what its tenant's credit affords."""
+    def _clamped(self) -> BillingError | None:
+        """The shortage of a request that came to the end of what its key or its tenant's credit affords."""
         hold = self.hold
         if hold.max_tokens == hold.request.max_tokens or self.usage.completion_tokens < hold.max_tokens:
             return None
+        if hold.clamped_by is not None:
+            return hold.clamped_by
         return InsufficientCredits(hold.balance_nanos, worst_case(hold.request), hold.max_tokens)
 
     async def _read(self) -> Tokens:

@@ -4,7 +4,6 @@ Knows which script makes which movement; decides nothing that the scripts decide
 may be called again with the same id after a lost reply: it then tells what the first call did.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -35,6 +34,7 @@ from billing.store.packing import (
     pack_hold,
     pack_usage,
     pairs,
+    tenant_in,
     unpack_account,
     unpack_extension,
     unpack_hold,
@@ -87,6 +87,7 @@ class Ledger:
             RateLimited: a limit of its key is reached.
             InsufficientCredits: not even its shortest answer is affordable.
             CreditOnHold: it would be, were other requests settled.
+            SpendCapReached: its key has spent what it may.
             DuplicateRequest: the id stands for another hold, or was settled.
             StoreUnavailable: nothing may run.
         """
@@ -99,11 +100,12 @@ class Ledger:
     async def _ask_for(self, request: HoldRequest, is_preview: bool) -> Hold:
         shard, tenant = shard_for(request.tenant), request.tenant
         names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.holds, shard.leases]
-        names += [shard.limits(tenant), shard.slots(tenant, request.key_id), *shard.settled]
-        arguments = pack_hold(request, self._clock(), self._stretch_ms, is_preview)
+        names += [shard.limits(tenant), shard.slots(tenant, request.counted_key), *shard.settled]
+        calendar_ms = self._clock()
+        arguments = pack_hold(request, calendar_ms, self._stretch_ms, is_preview)
         async with guarded():
             reply = cast(list[str], await self._hold(keys=names, args=arguments))
-        return unpack_hold(request, reply)
+        return unpack_hold(request, reply, calendar_ms)
 
     async def extend(self, request: HoldRequest, total_nanos: Nanos, least_nanos: Nanos) -> Nanos:
         """Raise an open hold to a total, or as near to it as the credit allows, at the price it was made at.
@@ -112,16 +114,17 @@ class Ledger:
             What the hold has now: at least ``least_nanos``, unless a bucket of requests pays for it.
 
         Raises:
-            InsufficientCredits, CreditOnHold: not even the least is there; nothing has changed.
+            InsufficientCredits, CreditOnHold, SpendCapReached: not even the least is there; nothing has changed.
             UnknownHold: it was settled, or its lease ended.
             StoreUnavailable: whether it took effect is unknown; extend again, or settle.
         """
         shard, tenant = shard_for(request.tenant), request.tenant
         names = [shard.account(tenant), shard.buckets(tenant), shard.holds]
-        arguments: list[str | int] = [request.request_id, tenant, total_nanos, least_nanos, self._clock()]
+        calendar_ms = self._clock()
+        arguments: list[str | int] = [request.request_id, tenant, total_nanos, least_nanos, calendar_ms]
         async with guarded():
             reply = cast(list[str], await self._extend(keys=names, args=arguments))
-        return unpack_extension(request, reply, least_nanos)
+        return unpack_extension(request, reply, least_nanos, calendar_ms)
 
     async def checkpoint(self, progress: Sequence[Progress]) -> frozenset[RequestId]:
         """Renew the leases of running requests and note what each has cost so far.
@@ -213,7 +216,7 @@ class Ledger:
             for shard, request_id in found:
                 pipe.hget(shard.holds, request_id)
             holds = await pipe.execute() if found else []
-        return [(s, RequestId(i), _tenant_in(h)) for (s, i), h in zip(found, holds, strict=True) if h]
+        return [(s, RequestId(i), tenant_in(h)) for (s, i), h in zip(found, holds, strict=True) if h]
 
     async def open_holds(self) -> int:
         """Holds of all tenants that are not settled yet."""
@@ -343,7 +346,3 @@ class Ledger:
         async with guarded():
             numbers, flat = await self._account(keys=[shard.account(tenant), shard.buckets(tenant)])
         return unpack_account(tenant, numbers, pairs(flat), now)
-
-
-def _tenant_in(hold: str) -> TenantId:
-    return TenantId(json.loads(hold)["tenant"])

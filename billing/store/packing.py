@@ -6,14 +6,17 @@ Knows the text of a bucket, a hold and a usage; the same formats stand in ``lua/
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 
 from billing.account import Account, Bucket, Hold, HoldRequest, LimitsLeft, Origin, Settlement
+from billing.caps import Window, end_ms
 from billing.errors import (
     BillingError,
     CreditOnHold,
     DuplicateRequest,
     InsufficientCredits,
     RateLimited,
+    SpendCapReached,
     UnknownHold,
 )
 from billing.money import MAX_BALANCE_NANOS, Nanos
@@ -122,7 +125,7 @@ def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_previe
             request.tenant,
             _head(request),
             f"{request.prompt_tokens}|{request.max_tokens}",
-            request.key_id,
+            request.counted_key,
             worst_case(request),
             first_step(request),
             least(request),
@@ -141,6 +144,7 @@ def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_previe
             int(is_preview),
             request.month_start_ms,
             limits.requests_at_once,
+            ",".join(f"{cap.window}|{cap.start_ms}|{cap.nanos}" for cap in request.caps),
         )
     ]
 
@@ -208,16 +212,16 @@ def unpack_draws(rows: Iterable[Sequence[str]]) -> tuple[Draw, ...]:
     return tuple(Draw(BucketId(bucket), _UNIT[unit], int(amount)) for bucket, unit, amount in rows)
 
 
-def unpack_hold(request: HoldRequest, reply: Sequence[str]) -> Hold:
+def unpack_hold(request: HoldRequest, reply: Sequence[str], calendar_ms: int) -> Hold:
     """What ``hold.lua`` answered.
 
     Raises:
-        DuplicateRequest, RateLimited, InsufficientCredits, CreditOnHold: as it decided.
+        DuplicateRequest, RateLimited, InsufficientCredits, CreditOnHold, SpendCapReached: as it decided.
     """
     if reply[0] != "held":
-        raise _refusal(request, reply)
-    balance, lease_end, affords, *limits = reply[1:8]
-    words = iter(reply[8:])
+        raise _refusal(request, reply, calendar_ms)
+    balance, lease_end, affords, *limits, clamped_by = reply[1:9]
+    words = iter(reply[9:])
     draws = tuple(Draw(BucketId(i), _UNIT[u], int(n)) for i, u, n in zip(words, words, words, strict=True))
     covered = any(draw.unit is Unit.REQUESTS for draw in draws)
     return Hold(
@@ -228,6 +232,7 @@ def unpack_hold(request: HoldRequest, reply: Sequence[str]) -> Hold:
         balance_nanos=Nanos(int(balance)),
         covered_by_requests=covered,
         limits_left=_limits_left(limits),
+        clamped_by=_capped(clamped_by.split("|"), calendar_ms) if clamped_by else None,
     )
 
 
@@ -248,17 +253,40 @@ def _limits_left(words: Sequence[str]) -> LimitsLeft:
     )
 
 
-def _refusal(request: HoldRequest, reply: Sequence[str]) -> BillingError:
+def _refusal(request: HoldRequest, reply: Sequence[str], calendar_ms: int) -> BillingError:
     if reply[0] == "duplicate":
         return DuplicateRequest(request.request_id)
     if reply[0] == "limited":
         kind, limit, wait_ms, reset_ms = reply[1], *(int(word) for word in reply[2:5])
         at_once = request.limits.requests_at_once if kind == "requests" else limit
         return RateLimited(kind, limit, retry_after_s=wait_ms / 1000, reset_s=reset_ms / 1000, at_once=at_once)
-    return _short_of_credit(request, reply, least(request))
+    return _short_of_credit(request, reply, least(request), calendar_ms)
 
 
-def _short_of_credit(request: HoldRequest, reply: Sequence[str], needed: Nanos) -> BillingError:
+def _capped(words: Sequence[str], calendar_ms: int) -> SpendCapReached:
+    """From a cap as a script tells it: window, start, nanos, spent."""
+    window, start_ms = Window(words[0]), int(words[1])
+    ends_ms = end_ms(window, start_ms)
+    return SpendCapReached(
+        window=window.value,
+        cap_nanos=Nanos(int(words[2])),
+        spent_nanos=Nanos(int(words[3])),
+        resets_at=datetime.fromtimestamp(ends_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        retry_after_s=max(1, ends_ms - calendar_ms) / 1000,
+    )
+
+
+def _cap_on_hold(words: Sequence[str], needed: Nanos) -> CreditOnHold:
+    """The key's other requests hold what its cap has left."""
+    cap, spent, held = (int(word) for word in words[2:5])
+    return CreditOnHold(RETRY_HELD_S, Nanos(cap - spent - held), Nanos(held), needed)
+
+
+def _short_of_credit(request: HoldRequest, reply: Sequence[str], needed: Nanos, calendar_ms: int) -> BillingError:
+    if reply[0] == "capped":
+        return _capped(reply[1:], calendar_ms)
+    if reply[0] == "cap_on_hold":
+        return _cap_on_hold(reply[1:], needed)
     balance, available, held = (int(word) for word in reply[1:4])
     if reply[0] == "on_hold":
         return CreditOnHold(
@@ -276,17 +304,22 @@ def _short_of_credit(request: HoldRequest, reply: Sequence[str], needed: Nanos) 
     )
 
 
-def unpack_extension(request: HoldRequest, reply: Sequence[str], least_nanos: Nanos) -> Nanos:
+def unpack_extension(request: HoldRequest, reply: Sequence[str], least_nanos: Nanos, calendar_ms: int) -> Nanos:
     """What ``extend.lua`` answered: the nanos that the hold now has.
 
     Raises:
-        UnknownHold, InsufficientCredits, CreditOnHold: as it decided.
+        UnknownHold, InsufficientCredits, CreditOnHold, SpendCapReached: as it decided.
     """
     if reply[0] == "held":
         return Nanos(int(reply[1]))
     if reply[0] == "unknown":
         raise UnknownHold(request.request_id)
-    raise _short_of_credit(request, reply, least_nanos)
+    raise _short_of_credit(request, reply, least_nanos, calendar_ms)
+
+
+def tenant_in(hold: str) -> TenantId:
+    """Whose an open hold is, as it stands in the store."""
+    return TenantId(json.loads(hold)["tenant"])
 
 
 def pairs(flat: Sequence[str]) -> Mapping[str, str]:

@@ -8,18 +8,18 @@ from pathlib import Path
 
 _LUA = Path(__file__).parent / "lua"
 _BUILDS_ON = {
-    "hold": "draw",
-    "extend": "draw",
-    "settle": "close",
-    "expire": "close",
-    "orphan": "close",
-    "claim": "outcome",
-    "conclude": "outcome",
+    "hold": ("caps", "draw"),
+    "extend": ("caps", "draw"),
+    "settle": ("caps", "close"),
+    "expire": ("caps", "close"),
+    "orphan": ("caps", "close"),
+    "claim": ("outcome",),
+    "conclude": ("outcome",),
 }
 
 
 @cache
 def source(name: str) -> str:
     """The whole text of one script. A script's SHA-1 is its name in the store: equal text is loaded once."""
-    parts = ["common", *([_BUILDS_ON[name]] if name in _BUILDS_ON else []), name]
+    parts = ["common", *_BUILDS_ON.get(name, ()), name]
     return "\n".join((_LUA / f"{part}.lua").read_text() for part in parts)

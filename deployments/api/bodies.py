@@ -156,6 +156,9 @@ class Problem(BaseModel):
     max_affordable_tokens: int | None = None
     limit: int | None = None
     limit_source: str | None = None
+    cap: Dollars | None = None
+    spent: Dollars | None = None
+    resets_at: str | None = None
     top_up_url: str | None = None
     record_id: str | None = None
 

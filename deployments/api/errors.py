@@ -96,6 +96,7 @@ ANSWERS: Mapping[type[BaseException], Answer] = {
     billing.AnswerIncomplete: Answer(409, "idempotency_answer_incomplete", INVALID, "Conflict", should_retry=False),
     billing.IdempotencyKeyReused: Answer(422, "idempotency_key_reused", INVALID, "Unprocessable Content"),
     billing.CreditOnHold: Answer(429, "credit_on_hold", QUOTA, "Credit On Hold"),
+    billing.SpendCapReached: Answer(402, "spend_cap_reached", QUOTA, "Spend Cap Reached"),
     billing.RateLimited: Answer(429, "rate_limit_exceeded", RATE, "Too Many Requests"),
     SpoolFull: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=5),
     billing.StoreUnavailable: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=1),
@@ -164,6 +165,14 @@ def _details(error: BaseException, top_up_url: str) -> Json:
         }
     if isinstance(error, billing.AnswerTooLarge | billing.AnswerIncomplete):
         return {"record_id": error.record_id}
+    if isinstance(error, billing.SpendCapReached):
+        return {
+            "limit_source": f"key_{error.window}",
+            "cap": format_usd(error.cap_nanos),
+            "spent": format_usd(error.spent_nanos),
+            "currency": "USD",
+            "resets_at": error.resets_at,
+        }
     if isinstance(error, billing.RateLimited):
         return {"limit": error.limit, "limit_source": error.kind}
     return {}

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+CAPS = "tests/billing/test_caps.py"
 EXPORT = "tests/billing/dodo/test_export.py"
 
 
@@ -51,7 +52,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a whole answer is held at once",
         "hold.lua",
-        "draw_money(purse, math.min(first, purse.available))",
+        "draw_money(purse, math.min(first, purse.available, room.at_once))",
         "draw_money(purse, math.min(worst, purse.available))",
     ),
     Mutant(
@@ -66,7 +67,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("an extension ignores its least", "extend.lua", "held + purse.available < least", "false"),
     Mutant(
-        "an extension draws what is not there", "extend.lua", "math.min(total - held, purse.available)", "total - held"
+        "an extension draws what is not there",
+        "extend.lua",
+        "math.min(total - held, purse.available, room.at_once)",
+        "total - held",
     ),
     Mutant(
         "parts are charged as they came, not in the buckets' order",
@@ -124,6 +128,21 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("an answer of no token is let in", "packing.py", "min(1, request.max_tokens)", "0"),
     Mutant("a lost lease is not told", "holds.py", "            gone |= set(await", "            set(await"),
     Mutant("a repeat is told as new", "holds.py", "return str(reply)", 'return str(reply).replace("repeat", "")'),
+    Mutant("a key's cap is not looked at", "hold.lua", "if room.at_once < least then", "if false then", CAPS),
+    Mutant(
+        "what is held counts under no cap",
+        "hold.lua",
+        "count_under(keys.account, key_id, caps, nanos_of(draws), 0)",
+        test=CAPS,
+    ),
+    Mutant(
+        "a hold grows beyond its key's cap", "extend.lua", "purse.available, room.at_once)", "purse.available)", CAPS
+    ),
+    Mutant("what a cap held never comes back", "close.lua", "-bill.held, bill.charged", "0, bill.charged", CAPS),
+    Mutant("a late settle counts under no cap", "settle.lua", "count_under(", "text(0, ", CAPS),
+    Mutant(
+        "a cap outlives its window", "caps.lua", "if start > spend.start then spend =", "if false then spend =", CAPS
+    ),
     Mutant("a batch is sealed without a compare", "seal.lua", "~= ARGV[1]", "== 'never'", EXPORT),
     Mutant("an acknowledgement counts twice", "ack.lua", "== 1 then", ">= 0 then", EXPORT),
 )

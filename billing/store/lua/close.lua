@@ -78,6 +78,7 @@ local function close_hold(keys, id, hold, outcome)
   end
   write_changed(keys.buckets, buckets)
   count_spend(keys.account, hold, bill.charged)
+  count_under(keys.account, hold.key, hold.caps, -bill.held, bill.charged)
   return_tokens(keys, hold, outcome.usage)
   bill.record = record_json({
     record_id = "rec_" .. id, head = hold.head, usage = outcome.usage, status = outcome.status, now = outcome.now,

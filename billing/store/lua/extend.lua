@@ -22,7 +22,9 @@ table.sort(buckets, is_drawn_before)
 local funding = { calendar = calendar, allowance_id = hold.allowance, cap = tonumber(hold.cap) }
 local purse = purse_of(keys.account, buckets, funding, hold.draws)
 if held + purse.available < least then return refusal(purse, least - held) end
-local amount = math.min(total - held, purse.available)
+local room = room_under(keys.account, hold.key, hold.caps, held)
+if held + room.at_once < least then return cap_refusal(room, least) end
+local amount = math.min(total - held, purse.available, room.at_once)
 if amount <= 0 then return { "held", text(held) } end
 local draws, overage = draw_money(purse, amount)
 
@@ -43,4 +45,5 @@ hold.draws = merged()
 redis.call("HSET", keys.holds, id, cjson.encode(hold))
 if overage > 0 then redis.call("HSET", keys.account, "overage_held", text(purse.overage_held + overage)) end
 write_changed(keys.buckets, buckets)
+count_under(keys.account, hold.key, hold.caps, amount, 0)
 return { "held", text(held + amount) }

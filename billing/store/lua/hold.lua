@@ -13,9 +13,9 @@ local is_preview, month, burst = ARGV[21] == "1", ARGV[22], tonumber(ARGV[23])
 local now = store_ms()
 local MINUTE_MS = 60000
 
-local function answer(balance, lease_end, affords, draws, left)
-  local reply = { "held", text(balance), text(lease_end), text(affords),
-    left.requests or "", left.requests_reset or "", left.tokens or "", left.tokens_reset or "" }
+local function answer(balance, lease_end, affords, draws, left, clamped_by)
+  local reply = { "held", text(balance), text(lease_end), text(affords), left.requests or "",
+    left.requests_reset or "", left.tokens or "", left.tokens_reset or "", table.concat(clamped_by, "|") }
   for _, draw in ipairs(draws) do
     for i = 1, 3 do reply[#reply + 1] = draw[i] end
   end
@@ -28,7 +28,7 @@ if not is_preview then
     local hold = cjson.decode(open)
     if hold.tenant ~= tenant or hold.head ~= head or hold.asked ~= asked then return { "duplicate" } end
     local ends = tonumber(redis.call("ZSCORE", keys.leases, id))
-    return answer(balance_of(read_buckets(keys.buckets), calendar), ends, tonumber(hold.affords), hold.draws, {})
+    return answer(balance_of(read_buckets(keys.buckets), calendar), ends, tonumber(hold.affords), hold.draws, {}, {})
   end
   if find_marker(keys.settled, id, now, stretch_ms) then return { "duplicate" } end
 end
@@ -98,17 +98,21 @@ end
 
 local funding = { calendar = calendar, allowance_id = allowance_id, cap = overage_cap }
 local purse = purse_of(keys.account, buckets, funding, {})
-local draws, overage, affords = {}, 0, worst
+local caps = parse_caps(keys.account, key_id, ARGV[24])
+local room = room_under(keys.account, key_id, caps, 0)
+local draws, overage, affords, clamped_by = {}, 0, worst, {}
 local cover = not is_free and covering_bucket()
 if cover then
   cover.remaining, cover.held, cover.is_changed = cover.remaining - 1, cover.held + 1, true
   draws = { { cover.id, "r", "1" } }
 elseif not is_free and worst > 0 then
   if purse.available < least then return refusal(purse, least) end
-  affords = math.min(worst, purse.potential)
-  draws, overage = draw_money(purse, math.min(first, purse.available))
+  if room.at_once < least then return cap_refusal(room, least) end
+  affords = math.min(worst, purse.potential, room.potential)
+  if room.potential < math.min(worst, purse.potential) then clamped_by = room.by end
+  draws, overage = draw_money(purse, math.min(first, purse.available, room.at_once))
 end
-if is_preview then return answer(purse.balance, now + lease_ms, affords, draws, left) end
+if is_preview then return answer(purse.balance, now + lease_ms, affords, draws, left, clamped_by) end
 
 -- Everything below only writes.
 local function is_done(b)
@@ -123,6 +127,7 @@ local hold = { tenant = tenant, head = head, asked = asked, key = key_id, draws 
   usage = "0,0,0,0,0", list = "0" }
 hold.since = text(now)
 if month ~= "0" then hold.month = month end
+if #caps > 0 then hold.caps = caps end
 redis.call("HSET", keys.holds, id, cjson.encode(hold))
 redis.call("ZADD", keys.leases, text(now + lease_ms), id)
 redis.call("HINCRBY", keys.account, "open", 1)
@@ -148,4 +153,5 @@ if concurrency > 0 then
   redis.call("SADD", keys.slots, id)
   redis.call("PEXPIRE", keys.slots, 24 * 60 * MINUTE_MS)
 end
-return answer(purse.balance, now + lease_ms, affords, draws, left)
+count_under(keys.account, key_id, caps, nanos_of(draws), 0)
+return answer(purse.balance, now + lease_ms, affords, draws, left, clamped_by)
