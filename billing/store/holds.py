@@ -172,6 +172,7 @@ class Ledger:
             settlement.list_nanos,
             self._clock(),
             self._stretch_ms,
+            settlement.origin.held if settlement.origin else 0,
         ]
         async with guarded():
             reply = cast(list[str], await self._settle(keys=shard.settling(tenant), args=arguments))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 CAPS = "tests/billing/test_caps.py"
 EXPORT = "tests/billing/dodo/test_export.py"
+GROWTH = "tests/billing/test_lost_growth.py"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "local room = balance_of(buckets, calendar)",
         "local room = 1000",
     ),
+    Mutant("growth that a store lost is not charged", "settle.lua", "  regrow(hold)\n", "", GROWTH),
     Mutant("a late checkpoint takes progress back", "checkpoint.lua", "tonumber(list) >= tonumber(hold.list)", "true"),
     Mutant("credit never expires", "common.lua", "b.expires == 0 or b.expires > calendar or b.remaining < 0", "true"),
     Mutant(
