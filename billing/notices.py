@@ -20,6 +20,12 @@ class NoticeKind(StrEnum):
     BALANCE_LOW = "balance.low"
     REFILL_SUCCEEDED = "refill.succeeded"
     REFILL_FAILED = "refill.failed"
+    PAYMENT_FAILED = "payment.failed"
+    SUBSCRIPTION_PAST_DUE = "subscription.past_due"
+    SUBSCRIPTION_ON_HOLD = "subscription.on_hold"
+    DUNNING_STARTED = "dunning.started"
+    """Dodo asks the customer of an unpaid renewal for another card."""
+    DUNNING_RECOVERED = "dunning.recovered"
 
 
 @dataclass(frozen=True, slots=True)

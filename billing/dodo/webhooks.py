@@ -13,6 +13,7 @@ from standardwebhooks import Webhook
 from standardwebhooks.webhooks import EmptyWebhookSecretError, WebhookVerificationError
 
 from billing.clock import Clock, now_ms
+from billing.dodo.alerts import Alerts
 from billing.dodo.client import Dodo
 from billing.dodo.fields import Wire, WireError, inner, moment_ms, read_json, text
 from billing.dodo.licences import Licences
@@ -24,6 +25,7 @@ from billing.dodo.wire import Payment, Refund
 from billing.errors import BillingError, DodoRefused, DodoUnavailable, StoreUnavailable, WebhookRejected
 from billing.store.holds import Ledger
 from billing.store.inbox import Delivery, Inbox, Outcome
+from billing.store.notices import Notices
 from billing.store.tenants import Tenants
 from billing.tenants import Tenant
 
@@ -52,6 +54,7 @@ class Webhooks:
         self.payments = Payments(dodo, ledger, tenants, self.inbox, self._subscriptions, catalogue_source, clock)
         newcomers = Newcomers(dodo, tenants, catalogue_source, clock)
         self._licences = Licences(dodo, tenants, self.inbox, newcomers, clock)
+        self._alerts = Alerts(tenants, Notices(redis), clock)
         self._secret, self._clock = secret, clock
 
     async def receive(self, body: bytes, headers: Mapping[str, str]) -> Delivery:
@@ -125,7 +128,8 @@ class Webhooks:
         elif kind.startswith("subscription."):
             await self._subscriptions.refresh(text(data, "subscription_id"), moment_ms(data, "past_due_ends_at"))
         else:
-            return Outcome.KEPT
+            return Outcome.APPLIED if await self._alerts.tell(kind, data) else Outcome.KEPT
+        await self._alerts.tell(kind, data)
         return Outcome.APPLIED
 
 

@@ -13,11 +13,12 @@ from typing import Annotated, ClassVar
 from fastapi import APIRouter, Query
 from pydantic import Field
 
+from cluster.dodo_sandbox import recovery
 from cluster.dodo_sandbox.events import counted_metadata
 from cluster.dodo_sandbox.meters import meter_of, units
 from cluster.dodo_sandbox.payments import Charge, Line, PaymentRecord, ServicePeriod, charge, line
 from cluster.dodo_sandbox.products import product_of
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Here, Sandbox, Settings
 from cluster.dodo_sandbox.subscriptions import (
     SubscribedMeter,
     SubscriptionRecord,
@@ -112,20 +113,32 @@ def usage_lines(meters: Sequence[MeterUsage]) -> list[Line]:
 
 
 def run_due(sandbox: Sandbox) -> int:
-    """Turn every period that has ended by the sandbox's clock; the number of turns."""
-    turns = 0
+    """Do all that was due by the sandbox's clock, in its order; the number of steps."""
+    steps, settings, now = 0, sandbox.settings, sandbox.clock.now()
     for found in reversed(sandbox.store.find(SubscriptionRecord)):
         one = found
-        while one.status == "active" and one.next_billing_date <= sandbox.clock.now():
+        while (due := recovery.next_step(settings, one)) is not None and due <= now:
             with sandbox.store.transaction():
-                one = turn(sandbox, one)
-            turns += 1
-    return turns
+                one = _step(sandbox, settings, one, due)
+            steps += 1
+    return steps
 
 
-def turn(sandbox: Sandbox, one: SubscriptionRecord) -> SubscriptionRecord:
-    """End the current period: bill its usage, and the next period's price unless the subscription ends."""
+def _step(sandbox: Sandbox, settings: Settings, one: SubscriptionRecord, due: datetime) -> SubscriptionRecord:
+    if one.status == "active":
+        return turn(sandbox, one)
+    if due == recovery.next_retry(settings, one):
+        return turn(sandbox, one.model_copy(update={"retries": one.retries + 1}), due)
+    return recovery.end_grace(sandbox, one, due)
+
+
+def turn(sandbox: Sandbox, one: SubscriptionRecord, charged_at: datetime | None = None) -> SubscriptionRecord:
+    """End the current period: bill its usage, and the next period's price unless the subscription ends.
+
+    ``charged_at``: when, where that is not the period's end, because the charge failed before.
+    """
     ended = one.next_billing_date
+    at = ended if charged_at is None else charged_at
     if one.cancel_at_next_billing_date:
         return finish(sandbox, one, "cancelled")
     if one.expires_at is not None and ended >= one.expires_at:
@@ -133,15 +146,23 @@ def turn(sandbox: Sandbox, one: SubscriptionRecord) -> SubscriptionRecord:
     metered = usage(sandbox, one, one.previous_billing_date, ended)
     renewed = with_scheduled_change(sandbox, one)
     following = next_billing(renewed, ended)
-    payment = _renewal(sandbox, renewed, metered, ended, following)
+    payment = _renewal(
+        sandbox,
+        renewed,
+        metered,
+        ServicePeriod(subscription_id=one.subscription_id, starts_at=ended, ends_at=following),
+        at,
+    )
     if payment.status != "succeeded":
-        return change(sandbox, one, "subscription.on_hold", ended, status="on_hold")
+        return recovery.failed(sandbox, one, payment.payment_id, at)
     _remember(sandbox, one, ended, metered)
     if renewed is not one:
-        renewed = change(sandbox, renewed, "subscription.plan_changed", ended)
+        renewed = change(sandbox, renewed, "subscription.plan_changed", at)
+    recovery.recovered(sandbox, one, payment.payment_id, at)
     return change(
-        sandbox, renewed, "subscription.renewed", ended, status="active", previous_billing_date=ended,
-        next_billing_date=following, payment_id=payment.payment_id,
+        sandbox, renewed, f"subscription.{'renewed' if one.status == 'active' else 'active'}", at, status="active",
+        previous_billing_date=ended, next_billing_date=following, payment_id=payment.payment_id,
+        past_due_ends_at=None, failed_at=None, retries=0,
     )  # fmt: skip
 
 
@@ -164,13 +185,12 @@ def with_scheduled_change(sandbox: Sandbox, one: SubscriptionRecord) -> Subscrip
 
 
 def _renewal(
-    sandbox: Sandbox, one: SubscriptionRecord, metered: Sequence[MeterUsage], start: datetime, end: datetime
+    sandbox: Sandbox, one: SubscriptionRecord, metered: Sequence[MeterUsage], period: ServicePeriod, at: datetime
 ) -> PaymentRecord:
     lines = usage_lines(metered)
-    period = ServicePeriod(subscription_id=one.subscription_id, starts_at=start, ends_at=end)
     fixed = line(one.product_name or one.product_id, one.recurring_pre_tax_amount)
     asked = _charge(one, [fixed, *lines], bool(lines))
-    return charge(sandbox, asked.model_copy(update={"service_periods": [period]}), start)
+    return charge(sandbox, asked.model_copy(update={"service_periods": [period], "retry_attempt": one.retries}), at)
 
 
 def _charge(one: SubscriptionRecord, lines: list[Line], includes_usage: bool) -> Charge:
@@ -201,7 +221,7 @@ async def retrieve_usage_history(
     """The newest period first: the open one as it stands now, then the billed ones."""
     one = subscription_of(sandbox, subscription_id)
     periods: list[UsagePeriod] = list(sandbox.store.find(UsagePeriodRecord, subscription_id))
-    if one.status in ("active", "on_hold", "paused"):
+    if one.status in ("active", "on_hold", "past_due", "paused"):
         start, end = one.previous_billing_date, one.next_billing_date
         open_ = UsagePeriod(start_date=start, end_date=end, meters=usage(sandbox, one, start, end))
         periods.insert(0, open_)

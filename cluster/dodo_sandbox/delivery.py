@@ -19,6 +19,7 @@ from cluster.dodo_sandbox.endpoints import EndpointRecord
 from cluster.dodo_sandbox.entitlements import Grant, GrantRecord
 from cluster.dodo_sandbox.outbox import Delivery, Message, PayloadKind
 from cluster.dodo_sandbox.payments import Payment, PaymentRecord
+from cluster.dodo_sandbox.recovery import Dunning, DunningRecord
 from cluster.dodo_sandbox.refunds import Refund, RefundRecord
 from cluster.dodo_sandbox.state import Sandbox
 from cluster.dodo_sandbox.subscriptions import Subscription, SubscriptionRecord
@@ -34,6 +35,7 @@ _SHAPES: Mapping[PayloadKind, tuple[type[Resource], type[BaseModel], str]] = {
     "grant": (GrantRecord, Grant, "EntitlementGrant"),
     "dispute": (DisputeRecord, DisputeSummary, "Dispute"),
     "subscription": (SubscriptionRecord, Subscription, "Subscription"),
+    "dunning": (DunningRecord, Dunning, ""),
 }
 
 
@@ -51,10 +53,11 @@ def payload(sandbox: Sandbox, message: Message) -> bytes:
     record, shape, name = _SHAPES[message.kind]
     resource = sandbox.store.get(record, message.resource_id)
     assert resource is not None, f"{message.kind} {message.resource_id} of {message.id} is gone"
-    data: dict[str, object] = {"payload_type": name}
+    data: dict[str, object] = {"payload_type": name} if name else {}
     data |= resource.model_dump(mode="json", include=set(shape.model_fields))
-    if message.kind == "subscription":
-        data["payment_id"] = message.payment_id
+    if isinstance(resource, SubscriptionRecord):
+        ends = resource.past_due_ends_at
+        data |= {"payment_id": message.payment_id, "past_due_ends_at": ends and ends.isoformat()}
     envelope = Envelope(type=message.type, timestamp=moment(message.emitted_ms), data=data)
     return envelope.model_dump_json().encode()
 

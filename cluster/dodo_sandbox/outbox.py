@@ -16,7 +16,7 @@ from cluster.dodo_sandbox.wire import Resource, new_id
 RETRY_DELAYS_S = (0, 5, 300, 1_800, 7_200, 18_000, 36_000, 36_000)
 """Dodo's eight attempts, each after the failure before it (developer-resources/webhooks)."""
 
-PayloadKind = Literal["payment", "subscription", "refund", "dispute", "grant"]
+PayloadKind = Literal["payment", "subscription", "refund", "dispute", "grant", "dunning"]
 State = Literal["pending", "delivered", "failed"]
 
 

@@ -33,6 +33,13 @@ class Settings(BaseModel):
     """Deliveries that are due together go out in a random order."""
     tax_bps: int = Field(default=0, ge=0, le=10_000)
     """Tax on top of every price, in hundredths of a percent."""
+    past_due_grace_days: int = Field(default=0, ge=0, le=60)
+    """How long a failed renewal leaves its subscription ``past_due``; with 0 it is ``on_hold`` at once."""
+    payment_retries: bool = False
+    """Charge a failed renewal again on Dodo's schedule; at Dodo, too, this is off until switched on."""
+    recovery_window_days: int = Field(default=13, ge=1, le=30)
+    dunning: bool = False
+    """Tell ``dunning.started`` and ``dunning.recovered``."""
     rate_limit_per_min: int | None = Field(default=None, ge=1)
     """Dodo's Tier 0 has 240; off by default."""
     max_body_bytes: int = Field(default=16_000_000, ge=1)

@@ -100,6 +100,12 @@ class Subscription(Wire):
 
 class SubscriptionRecord(Subscription, Resource):
     kind: ClassVar[str] = "subscription"
+    past_due_ends_at: datetime | None = None
+    """Only webhooks carry it."""
+    failed_at: datetime | None = None
+    """When the renewal that is still unpaid was first refused."""
+    retries: int = 0
+    """How often it was charged again by itself."""
 
     @property
     def key(self) -> str:
@@ -212,15 +218,15 @@ def change(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime, 
         announce(sandbox, type_, "subscription", changed, at, payment_id if isinstance(payment_id, str) else None)
         if type_ != "subscription.updated":
             announce(sandbox, "subscription.updated", "subscription", changed, at)
-        _hand_out_or_take_back(sandbox, changed, type_, at)
+        _hand_out_or_take_back(sandbox, changed, type_, at, is_new=one.status == "pending")
     return changed
 
 
-def _hand_out_or_take_back(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime) -> None:
+def _hand_out_or_take_back(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime, is_new: bool) -> None:
     """Keys live as long as their subscription; a plan change takes the old ones and issues new ones."""
     if type_ in ("subscription.cancelled", "subscription.expired", "subscription.plan_changed"):
         entitlements.end_all(sandbox, type_, at, subscription_id=one.subscription_id)
-    if type_ in ("subscription.active", "subscription.plan_changed"):
+    if type_ == "subscription.plan_changed" or (type_ == "subscription.active" and is_new):
         given = product_of(sandbox, one.product_id).entitlements
         entitlements.issue(
             sandbox, one.product_id, given, one.customer.customer_id, at, subscription_id=one.subscription_id
