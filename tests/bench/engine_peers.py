@@ -120,12 +120,12 @@ class Sequential:
 @torch.inference_mode()
 def _generate(model: torch.nn.Module, prompts: Prompts, out: int, **options: object) -> Ran:
     ids = torch.tensor(prompts)
+    model.generation_config.eos_token_id = None  # else it stops there, or may not choose it
     started = time.process_time()
     answer = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=out,
-        min_new_tokens=out,
         do_sample=False,
         pad_token_id=0,
         **options,
