@@ -202,7 +202,7 @@ class Run:
         if self._ending is not None:
             raise self._cut_by
         self.finish_reason = piece.finish_reason
-        if self.finish_reason is FinishReason.LENGTH and self.shortage is None:
+        if self.shortage is None and any(choice.finish_reason is FinishReason.LENGTH for choice in piece.news):
             self.shortage = self._clamped()
         if self.finish_reason is not None and self._deadline is not None:
             self._deadline.cancel()
@@ -228,9 +228,9 @@ class Run:
         return replace(piece, token_ids=(), text="", choices=(), finish_reason=FinishReason.LENGTH)
 
     def _clamped(self) -> BillingError | None:
-        """The shortage of a request that came to the end of what its key or its tenant's credit affords."""
+        """The shortage of a request with an answer that came to the end of what its key or tenant's credit affords."""
         hold = self.hold
-        if hold.max_tokens == hold.request.max_tokens or self.usage.completion_tokens < hold.max_tokens:
+        if hold.max_tokens == hold.request.max_tokens:
             return None
         if hold.clamped_by is not None:
             return hold.clamped_by

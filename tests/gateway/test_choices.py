@@ -67,6 +67,14 @@ async def test_answers_that_credit_ends_all_say_so_once(house: House) -> None:
     assert await house.balance() >= 0
 
 
+async def test_answers_that_are_cut_to_what_the_balance_affords_say_so(house: House) -> None:
+    house.link.length = 40
+    reply = await house.chat(await house.tenant(usd="0.100"), n=4, max_tokens=40)
+    assert reply.headers["x-farebox-max-tokens"] == "11"  # of 47 that are affordable, three are left
+    assert {choice["finish_reason"] for choice in reply.json()["choices"]} == {"length"}
+    assert reply.json()["incomplete_details"]["reason"] == "insufficient_credits"
+
+
 async def test_a_chats_logprobs_have_tokens_bytes_and_alternatives(house: House) -> None:
     key = await house.tenant(usd="1.00")
     asked = _asked() | {"logprobs": True, "top_logprobs": 2}

@@ -59,6 +59,7 @@ local function regrow(hold)
   for _, draw in ipairs(hold.draws) do parts[draw[1]], held = tonumber(draw[3]), held + tonumber(draw[3]) end
   local rest = first and first[2] == "n" and math.min(tonumber(list), held_once) - held or 0
   if rest <= 0 then return end
+  count_under(keys.account, hold.key, hold.caps, rest, 0)
   local buckets = read_buckets(keys.buckets)
   table.sort(buckets, is_drawn_before)
   local function add(name, amount)
