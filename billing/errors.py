@@ -83,10 +83,8 @@ class CreditOnHold(Refusal):
     required_nanos: Nanos
 
     def __str__(self) -> str:
-        return (
-            f"${format_usd(self.held_nanos)} is held by requests still running: "
-            f"retry in {self.retry_after_s} s, or lower max_tokens"
-        )
+        held = f"${format_usd(self.held_nanos)}" if self.held_nanos else "what would pay for it"
+        return f"{held} is held by requests still running: retry in {self.retry_after_s} s, or lower max_tokens"
 
 
 @dataclass(eq=False)

@@ -76,8 +76,9 @@ class Model:
         if sum(p.left for _, p in calls) > 0:
             hold.unit, hold.parts = "requests", self.take([(i, p) for i, p in calls if p.left > 0][:1], 1)
         said = self.extend(hold, first, 1)
+        there = sum(p.left + self.held(self.open.values())[i] for i, p in calls)
         self.open |= {rid: hold} if said == "held" else {}
-        return said
+        return "on_hold" if said == "insufficient" and there > 0 else said
 
     def extend(self, hold: Open, total: int, least: int) -> str:
         """Raise a hold to a total, or by all there is where that comes to the least."""

@@ -141,7 +141,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "a hold grows beyond its key's cap", "extend.lua", "purse.available, room.at_once)", "purse.available)", CAPS
     ),
     Mutant("what a cap held never comes back", "close.lua", "-bill.held, bill.charged", "0, bill.charged", CAPS),
-    Mutant("a late settle counts under no cap", "settle.lua", "count_under(", "text(0, ", CAPS),
+    Mutant(
+        "a late settle counts under no cap", "settle.lua", "count_under(keys.account, expired", "text(0, expired", CAPS
+    ),
     Mutant(
         "a cap outlives its window", "caps.lua", "if start > spend.start then spend =", "if false then spend =", CAPS
     ),

@@ -121,6 +121,15 @@ class TestRequestsBuckets:
         covered = [(await ledger.hold(request(f"req_{n}"))).covered_by_requests for n in range(2)]
         assert covered == [True, False]
 
+    async def test_a_call_that_only_others_hold_is_worth_a_retry(self, ledger: Ledger) -> None:
+        await ledger.grant(calls(1))
+        await ledger.hold(request("req_1"))
+        with pytest.raises(CreditOnHold, match="what would pay for it is held by requests still running"):
+            await ledger.hold(request("req_2"))
+        await ledger.settle(settlement("req_1"))
+        with pytest.raises(InsufficientCredits):
+            await ledger.hold(request("req_2"))
+
 
 class TestOverage:
     async def test_exposure_ends_at_the_cap_and_falls_when_paid(self, ledger: Ledger) -> None:

@@ -7,10 +7,12 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.account import Funding, HoldRequest, Settlement
+from billing.caps import Window, cap_at
 from billing.money import Nanos
 from billing.store.holds import Ledger
 from billing.store.keys import shard_for
 from billing.store.packing import origin_of
+from tests.billing.conftest import SteppedClock
 from tests.billing.samples import ACME, money, request, settlement
 
 STEPPED = request(step_tokens=4)
@@ -72,3 +74,14 @@ async def test_an_ended_lease_whose_growth_is_lost_is_topped_up_to_all_that_it_w
     await asyncio.sleep(0.01)
     assert await ledger.expire() == 1
     assert (await ledger.settle(ended)).record.charged_nanos == 40_000
+
+
+async def test_lost_growth_counts_under_a_cap_beside_what_others_hold(
+    store: Redis, ledger: Ledger, clock: SteppedClock
+) -> None:
+    await ledger.grant(money(100_000))
+    cap = cap_at(Window.DAY, Nanos(100_000), clock.now_ms)
+    await ledger.hold(request("req_2", caps=(cap,), step_tokens=4))
+    ended = await _grown(store, ledger, replace(STEPPED, caps=(cap,)), 15)
+    await ledger.settle(ended)
+    assert await store.hget(shard_for(ACME).account(ACME), "cap:key_1:day") == f"{cap.start_ms}|40000|18000"

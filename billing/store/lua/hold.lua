@@ -85,15 +85,16 @@ local function covers(b)
   return b.unit == "r" and (b.adapters == "" or string.find("," .. b.adapters .. ",", "," .. model .. ",", 1, true))
 end
 
+-- The bucket whose call pays for this request; and whether there would be one, were others' calls given back.
 local function covering_bucket()
-  local sum, first = 0, nil
+  local sum, held, first = 0, 0, nil
   for _, b in ipairs(buckets) do
     if covers(b) and is_drawable(b, calendar, allowance_id) then
-      sum = sum + b.remaining
+      sum, held = sum + b.remaining, held + b.held
       if not first and b.remaining > 0 then first = b end
     end
   end
-  return sum > 0 and first or nil
+  return sum > 0 and first or nil, sum + held > 0
 end
 
 local funding = { calendar = calendar, allowance_id = allowance_id, cap = overage_cap }
@@ -101,12 +102,16 @@ local purse = purse_of(keys.account, buckets, funding, {})
 local caps = parse_caps(keys.account, key_id, ARGV[24])
 local room = room_under(keys.account, key_id, caps, 0)
 local draws, overage, affords, clamped_by = {}, 0, worst, {}
-local cover = not is_free and covering_bucket()
-if cover then
+local cover, could_cover = covering_bucket()
+if cover and not is_free then
   cover.remaining, cover.held, cover.is_changed = cover.remaining - 1, cover.held + 1, true
   draws = { { cover.id, "r", "1" } }
 elseif not is_free and worst > 0 then
-  if purse.available < least then return refusal(purse, least) end
+  if purse.available < least then
+    local refused = refusal(purse, least)
+    if could_cover then refused[1] = "on_hold" end
+    return refused
+  end
   if room.at_once < least then return cap_refusal(room, least) end
   affords = math.min(worst, purse.potential, room.potential)
   if room.potential < math.min(worst, purse.potential) then clamped_by = room.by end
