@@ -17,7 +17,8 @@ class Pot:
     ends: int = FOREVER
     scope: str = ""
     is_allowance: bool = False
-    granted: int = 0
+    given: int = 0
+    back: int = 0
 
 
 @dataclass(eq=False)
@@ -38,7 +39,8 @@ class Model:
     pots: dict[str, Pot] = field(default_factory=dict)
     open: dict[str, Open] = field(default_factory=dict)
     expired: dict[str, Open] = field(default_factory=dict)
-    owed: dict[str, list[int]] = field(default_factory=dict)
+    reversals: dict[str, list[int]] = field(default_factory=dict)
+    """By grant, the amounts of its refunds and of its disputes that stand."""
     overage: int = 0
 
     def rank(self, name: str) -> tuple[int, int, str]:
@@ -117,15 +119,16 @@ class Model:
 
     def fill(self, name: str, pot: Pot) -> None:
         """A grant, an allowance or a correction."""
-        pot.granted, self.pots[name] = pot.left, pot
-        self.claw_back(name, *self.owed.pop(name, []))
+        pot.given, self.pots[name] = pot.left, pot
+        self.reverse(name)
 
-    def claw_back(self, name: str, *amounts: int) -> int:
-        """Take back what a grant gave, at most; then whatever is left pays what is owed."""
-        pot, taken = self.pots[name], 0
-        for amount in amounts:
-            taken = max(0, min(amount, pot.granted))
-            pot.left, pot.granted = pot.left - taken, pot.granted - taken
+    def reverse(self, name: str) -> int:
+        """Of what a grant gave, as much is taken back as stands against it; then what is left pays what is owed."""
+        if name not in self.pots:
+            return 0
+        pot = self.pots[name]
+        taken = max(0, min(pot.given, sum(self.reversals.get(name, [])))) - pot.back
+        pot.left, pot.back = pot.left - taken, pot.back + taken
         pots = [p for unit in ("nanos", "requests") for _, p in self.live(unit)]
         for debt, other in product(pots, pots):
             if debt.left < 0 < other.left and (debt.unit, debt.scope) == (other.unit, other.scope):

@@ -124,6 +124,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "a refund takes more than was granted", "claw_back.lua", "math.min(amount, math.max(0, b.granted))", "amount"
     ),
     Mutant("a refund takes each time it comes", "claw_back.lua", "if before[1] then", "if false then"),
+    Mutant(
+        "what a refund found taken already is forgotten", "claw_back.lua", "if taken < amount then", "if false then"
+    ),
+    Mutant(
+        "a won dispute gives back each time it is told",
+        "restore.lua",
+        "if before[1] then return",
+        "if false then return",
+    ),
+    Mutant("a won dispute stays owed", "restore.lua", 'redis.call("HDEL", keys.granted, "owed:" .. undone)'),
     Mutant("a correction counts each time it comes", "adjust.lua", "if before then return", "if false then return"),
     Mutant("an invoice is repaid each time it comes", "repay.lua", "if before then return", "if false then return"),
     Mutant("max_tokens is not clamped", "packing.py", "_tokens_paid(request, int(affords))", "request.max_tokens"),

@@ -6,6 +6,7 @@ from collections.abc import Collection, Coroutine
 from typing import ClassVar, TypeVar
 from unittest.mock import patch
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -19,7 +20,14 @@ from hypothesis.stateful import (
 from redis.asyncio import Redis
 
 from billing.account import Adjustment, Bucket, Clawback, Funding, Grant, HoldRequest, Progress, Settlement
-from billing.errors import BillingError, CreditOnHold, DuplicateRequest, InsufficientCredits, UnknownHold
+from billing.errors import (
+    BillingError,
+    CreditOnHold,
+    DuplicateRequest,
+    GrantRefused,
+    InsufficientCredits,
+    UnknownHold,
+)
 from billing.money import Nanos
 from billing.prices import Price
 from billing.store.connection import connect
@@ -73,6 +81,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.asked: dict[str, tuple[int, int, str, int]] = {}
         self.settled: dict[str, int] = {}
         self.refunds: dict[str, int] = {}
+        self.restored: dict[str, int] = {}
         self.repaid: set[str] = set()
         self.spent = 0
 
@@ -222,11 +231,25 @@ class LedgerMachine(RuleBasedStateMachine):
         source = f"refund:{granted_by}:{refund}:{amount}"
         taken = self.run(self.ledger.claw_back(Clawback(source, ACME, granted_by, amount)))
         if source not in self.refunds:
-            is_granted = granted_by in self.model.pots
-            self.refunds[source] = self.model.claw_back(granted_by, amount) if is_granted else 0
-            if not is_granted:
-                self.model.owed.setdefault(granted_by, []).append(amount)
+            self.model.reversals.setdefault(granted_by, []).append(amount)
+            self.refunds[source] = self.model.reverse(granted_by)
         assert taken == self.refunds[source]
+
+    @rule(refund=st.integers(0, 1), granted_by=SOURCES, amount=st.sampled_from([10, 90]))
+    def restore(self, refund: int, granted_by: str, amount: int) -> None:
+        """A dispute that is won, as often as that is told."""
+        source = f"refund:{granted_by}:{refund}:{amount}"
+        clawback = Clawback(source, ACME, granted_by, amount)
+        if source not in self.refunds:
+            with pytest.raises(GrantRefused):
+                self.run(self.ledger.restore(clawback))
+            return
+        given = self.run(self.ledger.restore(clawback))
+        if source not in self.restored:
+            self.model.reversals[granted_by].remove(amount)
+            self.model.reverse(granted_by)
+            self.restored[source] = given
+        assert given == self.restored[source] <= amount
 
     @rule(number=st.integers(0, 1), nanos=st.sampled_from([5, 50]))
     def repay(self, number: int, nanos: int) -> None:
