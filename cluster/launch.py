@@ -147,6 +147,12 @@ def find(api: ServeApi, name: str) -> Deployment:
     raise LaunchError(f"the cluster runs no {name}: `farebox status` shows what it runs")
 
 
+def running(api: ServeApi, name: str) -> int:
+    """How many replicas of a deployment run; none while Serve builds its application anew and lists nothing of it."""
+    deployments = (deployment for app in api.applications().values() for deployment in app.deployments)
+    return sum(deployment.running for deployment in deployments if deployment.name == name)
+
+
 def put(api: ServeApi, config: ServeConfig, attempts: int = 3) -> None:
     """Send a configuration, again when Ray's dashboard is still waking up.
 

@@ -145,7 +145,7 @@ def deploy(settings: Settings, file: Path, say: Say) -> Catalogue:
     launch.put(api, config)
     catalogue = commerce.catalogue_of(config)
     store = (running.run.store_url, launch.durability(config))
-    asyncio.run(_wait_served(store, catalogue, lambda: launch.find(api, launch.GATEWAY).running))
+    asyncio.run(_wait_served(store, catalogue, lambda: launch.running(api, launch.GATEWAY)))
     launch.wait_healthy(api, running.run.api_url, say)
     return catalogue
 

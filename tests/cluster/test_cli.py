@@ -153,6 +153,22 @@ deployments.engine.request.ModelRefused: device is cuda, but torch sees no GPU
     assert serve_api.cause("waiting for resources: 2 CPUs") == "waiting for resources: 2 CPUs"
 
 
+class Listing(serve_api.ServeApi):
+    """Answers with what it was told instead of asking a dashboard."""
+
+    def __init__(self, *apps: Application) -> None:
+        self._apps = {app.name: app for app in apps}
+
+    def applications(self) -> dict[str, Application]:
+        return self._apps
+
+
+def test_a_gateway_that_serve_is_building_anew_runs_not_yet_and_is_no_error() -> None:
+    gateway = serve_api.Deployment("Gateway", "HEALTHY", "", ("RUNNING", "STARTING", "RUNNING"), 3)
+    assert launch.running(Listing(Application("farebox", "DEPLOYING", "", ())), launch.GATEWAY) == 0
+    assert launch.running(Listing(Application("farebox", "RUNNING", "", (gateway,))), launch.GATEWAY) == 2
+
+
 def test_scaling_pins_the_bounds_and_leaves_the_rest() -> None:
     bounds = {"min_replicas": 1, "max_replicas": 4, "upscale_delay_s": 5}
     replica = {"name": "LoraReplica", "autoscaling_config": bounds}
