@@ -153,6 +153,10 @@ class Origin:
     overage_cap: Nanos
     held_at_ms: int
     """By the store's clock; not later than any settle of it."""
+    counted_key: str = ""
+    caps: tuple[SpendCap, ...] = ()
+    month_start_ms: int = 0
+    """What else counts what it costs: its key's caps, and the month on which a volume price depends."""
 
 
 @dataclass(frozen=True, slots=True)

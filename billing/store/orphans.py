@@ -14,7 +14,7 @@ from billing.clock import Clock
 from billing.errors import DuplicateRequest, Quarantined, UnknownHold
 from billing.store.connection import guarded
 from billing.store.keys import ALL_SHARDS, shard_for
-from billing.store.packing import letter_of, pack_settlement, pack_usage, unpack_settlement
+from billing.store.packing import letter_of, pack_caps, pack_settlement, pack_usage, unpack_settlement
 from billing.store.scripts import source
 from billing.usage import RequestId, UsageRecord
 
@@ -82,6 +82,9 @@ class Orphans:
             origin.held_at_ms,
             int(is_sure),
             pack_settlement(settlement),
+            origin.counted_key,
+            pack_caps(origin.caps),
+            origin.month_start_ms,
         ]
 
     async def kept(self) -> list[Kept]:

@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any
 
 from billing.account import Account, Bucket, Hold, HoldRequest, LimitsLeft, Origin, Settlement
-from billing.caps import Window, end_ms
+from billing.caps import SpendCap, Window, end_ms
 from billing.errors import (
     BillingError,
     CreditOnHold,
@@ -115,6 +116,10 @@ def _at_most(request: HoldRequest, tokens: int, compute_ms: int) -> Nanos:
     return min(cost, MAX_BALANCE_NANOS)
 
 
+def pack_caps(caps: Iterable[SpendCap]) -> str:
+    return ",".join(f"{cap.window}|{cap.start_ms}|{cap.nanos}" for cap in caps)
+
+
 def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_preview: bool) -> list[str]:
     """The arguments of ``hold.lua``, in its order."""
     allowance, limits = request.funding.allowance, request.limits
@@ -144,7 +149,7 @@ def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_previe
             int(is_preview),
             request.month_start_ms,
             limits.requests_at_once,
-            ",".join(f"{cap.window}|{cap.start_ms}|{cap.nanos}" for cap in request.caps),
+            pack_caps(request.caps),
         )
     ]
 
@@ -160,6 +165,9 @@ def origin_of(hold: Hold, held_nanos: Nanos) -> Origin:
         held=1 if is_covered else held_nanos,
         overage_cap=hold.request.funding.overage_cap,
         held_at_ms=hold.lease_ends_at_ms - hold.request.lease_ms,
+        counted_key=hold.request.counted_key,
+        caps=hold.request.caps,
+        month_start_ms=hold.request.month_start_ms,
     )
 
 
@@ -180,7 +188,7 @@ def unpack_settlement(text: str) -> Settlement:
     )
 
 
-def _unpack_origin(raw: Mapping[str, str]) -> Origin:
+def _unpack_origin(raw: Mapping[str, Any]) -> Origin:
     return Origin(
         head=raw["head"],
         unit=Unit(raw["unit"]),
@@ -188,6 +196,11 @@ def _unpack_origin(raw: Mapping[str, str]) -> Origin:
         held=int(raw["held"]),
         overage_cap=Nanos(int(raw["overage_cap"])),
         held_at_ms=int(raw["held_at_ms"]),
+        counted_key=str(raw.get("counted_key", "")),
+        caps=tuple(
+            SpendCap(Window(cap["window"]), int(cap["start_ms"]), Nanos(cap["nanos"])) for cap in raw.get("caps", ())
+        ),
+        month_start_ms=int(raw.get("month_start_ms", 0)),
     )
 
 

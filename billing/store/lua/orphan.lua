@@ -7,6 +7,7 @@ local id, tenant, status, usage, list = ARGV[1], ARGV[2], ARGV[3], numbers(ARGV[
 local calendar, stretch_ms, head = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 local unit, bucket, held, cap = ARGV[9], ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12])
 local held_at, is_sure, settlement = tonumber(ARGV[13]), ARGV[14] == "1", ARGV[15]
+local key, packed_caps, month = ARGV[16], ARGV[17], ARGV[18]
 local now = store_ms()
 
 local function keep(reason)
@@ -62,9 +63,12 @@ if overage > 0 then
 end
 if first and first.was_retired and first.is_changed then redis.call("HDEL", keys.retired, bucket) end
 write_changed(keys.buckets, buckets)
+local charged = unit == "n" and due or 0
+count_under(keys.account, key, parse_caps(keys.account, key, packed_caps), 0, charged)
+count_spend(keys.account, { month = month }, charged)
 local record = record_json({
   record_id = "rec_" .. id, head = head, usage = usage, status = status, now = now, list = list,
-  charged = unit == "n" and due or 0, draws = draws, seq = next_seq(keys.account),
+  charged = charged, draws = draws, seq = next_seq(keys.account),
   balance = balance_of(buckets, calendar),
 })
 mark(keys.settled, id, append(keys, "usage", tenant, record), now, stretch_ms)

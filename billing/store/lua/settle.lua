@@ -42,10 +42,12 @@ local function settle_late(expired, key)
     redis.call("HSET", keys.account, "overage", text(number_at(keys.account, "overage") + overage))
   end
   write_changed(keys.buckets, buckets)
-  count_under(keys.account, expired.key, expired.caps, 0, expired.unit == "n" and taken or 0)
+  local charged = expired.unit == "n" and taken or 0
+  count_under(keys.account, expired.key, expired.caps, 0, charged)
+  count_spend(keys.account, expired, charged)
   local record = record_json({
     record_id = "rec_" .. id .. "_late", head = expired.head, usage = rest, status = status, now = now,
-    list = text(math.max(0, tonumber(list) - tonumber(expired.list))), charged = expired.unit == "n" and taken or 0,
+    list = text(math.max(0, tonumber(list) - tonumber(expired.list))), charged = charged,
     draws = draws, seq = next_seq(keys.account), balance = balance_of(buckets, calendar),
   })
   mark(keys.settled, id, append(keys, "usage", tenant, record), now, stretch_ms)
