@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cluster import books, children, commerce, dead_letters, operate, panel, quarantine, webhooks
+from cluster import books, children, commerce, dead_letters, operate, panel, quarantine, stories, webhooks
 from cluster import report as reports
 from cluster.environment import LIVE, SANDBOX, dodo_environment
 from cluster.first_run import ensure_models
@@ -41,6 +41,7 @@ app = typer.Typer(
 dodo = typer.Typer(no_args_is_help=True, help="What Dodo Payments knows of this farebox.")
 app.add_typer(dodo, name="dodo")
 app.add_typer(webhooks.app, name="webhooks")
+app.add_typer(stories.app, name="demo")
 app.add_typer(quarantine.app, name="quarantine")
 dodo.command()(dead_letters.dead)
 dodo.command()(dead_letters.revive)

@@ -1,0 +1,92 @@
+"""A tenant's year against a table worked out by hand: the balance, the gate's answer and Dodo's own figures.
+
+A call costs $0.50. Free gives $2 a month, pro $25 for $20 and at most $10 of overage, team $70 for $50 and at most
+$30, a pack $10 for $10. Nothing in the table comes from the code that it judges.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cluster.demo.year import SCRIPT, Row, play
+
+BALANCE, CAP, LAPSED = (f"InsufficientCredits ({limit})" for limit in ("balance", "overage_cap", "subscription"))
+NONE = (0, 0, "")
+
+# fmt: off
+TABLE = (
+    # day, status, (admitted, refused, why), balance, owed, told to charge, told as paid, invoiced, refunded
+    # $2 are 4 calls.
+    ("Jan 01", "", (4, 2, BALANCE), "0.00", "0.00", "0.00", "2.00", "0.00", "0.00"),
+    ("Jan 05", "", NONE, "10.00", "0.00", "0.00", "2.00", "10.00", "0.00"),
+    # 17 calls are 8.50: 1.50 left, below the threshold of 2, so that a second pack is bought: 1.50 + 10.
+    ("Jan 20", "", (17, 0, ""), "11.50", "0.00", "0.00", "10.50", "20.00", "0.00"),
+    # 23 calls are 11.50: February's 2.00, then 9.50 of 11.50. 2.00 left ask for a refill, and the card declines.
+    ("Feb 03", "", (23, 0, ""), "2.00", "0.00", "0.00", "22.00", "20.00", "0.00"),
+    # 2.00 are 4 calls.
+    ("Feb 05", "", (4, 2, BALANCE), "0.00", "0.00", "0.00", "24.00", "20.00", "0.00"),
+    # 20 for pro; 25 - 10.
+    ("Feb 10", "active", (20, 0, ""), "15.00", "0.00", "0.00", "34.00", "40.00", "0.00"),
+    # 15 are left and 10 may be owed: 50 calls.
+    ("Mar 05", "active", (50, 2, CAP), "0.00", "10.00", "10.00", "49.00", "40.00", "0.00"),
+    # 40 + 20 + 10 owed; 25 - 5.
+    ("Mar 10", "active", (10, 0, ""), "20.00", "0.00", "10.00", "54.00", "70.00", "0.00"),
+    # 44 calls are 22: 20, and 2 owed.
+    ("Mar 20", "active", (44, 0, ""), "0.00", "2.00", "12.00", "74.00", "70.00", "0.00"),
+    # 15.5 of 31 days are left of pro's 20: team costs 50 - 10 now, and the 2 owed: 70 + 42. Then 70 - 10.
+    ("Mar 25", "active", (20, 0, ""), "60.00", "0.00", "12.00", "84.00", "112.00", "0.00"),
+    # 150 calls are 75: 60, and 15 owed.
+    ("Apr 20", "active", (150, 0, ""), "0.00", "15.00", "27.00", "144.00", "112.00", "0.00"),
+    # 50 + 15 are declined. No new allowance before it is paid: 10 calls on credit.
+    ("Apr 25", "past_due", (10, 0, ""), "0.00", "20.00", "32.00", "144.00", "112.00", "0.00"),
+    # 3 days of our grace ended on April 28.
+    ("Apr 29", "past_due", (0, 2, LAPSED), "0.00", "20.00", "32.00", "144.00", "112.00", "0.00"),
+    # 7 days of Dodo's grace end now.
+    ("May 02", "on_hold", (0, 2, LAPSED), "0.00", "20.00", "32.00", "144.00", "112.00", "0.00"),
+    # 10.5 days after the failure 65 are charged: 112 + 65; 5 of 20 owed are of this period. 70 - 10.
+    ("May 06", "active", (20, 0, ""), "60.00", "5.00", "32.00", "154.00", "177.00", "0.00"),
+    # 177 + 50 + 5; 70 - 5.
+    ("May 25", "active", (10, 0, ""), "65.00", "0.00", "32.00", "159.00", "232.00", "0.00"),
+    ("Jun 01", "active", NONE, "75.00", "0.00", "32.00", "159.00", "242.00", "0.00"),
+    # $4 of 10 take 4 of 10.
+    ("Jun 05", "active", NONE, "71.00", "0.00", "32.00", "159.00", "242.00", "4.00"),
+    # All of a pack that was used up long ago: 71 - 10 - 1.
+    ("Jun 10", "active", (2, 0, ""), "60.00", "0.00", "32.00", "160.00", "242.00", "4.00"),
+    ("Jun 12", "active", NONE, "70.00", "0.00", "32.00", "160.00", "242.00", "4.00"),
+    # 10 are disputed, but 4 of them were taken back before: 70 - 6.
+    ("Jun 14", "active", NONE, "64.00", "0.00", "32.00", "160.00", "242.00", "4.00"),
+    # 140 calls are 70: 64, and 6 owed.
+    ("Jun 15", "active", (140, 0, ""), "0.00", "6.00", "38.00", "224.00", "242.00", "4.00"),
+    # The last invoice is the 6 owed. The free plan's June: 4 calls.
+    ("Jun 25", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "38.00", "226.00", "248.00", "4.00"),
+    ("Dec 31", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "38.00", "228.00", "248.00", "4.00"),
+)
+# fmt: on
+TOLD = {
+    "allowance.reached": 2 * 8,  # 80 and 100 %: free's January, February, June, December; pro's and team's two each
+    "overage.reached": 2,  # 80 and 100 % of pro's 10 in March
+    "refill.succeeded": 1,
+    "refill.failed": 1,
+    "payment.failed": 1 + 1 + 4,  # the refill, the renewal and the retries before the one that succeeded
+    "subscription.past_due": 1,
+    "subscription.on_hold": 1,
+    "dunning.started": 1,
+    "dunning.recovered": 1,
+}
+
+
+def seen(row: Row) -> tuple[object, ...]:
+    gate = (row.admitted, row.refused, row.why)
+    money = (row.balance, row.owed, row.told_charge, row.told_covered, row.invoiced, row.refunded)
+    return (row.day, row.status, gate, *money)
+
+
+@pytest.mark.timeout(180)
+async def test_each_step_of_the_year_is_as_worked_out_by_hand(tmp_path: Path) -> None:
+    year = await play(tmp_path)
+    assert [seen(row) for row in year.rows] == list(TABLE)
+    assert len(year.rows) == len(SCRIPT)
+    assert Counter(year.notices) == TOLD
+    assert year.report.is_clean, (year.report.unproven, year.report.faults)
+    assert year.report.drift_nanos == 0
