@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from billing.account import Bucket, Funding, Hold, HoldRequest
+from billing.caps import caps_of
 from billing.catalogue import Catalogue, Model
 from billing.clock import Clock, now_ms
 from billing.errors import InsufficientCredits, Refusal
@@ -79,7 +80,7 @@ class Admission:
         """Hold the first step of a request, and say how long an answer the credit affords.
 
         Raises:
-            RateLimited, InsufficientCredits, CreditOnHold, DuplicateRequest: it may not run.
+            RateLimited, InsufficientCredits, CreditOnHold, SpendCapReached, DuplicateRequest: it may not run.
             StoreUnavailable: nobody can say, so it may not run.
         """
         request = await self._request(principal, model, catalogue, request_id, prompt_tokens, max_tokens)
@@ -118,13 +119,13 @@ class Admission:
         prompt_tokens: int,
         max_tokens: int,
     ) -> HoldRequest:
-        tenant = principal.tenant
+        tenant, key = principal.tenant, principal.key
         plan, now = plan_of(tenant, catalogue), self._clock()
         priced = await self._price(tenant, model, catalogue.pricing, now)
         return HoldRequest(
             request_id=request_id,
             tenant=tenant.id,
-            key_id=principal.key.id,
+            key_id=key.id,
             model=model.id,
             adapter=model.identity,
             adapter_class=model.adapter_class,
@@ -135,7 +136,9 @@ class Admission:
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             funding=funding_for(tenant, plan, now),
-            limits=plan.limits,
+            limits=plan.limits.lowered_to(key.limits),
+            caps=caps_of(key, now),
+            counts_as=key.counts_as,
             lease_ms=self._lease_ms,
             step_tokens=self._step_tokens,
             step_compute_ms=self._step_compute_ms,

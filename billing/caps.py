@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from billing.money import Nanos
 from billing.plans import month_of
+from billing.tenants import ApiKey
 
 
 class Window(StrEnum):
@@ -24,6 +25,12 @@ class SpendCap:
     window: Window
     start_ms: int
     nanos: Nanos
+
+
+def caps_of(key: ApiKey, now_ms: int) -> tuple[SpendCap, ...]:
+    """What a key may spend in the windows that ``now_ms`` lies in."""
+    caps = ((Window.DAY, key.daily_cap), (Window.MONTH, key.monthly_cap))
+    return tuple(cap_at(window, nanos, now_ms) for window, nanos in caps if nanos is not None)
 
 
 def cap_at(window: Window, nanos: Nanos, now_ms: int) -> SpendCap:

@@ -243,6 +243,22 @@ class UnknownKey(Refusal):
 
 
 @dataclass(eq=False)
+class KeyNotRotated(Refusal):
+    key_id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"API key {self.key_id!r} cannot be rotated, {self.reason}: make a new key"
+
+
+class KeysNotManaged(Refusal):
+    """A key that may not make, rotate or revoke keys asked to."""
+
+    def __str__(self) -> str:
+        return "this key may not manage keys: use one that was made with `manages_keys`, or ask the operator"
+
+
+@dataclass(eq=False)
 class Quarantined(BillingError):
     """The store has lost a hold and nobody can be sure that it was not charged: a person decides."""
 

@@ -45,11 +45,24 @@ class Limits(_Configured):
             raise ValueError("`burst` must be at most `requests_per_minute`, which it needs beside it")
         return self
 
+    def lowered_to(self, other: Self) -> Self:
+        """The lower of each limit."""
+        if other == NO_LIMITS:
+            return self
+        names = ("requests_per_minute", "tokens_per_minute", "concurrent_requests")
+        both = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        lower = {name: min((one for one in pair if one is not None), default=None) for name, pair in both.items()}
+        bursts = [limits.requests_at_once for limits in (self, other) if limits.requests_at_once]
+        return type(self).model_validate(lower | {"burst": min(bursts, default=None)})
+
     @property
     def requests_at_once(self) -> int:
         """``burst``, or a tenth of a minute's requests but ten where a minute has them; 0 without a limit."""
         limit = self.requests_per_minute or 0
         return self.burst or min(limit, max(LEAST_BURST, limit // 10))
+
+
+NO_LIMITS = Limits()
 
 
 class Quota(_Configured):

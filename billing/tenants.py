@@ -11,6 +11,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from billing.plans import NO_LIMITS, Limits
+from billing.prices import Usd
 from billing.usage import TenantId
 
 KEY_PREFIX = "fbx_"
@@ -18,6 +20,8 @@ SHOWN_DIGITS = 8
 """Characters of a key that are kept in clear, so that its owner can tell keys apart."""
 
 TenantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+Email = Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")]
 
 
 class _Stored(BaseModel):
@@ -102,6 +106,20 @@ class ApiKey(_Stored):
     created_at_ms: int = 0
     expires_at_ms: int | None = None
     revoked_at_ms: int | None = None
+    limits: Limits = NO_LIMITS
+    """Its own, where they are lower than its plan's."""
+    daily_cap: Usd | None = None
+    """The most that it may spend in a day, in UTC."""
+    monthly_cap: Usd | None = None
+    manages_keys: bool = False
+    """It may make, rotate and revoke its tenant's keys."""
+    counts_as: str = ""
+    """The key that it replaced: it goes on under that one's limits and caps."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Not a licence key, which Dodo made and ends."""
+        return self.shown.startswith(KEY_PREFIX)
 
     def is_usable(self, now_ms: int) -> bool:
         return self.revoked_at_ms is None and (self.expires_at_ms is None or now_ms < self.expires_at_ms)
@@ -118,6 +136,13 @@ class Principal:
 def hash_key(key: str) -> str:
     """SHA-256 of a key, 64 hex digits. Keys carry 192 random bits, so a plain hash suffices."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def successor(key: ApiKey, now_ms: int) -> tuple[str, ApiKey]:
+    """A new secret with all that the old key may do, counted as the old one."""
+    secret, made = new_key(key.tenant, now_ms, key.name, key.models)
+    fresh = {name: getattr(made, name) for name in ("id", "hash", "shown", "created_at_ms")}
+    return secret, key.model_copy(update=fresh | {"counts_as": key.counts_as or key.id})
 
 
 def new_key(tenant: TenantId, now_ms: int, name: str = "", models: tuple[str, ...] | None = None) -> tuple[str, ApiKey]:

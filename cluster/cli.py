@@ -17,7 +17,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cluster import books, children, commerce, dead_letters, operate, panel, quarantine, stories, webhooks
+from cluster import (
+    books,
+    children,
+    commerce,
+    dead_letters,
+    keys,
+    operate,
+    panel,
+    quarantine,
+    stories,
+    tenants,
+    webhooks,
+)
 from cluster import report as reports
 from cluster.environment import LIVE, SANDBOX, dodo_environment
 from cluster.first_run import ensure_models
@@ -43,6 +55,8 @@ app.add_typer(dodo, name="dodo")
 app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(stories.app, name="demo")
 app.add_typer(quarantine.app, name="quarantine")
+app.add_typer(tenants.app, name="tenants")
+app.add_typer(keys.app, name="keys")
 dodo.command()(dead_letters.dead)
 dodo.command()(dead_letters.revive)
 app.command()(books.reconcile)

@@ -14,6 +14,7 @@ from billing.clock import Clock, now_ms
 from billing.errors import (
     CustomerTaken,
     InvalidKey,
+    KeyNotRotated,
     StoreUnavailable,
     TenantExists,
     TenantSuspended,
@@ -24,7 +25,7 @@ from billing.store import keys as names
 from billing.store.connection import guarded
 from billing.store.keys import shard_for
 from billing.store.scripts import source
-from billing.tenants import KEY_PREFIX, ApiKey, Principal, Tenant, hash_key
+from billing.tenants import KEY_PREFIX, ApiKey, Principal, Tenant, hash_key, successor
 from billing.usage import TenantId
 
 CACHE_S = 0.9
@@ -158,16 +159,10 @@ class Tenants:
         Raises:
             UnknownKey: the tenant has none of that id.
         """
-        key = next((key for key in await self.keys(tenant_id) if key.id == key_id), None)
-        if key is None:
-            raise UnknownKey(key_id)
-        self._seen.pop(key.hash, None)
-        if key.revoked_at_ms is not None:
-            return key
-        revoked = key.model_copy(update={"revoked_at_ms": self._clock()})
-        async with guarded():
-            await self._redis.set(names.api_key(key.hash), revoked.model_dump_json())
-        return revoked
+        now = self._clock()
+        return await self.change_key(
+            tenant_id, key_id, lambda key: key if key.revoked_at_ms else key.model_copy(update={"revoked_at_ms": now})
+        )
 
     async def expire_key(self, tenant_id: TenantId, key_id: str, at_ms: int) -> ApiKey:
         """Let a key end at a moment, unless it ends before it anyway. Told again, it keeps the first one.
@@ -175,16 +170,57 @@ class Tenants:
         Raises:
             UnknownKey: the tenant has none of that id.
         """
+
+        def ending(key: ApiKey) -> ApiKey:
+            ends_before = key.expires_at_ms is not None and key.expires_at_ms <= at_ms
+            return key if key.revoked_at_ms or ends_before else key.model_copy(update={"expires_at_ms": at_ms})
+
+        return await self.change_key(tenant_id, key_id, ending)
+
+    async def rotate_key(self, tenant_id: TenantId, key_id: str, grace_ms: int) -> tuple[str, ApiKey]:
+        """A new secret for a key; the old one works for the grace that is given.
+
+        Raises:
+            UnknownKey: the tenant has none of that id.
+            KeyNotRotated: it has ended, or is a licence key.
+        """
+        old, now = await self.key(tenant_id, key_id), self._clock()
+        if not old.is_usable(now) or not old.is_ours:
+            raise KeyNotRotated(key_id, "it has ended" if old.is_ours else "Dodo made it and replaces it")
+        secret, made = successor(old, now)
+        await self.add_key(made)
+        await self.expire_key(tenant_id, key_id, now + grace_ms)
+        return secret, made
+
+    async def change_key(self, tenant_id: TenantId, key_id: str, change: Callable[[ApiKey], ApiKey]) -> ApiKey:
+        """Replace a key by what ``change`` makes of it, everywhere within a second; it may be called several times.
+
+        Raises:
+            UnknownKey: the tenant has none of that id.
+            StoreUnavailable: others kept changing it.
+        """
+        for _ in range(UPDATE_TRIES):
+            old = await self.key(tenant_id, key_id)
+            key = change(old)
+            assert (key.id, key.hash, key.tenant) == (old.id, old.hash, old.tenant), "a key keeps its identity"
+            self._seen.pop(key.hash, None)
+            if key == old or await self._replaced(names.api_key(key.hash), old, key):
+                return key
+        raise StoreUnavailable(f"key {key_id} is being changed by others: try again")
+
+    async def _replaced(self, name: str, old: ApiKey, new: ApiKey) -> bool:
+        async with guarded():
+            text = await self._redis.get(name)
+            if text is None or ApiKey.model_validate_json(text) != old:
+                return False
+            return bool(await self._swap(keys=[name], args=[text, new.model_dump_json()]))
+
+    async def key(self, tenant_id: TenantId, key_id: str) -> ApiKey:
+        """Raises UnknownKey."""
         key = next((key for key in await self.keys(tenant_id) if key.id == key_id), None)
         if key is None:
             raise UnknownKey(key_id)
-        if key.revoked_at_ms is not None or (key.expires_at_ms is not None and key.expires_at_ms <= at_ms):
-            return key
-        self._seen.pop(key.hash, None)
-        ending = key.model_copy(update={"expires_at_ms": at_ms})
-        async with guarded():
-            await self._redis.set(names.api_key(key.hash), ending.model_dump_json())
-        return ending
+        return key
 
     async def principal(self, secret: str) -> Principal:
         """Who sends a request with this secret.

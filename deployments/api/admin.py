@@ -21,7 +21,7 @@ from billing.store.inbox import Inbox
 from billing.store.notices import Notices
 from billing.store.outbox import Outbox
 from billing.store.unsettled import unsettled
-from billing.tenants import ApiKey, Tenant, TenantName, new_key
+from billing.tenants import Email, Tenant, TenantName
 from billing.usage import TenantId, Unit
 from deployments.api.account import account_json
 from deployments.api.admin_bodies import (
@@ -32,8 +32,6 @@ from deployments.api.admin_bodies import (
     EngineBody,
     GatewayList,
     GrantBody,
-    KeyBody,
-    NewKeyBody,
     NoticeBody,
     TenantBody,
     TenantWithAccount,
@@ -70,7 +68,7 @@ class NewTenant(_Asked):
     model_config = ConfigDict(json_schema_extra={"examples": [{"id": "globex", "email": "it@globex.example"}]})
 
     id: TenantName
-    email: Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")]
+    email: Email
     name: str = ""
     plan: str = ""
     """Empty takes the catalogue's default plan."""
@@ -81,12 +79,6 @@ class TenantChange(_Asked):
     name: str | None = None
     email: str | None = None
     suspended: bool | None = None
-
-
-class NewKey(_Asked):
-    name: str = ""
-    models: list[str] | None = None
-    expires_days: Annotated[int, Field(ge=1, le=3650)] | None = None
 
 
 class NewGrant(_Asked):
@@ -169,29 +161,6 @@ async def suspend_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
 async def resume_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
     changed = await parts.tenants.update(tenant_id, lambda tenant: tenant.model_copy(update={"suspended": False}))
     return JSONResponse(_tenant(changed))
-
-
-@router.post("/tenants/{tenant_id}/keys", status_code=201, response_model=NewKeyBody, responses=refusals(400, 404, 413))
-async def create_key(tenant_id: TenantId, asked: NewKey, parts: Parts) -> JSONResponse:
-    """The secret stands in this reply and nowhere else."""
-    await parts.tenants.get(tenant_id)
-    models = None if asked.models is None else tuple(asked.models)
-    secret, key = new_key(tenant_id, now_ms(), asked.name, models)
-    if asked.expires_days is not None:
-        key = key.model_copy(update={"expires_at_ms": now_ms() + asked.expires_days * DAY_MS})
-    await parts.tenants.add_key(key)
-    return JSONResponse({"api_key": secret, "key": _key(key)}, 201)
-
-
-@router.get("/tenants/{tenant_id}/keys", response_model=Listing[KeyBody], responses=refusals(404))
-async def list_keys(tenant_id: TenantId, parts: Parts) -> JSONResponse:
-    await parts.tenants.get(tenant_id)
-    return JSONResponse({"object": "list", "data": [_key(key) for key in await parts.tenants.keys(tenant_id)]})
-
-
-@router.delete("/tenants/{tenant_id}/keys/{key_id}", response_model=KeyBody, responses=refusals(404))
-async def revoke_key(tenant_id: TenantId, key_id: str, parts: Parts) -> JSONResponse:
-    return JSONResponse(_key(await parts.tenants.revoke_key(tenant_id, key_id)))
 
 
 @router.post("/tenants/{tenant_id}/grants", response_model=GrantBody, responses=refusals(400, 404, 409, 413))
@@ -279,7 +248,3 @@ def _check_plan(plans: Mapping[str, Plan], plan: str) -> None:
 
 def _tenant(tenant: Tenant) -> Json:
     return {"object": "tenant", **tenant.model_dump(mode="json")}
-
-
-def _key(key: ApiKey) -> Json:
-    return {"object": "api_key", **key.model_dump(mode="json", exclude={"hash"})}

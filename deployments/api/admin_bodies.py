@@ -20,25 +20,6 @@ class TenantWithAccount(TenantBody):
     account: AccountBody
 
 
-class KeyBody(Body):
-    object: Literal["api_key"]
-    id: str
-    tenant: str
-    shown: str
-    name: str
-    models: list[str] | None
-    created_at_ms: int
-    expires_at_ms: int | None
-    revoked_at_ms: int | None
-
-
-class NewKeyBody(Body):
-    """The secret stands here and nowhere else."""
-
-    api_key: str
-    key: KeyBody
-
-
 class GrantBody(Body):
     granted: bool
     source: str

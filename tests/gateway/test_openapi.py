@@ -81,7 +81,7 @@ def desk(store_url: str, text: Text) -> Iterator[Desk]:
         await services.ledger.grant(Grant("test:1", TenantId("acme"), Unit.NANOS, MAX_GRANT_NANOS))
         secret, key = new_key(TenantId("acme"), 0)
         _, spare = new_key(TenantId("other"), 0)
-        for one in (key, spare):
+        for one in (key.model_copy(update={"manages_keys": True}), spare):
             await services.tenants.add_key(one)
         app = make_app(services)
         server = _Server(uvicorn.Config(app, port=0, log_level="critical"))
