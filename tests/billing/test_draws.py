@@ -1,5 +1,7 @@
 """What a request draws on, in which order, and where the rest of it goes back to."""
 
+import time
+
 import pytest
 from redis.asyncio import Redis
 
@@ -11,6 +13,8 @@ from billing.store.keys import shard_for
 from billing.usage import OVERAGE, RequestId, Unit
 from tests.billing.conftest import SteppedClock
 from tests.billing.samples import ACME, WORST, allowance, calls, money, request, settlement
+
+DAY_MS = 24 * 3_600_000
 
 
 class TestDrawOrder:
@@ -90,6 +94,18 @@ class TestDrawOrder:
         assert await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", WORST)) == WORST
         assert (await ledger.account(ACME)).balance_nanos == -WORST
         assert await store.hkeys(shard.retired(ACME)) == []
+
+    async def test_a_calendar_that_ran_ahead_for_a_while_ends_no_credit(
+        self, ledger: Ledger, clock: SteppedClock
+    ) -> None:
+        now = int(time.time() * 1000)
+        clock.now_ms = now
+        await ledger.grant(money(100_000, "payment:1", expires_at_ms=now + DAY_MS))
+        await ledger.grant(money(100_000, "payment:2"))
+        clock.now_ms = now + 3_650 * DAY_MS
+        assert [d.bucket for d in (await ledger.hold(request())).draws] == ["payment:2"]
+        clock.now_ms = now
+        assert [d.bucket for d in (await ledger.hold(request("req_2"))).draws] == ["payment:1"]
 
 
 class TestRequestsBuckets:

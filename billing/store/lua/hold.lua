@@ -120,11 +120,13 @@ end
 if is_preview then return answer(purse.balance, now + lease_ms, affords, draws, left, clamped_by) end
 
 -- Everything below only writes.
+-- A calendar that is ahead is put right again, and credit comes back from retirement only as an allowance: it has
+-- ended where the store's own clock says so as well.
 local function is_done(b)
   if b.held > 0 or b.remaining < 0 then return false end
-  if not is_live(b, calendar) then return true end
-  if b.is_allowance then return allowance_id ~= "" and b.id ~= allowance_id end
-  return b.remaining == 0
+  if b.is_allowance and allowance_id ~= "" and b.id ~= allowance_id then return true end
+  if not is_live(b, calendar) then return b.remaining == 0 or b.expires <= now end
+  return b.remaining == 0 and not b.is_allowance
 end
 
 local hold = { tenant = tenant, head = head, asked = asked, key = key_id, draws = draws, lease = text(lease_ms),
