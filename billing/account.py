@@ -170,6 +170,8 @@ class Settlement:
     status: Status
     origin: Origin | None = None
     """Without it, a settle whose hold is lost is refused."""
+    is_withdrawn: bool = False
+    """For what was not delivered, after attempts without a reply: what one of them charged is given back."""
 
 
 @dataclass(frozen=True, slots=True)

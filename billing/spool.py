@@ -16,10 +16,11 @@ from io import FileIO
 from pathlib import Path
 from uuid import uuid4
 
-from billing.account import Settlement
-from billing.errors import BillingError, DuplicateRequest, Quarantined, UnknownHold
+from billing.account import Adjustment, Settlement
+from billing.errors import BillingError, DuplicateRequest, GrantRefused, Quarantined, SourceReused, UnknownHold
 from billing.store.holds import Ledger
 from billing.store.packing import pack_settlement, unpack_settlement
+from billing.usage import Unit, UsageRecord
 
 MAX_PENDING = 100_000
 """Settlements of one process, about 30 MB."""
@@ -106,10 +107,22 @@ class Spool:
 
     async def _settle(self, line: str, ledger: Ledger) -> None:
         try:
-            await ledger.settle(unpack_settlement(line))
+            settlement = unpack_settlement(line)
+            receipt = await ledger.settle(settlement)
+            if settlement.is_withdrawn and receipt.is_repeat:
+                await _give_back(ledger, receipt.record)
         except Quarantined as error:
             logger.warning("%s", error)
-        except (UnknownHold, DuplicateRequest, ValueError, KeyError, TypeError, AssertionError) as error:
+        except (
+            UnknownHold,
+            DuplicateRequest,
+            GrantRefused,
+            SourceReused,
+            ValueError,
+            KeyError,
+            TypeError,
+            AssertionError,
+        ) as error:
             await asyncio.to_thread(self._refuse, line, error)
 
     def _oldest(self) -> list[str]:
@@ -144,6 +157,15 @@ class Spool:
                     self._file.append(lines)
                     self._pending += len(lines)
             file.remove()
+
+
+async def _give_back(ledger: Ledger, record: UsageRecord) -> None:
+    """What a record charged for an answer that nobody got; once, whatever is replayed."""
+    reason = f"{record.record_id} charged an answer that was not delivered"
+    for unit in Unit:
+        if amount := sum(draw.amount for draw in record.draws if draw.unit is unit):
+            source = f"undelivered:{record.record_id}"
+            await ledger.adjust(Adjustment(source, record.tenant, unit, amount, reason))
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,8 @@ class Run:
         self.finish_reason: FinishReason | None = None
         self.shortage: BillingError | None = None
         """Why the output is shorter than what was asked for, where credit is the reason."""
+        self.is_kept = False
+        """A repeat under its idempotency key gets the answer where it was charged."""
         self._around = around
         self._credit = GrowingHold(around.ledger, hold, around.settler.keep)
         self._pieces = around.link.generate(job)
@@ -272,7 +274,7 @@ class Run:
 
     async def _settle(self, settlement: Settlement, free_if_away: bool) -> Receipt:
         try:
-            return await self._around.settler.settle(self.model.id, settlement, free_if_away)
+            return await self._around.settler.settle(self.model.id, settlement, free_if_away, self.is_kept)
         finally:
             self._around.on_end(self)
 

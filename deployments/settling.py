@@ -43,11 +43,12 @@ class Settler:
         task.add_done_callback(self._drop)
         return task
 
-    async def settle(self, model: str, settlement: Settlement, free_if_away: bool) -> Receipt:
+    async def settle(self, model: str, settlement: Settlement, free_if_away: bool, is_kept: bool) -> Receipt:
         """The receipt, once the record is on disk.
 
         Raises:
-            MeteringUnavailable: the store is away. The settlement is spooled, as free where ``free_if_away``.
+            MeteringUnavailable: the store is away. The settlement is spooled, as free where ``free_if_away``; what
+                an attempt without a reply charged is then given back, unless the answer ``is_kept`` for a repeat.
         """
         try:
             receipt = await self._settle(settlement)
@@ -55,7 +56,8 @@ class Settler:
             raise MeteringUnavailable(str(error)) from error
         except StoreUnavailable as error:
             if free_if_away:
-                settlement = replace(settlement, usage=NOTHING, list_nanos=Nanos(0), status=Status.FAILED)
+                nothing = replace(settlement, usage=NOTHING, list_nanos=Nanos(0), status=Status.FAILED)
+                settlement = replace(nothing, is_withdrawn=not is_kept)
             await self._spool_away(settlement)
             raise MeteringUnavailable("the record of this request waits for the metering store") from error
         self._metrics.settled(model, receipt.record)

@@ -185,6 +185,7 @@ def unpack_settlement(text: str) -> Settlement:
         list_nanos=Nanos(int(raw["list_nanos"])),
         status=Status(raw["status"]),
         origin=_unpack_origin(raw["origin"]) if raw.get("origin") else None,
+        is_withdrawn=bool(raw.get("is_withdrawn", False)),
     )
 
 

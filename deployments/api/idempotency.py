@@ -98,6 +98,10 @@ class Claim:
         self._pieces: list[Choice] = []
         self._length = 0
 
+    @property
+    def is_made(self) -> bool:
+        return self._asked is not None
+
     async def make(self) -> Kept | None:
         """The answer that is kept under the key, or ``None`` with the key taken. Raises as ``Answers.claim``."""
         return None if self._asked is None else await self._answers.claim(self._asked)

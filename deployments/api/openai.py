@@ -163,6 +163,7 @@ async def _charge(run: Run, claim: Claim, head: Head) -> UsageRecord:
     try:
         await claim.stage(head, _incomplete(run))
         is_staged = True
+        run.is_kept = claim.is_made
     except asyncio.CancelledError:
         run.leave()
         raise

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from billing.account import Grant, Settlement
 from billing.errors import StoreUnavailable
+from billing.money import Nanos
 from billing.spool import REFUSED, Spool, SpoolFull
 from billing.store.connection import connect
 from billing.store.holds import Ledger
 from billing.store.packing import pack_settlement
+from billing.usage import NOTHING, RequestId, Status
 from cluster import valkey
-from tests.billing.samples import ACME, money, request, settlement
+from tests.billing.samples import ACME, calls, money, request, settlement
 
 
 @pytest.fixture
@@ -37,6 +40,35 @@ async def test_what_waits_is_settled_once_and_forgotten(ledger: Ledger, spool: S
     assert (spool.pending, (await ledger.account(ACME)).balance_nanos) == (0, 900_000)
     assert await spool.replay(ledger) == 0
     assert not (tmp_path / "spool" / REFUSED).exists()
+
+
+WITHDRAWN = Settlement(RequestId("req_1"), ACME, NOTHING, Nanos(0), Status.FAILED, is_withdrawn=True)
+"""An answer that was not delivered, after a settle whose reply was lost."""
+
+
+@pytest.mark.parametrize("credit", [money(100_000), calls(3)])
+async def test_what_was_charged_and_never_delivered_is_given_back_once(
+    ledger: Ledger, spool: Spool, credit: Grant
+) -> None:
+    await ledger.grant(credit)
+    await ledger.hold(request())
+    charged = await ledger.settle(settlement())
+    for _ in range(2):
+        spool.append(WITHDRAWN)
+    assert await spool.replay(ledger) == 2
+    account = await ledger.account(ACME)
+    assert sum(bucket.remaining for bucket in account.buckets) == credit.amount
+    assert charged.record.draws
+
+
+async def test_what_was_withdrawn_in_time_gives_nothing_back(ledger: Ledger, spool: Spool) -> None:
+    await ledger.grant(money(100_000))
+    await ledger.hold(request())
+    for _ in range(2):
+        spool.append(WITHDRAWN)
+    assert await spool.replay(ledger) == 2
+    assert (await ledger.account(ACME)).balance_nanos == 100_000
+    assert (await ledger.settle(settlement())).record.charged_nanos == 0
 
 
 async def test_while_the_store_is_away_everything_goes_on_waiting(spool: Spool, tmp_path: Path) -> None:

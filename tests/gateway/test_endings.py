@@ -384,6 +384,7 @@ async def test_an_answer_that_cannot_be_recorded_is_withheld_and_free(fragile: F
     fragile.resume()
     await until(lambda: not house.services.gateway.settler.spooled)
     assert sum(record.charged_nanos for record in await records(house)) in (0, PROMPT + 10 * ONE)
+    assert await house.balance() == parse_usd("1.00"), "what the store did when it woke up is given back"
 
 
 async def test_one_record_for_each_of_many_at_once(house: House, link: ScriptedLink) -> None:
