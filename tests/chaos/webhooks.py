@@ -22,7 +22,7 @@ from tests.chaos.table import Row
 NAME = "webhooks"
 TENANTS = tuple(f"tenant-{number}" for number in range(6))
 PAYMENTS, COPIES = 30, 5
-FORGED, MALFORMED = 3_000, 300
+FORGED, MALFORMED = 10_000, 500
 AT_ONCE = 16
 CENT = 10_000_000
 """Nanos that a cent of a pack buys."""
