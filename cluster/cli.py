@@ -41,6 +41,7 @@ from cluster.settings import Settings, SettingsError
 from cluster.standing import Standing
 from cluster.state import AlreadyRunning, Home, Phase
 from cluster.supervisor import supervise
+from cluster.verify import verify
 
 DOWN_TIMEOUT_S = 20.0
 
@@ -59,6 +60,7 @@ app.add_typer(tenants.app, name="tenants")
 app.add_typer(keys.app, name="keys")
 dodo.command()(dead_letters.dead)
 dodo.command()(dead_letters.revive)
+dodo.command()(verify)
 app.command()(books.reconcile)
 app.command()(books.usage)
 app.command()(reports.report)
