@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from billing.abuse import Abuse
 from billing.account import Bucket, Funding, Hold, HoldRequest
 from billing.caps import caps_of
 from billing.catalogue import Catalogue, Model
@@ -15,10 +16,10 @@ from billing.clock import Clock, now_ms
 from billing.errors import InsufficientCredits, Refusal
 from billing.modifiers import Circumstances, EffectivePrice, Pricing, effective
 from billing.money import Nanos
-from billing.plans import Plan, PlanKind, month_of
+from billing.plans import Limits, Plan, PlanKind, month_of
 from billing.store.holds import Ledger
 from billing.store.packing import worst_case
-from billing.tenants import Principal, Tenant
+from billing.tenants import ApiKey, Principal, Tenant
 from billing.usage import BucketId, Modifier, RequestId
 
 LEASE_MS = 30_000
@@ -136,14 +137,19 @@ class Admission:
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             funding=funding_for(tenant, plan, now),
-            limits=plan.limits.lowered_to(key.limits),
-            caps=caps_of(key, now),
+            limits=_limits_of(key, plan, catalogue.abuse),
+            caps=caps_of(key, catalogue.abuse.hourly_cap, now),
             counts_as=key.counts_as,
             lease_ms=self._lease_ms,
             step_tokens=self._step_tokens,
             step_compute_ms=self._step_compute_ms,
             max_compute_ms=self._max_compute_ms if priced.price.per_compute_second else 0,
         )
+
+
+def _limits_of(key: ApiKey, plan: Plan, abuse: Abuse) -> Limits:
+    limits = plan.limits.lowered_to(key.limits)
+    return limits.lowered_to(abuse.limits) if key.quarantine else limits
 
 
 def _month_start(now_ms: int) -> int:

@@ -27,9 +27,10 @@ class SpendCap:
     nanos: Nanos
 
 
-def caps_of(key: ApiKey, now_ms: int) -> tuple[SpendCap, ...]:
-    """What a key may spend in the windows that ``now_ms`` lies in."""
-    caps = ((Window.DAY, key.daily_cap), (Window.MONTH, key.monthly_cap))
+def caps_of(key: ApiKey, hourly: Nanos, now_ms: int) -> tuple[SpendCap, ...]:
+    """What a key may spend in the windows that ``now_ms`` lies in; ``hourly``: while it is in quarantine."""
+    in_quarantine = hourly if key.quarantine else None
+    caps = ((Window.HOUR, in_quarantine), (Window.DAY, key.daily_cap), (Window.MONTH, key.monthly_cap))
     return tuple(cap_at(window, nanos, now_ms) for window, nanos in caps if nanos is not None)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from billing.abuse import Abuse
 from billing.costs import Costs
 from billing.errors import ModelNotAllowed, UnknownModel
 from billing.modifiers import Pricing
@@ -71,6 +72,7 @@ class Catalogue(BaseModel):
     """What changes a listed price from request to request."""
     costs: Costs | None = None
     """What the owner pays for a replica; only its own reports show it."""
+    abuse: Abuse = Abuse()
     quarantined: tuple[Quarantined, ...] = ()
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
 
+from billing.abuse import Habits
 from billing.store.stream import Entry, Stream, UnreadableEntry
 from billing.usage import TenantId
 
@@ -39,6 +40,7 @@ class LiveCounters:
         self._by_tenant: dict[TenantId, Counters] = {}
         self._reading = asyncio.Lock()
         self._active: set[TenantId] = set()
+        self.habits = Habits()
         self.unreadable = 0
 
     @property
@@ -77,6 +79,7 @@ class LiveCounters:
             self.unreadable += 1
             return
         self._active.add(entry.tenant)
+        self.habits.note(record)
         was, usage = self._by_tenant.get(entry.tenant, Counters()), record.usage
         self._by_tenant[entry.tenant] = replace(
             was,

@@ -108,7 +108,7 @@ class SpendCapReached(Refusal):
 
 
 _PER = {
-    "hour": "an hour while it is in quarantine (GET /v1/account says why)",
+    "hour": "an hour while it is in quarantine (GET /v1/account says why, the operator lifts it)",
     "day": "a day (UTC)",
     "month": "a month (UTC)",
 }
@@ -255,7 +255,10 @@ class KeysNotManaged(Refusal):
     """A key that may not make, rotate or revoke keys asked to."""
 
     def __str__(self) -> str:
-        return "this key may not manage keys: use one that was made with `manages_keys`, or ask the operator"
+        return (
+            "this key may not manage keys, or is in quarantine: use one that was made with `manages_keys`, "
+            "or ask the operator"
+        )
 
 
 @dataclass(eq=False)

@@ -28,8 +28,10 @@ from billing.store.call_budget import SharedBudget
 from billing.store.holds import Ledger
 from billing.store.notices import Notices
 from billing.store.refills import Refills
+from billing.store.sightings import Sightings
 from billing.store.tenants import Tenants
 from billing.thresholds import notices_for
+from billing.warden import Warden
 
 LIMIT_S = 120.0
 """A chore that takes longer is cut off and starts again: everything it does may be cut off."""
@@ -68,6 +70,7 @@ class Parts:
     watch: Watch
     notices: Notices
     refiller: Refiller
+    warden: Warden
 
     async def close(self) -> None:
         await self.dodo.close()
@@ -101,6 +104,7 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
         Watch(redis, dodo, budget),
         notices,
         refiller,
+        Warden(tenants, notices, Sightings(redis), counters.habits),
     )
 
 
@@ -115,6 +119,7 @@ class Intervals:
     counters_s: float = 2.0
     refills_s: float = 5.0
     notices_s: float = 5.0
+    abuse_s: float = 10.0
     subscriptions_s: float = 300.0
     prune_s: float = 3_600.0
     glance_s: float = 60.0
@@ -165,6 +170,7 @@ class Pump:
             Chore("counters", intervals.counters_s, lambda parts: parts.counters.catch_up()),
             Chore("refills", intervals.refills_s, lambda parts: parts.refiller.run_once()),
             Chore("notices", intervals.notices_s, _tell),
+            Chore("abuse", intervals.abuse_s, _watch_keys),
             Chore("subscriptions", intervals.subscriptions_s, _refresh_overdue),
             Chore("prune", intervals.prune_s, lambda parts: parts.webhooks.prune()),
             Chore("glance", intervals.glance_s, lambda parts: parts.watch.glance()),
@@ -254,6 +260,11 @@ async def _tell(parts: Parts) -> int:
         for notice in notices_for(tenant, plan_of(tenant, catalogue), account, now_ms()):
             told += await parts.notices.tell(notice)
     return told
+
+
+async def _watch_keys(parts: Parts) -> int:
+    catalogue = await board.current(parts.redis)
+    return 0 if catalogue is None else await parts.warden.run_once(catalogue.abuse)
 
 
 async def _refresh_overdue(parts: Parts) -> int:

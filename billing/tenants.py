@@ -92,6 +92,14 @@ class Tenant(_Stored):
     created_at_ms: int = 0
 
 
+class Quarantine(_Stored):
+    """Why a key may do little for now."""
+
+    reason: str
+    detail: str
+    since_ms: int
+
+
 class ApiKey(_Stored):
     """A key as it is stored: never the key itself."""
 
@@ -113,6 +121,9 @@ class ApiKey(_Stored):
     monthly_cap: Usd | None = None
     manages_keys: bool = False
     """It may make, rotate and revoke its tenant's keys."""
+    quarantine: Quarantine | None = None
+    lifted_at_ms: int = 0
+    """When a person last took it out of quarantine."""
     counts_as: str = ""
     """The key that it replaced: it goes on under that one's limits and caps."""
 

@@ -102,6 +102,21 @@ def rotate(
         out.print(f"{key} ends in {grace_hours} h", highlight=False)
 
 
+@app.command()
+def lift(tenant: TenantArgument, key: KeyArgument, as_json: JsonOption = False) -> None:
+    """Take a key out of quarantine. It is not put back for a day: revoke or rotate one that leaked."""
+    lifted = ask(lambda standing: _lift(standing, tenant, key))
+    if as_json:
+        print(json.dumps(_json(lifted), indent=2))
+    else:
+        out.print(f"{lifted.id} is in no quarantine", highlight=False)
+
+
+async def _lift(standing: Standing, tenant: str, key: str) -> ApiKey:
+    async with store(standing) as redis:
+        return await Tenants(redis).lift_key(TenantId(tenant), key)
+
+
 async def _create(
     standing: Standing,
     tenant: str,
@@ -185,5 +200,7 @@ def _state(key: ApiKey) -> str:
         return f"revoked {_day(key.revoked_at_ms)}"
     if not key.is_usable(now_ms()):
         return "expired"
+    if key.quarantine is not None:
+        return f"[red]in quarantine[/] since {_day(key.quarantine.since_ms)}: {key.quarantine.detail}"
     word = "works, may manage keys" if key.manages_keys else "works"
     return word if key.expires_at_ms is None else f"{word} until {_day(key.expires_at_ms)}"

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from billing.abuse import Abuse
 from billing.catalogue import Model
 from billing.costs import Costs
 from billing.modifiers import Pricing
@@ -64,6 +65,8 @@ class FareboxArgs(_Config):
     """Completion tokens that a request's hold begins with and grows by."""
     hold_step_compute_s: Annotated[int, Field(ge=1)] = 5
     """The same in seconds of compute, for a price that counts them."""
+    trusted_proxies: Annotated[int, Field(ge=0, le=8)] = 0
+    """Proxies in front of Serve that append to X-Forwarded-For; 0: client addresses are not known, and not counted."""
     max_body_kib: Annotated[int, Field(ge=16, le=3584)] = 1024
     token_transport: Literal["socket", "serve"] = "socket"
     """How tokens travel from replica to gateway: sockets of our own beside the calls, or Serve's streaming calls."""
@@ -123,3 +126,4 @@ class GatewayUserConfig(_Config):
     default_plan: Name
     pricing: Pricing = Pricing()
     costs: Costs | None = None
+    abuse: Abuse = Abuse()

@@ -15,6 +15,7 @@ from billing.leases import Leases
 from billing.redo import Redo
 from billing.spool import Spool
 from billing.store.holds import Ledger
+from billing.store.sightings import Sightings
 from billing.store.tenants import Tenants
 from billing.tenants import Principal
 from billing.usage import RequestId
@@ -81,6 +82,7 @@ class Gateway:
         redo: Redo,
         link: ReplicaLink,
         load: LoadMeter,
+        sightings: Sightings,
         metrics: GatewayMetrics,
         max_context_tokens: int,
         lease_s: float,
@@ -89,6 +91,7 @@ class Gateway:
     ) -> None:
         self.shelf, self.text, self.link, self.metrics, self._load = shelf, text, link, metrics, load
         self._tenants, self._ledger, self._admission = tenants, ledger, admission
+        self.sightings = sightings
         self._max_context_tokens, self._lease_s, self._checkpoint_s = max_context_tokens, lease_s, checkpoint_s
         self._answer_timeout_s = answer_timeout_s
         self.leases = Leases(ledger, self.lose, checkpoint_s)
@@ -161,6 +164,7 @@ class Gateway:
             asyncio.create_task(self.settler.replay_for_ever()),
             asyncio.create_task(self._redo.run()),
             asyncio.create_task(self._load.run()),
+            asyncio.create_task(self.sightings.run()),
         ]
 
     async def stop(self) -> None:

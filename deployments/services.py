@@ -1,5 +1,6 @@
 """What the routers work with, built once per gateway process and handed to each by ``Depends``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -38,6 +39,7 @@ class Services:
     admin_key: str
     """Empty switches the admin API off."""
     public_url: str
+    trusted_proxies: int
     max_body_bytes: int
 
     @property
@@ -63,8 +65,20 @@ async def request_id_of(request: Request) -> RequestId:
 
 async def authenticated(request: Request, _: Annotated[object, Security(API_KEY)] = None) -> Principal:
     """Raises InvalidKey, TenantSuspended, StoreUnavailable."""
-    gateway = services_of(request).gateway
-    return await gateway.authenticate(request.headers.get("authorization", ""))
+    services = services_of(request)
+    principal = await services.gateway.authenticate(request.headers.get("authorization", ""))
+    if address := client_address(request.headers.getlist("x-forwarded-for"), services.trusted_proxies):
+        services.gateway.sightings.note(principal.tenant.id, principal.key.id, address)
+    return principal
+
+
+def client_address(forwarded_for: Sequence[str], trusted_proxies: int) -> str:
+    """What the outermost of our proxies saw; empty where none is trusted, or fewer wrote than there are.
+
+    Each proxy appends whom it was called by, so what a client forges stands further left.
+    """
+    hops = [hop.strip() for line in forwarded_for for hop in line.split(",")]
+    return hops[-trusted_proxies] if 0 < trusted_proxies <= len(hops) else ""
 
 
 Parts = Annotated[Services, Depends(parts_of)]

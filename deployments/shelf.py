@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from billing.abuse import Abuse
 from billing.catalogue import Catalogue, Model, Quarantined
 from billing.costs import Costs
 from billing.errors import BillingError
@@ -80,6 +81,7 @@ def read_catalogue(raw: object, last_good: Catalogue | None = None) -> Catalogue
         default_plan=_default_plan(config.get("default_plan"), plans, old, aside),
         pricing=_one(config, "pricing", Pricing, aside) or old.pricing,
         costs=_one(config, "costs", Costs, aside) or (old.costs if "costs" in config else None),
+        abuse=_one(config, "abuse", Abuse, aside) or old.abuse,
         quarantined=tuple(aside),
     )
 

@@ -16,6 +16,7 @@ from billing.store.answers import Answers
 from billing.store.call_budget import SharedBudget
 from billing.store.connection import identity, verify
 from billing.store.holds import Ledger
+from billing.store.sightings import Sightings
 from billing.store.tenants import Tenants
 from deployments.config import FareboxArgs
 from deployments.engine.text import Text
@@ -58,6 +59,7 @@ def build_services(
         redo=Redo(ledger, recent, partial(identity, redis), partial(verify, redis, args.durability)),
         link=link,
         load=load,
+        sightings=Sightings(redis),
         metrics=GatewayMetrics(),
         max_context_tokens=args.engine.max_context_tokens,
         lease_s=args.lease_s,
@@ -82,6 +84,7 @@ def build_services(
         base_model=args.model.id,
         admin_key=environ.get("FAREBOX_ADMIN_KEY", ""),
         public_url=environ.get("FAREBOX_PUBLIC_URL", DEFAULT_PUBLIC_URL).rstrip("/"),
+        trusted_proxies=args.trusted_proxies,
         max_body_bytes=args.max_body_kib * 1024,
     )
 

@@ -173,6 +173,10 @@ class Shard:
         """String: the tenant's auto-refill as JSON."""
         return f"{self.tag}:refill:{tenant}"
 
+    def sightings(self, tenant: TenantId, key_id: str, hour: int) -> str:
+        """HyperLogLog: from how many client addresses a key was used in one hour."""
+        return f"{self.tag}:sightings:{tenant}:{key_id}:{hour}"
+
     def keys_of(self, tenant: TenantId) -> str:
         """Set: hashes of the tenant's API keys."""
         return f"{self.tag}:keys:{tenant}"

@@ -192,6 +192,13 @@ class Tenants:
         await self.expire_key(tenant_id, key_id, now + grace_ms)
         return secret, made
 
+    async def lift_key(self, tenant_id: TenantId, key_id: str) -> ApiKey:
+        """Take a key out of quarantine; it is not put back for a day. Raises UnknownKey."""
+        lifted = {"quarantine": None, "lifted_at_ms": self._clock()}
+        return await self.change_key(
+            tenant_id, key_id, lambda key: key.model_copy(update=lifted) if key.quarantine else key
+        )
+
     async def change_key(self, tenant_id: TenantId, key_id: str, change: Callable[[ApiKey], ApiKey]) -> ApiKey:
         """Replace a key by what ``change`` makes of it, everywhere within a second; it may be called several times.
 

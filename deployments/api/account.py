@@ -38,7 +38,9 @@ Json = dict[str, object]
 async def account(parts: Parts, caller: Caller) -> JSONResponse:
     plan = plan_of(caller.tenant, parts.gateway.shelf.current)
     state = await parts.ledger.account(caller.tenant.id)
-    return JSONResponse(account_json(caller.tenant, plan, state))
+    why = caller.key.quarantine
+    quarantine = {"quarantine": None if why is None else why.model_dump(mode="json")}
+    return JSONResponse(account_json(caller.tenant, plan, state) | quarantine)
 
 
 def account_json(tenant: Tenant, plan: Plan, account: Account) -> Json:

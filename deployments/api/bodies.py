@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from billing.plans import Limits
 from billing.prices import Price
-from billing.tenants import Subscription
+from billing.tenants import Quarantine, Subscription
 from billing.usage import Status, Usage
 
 T = TypeVar("T")
@@ -224,6 +224,8 @@ class AccountBody(Body):
     open_holds: int
     limits: Limits
     subscription: Subscription | None
+    quarantine: Quarantine | None = None
+    """Why the key that asks may do little for now."""
 
 
 class UsageTotal(Body):

@@ -13,7 +13,7 @@ from billing.clock import now_ms
 from billing.errors import KeysNotManaged
 from billing.plans import Limits
 from billing.prices import Usd
-from billing.tenants import ApiKey, Principal, new_key
+from billing.tenants import ApiKey, Principal, Quarantine, new_key
 from billing.usage import TenantId
 from deployments.api.admin import DAY_MS, operator
 from deployments.api.bodies import Body, Dollars, Listing
@@ -37,6 +37,8 @@ class KeyBody(Body):
     daily_cap: Dollars | None
     monthly_cap: Dollars | None
     manages_keys: bool
+    quarantine: Quarantine | None
+    lifted_at_ms: int
     counts_as: str
     created_at_ms: int
     expires_at_ms: int | None
@@ -91,7 +93,7 @@ class Rotation(Sent):
 
 async def managing(caller: Caller) -> Principal:
     """Raises KeysNotManaged."""
-    if not caller.key.manages_keys:
+    if not caller.key.manages_keys or caller.key.quarantine:
         raise KeysNotManaged
     return caller
 
@@ -150,6 +152,12 @@ async def revoke_key(tenant_id: TenantId, key_id: str, parts: Parts) -> JSONResp
 async def rotate_key(tenant_id: TenantId, key_id: str, asked: Rotation, parts: Parts) -> JSONResponse:
     """A new secret with the same rights, limits and caps; the old one ends after the grace."""
     return await _rotated(parts, tenant_id, key_id, asked)
+
+
+@operators.post("/{key_id}/lift", response_model=KeyBody)
+async def lift_key(tenant_id: TenantId, key_id: str, parts: Parts) -> JSONResponse:
+    """Take it out of quarantine; it is not put back for a day."""
+    return JSONResponse(key_json(await parts.tenants.lift_key(tenant_id, key_id)))
 
 
 async def _added(parts: Services, secret: str, key: ApiKey) -> JSONResponse:

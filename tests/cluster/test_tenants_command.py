@@ -12,7 +12,7 @@ from billing.errors import InvalidKey
 from billing.store import board
 from billing.store.connection import connect
 from billing.store.tenants import Tenants
-from billing.tenants import Principal
+from billing.tenants import Principal, Quarantine
 from cluster.cli import app
 from tests.billing.test_admission import CATALOGUE
 from tests.cluster.told import tell
@@ -24,7 +24,7 @@ runner = CliRunner()
 def farebox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A running farebox that sells something to nobody yet."""
     monkeypatch.setenv("FAREBOX_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "300")
     tell(store_url)
 
     async def stock() -> None:
@@ -163,3 +163,20 @@ def test_a_rotated_key_works_through_its_grace_and_a_revoked_one_not_at_all(fare
 def test_a_key_that_cannot_be_says_why(farebox: str, words: tuple[str, ...], says: str) -> None:
     told("tenants", "create", "acme", "--email", "it@acme.example")
     assert says in " ".join(refused("keys", "create", "acme", *words).split())
+
+
+def test_a_key_in_quarantine_is_shown_with_its_reason_and_lifted(farebox: str) -> None:
+    told("tenants", "create", "acme", "--email", "it@acme.example")
+    made = told("keys", "create", "acme")
+    owner = principal(farebox, made["api_key"]).key
+
+    async def put() -> None:
+        redis = await connect(farebox)
+        why = Quarantine(reason="many_addresses", detail="about 120 client addresses this hour", since_ms=1)
+        await Tenants(redis).change_key(owner.tenant, owner.id, lambda one: one.model_copy(update={"quarantine": why}))
+        await redis.aclose()
+
+    asyncio.run(put())
+    assert "about 120 client addresses" in " ".join(call("keys", "list", "acme").output.replace("│", "").split())
+    assert told("keys", "lift", "acme", owner.id)["quarantine"] is None
+    assert principal(farebox, made["api_key"]).key.quarantine is None

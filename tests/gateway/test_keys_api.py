@@ -3,8 +3,9 @@
 import httpx
 import pytest
 
-from billing.tenants import new_key
+from billing.tenants import Quarantine, new_key
 from billing.usage import TenantId
+from deployments.services import client_address
 from tests.gateway.conftest import ADMIN_KEY, House, bearer
 from tests.gateway.test_refusals import check
 
@@ -113,3 +114,47 @@ async def test_a_key_s_own_limits_count_where_they_are_lower(house: House) -> No
     assert reply.headers["x-ratelimit-limit-requests"] == "3"
     assert reply.headers["ratelimit-policy"] == '"requests";q=1;w=20;qu="requests"'
     check(await house.chat(secret), 429, "rate_limit_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("lines", "proxies", "address"),
+    [
+        (["192.0.2.1"], 0, ""),
+        (["192.0.2.1"], 1, "192.0.2.1"),
+        (["203.0.113.9, 192.0.2.1"], 1, "192.0.2.1"),  # what a client forges stands further left
+        (["203.0.113.9", "192.0.2.1 , 10.0.0.1"], 2, "192.0.2.1"),
+        (["192.0.2.1"], 2, ""),  # who came past a proxy is not known
+        ([], 1, ""),
+    ],
+)
+def test_a_client_s_address_is_what_the_outermost_of_our_proxies_saw(
+    lines: list[str], proxies: int, address: str
+) -> None:
+    assert client_address(lines, proxies) == address
+
+
+async def test_a_key_in_quarantine_sees_why_and_may_manage_no_keys_until_it_is_lifted(
+    house: House, manager: str
+) -> None:
+    tenants, key = house.services.tenants, (await house.services.tenants.principal(manager)).key.id
+    why = Quarantine(reason="many_addresses", detail="about 120 client addresses this hour", since_ms=1)
+    await tenants.change_key(TenantId("acme"), key, lambda one: one.model_copy(update={"quarantine": why}))
+    account = await house.client.get("/v1/account", headers=bearer(manager))
+    assert account.json()["quarantine"] == why.model_dump(mode="json")
+    check(await own(house, manager, "POST", name="x"), 403, "keys_not_managed")
+    lifted = await house.client.post(f"/admin/tenants/acme/keys/{key}/lift", headers=bearer(ADMIN_KEY))
+    assert (lifted.status_code, lifted.json()["quarantine"]) == (200, None)
+    assert (await own(house, manager, "POST", name="x")).status_code == 201
+
+
+async def test_addresses_are_counted_where_a_proxy_is_trusted(house: House) -> None:
+    key = await house.tenant()
+    services = house.services
+    object.__setattr__(services, "trusted_proxies", 1)
+    for number in range(3):
+        forged = {"x-forwarded-for": f"203.0.113.{number}, 192.0.2.{number % 2}"}
+        await house.client.get("/v1/models", headers=bearer(key) | forged)
+    sightings, owner = services.gateway.sightings, await services.tenants.principal(key)
+    await sightings.flush()
+    used = (owner.tenant.id, owner.key.id)
+    assert await sightings.counts([used]) == {used: 2}
