@@ -36,6 +36,8 @@ async def answered(call: Awaitable[T]) -> T:
         return await call
     except APIStatusError as error:
         raise _refusal(error) from error
+    except httpx.InvalidURL as error:  # an id that fits into no address: nothing at Dodo has it
+        raise DodoRefused(httpx.codes.NOT_FOUND, "UNUSABLE_ID", str(error)) from error
     except _UNREADABLE as error:
         raise DodoUnavailable(f"{type(error).__name__}: {error}") from error
 

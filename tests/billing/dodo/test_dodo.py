@@ -170,3 +170,10 @@ def test_a_payment_or_subscription_without_its_ids_is_unreadable() -> None:
             Payment.read(wire)
     with pytest.raises(WireError, match="status"):
         DodoSubscription.read({"subscription_id": "s", "status": "dancing"})
+
+
+@pytest.mark.parametrize("id_", ["x" * 100_000, "\x00", "a/../b", "", " ", "ÿ" * 200, "?x=1#y"])
+async def test_an_id_that_is_no_id_is_refused_or_not_found_whatever_it_is(world: World, id_: str) -> None:
+    for ask in (world.dodo.retrieve_payment, world.dodo.retrieve_dispute, world.dodo.retrieve_subscription):
+        with pytest.raises((DodoRefused, DodoUnavailable)):
+            await ask(id_)
