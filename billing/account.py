@@ -221,5 +221,25 @@ class Adjustment:
     reason: str
 
 
-Movement = Grant | Clawback | Adjustment | Settlement
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """What a clawback took, given back once: a dispute that was won."""
+
+    clawback: Clawback
+
+    @property
+    def tenant(self) -> TenantId:
+        return self.clawback.tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Repayment:
+    """Exposure lowered once per ``source``: the payment that bills it succeeded."""
+
+    source: str
+    tenant: TenantId
+    nanos: int
+
+
+Movement = Grant | Clawback | Adjustment | Settlement | Restoration | Repayment
 """What counts once by its own id, however often it is sent."""

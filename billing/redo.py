@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import assert_never
 
-from billing.account import Adjustment, Clawback, Grant, Movement, Settlement
+from billing.account import Adjustment, Clawback, Grant, Movement, Repayment, Restoration, Settlement
 from billing.errors import (
     DuplicateRequest,
     GrantRefused,
@@ -52,10 +52,10 @@ class Recent:
             self._noted.popleft()
 
     def take(self) -> list[Movement]:
-        """All of them, grants first: settles draw on what those gave."""
+        """All of them, grants first: settles draw on what those gave. Repayments keep their turn among these."""
         taken = [movement for _, movement in self._noted]
         self._noted.clear()
-        return sorted(taken, key=lambda movement: isinstance(movement, Settlement))
+        return sorted(taken, key=lambda movement: isinstance(movement, Settlement | Repayment))
 
 
 class Redo:
@@ -140,6 +140,10 @@ class Redo:
                     await self._ledger.claw_back(movement)
                 case Adjustment():
                     await self._ledger.adjust(movement)
+                case Restoration():
+                    await self._ledger.restore(movement.clawback)
+                case Repayment():
+                    await self._ledger.repay_overage(movement.source, movement.tenant, movement.nanos)
                 case _:
                     assert_never(movement)
         except _REFUSALS as refusal:

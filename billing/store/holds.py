@@ -21,6 +21,8 @@ from billing.account import (
     Movement,
     Progress,
     Receipt,
+    Repayment,
+    Restoration,
     Settlement,
 )
 from billing.clock import Clock, now_ms
@@ -243,9 +245,9 @@ class Ledger:
         names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, grant.source)]
         arguments: list[str | int] = [tenant, grant.source, letter_of(grant.unit), grant.amount]
         arguments += [grant.expires_at_ms or 0, ",".join(grant.adapters)]
-        reply = await self._move(self._grant, grant.source, names, arguments)
+        is_new = await self._move(self._grant, grant.source, names, arguments) != "repeat"
         await self._acknowledge(grant)
-        return reply != "repeat"
+        return is_new
 
     async def claw_back(self, clawback: Clawback) -> int:
         """Take back what an earlier grant gave, once per source; before that grant, it waits for it.
@@ -282,11 +284,10 @@ class Ledger:
         shard, tenant, source = shard_for(clawback.tenant), clawback.tenant, f"restore:{clawback.source}"
         names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.stream]
         names += [shard.movement(tenant, name) for name in (source, clawback.source, clawback.granted_by)]
-        arguments: list[str | int] = [tenant, source, clawback.source, clawback.granted_by]
-        reply = await self._move(self._restore, source, names, arguments)
+        reply = await self._move(self._restore, source, names, [tenant, source, clawback.source, clawback.granted_by])
         if reply == "unknown":
             raise GrantRefused(source, f"{clawback.source} took nothing back")
-        await replicated(self._redis, shard.pulse)
+        await self._acknowledge(Restoration(clawback))
         return int(reply)
 
     async def adjust(self, adjustment: Adjustment) -> bool:
@@ -306,9 +307,9 @@ class Ledger:
         names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, adjustment.source)]
         arguments: list[str | int] = [tenant, adjustment.source, letter_of(adjustment.unit), adjustment.amount]
         arguments += [adjustment.reason]
-        reply = await self._move(self._adjust, adjustment.source, names, arguments)
+        is_new = await self._move(self._adjust, adjustment.source, names, arguments) != "repeat"
         await self._acknowledge(adjustment)
-        return reply != "repeat"
+        return is_new
 
     async def repay_overage(self, source: str, tenant: TenantId, nanos: int) -> bool:
         """Lower settled exposure when the payment that bills it succeeded, once per source.
@@ -320,7 +321,7 @@ class Ledger:
         shard = shard_for(tenant)
         names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, source)]
         reply = await self._move(self._repay, source, names, [tenant, source, nanos])
-        await replicated(self._redis, shard.pulse)
+        await self._acknowledge(Repayment(source, tenant, nanos))
         return reply != "repeat"
 
     async def _move(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from billing.account import Funding, HoldRequest, Settlement
+from billing.account import Adjustment, Clawback, Funding, HoldRequest, Settlement
 from billing.errors import DuplicateRequest, Quarantined, StoreUnavailable, UnknownHold
 from billing.money import Nanos
 from billing.redo import Recent, Redo
@@ -20,7 +20,7 @@ from billing.store.holds import Ledger
 from billing.store.keys import shard_for
 from billing.store.orphans import Orphans
 from billing.store.packing import origin_of, pack_settlement, unpack_settlement
-from billing.usage import RequestId
+from billing.usage import RequestId, Unit
 from cluster import valkey
 from tests.billing.conftest import SteppedClock
 from tests.billing.fleet import HOST, durable, wait_until
@@ -217,6 +217,32 @@ async def test_a_store_that_came_back_without_its_last_seconds_gets_them_again(t
 def _copy(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("s.sock", "lock"))
+
+
+async def test_every_kind_of_movement_is_sent_again(store: Redis) -> None:
+    recent = Recent()
+    ledger = Ledger(store, on_done=recent.note)
+    stores = iter([frozenset({"first"}), frozenset({"second"})])
+
+    async def identify() -> frozenset[str]:
+        return next(stores)
+
+    redo = Redo(ledger, recent, identify, partial(verify, store))
+    await redo.watch_once()
+    await ledger.grant(money(100_000))
+    await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", 30_000))
+    await ledger.restore(Clawback("refund:1", ACME, "payment:1", 30_000))
+    await ledger.claw_back(Clawback("refund:2", ACME, "payment:1", 20_000))
+    await ledger.adjust(Adjustment("adjustment:1", ACME, Unit.NANOS, -70_000, "a mistake"))
+    postpaid = request(funding=Funding(overage_cap=Nanos(100_000)))
+    await ledger.settle(await _held(ledger, postpaid))
+    await ledger.repay_overage("payment:2", ACME, 5_000)
+    before = await ledger.account(ACME)
+    await store.flushall()
+    assert await redo.watch_once() == 7
+    after = await ledger.account(ACME)
+    assert (after.balance_nanos, after.overage_nanos, after.seq) == (0, 5_000, 7)
+    assert (before.balance_nanos, before.overage_nanos) == (0, 5_000)
 
 
 async def test_a_store_that_took_over_and_is_not_durable_is_refused_until_it_is(store: Redis) -> None:
