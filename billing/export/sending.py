@@ -92,6 +92,7 @@ class Sender:
             return
         await self._spend()
         await self._mark(batch)
+        await self._outbox.secure(batch)
         now = self._clock()
         try:
             await self._dodo.ingest([event.to_event(destinations[event.tenant], now) for event in batch])

@@ -101,9 +101,7 @@ class Outbox:
         for event in events:
             args += (event.id, event.to_json())
         async with guarded(BULK_DEADLINE_S):
-            is_sealed = bool(await self._seal(keys=[shard.cursor, shard.outbox], args=args))
-        await replicated(self._redis, shard.pulse)
-        return is_sealed
+            return bool(await self._seal(keys=[shard.cursor, shard.outbox], args=args))
 
     async def events(self) -> list[SealedEvent]:
         """Everything sealed and not acknowledged, oldest first."""
@@ -118,6 +116,15 @@ class Outbox:
     async def mark(self, events: Iterable[SealedEvent]) -> None:
         """Keep what these events say of their attempts, before the attempt."""
         await asyncio.gather(*(self._mark_in(shard, group) for shard, group in _by_shard(events).items()))
+
+    async def secure(self, events: Iterable[SealedEvent]) -> None:
+        """Wait until enough replicas have all that is written of these: a failover must not take back what is sent.
+
+        Raises:
+            StoreUnavailable: they do not in time; nothing may be sent.
+        """
+        shards = {shard_for(event.tenant) for event in events}
+        await asyncio.gather(*(replicated(self._redis, shard.pulse) for shard in shards))
 
     async def ack(self, events: Iterable[SealedEvent]) -> int:
         """Dodo has these events. How many this call took out; the rest were out before.

@@ -6,9 +6,10 @@ import hashlib
 import pytest
 
 from billing.dodo.client import Dodo, DodoSettings, Event
-from billing.errors import DodoUnavailable
+from billing.errors import DodoUnavailable, StoreUnavailable
 from billing.export.events import SealedEvent
 from billing.export.exporter import Exporter
+from billing.store import connection
 from billing.store.keys import shard_for
 from billing.store.outbox import Outbox
 from billing.usage import TenantId, Usage
@@ -59,6 +60,19 @@ async def test_a_request_that_used_and_cost_nothing_makes_no_event(world: World)
     report = await world.exporter().flush_once()
     assert (report.sealed, report.sent) == (0, 0)
     assert is_clear(await Outbox(world.redis).backlog())
+
+
+async def test_nothing_is_sent_that_too_few_replicas_have(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.tenant("acme")
+    await world.use("acme")
+    exporter = world.exporter()
+    with monkeypatch.context() as patched:
+        patched.setitem(connection._replicas_needed, world.redis, 1)
+        for _ in range(2):  # sealed by the first, and still on one server
+            with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):
+                await exporter.flush_once()
+    assert await world.events() == []
+    assert (await exporter.flush_once()).sent == 1
 
 
 POINTS = ["seal", "sealed", "mark", "marked", "ingest", "ingested", "ack", "acked"]
