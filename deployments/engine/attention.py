@@ -7,6 +7,7 @@ no requests.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ class KvPool:
             for pool, new in ((self._keys, key), (self._values, value)):
                 pool[index] = new.new_zeros(self._slots, new.shape[1], self.context, new.shape[3])
         return self._keys[index], self._values[index]
+
+    def places(self, slots: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
+        """Where each head of these rows lies in a layer's memory, taken as ``[slots * kv_heads * context, dim]``."""
+        heads = torch.arange(kv_heads, device=slots.device)
+        return ((slots[:, None] * kv_heads + heads) * self.context + positions[:, None]).view(-1)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, rows: int) -> None:
@@ -114,6 +120,20 @@ class Scoring:
         return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
 
 
+class AttentionStep(Protocol):
+    """What one layer's attention needs of a step."""
+
+    @property
+    def pool(self) -> KvPool:
+        """Where keys and values lie."""
+
+    def places(self, kv_heads: int) -> Tensor:
+        """Where each head of each row goes, in a layer's memory taken as ``[slots * kv_heads * context, dim]``."""
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+        """query ``[T, heads, dim]``, a layer's whole memory -> ``[T, heads, value_dim]``."""
+
+
 class KvStep:
     """Where every row of one step stands; made once, used by all layers."""
 
@@ -134,12 +154,12 @@ class KvStep:
         self._plan(spans, device)
 
     def places(self, kv_heads: int) -> Tensor:
-        """Where each head of each row lies in a layer's memory, taken as ``[slots * kv_heads * context, dim]``."""
         if kv_heads not in self._places:
-            heads = torch.arange(kv_heads, device=self._slots.device)
-            first = (self._slots[:, None] * kv_heads + heads) * self.pool.context + self.positions[:, None]
-            self._places[kv_heads] = first.view(-1)
+            self._places[kv_heads] = self.pool.places(self._slots, self.positions, kv_heads)
         return self._places[kv_heads]
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+        return _over_slots(self, query, keys, values, scoring)
 
     def bias(self, kv_heads: int, dtype: torch.dtype, window: int | None) -> Tensor | None:
         """``[(high - low) * kv_heads, 1, length]``: 0 where a decode attends, else minus infinity; None: all zeros."""
@@ -221,7 +241,7 @@ def _attend(
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    kv_step: KvStep | None = None,
+    kv_step: AttentionStep | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -249,11 +269,11 @@ def _attend(
     places = kv_step.places(key.shape[1])
     keys.view(-1, key.shape[3]).index_copy_(0, places, key[0].transpose(0, 1).reshape(-1, key.shape[3]))
     values.view(-1, value.shape[3]).index_copy_(0, places, value[0].transpose(0, 1).reshape(-1, value.shape[3]))
-    return _over_slots(kv_step, query[0].transpose(0, 1), keys, values, scoring)[None], None
+    return kv_step.attend(query[0].transpose(0, 1), keys, values, scoring)[None], None
 
 
 def _over_slots(step: KvStep, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
-    """query ``[T, heads, dim]`` -> ``[T, heads, value_dim]``. This is the one place that a faster kernel replaces."""
+    """query ``[T, heads, dim]`` -> ``[T, heads, value_dim]``, by torch's own products."""
     decodes = step.decodes
     if decodes is not None:
         attended = _decode(step, decodes, query, keys, values, scoring)

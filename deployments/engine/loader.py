@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deployments.engine.adapters import LinearShape, read_adapter
-from deployments.engine.lora import HostAdapter, LoraPool, stage
+from deployments.engine.lora import HostAdapter, LoraPool, pin, stage
 from deployments.engine.request import AdapterRef, AdapterRejected
 from deployments.engine.slots import Load
 
@@ -118,7 +118,9 @@ class Loader:
     def _bring(self, load: Load) -> None:
         adapter = self._fetch(load.ref)
         self._pool.write(load.slot, adapter)
-        if failed := self._pool.ineffective(load.slot, adapter):
+        with self._pool.beside_steps():
+            failed = self._pool.ineffective(load.slot, adapter)
+        if failed:
             raise AdapterRejected(f"its weights took no effect in {failed}")
 
     def _fetch(self, ref: AdapterRef) -> HostAdapter:
@@ -134,5 +136,7 @@ class Loader:
             if files.info.digest != ref.digest:
                 raise AdapterRejected(f"its bytes have the digest {files.info.digest}, not {ref.digest}")
             adapter = stage(files, self._pool.dtype)
+            if self._pool.is_on_gpu:
+                adapter = pin(adapter)
             self._host.put(ref, adapter)
         return adapter

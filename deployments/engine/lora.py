@@ -7,7 +7,9 @@ Knows slots and tensors, no adapters' names.
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,19 @@ class LoraStep:
     shrunk: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Group to its last input and that input's product with A, for the siblings that read the same input."""
 
+    def add(self, linear: "LoraLinear", x: Tensor, y: Tensor) -> None:
+        rank = self.ranks.get(linear.name, 0)
+        if rank:
+            shrunk = linear.group.shrink(x, self)[:, :rank, linear.member]
+            expand(y.view(-1, y.shape[-1]), shrunk, linear.b[:, :rank], self.rows)
+
+
+class Additions(Protocol):
+    """A step, to its wrapped linears."""
+
+    def add(self, linear: "LoraLinear", x: Tensor, y: Tensor) -> None:
+        """Add to ``y [..., out]`` what the step's adapters make of ``x [..., in]``."""
+
 
 class LoraGroup:
     """The A factors of modules that read the same input: ``[slots, rank, members, in]``.
@@ -58,6 +73,8 @@ class LoraGroup:
 
     def __init__(self, members: Seq[str], slots: int, max_rank: int, in_features: int, like: Tensor) -> None:
         self.members = tuple(members)
+        self.ranks = torch.zeros(slots, len(members), dtype=torch.int64, device=like.device)
+        """Of each slot's adapter in each member; on a GPU, where kernels read it."""
         self.a = like.new_zeros(slots, max_rank, len(members), in_features)
 
     def shrink(self, x: Tensor, step: LoraStep) -> Tensor:
@@ -77,21 +94,17 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, name: str, group: LoraGroup, b: Tensor, pool: "LoraPool") -> None:
         super().__init__()
         self.base = base
-        self._name = name
-        self._group = group
-        self._member = group.members.index(name)
-        self._b = b
+        self.name = name
+        self.group = group
+        self.member = group.members.index(name)
+        self.b = b
         """``[slots, rank, out]``."""
         self._pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        step = self._pool.step
-        rank = step.ranks.get(self._name, 0) if step else 0
-        if step is None or not rank:
-            return y
-        shrunk = self._group.shrink(x, step)[:, :rank, self._member]
-        expand(y.view(-1, y.shape[-1]), shrunk, self._b[:, :rank], step.rows)
+        if self._pool.step is not None:
+            self._pool.step.add(self, x, y)
         return y
 
 
@@ -99,7 +112,7 @@ class LoraPool:
     """All slots of all wrapped modules. Slots in use and slots being written are never the same."""
 
     def __init__(self, model: nn.Module, linears: Mapping[str, LinearShape], slots: int, max_rank: int) -> None:
-        self.step: LoraStep | None = None
+        self.step: Additions | None = None
         self._groups: dict[str, LoraGroup] = {}
         self._b: dict[str, Tensor] = {}
         self._slot_ranks: list[dict[str, int]] = [{} for _ in range(slots)]
@@ -113,24 +126,45 @@ class LoraPool:
                 model.set_submodule(name, LoraLinear(model.get_submodule(name), name, group, self._b[name], self))
 
         self._device = next(iter(self._b.values())).device
+        self._copies = _stream(self._device)
 
     @property
     def dtype(self) -> torch.dtype:
         return next(iter(self._b.values())).dtype
 
-    @torch.no_grad()
+    @property
+    def is_on_gpu(self) -> bool:
+        return self._copies is not None
+
     def write(self, slot: int, adapter: HostAdapter) -> None:
-        """Put an adapter into a slot that no step uses; any thread may."""
+        """Put an adapter into a slot that no step uses, and wait until it is there; any thread may.
+
+        On a GPU the copies run beside the steps, but after those already begun: an aborted one may still read the slot.
+        """
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.default_stream(self._device))
+        with self.beside_steps():
+            self._copy(slot, adapter)
+        if self._copies is not None:
+            self._copies.synchronize()
+
+    def beside_steps(self) -> AbstractContextManager[object]:
+        """What is computed in here does not queue behind the steps."""
+        return nullcontext() if self._copies is None else torch.cuda.stream(self._copies)
+
+    @torch.no_grad()
+    def _copy(self, slot: int, adapter: HostAdapter) -> None:
         for name, b in self._b.items():
             group = self._groups[name]
             a = group.a[slot, :, group.members.index(name)]
             factors = adapter.modules.get(name)
             rank = 0 if factors is None else len(factors.a)
             if factors is not None:
-                a[:rank] = factors.a
-                b[slot, :rank] = factors.b
+                a[:rank].copy_(factors.a, non_blocking=True)
+                b[slot, :rank].copy_(factors.b, non_blocking=True)
             a[rank:].zero_()
             b[slot, rank:].zero_()
+            group.ranks[slot, group.members.index(name)].fill_(rank)
         self._slot_ranks[slot] = {name: len(factors.a) for name, factors in adapter.modules.items()}
 
     @torch.inference_mode()
@@ -159,6 +193,24 @@ class LoraPool:
             for name, rank in self._slot_ranks[slot].items():
                 ranks[name] = max(ranks.get(name, 0), -(-rank // RANK_STEP) * RANK_STEP)
         return LoraStep(RowPlan.of(rows_by_slot, self._device), ranks)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def pin(adapter: HostAdapter) -> HostAdapter:
+    """The same adapter in one run of page-locked memory, from which a GPU copies without stopping anybody."""
+    tensors = [tensor for factors in adapter.modules.values() for tensor in (factors.a, factors.b)]
+    run = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=tensors[0].dtype, pin_memory=True)
+    parts = iter(torch.split(run, [tensor.numel() for tensor in tensors]))
+    modules = {
+        name: HostFactors(
+            a=next(parts).view_as(factors.a).copy_(factors.a), b=next(parts).view_as(factors.b).copy_(factors.b)
+        )
+        for name, factors in adapter.modules.items()
+    }
+    return HostAdapter(modules=modules, nbytes=adapter.nbytes)
 
 
 def stage(files: AdapterFiles, dtype: torch.dtype) -> HostAdapter:

@@ -3,11 +3,13 @@
 Knows Hugging Face folders and packed batches; knows no requests and no adapters' names.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,11 @@ from deployments.engine.lora import LoraPool
 from deployments.engine.request import ModelRefused
 from deployments.engine.sequence import Span
 from deployments.engine.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from deployments.engine.tiled import TiledSteps
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -45,21 +52,31 @@ class Model:
         ModelRefused: it cannot be served correctly, and why.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, is_tiled: bool | None = None) -> None:
+        """``is_tiled``: steps run on the GPU's kernels; None: where there is a GPU."""
         self.device = torch.device(_device(settings.device))
         dtype = _dtype(settings.dtype, self.device)
         config = read_config(settings.model_path)
         self.limits = _check_config(config, settings)
         self._model = _load(settings.model_path, dtype).to(self.device)
         self.linears = linear_modules(self._model)
-        self.kv = KvPool(settings.max_running, settings.max_context_tokens)
+        self.is_asynchronous = self.device.type == "cuda"
+        """``forward`` returns before its logits are computed."""
+        is_tiled = self.is_asynchronous if is_tiled is None else is_tiled
+        self.kv = KvPool(settings.max_running + is_tiled, settings.max_context_tokens)
         checks = _check_prompts(self.limits.vocabulary, settings)
         expected = [self._plain(prompt) for prompt in checks]
         attention.register()
         self._model.set_attn_implementation(attention.NAME)
         self.lora = LoraPool(self._model, self.linears, settings.adapter_slots, settings.max_adapter_rank)
         pack(self._model)
+        self._tiled = _tiled_steps(self._model, self.kv, self.lora, settings) if is_tiled else None
         self._check_same(checks, expected, TOLERANCE[dtype])
+
+    @property
+    def is_captured(self) -> bool:
+        """Its decodes are replayed from CUDA graphs."""
+        return self._tiled is not None and self._tiled.is_captured
 
     @torch.inference_mode()
     def forward(self, spans: Seq[Span]) -> Tensor:
@@ -67,6 +84,8 @@ class Model:
 
         Returns the logits ``[sampled spans, vocabulary]`` after the last token of each span that is sampled.
         """
+        if self._tiled is not None:
+            return self._tiled.forward(spans)
         tokens: list[int] = []
         last_rows: list[int] = []
         for span in spans:
@@ -107,6 +126,23 @@ class Model:
                         f"{type(self._model).__name__} computes other logits in this engine than by itself "
                         f"(by {worst:.2g} of their spread at position {end - 1}): it is not supported"
                     )
+
+
+def _tiled_steps(model: PreTrainedModel, kv: KvPool, lora: LoraPool, settings: EngineSettings) -> "TiledSteps":
+    """Import the kernels, which nothing but a GPU needs, and capture what a GPU can."""
+    try:
+        from deployments.engine.tiled import TiledSteps
+    except ModuleNotFoundError as error:
+        raise ModelRefused(
+            f"device cuda needs {error.name}: CUDA builds of torch bring Triton along; otherwise pip install triton"
+        ) from error
+    steps = TiledSteps(model, kv, lora, settings.adapter_slots, settings.max_running)
+    if next(model.parameters()).device.type == "cuda":
+        try:
+            steps.capture()
+        except RuntimeError as error:
+            log.warning("%s runs without CUDA graphs, and slower: %s", type(model).__name__, error)
+    return steps
 
 
 def read_config(model_path: str | Path) -> PretrainedConfig:

@@ -30,8 +30,23 @@ class Answer:
 
     def take(self, token_id: int) -> str:
         """Append a sampled token to the sequence; return the text it releases. It may be the last."""
+        self.append(token_id)
+        return self.release(token_id)
+
+    def append(self, token_id: int) -> None:
+        """Take a token whose text is not asked for yet."""
+        self.sequence.token_ids.append(token_id)
+
+    def goes_on_after(self, token_id: int) -> bool:
+        """Whatever its text, this next token ends nothing, so that its text may wait; of several answers none waits."""
         sequence, sampling = self.sequence, self.sequence.request.sampling
-        sequence.token_ids.append(token_id)
+        full = min(sequence.prompt_tokens + sampling.max_tokens, self.max_context_tokens)
+        may_end = sampling.stop or sampling.n > 1 or token_id in self.end_token_ids
+        return not may_end and len(sequence.token_ids) + 1 < full
+
+    def release(self, token_id: int) -> str:
+        """The text that the newest token, this one, releases."""
+        sequence, sampling = self.sequence, self.sequence.request.sampling
         may_stop = sequence.completion_tokens >= sampling.min_tokens
         if token_id in self.end_token_ids and not sampling.ignore_eos and may_stop:
             self.finish_reason = FinishReason.STOP

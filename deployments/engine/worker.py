@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -63,6 +63,8 @@ class Worker:
     outputs: dict[str, Output]
     """Requests that were taken in and have no last piece yet, by id."""
     counts: Counts
+    late: list[tuple[Answer, int]] = field(default_factory=list)
+    """Tokens whose text is made while the next step is computed elsewhere; at most one of an answer."""
 
     def run(self, torch_threads: int) -> None:
         """Work until the inbox is stopped, or something fails that no single request can be blamed for."""
@@ -135,9 +137,11 @@ class Worker:
         plan = self.scheduler.schedule(time.monotonic())
         self._start_loads()
         if not plan:
+            self._send_late()
             return
         started = time.perf_counter()
         logits = self.model.forward([work.span() for work in plan])
+        self._send_late()
         completing = [work.sequence for work in plan if work.completes]
         rows = [_row(self._answer_of(sequence)) for sequence in completing]
         likelihoods = Likelihoods(logits, rows)
@@ -166,9 +170,13 @@ class Worker:
             for other in output.answers[1:]:
                 self._begin(other)
         self.counts.generation_tokens += 1
-        text = answer.take(token)
         if logprob is not None:
             answer.logprobs.append(logprob)
+        if self.model.is_asynchronous and answer.goes_on_after(token):
+            answer.append(token)
+            self.late.append((answer, token))
+            return
+        text = answer.take(token)
         if answer.finish_reason is not None:
             self._remove(answer, sound=True)
         if output.is_over:
@@ -176,6 +184,13 @@ class Worker:
             output.send(text, answer, answer.finish_reason)
         elif not output.send(text, answer):
             self._end(output, FinishReason.ABORT)
+
+    def _send_late(self) -> None:
+        """A request that nobody listens to ends when messages are read: a step with it may be under way."""
+        late, self.late = self.late, []
+        for answer, token in late:
+            if not self.outputs[answer.sequence.request_id].send(answer.release(token), answer):
+                self.inbox.post(Aborted(answer.sequence.request_id))
 
     def _remove(self, answer: Answer, sound: bool) -> None:
         if answer.scheduled:
@@ -195,6 +210,7 @@ class Worker:
 
     def _end(self, output: Output, reason: FinishReason, error: str = "", is_adapter_refused: bool = False) -> None:
         """End a request before its time, and say the last word of each of its answers."""
+        self._send_late()
         self._close(output, reason)
         *others, last = [answer for answer in output.answers if answer.finish_reason is None]
         for answer in others:
