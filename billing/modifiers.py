@@ -138,7 +138,7 @@ class Arm(_Configured):
     packs: tuple[Name, ...] = ()
     """Hidden packs that this arm is offered."""
     plans: tuple[Name, ...] = ()
-    """Hidden plans that this arm is offered."""
+    """Plans that this arm is offered."""
 
 
 class Experiment(_Configured):

@@ -169,16 +169,11 @@ def check(
 
 
 @app.command()
-def deploy(
-    file: File = Path("serve_config.yaml"),
-    retire_plans: Annotated[
-        bool, typer.Option("--retire-plans", help="drop plans that tenants are on: those tenants stay on them")
-    ] = False,
-) -> None:
+def deploy(file: File = Path("serve_config.yaml")) -> None:
     """Check a file, apply it, and return when every gateway serves it."""
     with _refusals():
         with panel.steps(out) as say:
-            catalogue = operate.deploy(Settings.from_env(), file, say, may_retire_plans=retire_plans)
+            catalogue = operate.deploy(Settings.from_env(), file, say)
         out.print(f"in force: {', '.join(model.identity for model in catalogue.models)}", highlight=False)
 
 

