@@ -6,11 +6,12 @@ Knows ledger, spool and the tasks that no connection's death may cancel; decides
 import asyncio
 import logging
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
 from billing.account import Receipt, Settlement
-from billing.errors import Quarantined, StoreUnavailable
+from billing.errors import BillingError, Quarantined, StoreUnavailable
 from billing.money import Nanos
 from billing.spool import Spool, SpoolFull
 from billing.store.holds import Ledger
@@ -53,6 +54,9 @@ class Settler:
         try:
             receipt = await self._settle(settlement)
         except Quarantined as error:
+            if free_if_away:
+                with suppress(BillingError):  # then a person may still drop it
+                    await self._ledger.orphans.drop(settlement.request_id)
             raise MeteringUnavailable(str(error)) from error
         except StoreUnavailable as error:
             if free_if_away:

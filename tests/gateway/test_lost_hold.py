@@ -68,3 +68,21 @@ async def test_one_that_is_lost_after_the_last_checkpoint_is_charged_and_receipt
     [record] = await records(house)
     assert (record.charged_nanos, record.status) == (PROMPT + 20 * ONE, Status.COMPLETE)
     assert reply.json()["receipt"]["record_id"] == record.record_id
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_was_not_delivered_waits_for_no_person_to_charge_it(
+    house: House, link: ScriptedLink, stream: bool
+) -> None:
+    """The credit is lost as well, so that nobody can be sure of what was delivered."""
+    link.length, link.pause_s = 20, 0.02
+    task = asyncio.create_task(house.chat(await house.tenant(usd="1.00"), stream=stream, max_tokens=20))
+    await until(lambda: max(link.steps.values(), default=0) >= 10)
+    [request_id] = link.steps
+    await tell_and_fall_silent(house)
+    await lose_hold(house, request_id)
+    await house.redis.delete(shard_for(TenantId("acme")).buckets(TenantId("acme")))
+    reply = await task
+    kept = [one.settlement.request_id for one in await house.services.ledger.orphans.kept()]
+    assert "metering_unavailable" in reply.text
+    assert kept == ([request_id] if stream else [])
