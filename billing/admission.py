@@ -157,8 +157,8 @@ def _month_start(now_ms: int) -> int:
 
 
 def plan_of(tenant: Tenant, catalogue: Catalogue) -> Plan:
-    """The tenant's plan; the default one where its own is no longer offered."""
-    return catalogue.plans.get(tenant.plan) or catalogue.plans[catalogue.default_plan]
+    """The tenant's plan, though it be retired; the default one where there never was such a plan."""
+    return catalogue.plan_named(tenant.plan) or catalogue.plans[catalogue.default_plan]
 
 
 def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:

@@ -74,6 +74,8 @@ class Catalogue(BaseModel):
     """What the owner pays for a replica; only its own reports show it."""
     abuse: Abuse = Abuse()
     quarantined: tuple[Quarantined, ...] = ()
+    retired: dict[Name, Plan] = Field(default_factory=dict, exclude=True)
+    """Plans that were in force once: who is on one stays, nobody else gets it. Not of the content, nor of its hash."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -88,6 +90,14 @@ class Catalogue(BaseModel):
     @property
     def content_hash(self) -> str:
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def remembering(self, plans: Mapping[str, Plan]) -> Self:
+        """The same, with these plans retired where they are not in force."""
+        return self.model_copy(update={"retired": {name: p for name, p in plans.items() if name not in self.plans}})
+
+    def plan_named(self, name: str) -> Plan | None:
+        """A plan in force, or a retired one."""
+        return self.plans.get(name) or self.retired.get(name)
 
     def by_id(self) -> Mapping[str, Model]:
         return {model.id: model for model in self.models}

@@ -138,7 +138,7 @@ class Arm(_Configured):
     packs: tuple[Name, ...] = ()
     """Hidden packs that this arm is offered."""
     plans: tuple[Name, ...] = ()
-    """Plans that this arm is offered."""
+    """Hidden plans that this arm is offered."""
 
 
 class Experiment(_Configured):

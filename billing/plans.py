@@ -15,6 +15,9 @@ from billing.usage import Unit
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
 
+Visibility = Literal["public", "hidden"]
+"""What is hidden is sold only to the tenants whose experiment arm names it."""
+
 LEAST_BURST = 10
 
 
@@ -108,6 +111,7 @@ class Plan(_Configured):
     """Does Dodo hand its buyer a licence key, which is then an API key?"""
     grace_days: Annotated[int, Field(ge=0, le=60)] = 3
     """Days that a subscription in ``past_due`` keeps its postpaid credit."""
+    visibility: Visibility = "public"
 
     @model_validator(mode="after")
     def _matches_its_kind(self) -> Self:
@@ -125,6 +129,10 @@ class Plan(_Configured):
         """Does using it extend credit, and so need a Dodo subscription that carries our meter?"""
         return self.kind in (PlanKind.PAY_AS_YOU_GO, PlanKind.SUBSCRIPTION)
 
+    @property
+    def is_hidden(self) -> bool:
+        return self.visibility == "hidden"
+
 
 class Pack(_Configured):
     """Credit sold once: a one-time Dodo product that fills a bucket when its payment succeeds."""
@@ -132,7 +140,7 @@ class Pack(_Configured):
     price: Usd
     grants: Quota
     expires_days: Annotated[int, Field(gt=0, le=3650)] | None = 365
-    visibility: Literal["public", "hidden"] = "public"
+    visibility: Visibility = "public"
     licence_key: bool = False
     """Does Dodo hand its buyer a licence key for each one bought, which is then an API key?"""
 
@@ -141,6 +149,10 @@ class Pack(_Configured):
         if self.price <= 0 or self.price % 10_000_000:
             raise ValueError("`price` must be above 0 and whole cents: Dodo charges in cents")
         return self
+
+    @property
+    def is_hidden(self) -> bool:
+        return self.visibility == "hidden"
 
 
 def month_of(now: datetime) -> tuple[datetime, datetime]:

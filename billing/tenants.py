@@ -91,6 +91,12 @@ class Tenant(_Stored):
     subscription: Subscription | None = None
     created_at_ms: int = 0
 
+    @property
+    def plans_held(self) -> frozenset[str]:
+        """The plan it is on, and the one that its subscription carries until that has ended."""
+        one = self.subscription
+        return frozenset({self.plan} if one is None or one.status in ENDED else {self.plan, one.plan})
+
 
 class Quarantine(_Stored):
     """Why a key may do little for now."""

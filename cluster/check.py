@@ -165,6 +165,24 @@ def _check_plans(shape: Shape, place: Place, sales: GatewayUserConfig) -> None:
     for where, quota in quotas.items():
         for unknown in (adapter for adapter in quota.adapters if adapter not in ids):
             shape.add((*place, *where, "adapters"), f"{unknown!r} is not a model here: {did_you_mean(unknown, ids)}")
+    _check_arms(shape, place, sales)
+
+
+def _check_arms(shape: Shape, place: Place, sales: GatewayUserConfig) -> None:
+    """What an experiment's arm offers must be there, and hidden: everybody is offered the rest anyway."""
+    for number, experiment in enumerate(sales.pricing.experiments):
+        for index, arm in enumerate(experiment.arms):
+            where: Place = (*place, "pricing", "experiments", number, "arms", index)
+            for kind, names, known in (("packs", arm.packs, sales.packs), ("plans", arm.plans, sales.plans)):
+                for name in names:
+                    if name not in known:
+                        shape.add(
+                            (*where, kind), f"{name!r} is not one of the {kind}: {did_you_mean(name, tuple(known))}"
+                        )
+                    elif not known[name].is_hidden:
+                        shape.add(
+                            (*where, kind), f"{name!r} is not `visibility: hidden`: every arm has it", is_warning=True
+                        )
 
 
 def _models(

@@ -169,11 +169,16 @@ def check(
 
 
 @app.command()
-def deploy(file: File = Path("serve_config.yaml")) -> None:
+def deploy(
+    file: File = Path("serve_config.yaml"),
+    retire_plans: Annotated[
+        bool, typer.Option("--retire-plans", help="drop plans that tenants are on: those tenants stay on them")
+    ] = False,
+) -> None:
     """Check a file, apply it, and return when every gateway serves it."""
     with _refusals():
         with panel.steps(out) as say:
-            catalogue = operate.deploy(Settings.from_env(), file, say)
+            catalogue = operate.deploy(Settings.from_env(), file, say, may_retire_plans=retire_plans)
         out.print(f"in force: {', '.join(model.identity for model in catalogue.models)}", highlight=False)
 
 

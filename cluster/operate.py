@@ -15,8 +15,11 @@ import httpx
 from billing.catalogue import Catalogue
 from billing.clock import now_ms
 from billing.errors import BillingError
-from billing.store.board import GatewayState, gateways
+from billing.offers import left_behind
+from billing.store.board import GatewayState, current, gateways
 from billing.store.connection import Durability, connect
+from billing.store.tenants import Tenants
+from billing.usage import TenantId
 from cluster import commerce, launch, ray_node
 from cluster.environment import SANDBOX, dodo_environment, service_environment
 from cluster.launch import LaunchError, Say
@@ -25,6 +28,7 @@ from cluster.settings import Settings, SettingsError
 from cluster.state import Home, Phase, Run, write_private
 
 CATALOGUE_TIMEOUT_S = 60.0
+NAMED_TENANTS = 5
 GATEWAY_ALIVE_MS = 15_000
 """A gateway repeats itself every five seconds; one that has been silent this long is gone."""
 
@@ -123,8 +127,10 @@ def status(settings: Settings) -> Status:
     return Status(run.phase, problem, run, applications, _billing(running))
 
 
-def deploy(settings: Settings, file: Path, say: Say) -> Catalogue:
+def deploy(settings: Settings, file: Path, say: Say, may_retire_plans: bool = False) -> Catalogue:
     """Check a file, apply it, and return when every gateway serves what it says.
+
+    ``may_retire_plans``: a plan that the file lacks may have tenants; they stay on it as it was.
 
     Raises:
         NotRunning, LaunchError, SettingsError: it is not in force, and why; what ran before runs on.
@@ -138,13 +144,14 @@ def deploy(settings: Settings, file: Path, say: Say) -> Catalogue:
     config = commerce.resolved(wanted)
     api = running.api()
     launch.refuse_losses(config, api.applications())
+    catalogue, store = commerce.catalogue_of(config), (running.run.store_url, launch.durability(config))
+    if not may_retire_plans:
+        asyncio.run(refuse_lost_plans(store, catalogue))
     if dodo_environment() == SANDBOX:
         commerce.register(config, running.environment())
     say("applying")
     write_private(running.home.deployed, json.dumps(config, indent=2))
     launch.put(api, config)
-    catalogue = commerce.catalogue_of(config)
-    store = (running.run.store_url, launch.durability(config))
     asyncio.run(_wait_served(store, catalogue, lambda: launch.running(api, launch.GATEWAY)))
     launch.wait_healthy(api, running.run.api_url, say)
     return catalogue
@@ -165,6 +172,28 @@ def scale(settings: Settings, replicas: int | None, say: Say) -> int:
     api = running.api()
     launch.put(api, config if replicas is None else launch.scaled(config, replicas))
     return launch.wait_scaled(api, replicas, say)
+
+
+async def refuse_lost_plans(store: tuple[str, Durability], wanted: Catalogue) -> None:
+    """Raises LaunchError where tenants are on a plan that ``wanted`` drops or renames."""
+    redis = await connect(store[0], durability=store[1])
+    try:
+        in_force = await current(redis)
+        lost = {} if in_force is None else left_behind(await Tenants(redis).list(), in_force, wanted)
+    finally:
+        await redis.aclose()
+    if lost:
+        told = "; ".join(_told(plan, tenants) for plan, tenants in lost.items())
+        raise LaunchError(
+            f"this file lacks plans that tenants are on: {told}. Put them back (`visibility: hidden` sells them no "
+            "more), move the tenants (PATCH /admin/tenants/ID), or deploy with --retire-plans: who is on them stays"
+        )
+
+
+def _told(plan: str, tenants: list[TenantId]) -> str:
+    names = ", ".join(tenants[:NAMED_TENANTS])
+    more = f" and {len(tenants) - NAMED_TENANTS} more" if len(tenants) > NAMED_TENANTS else ""
+    return f"{plan} ({len(tenants)} tenant{'' if len(tenants) == 1 else 's'}: {names}{more})"
 
 
 async def _wait_served(store: tuple[str, Durability], catalogue: Catalogue, running: Callable[[], int]) -> None:

@@ -49,6 +49,7 @@ class GatewayIngress:
     ) -> None:
         self._shelf = Shelf()
         redis = await connect_patiently(store_url(os.environ), args)
+        self._shelf.remember(await board.plans_ever(redis))
         cache = Path(args.adapter_cache_dir)
         base = await asyncio.to_thread(artifacts.fetch, args.model.path, cache, without_weights=True)
         self._link = await open_link(handle, args.token_transport)
@@ -97,6 +98,8 @@ class GatewayIngress:
                 tell = board.renew if is_published else board.publish
                 try:
                     await tell(redis, self._shelf.current, gateway_id, now_ms())
+                    if not is_published:
+                        self._shelf.remember(await board.plans_ever(redis))
                     is_published = True
                 except StoreUnavailable as error:
                     logger.warning("the catalogue could not be published: %s", error)

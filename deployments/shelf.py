@@ -37,6 +37,8 @@ class Shelf:
 
     def __init__(self) -> None:
         self._catalogue: Catalogue | None = None
+        self._plans: dict[str, Plan] = {}
+        """Every plan that was in force, as it last was."""
 
     @property
     def is_stocked(self) -> bool:
@@ -50,9 +52,20 @@ class Shelf:
         return self._catalogue
 
     def put(self, raw: object) -> Catalogue:
-        """Read and swap; what is bad leaves the last good version of the same entry in force."""
-        self._catalogue = read_catalogue(raw, self._catalogue)
+        """Read and swap; what is bad leaves the last good version of the same entry in force.
+
+        A plan that is gone stays with the tenants who are on it.
+        """
+        found = read_catalogue(raw, self._catalogue)
+        self._plans |= found.plans
+        self._catalogue = found.remembering(self._plans)
         return self._catalogue
+
+    def remember(self, plans: Mapping[str, Plan]) -> None:
+        """Plans that were in force before this process, or that it never saw."""
+        self._plans |= plans
+        if self._catalogue is not None:
+            self._catalogue = self._catalogue.remembering(self._plans)
 
 
 def read_catalogue(raw: object, last_good: Catalogue | None = None) -> Catalogue:
@@ -197,7 +210,8 @@ def explain(error: ValidationError) -> str:
 
 
 def as_json(catalogue: Catalogue) -> dict[str, object]:
-    """The catalogue as plain JSON values, with its hash and each model's price version."""
+    """The catalogue as plain JSON values, with its hash, each model's price version and the plans that are no more."""
     plain: dict[str, object] = json.loads(catalogue.model_dump_json())
     versions = {model.id: model.price.version for model in catalogue.models}
-    return plain | {"hash": catalogue.content_hash, "price_versions": versions}
+    retired = sorted(catalogue.retired)
+    return plain | {"hash": catalogue.content_hash, "price_versions": versions, "retired_plans": retired}

@@ -21,6 +21,7 @@ from dodopayments.types.attach_product_entitlement_param import AttachProductEnt
 from dodopayments.types.price_param import PriceParam
 
 from billing.dodo.fields import MS_PER_SECOND, Wire, to_iso
+from billing.dodo.invoices import Invoice
 from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, text_in
 from billing.dodo.wire import (
     Dispute,
@@ -235,6 +236,11 @@ class Dodo:
             )
         )
         return [parsed(Payment.read, wire) for wire in pages]
+
+    async def invoices(self, customer_id: str, page: int, size: int) -> list[Invoice]:
+        """One page of a customer's payments, numbered from 0."""
+        call = self._sdk.payments.list(customer_id=customer_id, page_number=page, page_size=size)
+        return [parsed(Invoice.read, wire) for wire in await listed(call)]
 
     async def portal(self, customer_id: str) -> str:
         """A link to Dodo's own page where a customer sees invoices and cancels."""

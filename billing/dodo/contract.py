@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import httpx
 from dodopayments import APIError, APIStatusError, AsyncDodoPayments
@@ -84,23 +83,23 @@ class Contract:
         made = await self._new_customer("one")
         self._customer = made
         found = await self._sdk.customers.retrieve(made)
-        _equal(_field(found, "metadata").get("farebox_tenant"), self._run, "its farebox_tenant")
+        _equal(_metadata(found, "farebox_tenant"), self._run, "its farebox_tenant")
 
     async def pages_are_numbered_from_zero(self) -> None:
         """pages are numbered from 0 and do not overlap"""
         await self._new_customer("two")
         pages = [await self._sdk.customers.list(page_number=number, page_size=1) for number in (0, 1)]
-        ids = [[_field(one, "customer_id") for one in _field(page, "items")] for page in pages]
+        ids = [[_field(one, "customer_id") for one in _items(page)] for page in pages]
         _equal([len(page) for page in ids], [1, 1], "customers on pages 0 and 1")
         if ids[0] == ids[1]:
             raise Differs("pages 0 and 1 show the same customer")
         default = await self._sdk.customers.list(page_size=1)
-        _equal([_field(one, "customer_id") for one in _field(default, "items")], ids[0], "the page without a number")
+        _equal([_field(one, "customer_id") for one in _items(default)], ids[0], "the page without a number")
 
     async def a_page_behind_the_last_is_empty(self) -> None:
         """a page behind the last one is empty"""
         page = await self._sdk.customers.list(page_number=1_000_000, page_size=100)
-        _equal(len(_field(page, "items")), 0, "customers on page 1000000")
+        _equal(len(_items(page)), 0, "customers on page 1000000")
 
     async def an_event_id_sent_twice_is_one_event(self) -> None:
         """an event id sent again is not counted again"""
@@ -108,9 +107,9 @@ class Contract:
             await self._sdk.usage_events.ingest(events=[self._event("again")])
         await self._until_known(f"{self._run}-again")
         listed = await self._sdk.usage_events.list(customer_id=self._customer, event_name=EVENT_NAME, page_size=100)
-        found = [one for one in _field(listed, "items") if _field(one, "event_id") == f"{self._run}-again"]
+        found = [one for one in _items(listed) if _field(one, "event_id") == f"{self._run}-again"]
         _equal(len(found), 1, "events of that id")
-        _equal(_field(found[0], "metadata").get("charge_nanos"), LARGEST, "its largest number")
+        _equal(_metadata(found[0], "charge_nanos"), LARGEST, "its largest number")
 
     async def an_event_id_twice_in_one_call_is_refused(self) -> None:
         """an event id twice in one call is refused"""
@@ -245,12 +244,24 @@ async def _refused(call: Awaitable[object], *statuses: int) -> APIStatusError:
     raise Differs("it was taken")
 
 
-def _field(reply: object, name: str) -> Any:
+def _field(reply: object, name: str) -> object:
     """A field of an answer, whatever came: the SDK checks no types. Raises Differs where there is none."""
     value = getattr(reply, name, None)
     if value is None:
         raise Differs(f"the answer has no {name}: {str(reply)[:100]!r}")
     return value
+
+
+def _items(page: object) -> list[object]:
+    items = _field(page, "items")
+    if not isinstance(items, list):
+        raise Differs(f"the page's items are {str(items)[:100]!r}")
+    return items
+
+
+def _metadata(reply: object, key: str) -> object:
+    metadata = _field(reply, "metadata")
+    return metadata.get(key) if isinstance(metadata, dict) else None
 
 
 def _equal(found: object, expected: object, what: str) -> None:

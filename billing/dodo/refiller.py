@@ -6,10 +6,10 @@ payments by its id, never made again blindly.
 
 import logging
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from billing.catalogue import Catalogue
 from billing.clock import Clock, now_ms
 from billing.dodo.client import Dodo
 from billing.dodo.payments import Payments
@@ -146,11 +146,11 @@ class Refiller:
         return next((id_ for id_, name in names.items() if name == f"pack:{pack}"), "")
 
 
-def refusal_of(refill: Refill, catalogue: Catalogue) -> str:
-    """Why a tenant may not have this auto-refill; empty where it may."""
-    pack: Pack | None = catalogue.packs.get(refill.pack)
+def refusal_of(refill: Refill, packs: Mapping[str, Pack]) -> str:
+    """Why a tenant that may buy these packs may not have this auto-refill; empty where it may."""
+    pack = packs.get(refill.pack)
     if pack is None or pack.grants.usd is None:
-        sold = ", ".join(sorted(name for name, one in catalogue.packs.items() if one.grants.usd is not None))
+        sold = ", ".join(sorted(name for name, one in packs.items() if one.grants.usd is not None))
         return f"pack {refill.pack!r} is no pack of dollars: choose one of {sold or 'none'}"
     if refill.threshold_nanos >= pack.grants.amount:
         return f"the threshold must be below what the pack gives, ${format_usd(pack.grants.amount, 2)}"

@@ -50,22 +50,23 @@ class Subscriptions:
         await self._plan_of(first)
         before = await self._newcomers.tenant_of(first.customer_id)
         found = await self._dodo.retrieve_subscription(subscription_id)
-        plan_name, catalogue = await self._plan_of(found)
+        plan_name, plan, catalogue = await self._plan_of(found)
 
         def change(tenant: Tenant) -> Tenant:
             if tenant.subscription != before.subscription:
                 raise _Raced
-            stored = as_stored(found, plan_name, catalogue.plans[plan_name], tenant, past_due_ends_at_ms, self._clock())
+            stored = as_stored(found, plan_name, plan, tenant, past_due_ends_at_ms, self._clock())
             return applied(tenant, stored, catalogue.default_plan, self._clock())
 
         return await self._tenants.update(before.id, change)
 
-    async def _plan_of(self, found: DodoSubscription) -> tuple[str, Catalogue]:
+    async def _plan_of(self, found: DodoSubscription) -> tuple[str, Plan, Catalogue]:
         catalogue = await self._catalogue()
         kind, _, name = (await self._inbox.names()).get(found.product_id, "").partition(":")
-        if kind != "plan" or catalogue is None or name not in catalogue.plans:
+        plan = catalogue.plan_named(name) if catalogue is not None and kind == "plan" else None
+        if catalogue is None or plan is None:
             raise NotYet(f"product {found.product_id} is no plan of ours")
-        return name, catalogue
+        return name, plan, catalogue
 
 
 def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_ms: int) -> Tenant:

@@ -138,7 +138,8 @@ def build(
 
 
 def _recurring(plans: Iterable[str], catalogue: Catalogue) -> Nanos:
-    return Nanos(sum(catalogue.plans[name].monthly_price for name in plans if name in catalogue.plans))
+    found = (catalogue.plan_named(name) for name in plans)
+    return Nanos(sum(plan.monthly_price for plan in found if plan is not None))
 
 
 def _has_ended(tenant: Tenant, span_ms: tuple[int, int]) -> bool:

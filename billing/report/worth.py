@@ -40,7 +40,7 @@ class Worth:
         return 0 if pack is None else divide_up(amount * pack.price, pack.grants.amount)
 
     def _of_allowance(self, amount: int, plan_name: str) -> int:
-        plan = self.catalogue.plans.get(plan_name)
+        plan = self.catalogue.plan_named(plan_name)
         if plan is None or plan.kind is not PlanKind.SUBSCRIPTION or plan.allowance is None:
             return 0
         return divide_up(amount * plan.monthly_price, plan.allowance.amount)

@@ -4,15 +4,20 @@ Knows where it lies; what is valid in it was decided before.
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import cast
 
+from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from billing.catalogue import Catalogue
+from billing.plans import Plan
 from billing.store.connection import guarded
-from billing.store.keys import CATALOGUE_CURRENT, GATEWAYS, catalogue
+from billing.store.keys import CATALOGUE_CURRENT, GATEWAYS, PLANS, catalogue
 from billing.store.stream import BULK_DEADLINE_S
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,10 @@ class GatewayState:
 async def publish(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> str:
     """Put a validated catalogue in force and say that this gateway serves it. Returns its hash."""
     hash_ = value.content_hash
+    plans = {name: plan.model_dump_json() for name, plan in value.plans.items()}
     async with guarded(BULK_DEADLINE_S):
+        # Before the catalogue that they stand in: a plan in force is never forgotten.
+        await redis.hset(PLANS, mapping=plans)  # type: ignore[arg-type]
         await redis.set(catalogue(hash_), value.model_dump_json())
         await redis.set(CATALOGUE_CURRENT, hash_)
     await renew(redis, value, gateway_id, at_ms)
@@ -46,11 +54,24 @@ async def renew(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> 
 
 
 async def current(redis: Redis) -> Catalogue | None:
-    """The catalogue in force; ``None`` until a gateway published one."""
+    """The catalogue in force, with the plans that went before; ``None`` until a gateway published one."""
     async with guarded(BULK_DEADLINE_S):
         hash_ = cast(str | None, await redis.get(CATALOGUE_CURRENT))
         text = await redis.get(catalogue(hash_)) if hash_ else None
-    return Catalogue.model_validate_json(text) if text else None
+    return Catalogue.model_validate_json(text).remembering(await plans_ever(redis)) if text else None
+
+
+async def plans_ever(redis: Redis) -> dict[str, Plan]:
+    """Every plan that was ever in force, as it last was; one that another version wrote and we cannot read is told."""
+    async with guarded(BULK_DEADLINE_S):
+        found = cast(dict[str, str], await redis.hgetall(PLANS))
+    plans: dict[str, Plan] = {}
+    for name, text in found.items():
+        try:
+            plans[name] = Plan.model_validate_json(text)
+        except ValidationError as error:
+            logger.warning("plan %s of an earlier time cannot be read: %s", name, error)
+    return plans
 
 
 async def gateways(redis: Redis) -> list[GatewayState]:

@@ -1,29 +1,24 @@
-"""What a tenant may see and do about its own money: account, usage, and where to buy more."""
+"""What a tenant may see of its own money: account, usage and records."""
 
 from dataclasses import asdict
 from datetime import UTC, date, datetime, timedelta
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
-from pydantic import ConfigDict, Field
 
 from billing import history
 from billing.account import Account, Bucket
 from billing.admission import funding_for, plan_of
 from billing.clock import now_ms
-from billing.errors import DodoUnavailable
 from billing.money import format_usd
 from billing.plans import Plan
-from billing.store import keys
-from billing.store.connection import guarded
-from billing.tenants import Principal, Tenant
+from billing.tenants import Tenant
 from billing.usage import Draw, Unit, UsageRecord
-from deployments.api.bodies import AccountBody, CheckoutBody, RecordPage, UsageBody
+from deployments.api.bodies import AccountBody, RecordPage, UsageBody
 from deployments.api.document import refusals
-from deployments.api.errors import BadRequest, Conflict, NotFound
-from deployments.api.wire import Sent
-from deployments.services import Caller, Parts, Services
+from deployments.api.errors import BadRequest
+from deployments.services import Caller, Parts
 
 DEFAULT_DAYS = 30
 MAX_DAYS = 366
@@ -180,48 +175,3 @@ def record_json(record: UsageRecord) -> Json:
 def draw_json(draw: Draw) -> Json:
     amount = format_usd(draw.amount) if draw.unit is Unit.NANOS else draw.amount
     return {"bucket": draw.bucket, "unit": "usd" if draw.unit is Unit.NANOS else "requests", "amount": amount}
-
-
-class CheckoutRequest(Sent):
-    """One of ``pack`` and ``plan``, by its name in the catalogue."""
-
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"pack": "small"}]})
-
-    pack: str = ""
-    plan: str = ""
-    return_url: Annotated[str, Field(pattern="^(https?://.*)?$", max_length=2048)] = ""
-
-
-@router.post("/v1/checkout", response_model=CheckoutBody, responses=refusals(400, 404, 409, 413, 502))
-async def checkout(asked: CheckoutRequest, parts: Parts, caller: Caller) -> JSONResponse:
-    """A page on which to pay. The credit comes with Dodo's webhook, not with the page."""
-    name = _product_name(asked, parts, caller)
-    if parts.dodo is None:
-        raise DodoUnavailable("payments are not configured here: ask the operator")
-    tenant = await parts.tenants.get(caller.tenant.id)
-    if not tenant.dodo_customer_id:
-        raise DodoUnavailable("your customer record is still being made: retry in a few seconds")
-    async with guarded():
-        product_id = cast(str | None, await parts.redis.hget(keys.DODO_IDS, name))
-    if not product_id:
-        raise DodoUnavailable(f"{name} is not at the payments provider yet: retry in a few seconds")
-    metadata = {"farebox_tenant": tenant.id, "farebox_product": name}
-    url = await parts.dodo.checkout(tenant, product_id, metadata, asked.return_url or parts.public_url)
-    return JSONResponse({"object": "checkout", "checkout_url": url, "session_id": url.rstrip("/").rpartition("/")[2]})
-
-
-def _product_name(asked: CheckoutRequest, parts: Services, caller: Principal) -> str:
-    catalogue = parts.gateway.shelf.current
-    if bool(asked.pack) == bool(asked.plan):
-        raise BadRequest("give either pack or plan", "pack")
-    if asked.pack:
-        if asked.pack not in catalogue.packs:
-            raise NotFound(f"pack {asked.pack!r} is not sold: {', '.join(sorted(catalogue.packs)) or 'none is'}")
-        return f"pack:{asked.pack}"
-    plan = catalogue.plans.get(asked.plan)
-    if plan is None or not plan.is_postpaid:
-        raise NotFound(f"plan {asked.plan!r} cannot be subscribed to")
-    subscription = caller.tenant.subscription
-    if subscription is not None and subscription.is_live(now_ms()):
-        raise Conflict(f"a subscription to {subscription.plan!r} is active: cancel it first")
-    return f"plan:{asked.plan}"

@@ -37,6 +37,8 @@ class AdjustmentBody(Body):
 class CatalogueBody(Catalogue):
     hash: str
     price_versions: dict[str, str]
+    retired_plans: list[str]
+    """No longer offered; who is on one stays on it."""
     gateway: str
 
 

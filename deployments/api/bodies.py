@@ -275,12 +275,6 @@ class RecordPage(Listing[RecordBody]):
     next_cursor: str | None
 
 
-class CheckoutBody(Body):
-    object: Literal["checkout"]
-    checkout_url: str
-    session_id: str
-
-
 class Received(Body):
     received: Literal[True]
 

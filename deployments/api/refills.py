@@ -6,8 +6,10 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from billing.clock import now_ms
 from billing.dodo.refiller import refusal_of
 from billing.money import NANOS_PER_CENT, format_usd
+from billing.offers import offers_to
 from billing.plans import Name
 from billing.prices import Usd
 from billing.refills import Attempt, AttemptState, Refill
@@ -59,7 +61,7 @@ async def put_refill(asked: RefillRequest, parts: Parts, caller: Caller) -> JSON
         threshold_nanos=asked.threshold_usd,
         monthly_cap_cents=asked.monthly_cap_usd // NANOS_PER_CENT,
     )
-    if refusal := refusal_of(wanted, parts.gateway.shelf.current):
+    if refusal := refusal_of(wanted, offers_to(caller.tenant.id, parts.gateway.shelf.current, now_ms()).packs):
         raise BadRequest(refusal, "pack")
     return JSONResponse(_refill_json(await Refills(parts.redis).put(caller.tenant.id, wanted)))
 

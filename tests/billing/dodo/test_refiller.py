@@ -170,5 +170,5 @@ async def test_nothing_is_asked_while_there_is_enough(world: World) -> None:
     ],
 )
 async def test_an_absurd_refill_is_refused(world: World, change: dict[str, object], word: str) -> None:
-    assert refusal_of(SMALL, world.catalogue) == ""
-    assert word in refusal_of(SMALL.model_copy(update=change), world.catalogue)
+    assert refusal_of(SMALL, world.catalogue.packs) == ""
+    assert word in refusal_of(SMALL.model_copy(update=change), world.catalogue.packs)
