@@ -162,7 +162,8 @@ def test_the_same_recipe_makes_the_same_bytes(tmp_path: Path) -> None:
 def test_what_is_made_is_not_made_again_and_another_recipe_replaces_it(tmp_path: Path) -> None:
     out, told = tmp_path / "models", []
     make_models(out, lambda share, what: told.append(share), TINY)
-    assert told == sorted(told)
+    last = told[-len(told) // models.ATTEMPTS :]  # two steps teach nothing, so that every seed is tried
+    assert last == sorted(last)
     assert told[-1] == 1.0
     assert is_made(out, TINY)
     before = (out / "base" / "config.json").stat().st_ino

@@ -296,7 +296,7 @@ def test_what_each_adapter_has_and_where_it_lies_is_told(engine: Engine, refs: d
     assert adapters.keys() == refs.keys()
     assert sorted(one.tier for one in adapters.values()) == ["host"] * 3 + ["slot"] * 3
     assert [name for name, one in adapters.items() if one.pinned] == ["all8"]
-    assert stats.adapter_disk_loads == stats.adapter_loads == len(refs)
+    assert stats.adapter_disk_loads == len(refs) <= stats.adapter_loads  # one may make way before its request began
     assert stats.adapter_host_bytes > 0
     assert stats.adapter_requests == len(refs)
     run(engine, request("again", PROMPT, refs["all8"]))

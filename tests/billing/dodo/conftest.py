@@ -36,7 +36,7 @@ async def dodo(sandbox: SandboxServer) -> AsyncIterator[Dodo]:
 @pytest.fixture
 async def world(redis: Redis, sandbox: SandboxServer, dodo: Dodo, clock: SteppedClock) -> AsyncIterator[World]:
     """Everything made at Dodo, the catalogue in force, nobody there yet."""
-    async with httpx.AsyncClient(base_url=sandbox.url, trust_env=False) as operator:
+    async with httpx.AsyncClient(base_url=sandbox.url, trust_env=False, timeout=30) as operator:
         catalogue = Catalogue.model_validate(CATALOGUE)
         await board.publish(redis, catalogue, "gateway-1", clock())
         await sync(dodo, redis, catalogue)
