@@ -1,13 +1,16 @@
 """A ledger with every kind of movement on it, exported to the offline Dodo as in production."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from redis.asyncio import Redis
 
 from billing.account import Adjustment, Bucket, Clawback, Funding, Grant
 from billing.dodo.budget import CallBudget
-from billing.dodo.client import Dodo
+from billing.dodo.client import Dodo, DodoSettings
 from billing.export.exporter import Exporter
 from billing.money import Nanos
 from billing.reconcile.reconciler import Reconciler, Report
@@ -15,8 +18,10 @@ from billing.store.holds import Ledger
 from billing.store.tenants import Tenants
 from billing.tenants import Tenant
 from billing.usage import BucketId, Status, TenantId, Unit
+from cluster.dodo_sandbox.server import SandboxServer
 from tests.billing.samples import PER_TOKEN, request, settlement
 
+SANDBOX_KEY = "sandbox_test"
 ACME, ZETA = TenantId("acme"), TenantId("zeta")
 CREDIT = Nanos(1_000_000)
 ALLOWANCE = Bucket(BucketId("allowance:free:2026-11"), Unit.NANOS, 30_000, 30_000, is_allowance=True)
@@ -84,3 +89,18 @@ class House:
 
     async def reconcile(self) -> Report:
         return await Reconciler(self.redis, self.dodo, budget=CallBudget(10_000)).run()
+
+
+@asynccontextmanager
+async def lived_in(redis: Redis, folder: Path) -> AsyncIterator[House]:
+    """A house with mixed movements, all of them exported to a sandbox in ``folder`` and acknowledged."""
+    with SandboxServer(folder, SANDBOX_KEY) as sandbox:
+        dodo = Dodo(DodoSettings(SANDBOX_KEY, base_url=sandbox.url))
+        house = House(redis, dodo)
+        try:
+            await house.open()
+            await house.move()
+            await house.flush()
+            yield house
+        finally:
+            await dodo.close()

@@ -13,30 +13,19 @@ from redis.asyncio import Redis
 from billing import history
 from billing.archive.archiver import Archiver, ChainBroken, advance
 from billing.archive.files import Archive, ArchiveUnavailable
-from billing.dodo.client import Dodo, DodoSettings
 from billing.reconcile.reconciler import Reconciler
 from billing.store.archive_cursor import ArchiveCursor, archive_url
 from billing.store.keys import Shard, shard_for
 from billing.store.stream import Entry, Link
-from cluster.dodo_sandbox.server import SandboxServer
-from tests.billing.movements import ACME, ZETA, House
+from tests.billing.movements import ACME, ZETA, House, lived_in
 
-API_KEY = "sandbox_test"
 FOREVER_MS = 2**52
 
 
 @pytest.fixture
 async def house(store: Redis, tmp_path: Path) -> AsyncIterator[House]:
-    with SandboxServer(tmp_path / "dodo", API_KEY) as sandbox:
-        dodo = Dodo(DodoSettings(API_KEY, base_url=sandbox.url))
-        house = House(store, dodo)
-        try:
-            await house.open()
-            await house.move()
-            await house.flush()
-            yield house
-        finally:
-            await dodo.close()
+    async with lived_in(store, tmp_path / "dodo") as house:
+        yield house
 
 
 @pytest.fixture

@@ -24,25 +24,14 @@ from billing.store.keys import shard_for
 from billing.store.outbox import Outbox
 from billing.store.tenants import Tenants
 from billing.usage import BucketId, Unit
-from cluster.dodo_sandbox.server import SandboxServer
-from tests.billing.movements import ACME, ZETA, House
-
-API_KEY = "sandbox_test"
+from tests.billing.movements import ACME, SANDBOX_KEY, ZETA, House, lived_in
 
 
 @pytest.fixture
 async def house(redis: Redis, tmp_path: Path) -> AsyncIterator[House]:
     """Mixed movements, all of them exported and acknowledged."""
-    with SandboxServer(tmp_path / "dodo", API_KEY) as sandbox:
-        dodo = Dodo(DodoSettings(API_KEY, base_url=sandbox.url))
-        house = House(redis, dodo)
-        try:
-            await house.open()
-            await house.move()
-            await house.flush()
-            yield house
-        finally:
-            await dodo.close()
+    async with lived_in(redis, tmp_path / "dodo") as house:
+        yield house
 
 
 async def assert_found(house: House, proof: str, named: str, difference: int | None = None) -> None:
@@ -283,7 +272,7 @@ async def test_every_page_of_dodos_events_is_counted(house: House) -> None:
 
 
 async def test_a_dodo_that_does_not_answer_leaves_its_proof_open(house: House) -> None:
-    dodo = Dodo(DodoSettings(API_KEY, base_url="http://127.0.0.1:9"))
+    dodo = Dodo(DodoSettings(SANDBOX_KEY, base_url="http://127.0.0.1:9"))
     report = await Reconciler(house.redis, dodo, budget=CallBudget(1_000)).run()
     await dodo.close()
     assert report.faults == ()

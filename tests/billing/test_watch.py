@@ -14,24 +14,13 @@ from billing.store.books import ShardReader
 from billing.store.keys import shard_for
 from billing.store.outbox import Outbox
 from billing.store.unsettled import Unsettled, unsettled
-from cluster.dodo_sandbox.server import SandboxServer
-from tests.billing.movements import ACME, House
-
-API_KEY = "sandbox_test"
+from tests.billing.movements import ACME, SANDBOX_KEY, House, lived_in
 
 
 @pytest.fixture
 async def house(redis: Redis, tmp_path: Path) -> AsyncIterator[House]:
-    with SandboxServer(tmp_path / "dodo", API_KEY) as sandbox:
-        dodo = Dodo(DodoSettings(API_KEY, base_url=sandbox.url))
-        house = House(redis, dodo)
-        try:
-            await house.open()
-            await house.move()
-            await house.flush()
-            yield house
-        finally:
-            await dodo.close()
+    async with lived_in(redis, tmp_path / "dodo") as house:
+        yield house
 
 
 def watch(house: House, dodo: Dodo | None = None) -> Watch:
@@ -90,7 +79,7 @@ async def test_an_altered_record_is_found_when_it_is_read(house: House) -> None:
 
 
 async def test_a_dodo_that_is_away_is_said_to_be_unproven_and_no_fault(house: House) -> None:
-    away = Dodo(DodoSettings(API_KEY, base_url="http://127.0.0.1:9"))
+    away = Dodo(DodoSettings(SANDBOX_KEY, base_url="http://127.0.0.1:9"))
     state = await watch(house, away).examine()
     await away.close()
     assert (state.faults, state.drift_nanos) == (0, 0)
