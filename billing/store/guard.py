@@ -36,14 +36,14 @@ _ONLY_NODE = ""
 
 
 @asynccontextmanager
-async def guarded(silence_s: float = SILENCE_S) -> AsyncIterator[None]:
-    """Turn every way in which the store can fail into ``StoreUnavailable``, in time.
+async def guarded(silence_s: float | None = None) -> AsyncIterator[None]:
+    """Turn every way in which the store can fail into ``StoreUnavailable``, in time (``SILENCE_S`` unless told).
 
     Whether a command took effect is then unknown: every one can be sent again.
     """
     try:
         async with asyncio.timeout(None) as timeout:
-            watch = _Watch(timeout, silence_s)
+            watch = _Watch(timeout, SILENCE_S if silence_s is None else silence_s)
             token = _watching.set(watch)
             try:
                 yield

@@ -31,6 +31,7 @@ def own_server(server: valkey.Valkey, tmp_path: Path) -> Iterator[valkey.Valkey]
     started.kill()
 
 
+@pytest.mark.prompt
 async def test_a_refused_connection_is_unavailable_in_time(own_server: valkey.Valkey) -> None:
     redis = await connect(own_server.url)
     ledger = Ledger(redis)
@@ -43,6 +44,7 @@ async def test_a_refused_connection_is_unavailable_in_time(own_server: valkey.Va
         await connect(own_server.url)
 
 
+@pytest.mark.prompt
 async def test_a_hung_store_is_unavailable_in_time_and_answers_nobody_wrongly_after(
     own_server: valkey.Valkey,
 ) -> None:
@@ -103,6 +105,7 @@ async def test_a_crowd_larger_than_the_pool_waits_its_turn(ledger: Ledger) -> No
     assert {type(refusal) for refusal in refusals} == {CreditOnHold}
 
 
+@pytest.mark.prompt
 async def test_a_process_that_slept_does_not_blame_the_store(store: Redis) -> None:
     async def look() -> str:
         async with guarded():

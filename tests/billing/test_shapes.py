@@ -28,6 +28,7 @@ from tests.billing.conftest import SYSTEM_REDIS
 from tests.billing.fleet import HOST, Fleet, Server, cluster, durable, free_port, wait_until, watched
 from tests.billing.samples import money, request, settlement
 
+pytestmark = pytest.mark.prompt
 IN_TIME_S = 0.3
 SLACK_S = 0.7
 """What a busy test machine may add to it; a call that waits without bound takes five seconds."""

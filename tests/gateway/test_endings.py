@@ -333,6 +333,7 @@ async def fragile(link: ScriptedLink, make_services: MakeServices) -> AsyncItera
     shutil.rmtree(folder)
 
 
+@pytest.mark.prompt
 async def test_a_hung_store_refuses_new_requests_in_time(fragile: Fragile) -> None:
     house = fragile.house
     key = await house.tenant()
@@ -349,6 +350,7 @@ async def test_a_hung_store_refuses_new_requests_in_time(fragile: Fragile) -> No
     fragile.resume()
 
 
+@pytest.mark.prompt
 async def test_a_running_stream_outlives_the_store_and_its_record_is_replayed(
     fragile: Fragile, link: ScriptedLink
 ) -> None:
@@ -371,6 +373,7 @@ async def test_a_running_stream_outlives_the_store_and_its_record_is_replayed(
     assert await house.balance() == parse_usd("1.00") - PROMPT - 10 * ONE
 
 
+@pytest.mark.prompt
 async def test_an_answer_that_cannot_be_recorded_is_withheld_and_free(fragile: Fragile, link: ScriptedLink) -> None:
     house = fragile.house
     key = await house.tenant(usd="1.00")

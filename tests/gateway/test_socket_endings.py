@@ -58,6 +58,7 @@ async def test_many_tenants_streams_at_once_each_have_their_own_tokens(road: Roa
     key = await road.house.tenant(usd="100")
     replies = await asyncio.gather(*(road.house.chat(key, stream=True, max_tokens=n) for n in range(1, 31)))
     for wanted, reply in enumerate(replies, 1):
+        assert reply.status_code == 200, reply.text
         text = "".join(c["choices"][0]["delta"].get("content", "") for c in events(reply) if c["choices"])  # type: ignore[index, union-attr]
         assert text == "".join(f"tok{number} " for number in range(wanted))
 
