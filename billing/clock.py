@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 Clock = Callable[[], int]
 """Unix time in milliseconds."""
+TOLERANCE_MS = 5 * 60_000
+"""How far a gateway's clock may be from the store's: far more than machines that ask the time somewhere ever are."""
 
 
 def now_ms() -> int:

@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 
 from billing.admission import Admission
 from billing.catalogue import Catalogue
+from billing.clock import TOLERANCE_MS
 from billing.dodo.client import Dodo, DodoSettings
 from billing.dodo.webhooks import Webhooks
 from billing.redo import Recent, Redo
@@ -41,7 +42,7 @@ def build_services(
 ) -> Services:
     """Wire one gateway. Raises DodoMisconfigured where payments are half configured."""
     recent, tenants = Recent(), Tenants(redis)
-    ledger = Ledger(redis, on_done=recent.note)
+    ledger = Ledger(redis, on_done=recent.note, clocks_may_differ_ms=TOLERANCE_MS)
     load = LoadMeter(link, shelf, args.engine.max_running)
     gateway = Gateway(
         shelf=shelf,

@@ -61,13 +61,17 @@ class Ledger:
         clock: Clock = now_ms,
         marker_stretch_ms: int = MARKER_STRETCH_MS,
         on_done: Callable[[Movement], None] | None = None,
+        clocks_may_differ_ms: int = 0,
     ) -> None:
-        """``on_done`` hears of every movement that the store acknowledged."""
+        """``on_done`` hears of every movement that the store acknowledged.
+
+        ``clocks_may_differ_ms``: how far ``clock`` may be from the store's own; 0 takes any calendar as it is.
+        """
         self._redis = redis
         self._on_done = on_done
         self.orphans = Orphans(redis, clock, marker_stretch_ms)
         self._clock = clock
-        self._stretch_ms = marker_stretch_ms
+        self._stretch_ms, self._may_differ_ms = marker_stretch_ms, clocks_may_differ_ms
         self._hold = redis.register_script(source("hold"))
         self._extend = redis.register_script(source("extend"))
         self._settle = redis.register_script(source("settle"))
@@ -91,7 +95,7 @@ class Ledger:
             CreditOnHold: it would be, were other requests settled.
             SpendCapReached: its key has spent what it may.
             DuplicateRequest: the id stands for another hold, or was settled.
-            StoreUnavailable: nothing may run.
+            StoreUnavailable: nothing may run; a ClockAstray where calendar and store differ.
         """
         return await self._ask_for(request, is_preview=False)
 
@@ -104,7 +108,7 @@ class Ledger:
         names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.holds, shard.leases]
         names += [shard.limits(tenant), shard.slots(tenant, request.counted_key), *shard.settled]
         calendar_ms = self._clock()
-        arguments = pack_hold(request, calendar_ms, self._stretch_ms, is_preview)
+        arguments = [*pack_hold(request, calendar_ms, self._stretch_ms, is_preview), str(self._may_differ_ms)]
         async with guarded():
             reply = cast(list[str], await self._hold(keys=names, args=arguments))
         return unpack_hold(request, reply, calendar_ms)
@@ -166,16 +170,9 @@ class Ledger:
 
     async def _settle_known(self, settlement: Settlement) -> Receipt | None:
         shard, tenant = shard_for(settlement.tenant), settlement.tenant
-        arguments: list[str | int] = [
-            settlement.request_id,
-            tenant,
-            settlement.status,
-            pack_usage(settlement.usage),
-            settlement.list_nanos,
-            self._clock(),
-            self._stretch_ms,
-            settlement.origin.held if settlement.origin else 0,
-        ]
+        arguments: list[str | int] = [settlement.request_id, tenant, settlement.status]
+        arguments += [pack_usage(settlement.usage), settlement.list_nanos, self._clock(), self._stretch_ms]
+        arguments += [settlement.origin.held if settlement.origin else 0]
         async with guarded():
             reply = cast(list[str], await self._settle(keys=shard.settling(tenant), args=arguments))
         if reply[0] == "unknown":

@@ -13,6 +13,7 @@ from billing.account import Account, Bucket, Hold, HoldRequest, LimitsLeft, Orig
 from billing.caps import SpendCap, Window, end_ms
 from billing.errors import (
     BillingError,
+    ClockAstray,
     CreditOnHold,
     DuplicateRequest,
     InsufficientCredits,
@@ -230,7 +231,7 @@ def unpack_hold(request: HoldRequest, reply: Sequence[str], calendar_ms: int) ->
     """What ``hold.lua`` answered.
 
     Raises:
-        DuplicateRequest, RateLimited, InsufficientCredits, CreditOnHold, SpendCapReached: as it decided.
+        DuplicateRequest, RateLimited, InsufficientCredits, CreditOnHold, SpendCapReached, ClockAstray: as it decided.
     """
     if reply[0] != "held":
         raise _refusal(request, reply, calendar_ms)
@@ -270,6 +271,8 @@ def _limits_left(words: Sequence[str]) -> LimitsLeft:
 def _refusal(request: HoldRequest, reply: Sequence[str], calendar_ms: int) -> BillingError:
     if reply[0] == "duplicate":
         return DuplicateRequest(request.request_id)
+    if reply[0] == "astray":
+        return ClockAstray(int(reply[1]))
     if reply[0] == "limited":
         kind, limit, wait_ms, reset_ms = reply[1], *(int(word) for word in reply[2:5])
         at_once = request.limits.requests_at_once if kind == "requests" else limit

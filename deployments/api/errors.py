@@ -209,6 +209,8 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     services.gateway.metrics.refused(answer.code)
     if answer.code == "internal_error":
         logger.exception("unexpected error on %s %s", request.method, request.url.path, exc_info=error)
+    if isinstance(error, billing.ClockAstray):
+        logger.critical("new requests are refused: %s", error)
     return Problem(body_of(error, services.top_up_url), answer.status, headers_of(error))
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 CAPS = "tests/billing/test_caps.py"
+CLOCKS = "tests/billing/test_wrong_clocks.py"
 EXPORT = "tests/billing/dodo/test_export.py"
 GROWTH = "tests/billing/test_lost_growth.py"
 
@@ -144,7 +145,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "what is held counts under no cap",
         "hold.lua",
-        "count_under(keys.account, key_id, caps, nanos_of(draws), 0)",
+        "begin_under(keys.account, key_id, caps, nanos_of(draws), 0)",
         test=CAPS,
     ),
     Mutant(
@@ -155,8 +156,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "a late settle counts under no cap", "settle.lua", "count_under(keys.account, expired", "text(0, expired", CAPS
     ),
     Mutant(
-        "a cap outlives its window", "caps.lua", "if start > spend.start then spend =", "if false then spend =", CAPS
+        "a cap outlives its window",
+        "caps.lua",
+        "if spend.start ~= tonumber(cap[2]) then spend = { spent = 0, held = 0 } end",
+        "",
+        CAPS,
     ),
+    Mutant("a wrong clock is let in", "hold.lua", "if may_differ_ms > 0 and", "if false and", CLOCKS),
+    Mutant("a window ahead of every clock stays", "caps.lua", "if known > latest then known = 0 end", "", CLOCKS),
+    Mutant("a month ahead of every clock stays", "close.lua", "if counted > latest then counted = 0 end", "", CLOCKS),
+    Mutant("a month ahead of every clock begins late", "close.lua", " or month > latest", "", CLOCKS),
     Mutant("a batch is sealed without a compare", "seal.lua", "~= ARGV[1]", "== 'never'", EXPORT),
     Mutant("an acknowledgement counts twice", "ack.lua", "== 1 then", ">= 0 then", EXPORT),
 )

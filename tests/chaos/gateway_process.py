@@ -7,7 +7,7 @@ production runs.
 import asyncio
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 import uvicorn
 from redis.asyncio import Redis
 
-from billing.account import Hold, HoldRequest, Movement, Progress, Receipt, Settlement
+from billing.account import Hold, HoldRequest, Progress, Receipt, Settlement
 from billing.store.connection import connect
 from billing.store.holds import Ledger
 from billing.usage import RequestId
@@ -58,10 +58,8 @@ class GatewaySpec:
 class DyingLedger(Ledger):
     """A ledger that ends its process at a point, and writes down its checkpoints: what was asked, what was answered."""
 
-    def __init__(
-        self, fuse: Fuse, journal: Path, redis: Redis, on_done: Callable[[Movement], None] | None = None
-    ) -> None:
-        super().__init__(redis, on_done=on_done)
+    def __init__(self, fuse: Fuse, journal: Path, redis: Redis, **wired: object) -> None:
+        super().__init__(redis, **wired)  # type: ignore[arg-type]
         self._fuse = fuse
         self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._holds = os.open(journal.with_name(HOLDS), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

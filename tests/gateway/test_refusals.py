@@ -3,6 +3,7 @@
 import httpx
 import pytest
 
+from billing.clock import now_ms
 from billing.money import parse_usd
 from deployments.engine.request import AdapterRejected, EngineFailed, Overloaded, RequestRejected
 from deployments.link import ReplicaLost
@@ -217,6 +218,16 @@ async def test_before_its_configuration_came_a_gateway_is_not_ready(house: House
     reply = await house.client.get("/readyz")
     assert reply.status_code == 503
     assert reply.json()["checks"] == {"store": True, "catalogue": False, "replica": True}
+
+
+async def test_a_gateway_whose_clock_is_wrong_admits_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = await house.tenant()
+    monkeypatch.setattr(house.services.ledger, "_clock", lambda: now_ms() + 3_600_000)
+    for path in ("/v1/completions", "/v1/quote"):
+        reply = await house.post(key, path, model="pirate", prompt="one")
+        check(reply, 503, "metering_unavailable")
+        assert "clock is 3" in reply.json()["detail"]
+    assert house.link.jobs == []
 
 
 async def test_readiness_needs_a_replica_and_liveness_nothing(house: House, link: ScriptedLink) -> None:

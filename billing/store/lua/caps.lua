@@ -7,11 +7,13 @@ local function read_spend(account, key, window)
   return { start = tonumber(start), spent = tonumber(spent), held = tonumber(held) }
 end
 
--- From window|start|nanos, separated by commas. Who has a late clock counts in the window that others are in.
-local function parse_caps(account, key, packed)
+-- From window|start|nanos, separated by commas. Who has a late clock counts in the window that others are in,
+-- unless that is one that nobody can be in yet.
+local function parse_caps(account, key, packed, latest)
   local caps = {}
   for window, start, nanos in string.gmatch(packed, "(%a+)|(%d+)|(%d+)") do
     local known = read_spend(account, key, window).start
+    if known > latest then known = 0 end
     caps[#caps + 1] = { window, text(math.max(tonumber(start), known)), nanos }
   end
   return caps
@@ -38,14 +40,25 @@ local function cap_refusal(room, needed)
   return { code, by[1], by[2], by[3], by[4], by[5] }
 end
 
--- A hold has begun, grown or ended: `held` more or less, `charged` spent.
+local function write_spend(account, key, cap, spent, held)
+  redis.call("HSET", account, "cap:" .. key .. ":" .. cap[1], table.concat({ cap[2], text(spent), text(held) }, "|"))
+end
+
+-- A request is counted for the first time: its windows, as `parse_caps` chose them, begin where they are not there.
+local function begin_under(account, key, caps, held, charged)
+  for _, cap in ipairs(caps) do
+    local spend = read_spend(account, key, cap[1])
+    if spend.start ~= tonumber(cap[2]) then spend = { spent = 0, held = 0 } end
+    write_spend(account, key, cap, spend.spent + charged, spend.held + held)
+  end
+end
+
+-- A hold has grown or ended: `held` more or less, `charged` spent. Nothing where its window is over.
 local function count_under(account, key, caps, held, charged)
   for _, cap in ipairs(caps or {}) do
-    local spend, start = read_spend(account, key, cap[1]), tonumber(cap[2])
-    if start > spend.start then spend = { start = start, spent = 0, held = 0 } end
-    if start == spend.start then
-      redis.call("HSET", account, "cap:" .. key .. ":" .. cap[1],
-        table.concat({ cap[2], text(spend.spent + charged), text(math.max(0, spend.held + held)) }, "|"))
+    local spend = read_spend(account, key, cap[1])
+    if spend.start == tonumber(cap[2]) then
+      write_spend(account, key, cap, spend.spent + charged, math.max(0, spend.held + held))
     end
   end
 end

@@ -55,11 +55,14 @@ local function charge(hold, known, usage, list)
   return { spent = spent, charged = charged, held = held, overage = overage, returned_overage = returned_overage }
 end
 
--- What a month has cost so far; a hold of an earlier month that ends late counts towards none.
-local function count_spend(account, hold, charged)
+-- What a month has cost so far; a hold of an earlier month that ends late counts towards none, and so does one of a
+-- month that nobody can be in yet.
+local function count_spend(account, hold, charged, latest)
   local month = tonumber(hold.month or "0")
+  if month == 0 then return end
   local counted = number_at(account, "month")
-  if month == 0 or month < counted then return end
+  if counted > latest then counted = 0 end
+  if month < counted or month > latest then return end
   local before = month == counted and number_at(account, "spent") or 0
   redis.call("HSET", account, "month", hold.month, "spent", text(before + charged))
 end
@@ -77,7 +80,7 @@ local function close_hold(keys, id, hold, outcome)
       "overage_held", text(number_at(keys.account, "overage_held") - bill.returned_overage))
   end
   write_changed(keys.buckets, buckets)
-  count_spend(keys.account, hold, bill.charged)
+  count_spend(keys.account, hold, bill.charged, latest_of(outcome.now, outcome.calendar))
   count_under(keys.account, hold.key, hold.caps, -bill.held, bill.charged)
   return_tokens(keys, hold, outcome.usage)
   bill.record = record_json({

@@ -2,6 +2,7 @@
 -- Amounts travel and rest as decimal strings: Lua writes large numbers as 1e+15 and keeps 53 bits.
 
 local STRETCHES_REMEMBERED = 2
+local CLOCK_SLACK_MS = 300000
 
 local function text(number)
   if number == 0 then return "0" end -- never "-0"
@@ -11,6 +12,11 @@ end
 local function store_ms()
   local time = redis.call("TIME")
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+-- What begins later than this lies ahead of every clock: one that ran ahead and was put right has left it behind.
+local function latest_of(now, calendar)
+  return math.max(now, calendar) + CLOCK_SLACK_MS
 end
 
 -- A bucket is unit|remaining|held|granted|expires|is_allowance|adapters; unit is n or r, expires 0 is never.

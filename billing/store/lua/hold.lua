@@ -9,9 +9,12 @@ local is_free, model = ARGV[9] == "1", ARGV[10]
 local lease_ms, calendar, stretch_ms = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
 local allowance_id, allowance_value, overage_cap = ARGV[14], ARGV[15], tonumber(ARGV[16])
 local rpm, tpm, concurrency, tokens = tonumber(ARGV[17]), tonumber(ARGV[18]), tonumber(ARGV[19]), tonumber(ARGV[20])
-local is_preview, month, burst = ARGV[21] == "1", ARGV[22], tonumber(ARGV[23])
+local is_preview, month, burst, may_differ_ms = ARGV[21] == "1", ARGV[22], tonumber(ARGV[23]), tonumber(ARGV[25])
 local now = store_ms()
 local MINUTE_MS = 60000
+
+-- Expiry, periods, caps and the month's volume go by the caller's calendar: one that is wrong decides nothing.
+if may_differ_ms > 0 and math.abs(calendar - now) > may_differ_ms then return { "astray", text(calendar - now) } end
 
 local function answer(balance, lease_end, affords, draws, left, clamped_by)
   local reply = { "held", text(balance), text(lease_end), text(affords), left.requests or "",
@@ -99,7 +102,7 @@ end
 
 local funding = { calendar = calendar, allowance_id = allowance_id, cap = overage_cap }
 local purse = purse_of(keys.account, buckets, funding, {})
-local caps = parse_caps(keys.account, key_id, ARGV[24])
+local caps = parse_caps(keys.account, key_id, ARGV[24], latest_of(now, calendar))
 local room = room_under(keys.account, key_id, caps, 0)
 local draws, overage, affords, clamped_by = {}, 0, worst, {}
 local cover, could_cover = covering_bucket()
@@ -160,5 +163,5 @@ if concurrency > 0 then
   redis.call("SADD", keys.slots, id)
   redis.call("PEXPIRE", keys.slots, 24 * 60 * MINUTE_MS)
 end
-count_under(keys.account, key_id, caps, nanos_of(draws), 0)
+begin_under(keys.account, key_id, caps, nanos_of(draws), 0)
 return answer(purse.balance, now + lease_ms, affords, draws, left, clamped_by)

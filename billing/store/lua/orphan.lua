@@ -64,8 +64,9 @@ end
 if first and first.was_retired and first.is_changed then redis.call("HDEL", keys.retired, bucket) end
 write_changed(keys.buckets, buckets)
 local charged = unit == "n" and due or 0
-count_under(keys.account, key, parse_caps(keys.account, key, packed_caps), 0, charged)
-count_spend(keys.account, { month = month }, charged)
+local latest = latest_of(now, calendar)
+begin_under(keys.account, key, parse_caps(keys.account, key, packed_caps, latest), 0, charged)
+count_spend(keys.account, { month = month }, charged, latest)
 local record = record_json({
   record_id = "rec_" .. id, head = head, usage = usage, status = status, now = now, list = list,
   charged = charged, draws = draws, seq = next_seq(keys.account),

@@ -44,7 +44,7 @@ local function settle_late(expired, key)
   write_changed(keys.buckets, buckets)
   local charged = expired.unit == "n" and taken or 0
   count_under(keys.account, expired.key, expired.caps, 0, charged)
-  count_spend(keys.account, expired, charged)
+  count_spend(keys.account, expired, charged, latest_of(now, calendar))
   local record = record_json({
     record_id = "rec_" .. id .. "_late", head = expired.head, usage = rest, status = status, now = now,
     list = text(math.max(0, tonumber(list) - tonumber(expired.list))), charged = charged,
