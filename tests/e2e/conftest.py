@@ -1,4 +1,4 @@
-"""One whole farebox for all end-to-end tests of a session, and the demo models it serves."""
+"""One whole farebox for all end-to-end tests, and the demo models it serves."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ def config(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(config: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with running(tmp_path_factory.mktemp("fb"), config, models) as up:
         yield up
