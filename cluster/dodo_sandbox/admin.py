@@ -216,13 +216,15 @@ async def set_card(customer_id: str, order: CardBehaviour, sandbox: Here) -> Car
 
 @router.post("/subscriptions/{subscription_id}/renew")
 async def renew(subscription_id: str, sandbox: Here) -> Subscription:
-    """End the current period now, without moving the clock; on hold or past due, this tries the charge again."""
+    """End the current period now, without moving the clock; where a charge has failed, this tries it again."""
     one, now = running(sandbox, subscription_id), sandbox.clock.now()
-    if one.status not in ("active", "on_hold", "past_due"):
+    if one.status != "active" and one.failed_at is None:
         raise bad_request(f"Subscription {subscription_id} is {one.status}")
     if one.status == "active" and one.next_billing_date > now:
         one = change(sandbox, one, "subscription.updated", now, next_billing_date=now)
     with sandbox.store.transaction():
+        if one.paused_at is not None:
+            return cycle.settle(sandbox, one, now)
         return cycle.turn(sandbox, one, None if one.status == "active" else now)
 
 

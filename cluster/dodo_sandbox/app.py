@@ -30,6 +30,7 @@ from cluster.dodo_sandbox import (
     products,
     refunds,
     subscriptions,
+    updates,
 )
 from cluster.dodo_sandbox.clock import SandboxClock
 from cluster.dodo_sandbox.delivery import Courier
@@ -56,6 +57,7 @@ API = (
     disputes,
     entitlements,
     subscriptions,
+    updates,
     cycle,
     plan_change,
     endpoints,

@@ -57,6 +57,8 @@ class CustomerRecord(Customer, Resource):
     kind: ClassVar[str] = "customer"
     payment_methods: list[PaymentMethod] = Field(default_factory=list)
     card_declines: bool = False
+    balance: int = 0
+    """Cents that downgrades gave back: invoices of subscriptions draw on them before the card."""
 
     @property
     def key(self) -> str:
@@ -128,6 +130,11 @@ def create(sandbox: Sandbox, request: CreateCustomer) -> CustomerRecord:
     customer = CustomerRecord(customer_id=new_id("cus"), created_at=sandbox.clock.now(), **request.model_dump())
     sandbox.store.put(customer)
     return customer
+
+
+def add_to_balance(sandbox: Sandbox, customer_id: str, cents: int) -> None:
+    customer = customer_of(sandbox, customer_id)
+    sandbox.store.put(customer.model_copy(update={"balance": customer.balance + cents}))
 
 
 def save_card(sandbox: Sandbox, customer: CustomerRecord) -> str:

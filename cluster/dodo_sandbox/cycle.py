@@ -128,7 +128,8 @@ def _step(sandbox: Sandbox, settings: Settings, one: SubscriptionRecord, due: da
     if one.status == "active":
         return turn(sandbox, one)
     if due == recovery.next_retry(settings, one):
-        return turn(sandbox, one.model_copy(update={"retries": one.retries + 1}), due)
+        again = one.model_copy(update={"retries": one.retries + 1})
+        return turn(sandbox, again, due) if one.paused_at is None else settle(sandbox, again, due)
     return recovery.end_grace(sandbox, one, due)
 
 
@@ -143,7 +144,7 @@ def turn(sandbox: Sandbox, one: SubscriptionRecord, charged_at: datetime | None 
         return finish(sandbox, one, "cancelled")
     if one.expires_at is not None and ended >= one.expires_at:
         return finish(sandbox, one, "expired")
-    metered = usage(sandbox, one, one.previous_billing_date, ended)
+    metered = usage(sandbox, one, one.unbilled_from, ended)
     renewed = with_scheduled_change(sandbox, one)
     following = next_billing(renewed, ended)
     payment = _renewal(
@@ -155,24 +156,40 @@ def turn(sandbox: Sandbox, one: SubscriptionRecord, charged_at: datetime | None 
     )
     if payment.status != "succeeded":
         return recovery.failed(sandbox, one, payment.payment_id, at)
-    _remember(sandbox, one, ended, metered)
+    remember(sandbox, one, ended, metered)
     if renewed is not one:
         renewed = change(sandbox, renewed, "subscription.plan_changed", at)
     recovery.recovered(sandbox, one, payment.payment_id, at)
     return change(
         sandbox, renewed, f"subscription.{'renewed' if one.status == 'active' else 'active'}", at, status="active",
         previous_billing_date=ended, next_billing_date=following, payment_id=payment.payment_id,
-        past_due_ends_at=None, failed_at=None, retries=0,
+        past_due_ends_at=None, failed_at=None, retries=0, usage_billed_at=None,
+    )  # fmt: skip
+
+
+def settle(sandbox: Sandbox, one: SubscriptionRecord, at: datetime) -> SubscriptionRecord:
+    """Bill the usage up to a pause, alone; paid late, it leaves the subscription paused, as it was."""
+    assert one.paused_at is not None, "there is no pause to settle"
+    metered = usage(sandbox, one, one.unbilled_from, one.paused_at)
+    if not (lines := usage_lines(metered)):
+        return one
+    payment = charge(sandbox, _charge(one, lines, True).model_copy(update={"retry_attempt": one.retries}), at)
+    if payment.status != "succeeded":
+        return recovery.failed(sandbox, one, payment.payment_id, at)
+    remember(sandbox, one, one.paused_at, metered)
+    return change(
+        sandbox, one, "subscription.updated" if one.status == "paused" else "subscription.paused", at, status="paused",
+        usage_billed_at=one.paused_at, past_due_ends_at=None, failed_at=None, retries=0,
     )  # fmt: skip
 
 
 def finish(sandbox: Sandbox, one: SubscriptionRecord, status: str) -> SubscriptionRecord:
     """The last period's usage is billed alone: a renewal without a service period."""
     ended = one.next_billing_date
-    metered = usage(sandbox, one, one.previous_billing_date, ended)
+    metered = usage(sandbox, one, one.unbilled_from, ended)
     if lines := usage_lines(metered):
         charge(sandbox, _charge(one, lines, True), ended)
-    _remember(sandbox, one, ended, metered)
+    remember(sandbox, one, ended, metered)
     fields = {"status": status} | ({"cancelled_at": ended} if status == "cancelled" else {})
     return change(sandbox, one, f"subscription.{status}", ended, **fields)
 
@@ -206,10 +223,11 @@ def _charge(one: SubscriptionRecord, lines: list[Line], includes_usage: bool) ->
     )
 
 
-def _remember(sandbox: Sandbox, one: SubscriptionRecord, ended: datetime, metered: list[MeterUsage]) -> None:
+def remember(sandbox: Sandbox, one: SubscriptionRecord, ended: datetime, metered: list[MeterUsage]) -> None:
+    """Close the usage that is billed now; what follows is billed later."""
     sandbox.store.put(
         UsagePeriodRecord(
-            subscription_id=one.subscription_id, start_date=one.previous_billing_date, end_date=ended, meters=metered
+            subscription_id=one.subscription_id, start_date=one.unbilled_from, end_date=ended, meters=metered
         )
     )
 
@@ -222,7 +240,7 @@ async def retrieve_usage_history(
     one = subscription_of(sandbox, subscription_id)
     periods: list[UsagePeriod] = list(sandbox.store.find(UsagePeriodRecord, subscription_id))
     if one.status in ("active", "on_hold", "past_due", "paused"):
-        start, end = one.previous_billing_date, one.next_billing_date
+        start, end = one.unbilled_from, one.next_billing_date
         open_ = UsagePeriod(start_date=start, end_date=end, meters=usage(sandbox, one, start, end))
         periods.insert(0, open_)
     return filters.of([cut for period in periods if (cut := filters.cut(period)) is not None])

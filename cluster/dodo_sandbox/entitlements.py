@@ -18,6 +18,8 @@ from cluster.dodo_sandbox.wire import BRAND_ID, BUSINESS_ID, LimitedMetadata, Pa
 router = APIRouter()
 
 Count = Annotated[int, Field(ge=1)]
+RESTS = ("subscription.on_hold", "subscription.paused")
+"""What takes a subscription's keys until it goes on."""
 
 
 class LicenceKeyConfig(Wire):
@@ -173,6 +175,17 @@ def end_all(
         of_subscription = subscription_id is not None and one.subscription_id == subscription_id
         if of_payment or of_subscription:
             end(sandbox, one, reason, at)
+
+
+def reopen(sandbox: Sandbox, subscription_id: str, at: datetime) -> None:
+    """Let the same keys open again that a hold or a pause took."""
+    for one in sandbox.store.find(GrantRecord):
+        if one.subscription_id == subscription_id and one.revocation_reason in RESTS:
+            active = one.license_key.model_copy(update={"status": "active"})
+            change = {"status": "Delivered", "revoked_at": None, "updated_at": at, "revocation_reason": None}
+            reopened = one.model_copy(update=change | {"license_key": active})
+            sandbox.store.put(reopened)
+            announce(sandbox, "entitlement_grant.delivered", "grant", reopened, at)
 
 
 def grant_by_key(sandbox: Sandbox, key: str) -> GrantRecord | None:

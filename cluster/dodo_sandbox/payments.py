@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from cluster.dodo_sandbox.customers import CustomerLimitedDetails, customer_of, limited
+from cluster.dodo_sandbox.customers import CustomerLimitedDetails, add_to_balance, customer_of, limited
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import not_found
 from cluster.dodo_sandbox.state import Here, Sandbox
@@ -53,13 +53,13 @@ class ServicePeriod(Wire):
 
 
 class Line(Wire):
-    """One line of a payment's invoice; ``usage`` lines bill a meter."""
+    """One line of a payment's invoice; what the customer's balance pays is a line below zero."""
 
     items_id: str
     name: str
-    amount: Cents
+    amount: int
     tax: Cents = 0
-    refundable_amount: Cents = 0
+    refundable_amount: int = 0
     description: str | None = None
 
 
@@ -180,12 +180,20 @@ def line(name: str, amount: int, description: str | None = None) -> Line:
 
 
 def charge(sandbox: Sandbox, asked: Charge, at: datetime, declined: bool = False) -> PaymentRecord:
-    """Charge the customer's card at ``at`` and tell it: ``payment.succeeded`` or ``payment.failed``."""
+    """Charge the customer's card at ``at`` and tell it: ``payment.succeeded`` or ``payment.failed``.
+
+    A subscription's invoice is paid from the customer's balance first; the total is what is left for the card.
+    """
     customer = customer_of(sandbox, asked.customer_id)
     failed = declined or customer.card_declines
     lines = [taxed(one, sandbox.settings.tax_bps, refundable=not failed) for one in asked.lines]
     tax, payment_id = sum(one.tax for one in lines), new_id("pay")
     total = sum(one.amount for one in lines) + tax
+    if used := min(customer.balance, total) if asked.subscription_ids else 0:
+        lines.append(taxed(line("Customer balance", -used), 0, refundable=not failed))
+        total -= used
+        if not failed:
+            add_to_balance(sandbox, customer.customer_id, -used)
     payment = PaymentRecord(
         payment_id=payment_id, created_at=at, updated_at=at, customer=limited(customer), currency=asked.currency,
         lines=lines, total_amount=total, tax=None if failed else tax, settlement_amount=total,

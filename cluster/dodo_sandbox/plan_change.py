@@ -2,7 +2,8 @@
 
 Now: the usage since the last billing date is billed with the change. ``full_immediately``,
 ``difference_immediately`` and ``prorated_immediately`` start a new period now; ``do_not_bill`` and
-``prorated_immediately_keep_cycle`` keep the billing date. Proration is by time left, rounded half up.
+``prorated_immediately_keep_cycle`` keep the billing date. Proration is by time left, rounded half up; where a
+downgrade leaves more than the new plan costs, the rest is the customer's balance.
 """
 
 from datetime import datetime
@@ -10,7 +11,8 @@ from typing import Literal
 
 from fastapi import APIRouter, Response
 
-from cluster.dodo_sandbox.cycle import UsagePeriodRecord, usage, usage_lines
+from cluster.dodo_sandbox.customers import add_to_balance
+from cluster.dodo_sandbox.cycle import remember, usage, usage_lines
 from cluster.dodo_sandbox.errors import ApiError, bad_request
 from cluster.dodo_sandbox.payments import Charge, ServicePeriod, charge, line
 from cluster.dodo_sandbox.products import UsageBasedPrice, product_of
@@ -48,7 +50,7 @@ class PlanChanged(Wire):
 
 
 def price_of_change(one: SubscriptionRecord, new_amount: int, mode: Mode, now: datetime) -> int:
-    """Cents due now for the new plan's fixed price; never below zero."""
+    """Cents due now for the new plan's fixed price; below zero they are given back."""
     length = to_ms(one.next_billing_date) - to_ms(one.previous_billing_date)
     left = max(0, to_ms(one.next_billing_date) - to_ms(now))
     unused = (2 * one.recurring_pre_tax_amount * left + length) // (2 * length) if length else 0
@@ -58,11 +60,11 @@ def price_of_change(one: SubscriptionRecord, new_amount: int, mode: Mode, now: d
         case "full_immediately":
             return new_amount
         case "difference_immediately":
-            return max(0, new_amount - one.recurring_pre_tax_amount)
+            return new_amount - one.recurring_pre_tax_amount
         case "prorated_immediately":
-            return max(0, new_amount - unused)
+            return new_amount - unused
         case "prorated_immediately_keep_cycle":
-            return max(0, ((2 * new_amount * left + length) // (2 * length) if length else 0) - unused)
+            return ((2 * new_amount * left + length) // (2 * length) if length else 0) - unused
 
 
 def change_now(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan) -> str | None:
@@ -72,8 +74,8 @@ def change_now(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan) -
     end = one.next_billing_date
     if request.proration_billing_mode not in _KEEPS_CYCLE:
         end = next_billing(changed, now)
-    metered = usage(sandbox, one, one.previous_billing_date, now)
-    amount = price_of_change(one, changed.recurring_pre_tax_amount, request.proration_billing_mode, now)
+    metered = usage(sandbox, one, one.unbilled_from, now)
+    due = price_of_change(one, changed.recurring_pre_tax_amount, request.proration_billing_mode, now)
     billed = usage_lines(metered)
     payment = charge(
         sandbox,
@@ -81,7 +83,7 @@ def change_now(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan) -
             customer_id=one.customer.customer_id,
             currency=one.currency,
             metadata=request.metadata or one.metadata,
-            lines=[line(f"Change to {changed.product_name}", amount), *billed],
+            lines=[line(f"Change to {changed.product_name}", max(0, due)), *billed],
             charge_type="plan_change",
             includes_usage=bool(billed),
             subscription_ids=[one.subscription_id],
@@ -92,12 +94,11 @@ def change_now(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan) -
     )
     if payment.status != "succeeded" and request.on_payment_failure != "apply_change":
         return payment.payment_id
-    sandbox.store.put(
-        UsagePeriodRecord(
-            subscription_id=one.subscription_id, start_date=one.previous_billing_date, end_date=now, meters=metered
-        )
-    )
+    if due < 0:
+        add_to_balance(sandbox, one.customer.customer_id, -due)
+    remember(sandbox, one, now, metered)
     fields |= {"previous_billing_date": now, "next_billing_date": end, "scheduled_change": None}
+    fields |= {"usage_billed_at": None}
     change(sandbox, one, "subscription.plan_changed", now, **fields, payment_id=payment.payment_id)
     return payment.payment_id
 
@@ -105,6 +106,9 @@ def change_now(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan) -
 @router.post("/subscriptions/{subscription_id}/change-plan")
 async def change_plan(subscription_id: str, request: ChangePlan, sandbox: Here) -> PlanChanged:
     one, product = running(sandbox, subscription_id), product_of(sandbox, request.product_id)
+    if one.status != "active":
+        code = "INACTIVE_SUBSCRIPTION_PLAN_CHANGE_NOT_SUPPORTED"
+        raise bad_request(f"Subscription {subscription_id} is {one.status}", code)
     if not product.is_recurring:
         raise bad_request("A subscription changes to a recurring product only")
     if isinstance(product.price, UsageBasedPrice) and request.quantity != 1:

@@ -1,4 +1,5 @@
 """What becomes of a renewal that failed: retries on Dodo's schedule, the grace of ``past_due``, dunning's two events.
+The invoice of a pause is retried like it; a subscription rests on through its grace.
 
 Retries are features/recovery/payment-retries: off until switched on, at most eight, and only while they fit into the
 window. Decides when; charging is the cycle's.
@@ -51,21 +52,22 @@ def next_step(settings: Settings, one: SubscriptionRecord) -> datetime | None:
     """When something happens to this subscription by itself: a renewal, a retry, the end of its grace."""
     if one.status == "active":
         return one.next_billing_date
-    if one.status not in ("on_hold", "past_due"):
+    if one.status not in ("on_hold", "past_due", "paused"):
         return None
-    grace_ends = one.past_due_ends_at if one.status == "past_due" else None
-    return min((at for at in (next_retry(settings, one), grace_ends) if at is not None), default=None)
+    return min((at for at in (next_retry(settings, one), one.past_due_ends_at) if at is not None), default=None)
 
 
 def failed(sandbox: Sandbox, one: SubscriptionRecord, payment_id: str, at: datetime) -> SubscriptionRecord:
-    """The renewal was refused: at first on hold, or past due where there is a grace; later attempts change nothing."""
-    if one.status in ("on_hold", "past_due"):
+    """The charge was refused: at first on hold, or past due where there is a grace; later attempts change nothing."""
+    if one.failed_at is not None:
         sandbox.store.put(one)
         return one
-    grace_days = sandbox.settings.past_due_grace_days
+    grace_days, is_paused = sandbox.settings.past_due_grace_days, one.paused_at is not None
     status: Literal["past_due", "on_hold"] = "past_due" if grace_days else "on_hold"
     ends = at + timedelta(days=grace_days) if grace_days else None
-    if sandbox.settings.dunning:
+    if grace_days and is_paused:
+        return change(sandbox, one, "subscription.updated", at, past_due_ends_at=ends, failed_at=at, retries=0)
+    if sandbox.settings.dunning and not is_paused:
         started = DunningRecord(
             id=new_id("dun"), created_at=at, customer_id=one.customer.customer_id,
             subscription_id=one.subscription_id, trigger_state=status, payment_id=payment_id,

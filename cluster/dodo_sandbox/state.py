@@ -37,6 +37,8 @@ class Settings(BaseModel):
     """How long a failed renewal leaves its subscription ``past_due``; with 0 it is ``on_hold`` at once."""
     payment_retries: bool = False
     """Charge a failed renewal again on Dodo's schedule; at Dodo, too, this is off until switched on."""
+    bill_usage_at_pause: bool = True
+    """Invoice what a paused subscription has used; else it stands on its next regular invoice."""
     recovery_window_days: int = Field(default=13, ge=1, le=30)
     dunning: bool = False
     """Tell ``dunning.started`` and ``dunning.recovered``."""

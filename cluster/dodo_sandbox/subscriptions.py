@@ -1,6 +1,7 @@
-"""Subscriptions as resources: starting, reading, cancelling, pausing.
+"""Subscriptions as resources: starting, reading, telling what changed.
 
-What a period costs and when it turns is in ``cycle``; changing plans is in ``plan_change``.
+What a period costs and when it turns is in ``cycle``; changing plans is in ``plan_change``, cancelling and pausing
+in ``updates``.
 """
 
 from datetime import datetime, timedelta
@@ -106,6 +107,8 @@ class SubscriptionRecord(Subscription, Resource):
     """When the renewal that is still unpaid was first refused."""
     retries: int = 0
     """How often it was charged again by itself."""
+    usage_billed_at: datetime | None = None
+    """Until when this period's usage is billed already: a pause bills it."""
 
     @property
     def key(self) -> str:
@@ -114,6 +117,10 @@ class SubscriptionRecord(Subscription, Resource):
     @property
     def owner(self) -> str:
         return self.customer.customer_id
+
+    @property
+    def unbilled_from(self) -> datetime:
+        return self.usage_billed_at or self.previous_billing_date
 
 
 class Start(Wire):
@@ -126,16 +133,6 @@ class Start(Wire):
     metadata: LimitedMetadata = Field(default_factory=dict)
     trial_period_days: int = 0
     payment_method_id: str | None = None
-
-
-class UpdateSubscription(Wire):
-    cancel_at_next_billing_date: bool | None = None
-    cancellation_comment: Annotated[str, Field(max_length=3000)] | None = None
-    cancellation_feedback: str | None = None
-    metadata: LimitedMetadata | None = None
-    next_billing_date: UtcTime | None = None
-    pause: bool | None = None
-    status: Literal["active", "cancelled", "paused"] | None = None
 
 
 class SubscriptionFilter(Paging):
@@ -223,9 +220,11 @@ def change(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime, 
 
 
 def _hand_out_or_take_back(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime, is_new: bool) -> None:
-    """Keys live as long as their subscription; a plan change takes the old ones and issues new ones."""
-    if type_ in ("subscription.cancelled", "subscription.expired", "subscription.plan_changed"):
+    """Keys live as long as their subscription and rest with it; a plan change replaces them."""
+    if type_ in (*entitlements.RESTS, "subscription.cancelled", "subscription.expired", "subscription.plan_changed"):
         entitlements.end_all(sandbox, type_, at, subscription_id=one.subscription_id)
+    if type_ == "subscription.unpaused" or (type_ == "subscription.active" and not is_new):
+        entitlements.reopen(sandbox, one.subscription_id, at)
     if type_ == "subscription.plan_changed" or (type_ == "subscription.active" and is_new):
         given = product_of(sandbox, one.product_id).entitlements
         entitlements.issue(
@@ -258,25 +257,3 @@ async def list_subscriptions(filters: Annotated[SubscriptionFilter, Query()], sa
 @router.get("/subscriptions/{subscription_id}")
 async def retrieve_subscription(subscription_id: str, sandbox: Here) -> Subscription:
     return subscription_of(sandbox, subscription_id)
-
-
-@router.patch("/subscriptions/{subscription_id}")
-async def update_subscription(subscription_id: str, request: UpdateSubscription, sandbox: Here) -> Subscription:
-    """A cancellation at once bills nothing more; one at the next billing date bills the last usage."""
-    one, now = running(sandbox, subscription_id), sandbox.clock.now()
-    if request.next_billing_date is not None and request.next_billing_date <= now:
-        raise bad_request("next_billing_date must be in the future")
-    kept = {"metadata", "next_billing_date", "cancellation_comment", "cancellation_feedback"}
-    fields = {name: value for name, value in request if name in kept and value is not None}
-    type_ = "subscription.updated"
-    if request.cancel_at_next_billing_date is not None:
-        fields["cancel_at_next_billing_date"] = request.cancel_at_next_billing_date
-        fields["cancelled_by"] = CancelledBy(actor_type="api_key") if request.cancel_at_next_billing_date else None
-    if request.status == "cancelled":
-        type_, fields["cancelled_by"] = "subscription.cancelled", CancelledBy(actor_type="api_key")
-        fields |= {"status": "cancelled", "cancelled_at": now, "cancel_at_next_billing_date": False}
-    elif request.pause or request.status == "paused":
-        type_, fields["status"], fields["paused_at"] = "subscription.paused", "paused", now
-    elif one.status == "paused" and (request.pause is False or request.status == "active"):
-        type_, fields["status"], fields["paused_at"] = "subscription.unpaused", "active", None
-    return change(sandbox, one, type_, now, **fields)

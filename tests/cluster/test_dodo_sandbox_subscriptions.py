@@ -139,14 +139,6 @@ def test_a_failed_renewal_puts_on_hold_and_a_later_charge_brings_back(there: Wor
     assert [bill.total_amount for bill in there.dodo.payments.list(status="succeeded").items] == [700, 0]
 
 
-def test_a_paused_subscription_is_not_billed(there: World) -> None:
-    one = there.subscribe(there.customer(), there.recurring())
-    assert there.dodo.subscriptions.update(one.subscription_id, pause=True).status == "paused"
-    there.days(40)
-    assert len(there.dodo.payments.list().items) == 1
-    assert there.dodo.subscriptions.update(one.subscription_id, pause=False).status == "active"
-
-
 def test_a_subscription_expires_at_the_end_of_its_period(there: World) -> None:
     plan = there.recurring(1000, subscription_period_count=2, subscription_period_interval="Month")
     one = there.subscribe(there.customer(), plan)
@@ -198,6 +190,53 @@ def test_a_plan_change_now_is_billed_by_its_mode(there: World, mode: str, due: i
     now = there.dodo.subscriptions.retrieve(one.subscription_id)
     assert now.recurring_pre_tax_amount == 3000
     assert (now.next_billing_date == one.next_billing_date) == keeps_date
+
+
+@pytest.mark.parametrize(
+    ("mode", "due", "renewals"),
+    [
+        ("full_immediately", 500, [500, 500]),
+        ("difference_immediately", 0, [0, 0]),  # 1500 are given back: 1500 - 500 - 500
+        ("prorated_immediately", 0, [0, 500]),  # 1000 - 500
+        ("prorated_immediately_keep_cycle", 0, [0, 250]),  # 1000 - 250
+        ("do_not_bill", 0, [500, 500]),
+    ],
+)
+def test_what_a_downgrade_leaves_over_pays_the_next_invoices(
+    there: World, mode: str, due: int, renewals: list[int]
+) -> None:
+    customer = there.customer()
+    one = there.subscribe(customer, there.recurring(2000))
+    half = (one.next_billing_date - one.previous_billing_date) / 2
+    there.admin("clock", now=(one.previous_billing_date + half).isoformat())
+    there.dodo.subscriptions.change_plan(
+        one.subscription_id,
+        product_id=there.recurring(500).product_id,
+        quantity=1,
+        proration_billing_mode=mode,  # type: ignore[arg-type]
+    )
+    assert there.buy(customer, there.pack(700))["total_amount"] == 700, "a subscription's balance buys nothing else"
+    for _ in renewals:
+        there.admin(f"subscriptions/{one.subscription_id}/renew")
+    bills = [bill.total_amount for bill in there.dodo.payments.list().items][::-1]
+    assert bills == [2000, due, 700, *renewals]
+
+
+def test_a_declined_renewal_leaves_the_balance_as_it_was(there: World) -> None:
+    customer = there.customer()
+    one = there.subscribe(customer, there.recurring(2000))
+    there.dodo.subscriptions.change_plan(
+        one.subscription_id, product_id=there.recurring(1900).product_id, quantity=1,
+        proration_billing_mode="difference_immediately",
+    )  # fmt: skip
+    there.admin(f"customers/{customer}/card", declines=True)
+    there.admin(f"subscriptions/{one.subscription_id}/renew")
+    there.admin(f"customers/{customer}/card", declines=False)
+    there.admin(f"subscriptions/{one.subscription_id}/renew")
+    failed, paid = there.dodo.payments.list().items[1::-1]
+    assert (failed.status, paid.status, paid.total_amount) == ("failed", "succeeded", 1800)
+    refund = there.dodo.refunds.create(payment_id=paid.payment_id)
+    assert (refund.amount, refund.is_partial) == (1800, False)
 
 
 def test_a_plan_change_bills_the_usage_so_far_once(there: World) -> None:

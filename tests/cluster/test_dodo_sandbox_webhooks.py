@@ -15,8 +15,10 @@ from dodopayments.types import (
     SubscriptionCancelledWebhookEvent,
     SubscriptionOnHoldWebhookEvent,
     SubscriptionPastDueWebhookEvent,
+    SubscriptionPausedWebhookEvent,
     SubscriptionPlanChangedWebhookEvent,
     SubscriptionRenewedWebhookEvent,
+    SubscriptionUnpausedWebhookEvent,
     SubscriptionUpdatedWebhookEvent,
 )
 
@@ -36,8 +38,10 @@ SHAPES = {
     "subscription.active": SubscriptionActiveWebhookEvent,
     "subscription.cancelled": SubscriptionCancelledWebhookEvent,
     "subscription.on_hold": SubscriptionOnHoldWebhookEvent,
+    "subscription.paused": SubscriptionPausedWebhookEvent,
     "subscription.plan_changed": SubscriptionPlanChangedWebhookEvent,
     "subscription.renewed": SubscriptionRenewedWebhookEvent,
+    "subscription.unpaused": SubscriptionUnpausedWebhookEvent,
     "subscription.updated": SubscriptionUpdatedWebhookEvent,
 }
 
@@ -74,6 +78,8 @@ def test_every_event_is_signed_and_of_the_sdks_type(there: World, shop: Merchant
         one.subscription_id, product_id=there.recurring(2000).product_id, quantity=1,
         proration_billing_mode="full_immediately",
     )  # fmt: skip
+    there.dodo.subscriptions.update(one.subscription_id, status="paused")
+    there.dodo.subscriptions.update(one.subscription_id, status="active")
     there.admin(f"subscriptions/{one.subscription_id}/renew")
     there.admin(f"customers/{customer}/card", declines=True)
     there.admin(f"subscriptions/{one.subscription_id}/renew")

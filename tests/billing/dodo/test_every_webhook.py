@@ -119,7 +119,7 @@ class Scene:
             await self.post("/_sandbox/settings", past_due_grace_days=grace_days)
             await self._card(name, declines=True)
             await self.post(f"/_sandbox/subscriptions/{self.subscriptions[name]}/renew")
-        await self._patch("resting", pause=True)
+        await self._patch("resting", status="paused")
         await self._patch("gone", status="cancelled")
 
     async def _card(self, name: str, declines: bool) -> None:
