@@ -50,6 +50,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("own credit counts as others'", "draw.lua", " - (mine[b.id] or 0)", ""),
     Mutant("the least of a hold is not asked for", "hold.lua", "if purse.available < least then", "if false then"),
+    Mutant("an allowance ends before its period", "hold.lua", "if b.expires < given.expires then", "if false then"),
     Mutant("a call covers any model", "hold.lua", 'b.adapters == "" or', "true or"),
     Mutant(
         "a whole answer is held at once",

@@ -74,6 +74,7 @@ def test_a_subscription_brings_its_period_s_allowance_and_credit() -> None:
         ({"status": "past_due", "past_due_ends_at_ms": 1_600}, 1_600, 0, False),
         ({"status": "cancelled"}, 1_500, 0, False),
         ({"status": "on_hold"}, 1_500, 0, False),
+        ({"status": "paused"}, 1_500, 0, False),
         ({"status": "active", "plan": "payg"}, 1_500, 0, False),
         ({}, 1_500, 0, False),
     ],

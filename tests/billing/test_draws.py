@@ -75,6 +75,26 @@ class TestDrawOrder:
         with pytest.raises(CreditOnHold):
             await ledger.hold(request("req_4", funding=free))
 
+    @pytest.mark.parametrize("is_used_meanwhile", [False, True])
+    async def test_an_allowance_ends_with_its_period_though_a_pause_puts_that_off(
+        self, ledger: Ledger, clock: SteppedClock, is_used_meanwhile: bool
+    ) -> None:
+        """What is left stays, whether or not a pack's request found it ended and put it aside."""
+        await ledger.grant(money(2 * WORST))
+        ends = clock.now_ms + 1_000
+        await ledger.hold(request("req_1", funding=Funding(allowance("allowance:1", 3 * WORST, ends))))
+        await ledger.settle(settlement("req_1", completion=20))
+        clock.now_ms = ends
+        if is_used_meanwhile:
+            await ledger.hold(request("req_2", funding=Funding()))
+        put_off = Funding(allowance("allowance:1", 3 * WORST, ends + 500))
+        held = await ledger.hold(request("req_3", funding=put_off))
+        assert [draw.bucket for draw in held.draws] == ["allowance:1"]
+        earlier = await ledger.hold(request("req_4", funding=Funding(allowance("allowance:1", 9, ends))))
+        assert earlier.draws[0].bucket == "allowance:1", "who heard of it late takes nothing away"
+        clock.now_ms = ends + 500
+        assert [b.id for b in (await ledger.account(ACME)).buckets] == ["payment:1"]
+
     async def test_an_allowance_needs_its_plan(self, ledger: Ledger, clock: SteppedClock) -> None:
         funding = Funding(allowance("allowance:1", 2 * WORST, clock.now_ms + 1_000))
         await ledger.hold(request("req_1", funding=funding))

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Collection, Coroutine
+from dataclasses import replace
 from typing import ClassVar, TypeVar
 from unittest.mock import patch
 
@@ -84,6 +85,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.restored: dict[str, int] = {}
         self.repaid: set[str] = set()
         self.spent = 0
+        self.rested_ms = 0
 
     def run(self, work: Coroutine[None, None, T]) -> T:
         return self.loop.run_until_complete(work)
@@ -132,14 +134,15 @@ class LedgerMachine(RuleBasedStateMachine):
         return request(rid, price=PER_TOKEN, model=model, adapter=model, funding=funding, lease_ms=600_000, **sizes)
 
     def allowance(self) -> Bucket:
-        period = self.clock.now_ms // PERIOD
+        period = (self.clock.now_ms - self.rested_ms) // PERIOD
         name = BucketId(f"allowance:{period}")
-        return Bucket(name, Unit.NANOS, ALLOWANCE, ALLOWANCE, (period + 1) * PERIOD, is_allowance=True)
+        ends = (period + 1) * PERIOD + self.rested_ms
+        return Bucket(name, Unit.NANOS, ALLOWANCE, ALLOWANCE, ends, is_allowance=True)
 
     def put_allowance(self) -> None:
         bucket = self.allowance()
-        if bucket.id not in self.model.pots:
-            self.model.pots[bucket.id] = Pot("nanos", ALLOWANCE, bucket.expires_at_ms or 0, is_allowance=True)
+        pot = self.model.pots.get(bucket.id) or Pot("nanos", ALLOWANCE, is_allowance=True)
+        self.model.pots[bucket.id] = replace(pot, ends=bucket.expires_at_ms or 0)
 
     @rule(rid=IDS, total=st.sampled_from([0, 10, 30, 60]), least=st.sampled_from([0, 10, 30]))
     def extend(self, rid: str, total: int, least: int) -> None:
@@ -263,6 +266,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def time_passes(self, ms: int) -> None:
         self.clock.now_ms += ms
         self.model.now = self.clock.now_ms
+
+    @rule(ms=st.sampled_from([PERIOD // 2, 2 * PERIOD]))
+    def rest(self, ms: int) -> None:
+        """A pause: time passes, and the period ends later by as much."""
+        self.rested_ms += ms
+        self.time_passes(ms)
 
     @invariant()
     def the_account_is_what_the_model_says(self) -> None:

@@ -73,14 +73,18 @@ if concurrency > 0 then
   if count >= concurrency then return { "limited", "concurrency", text(concurrency), "1000", "1000" } end
 end
 
--- The allowance of this period is put in place once: under its id it is never filled again.
+-- The allowance of this period is put in place once: under its id it is never filled again. It ends with its
+-- period, which a pause of the subscription puts off.
 local buckets = read_buckets(keys.buckets)
-local known = by_id(buckets)
-if allowance_id ~= "" and not known[allowance_id] then
-  local retired = redis.call("HGET", keys.retired, allowance_id)
-  local b = parse_bucket(allowance_id, retired or allowance_value)
-  b.is_changed, b.was_retired = true, retired and true
-  buckets[#buckets + 1] = b
+if allowance_id ~= "" then
+  local given, b = parse_bucket(allowance_id, allowance_value), by_id(buckets)[allowance_id]
+  if not b then
+    local retired = redis.call("HGET", keys.retired, allowance_id)
+    b = retired and parse_bucket(allowance_id, retired) or given
+    b.is_changed, b.was_retired = true, retired and true
+    buckets[#buckets + 1] = b
+  end
+  if b.expires < given.expires then b.expires, b.is_changed = given.expires, true end
 end
 table.sort(buckets, is_drawn_before)
 
