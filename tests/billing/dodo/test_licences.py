@@ -9,6 +9,7 @@ from billing.catalogue import Catalogue
 from billing.dodo.licences import ENTITLEMENT, ROTATION_GRACE_MS
 from billing.dodo.newcomers import tenant_id_for
 from billing.dodo.sync import sync
+from billing.dodo.wire import LicenceGrant
 from billing.errors import InvalidKey
 from billing.store.inbox import Outcome
 from billing.store.tenants import Tenants
@@ -139,6 +140,60 @@ async def test_a_cancelled_subscription_ends_its_key_at_once(keyed: World) -> No
     await keyed.operator.patch(path, json={"status": "cancelled"}, headers=AUTH)
     await apply(keyed, grant, "revoked", 9)
     assert not await opens(keyed, grant)
+
+
+async def set_status(world: World, grant: dict[str, object], status: str) -> None:
+    path = f"/subscriptions/{grant['subscription_id']}"
+    (await world.operator.patch(path, json={"status": status}, headers=AUTH)).raise_for_status()
+
+
+async def test_a_key_rests_with_its_paused_subscription_and_opens_again_with_it(keyed: World) -> None:
+    grant = await subscribe(keyed)
+    for number in range(2):
+        await set_status(keyed, grant, "paused")
+        await apply(keyed, grant, "revoked", number)
+        assert not await opens(keyed, grant)
+        keyed.clock.move(3_600_000)
+        await set_status(keyed, grant, "active")
+        await apply(keyed, grant, "delivered", 10 + number)
+        assert await opens(keyed, grant)
+
+
+async def test_a_key_that_was_revoked_here_stays_so_when_its_subscription_goes_on(keyed: World) -> None:
+    grant = await subscribe(keyed)
+    (key,) = await keyed.tenants.keys(TenantId("acme"))
+    await keyed.tenants.revoke_key(TenantId("acme"), key.id)
+    await set_status(keyed, grant, "paused")
+    await apply(keyed, grant, "revoked", 1)
+    await set_status(keyed, grant, "active")
+    await apply(keyed, grant, "delivered", 2)
+    assert not await opens(keyed, grant)
+
+
+@pytest.mark.parametrize("newest", ["paused", "active"])
+async def test_an_answer_of_dodos_that_another_overtook_is_not_the_last_word(
+    keyed: World, monkeypatch: pytest.MonkeyPatch, newest: str
+) -> None:
+    grant = await subscribe(keyed)
+    if newest == "paused":
+        await set_status(keyed, grant, "paused")
+        await apply(keyed, grant, "revoked")
+        await set_status(keyed, grant, "active")
+    else:
+        await set_status(keyed, grant, "paused")
+    ask, asked = keyed.dodo.licence_grants, list[str]()
+
+    async def overtaken(entitlement_id: str, customer_id: str) -> list[LicenceGrant]:
+        answer = await ask(entitlement_id, customer_id)
+        asked.append(customer_id)
+        if len(asked) == 1:
+            await set_status(keyed, grant, newest)
+            await apply(keyed, grant, "revoked", 7)
+        return answer
+
+    monkeypatch.setattr(keyed.dodo, "licence_grants", overtaken)
+    await apply(keyed, grant, "delivered", 8)
+    assert await opens(keyed, grant) == (newest == "active")
 
 
 async def test_a_merchant_revokes_a_key(keyed: World) -> None:
