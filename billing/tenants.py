@@ -60,6 +60,8 @@ class Subscription(_Stored):
     period_end_ms: int
     past_due_ends_at_ms: int | None = None
     cancel_at_period_end: bool = False
+    paused_at_ms: int | None = None
+    """When its latest pause began: until then Dodo has invoiced what was used."""
 
     @property
     def is_last_period(self) -> bool:

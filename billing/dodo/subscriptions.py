@@ -94,10 +94,10 @@ def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_m
 def as_stored(
     found: DodoSubscription, plan_name: str, plan: Plan, tenant: Tenant, past_due_ends_at_ms: int | None, now_ms: int
 ) -> Subscription:
+    known = tenant.subscription if tenant.subscription and tenant.subscription.id == found.id else None
     grace_ends = None
     if found.status is SubscriptionStatus.PAST_DUE:
-        known = tenant.subscription
-        is_known = known is not None and known.id == found.id and known.status is SubscriptionStatus.PAST_DUE
+        is_known = known is not None and known.status is SubscriptionStatus.PAST_DUE
         ours = known.past_due_ends_at_ms if is_known and known is not None else now_ms + plan.grace_days * DAY_MS
         ends = [end for end in (ours, past_due_ends_at_ms, found.past_due_ends_at_ms) if end is not None]
         grace_ends = min(ends, default=None)
@@ -109,4 +109,5 @@ def as_stored(
         period_end_ms=found.period_end_ms,
         past_due_ends_at_ms=grace_ends,
         cancel_at_period_end=found.cancel_at_period_end,
+        paused_at_ms=known.paused_at_ms if found.paused_at_ms is None and known is not None else found.paused_at_ms,
     )

@@ -144,6 +144,8 @@ class DodoSubscription:
     cancel_at_period_end: bool
     past_due_ends_at_ms: int | None = None
     """Only webhooks carry it."""
+    paused_at_ms: int | None = None
+    """Only while it is paused."""
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
@@ -160,6 +162,7 @@ class DodoSubscription:
             period_end_ms=moment(wire, "next_billing_date"),
             cancel_at_period_end=wire.get("cancel_at_next_billing_date") is True,
             past_due_ends_at_ms=moment_ms(wire, "past_due_ends_at"),
+            paused_at_ms=moment_ms(wire, "paused_at"),
         )
 
 

@@ -40,14 +40,17 @@ class Destination:
     period_end_ms: int = 0
     is_last_period: bool = False
     """No later period will bill what misses this one."""
+    paused_at_ms: int = 0
+    """When its latest pause began, which bills what was used until then."""
 
     def is_closing(self, now_ms: int) -> bool:
         """Should charges wait for the next period? Only where there is one."""
         return not self.is_last_period and 0 < self.period_end_ms - now_ms < BOUNDARY_MS
 
     def boundary_ms(self, now_ms: int) -> int:
-        """The last moment, as far as we know, at which a period was closed and billed."""
-        return self.period_end_ms if 0 < self.period_end_ms <= now_ms else self.period_start_ms
+        """The last moment, as far as we know, until which usage was billed."""
+        turned = self.period_end_ms if 0 < self.period_end_ms <= now_ms else self.period_start_ms
+        return max(turned, self.paused_at_ms)
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,13 @@ class Exporter:
         period = tenant.subscription
         if period is None:
             return Destination(tenant.dodo_customer_id)
-        return Destination(tenant.dodo_customer_id, period.period_start_ms, period.period_end_ms, period.is_last_period)
+        return Destination(
+            tenant.dodo_customer_id,
+            period.period_start_ms,
+            period.period_end_ms,
+            period.is_last_period,
+            period.paused_at_ms or 0,
+        )
 
     async def _send(
         self, events: list[SealedEvent], destinations: Mapping[TenantId, Destination], tally: Tally

@@ -10,7 +10,9 @@ from billing.export.exporter import Exporter
 from billing.store.outbox import Outbox
 from billing.tenants import Subscription, SubscriptionStatus
 from billing.usage import TenantId
-from tests.billing.dodo.world import DAY, HOUR, MINUTE, SECOND, World, assert_same
+from tests.billing.dodo.world import API_KEY, DAY, HOUR, MINUTE, SECOND, World, assert_same, delivery
+
+AUTH = {"Authorization": f"Bearer {API_KEY}"}
 
 
 @pytest.mark.parametrize(("ago_ms", "restamped"), [(55 * MINUTE - 1, False), (55 * MINUTE, True), (DAY, True)])
@@ -168,6 +170,33 @@ async def test_charges_of_a_closed_billing_period_are_billed_in_the_next(world: 
     ((event),) = await world.events()
     assert _ms(str(event["timestamp"])) == world.clock()
     assert event["metadata"]["crosses_period"] is True  # type: ignore[index]
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+async def test_charges_that_a_pause_did_not_invoice_any_more_are_billed_later(world: World, is_resumed: bool) -> None:
+    """Each once: five cents at the pause, seven cents that were told after it with the renewal."""
+    await world.tenant("acme", plan="payg")
+    payment = await world.buy("acme", "plan:payg")
+    path, told = f"/subscriptions/{payment['subscription_id']}", {"subscription_id": payment["subscription_id"]}
+    exporter, webhooks = world.exporter(), world.webhooks()
+    await webhooks.receive(*delivery("subscription.active", told, "msg_1"))
+    world.clock.move(MINUTE)
+    await world.use("acme", charged=50_000_000, overage=50_000_000)
+    await exporter.flush_once()
+    world.clock.move(MINUTE)
+    await world.use("acme", charged=70_000_000, overage=70_000_000)
+    world.clock.move(MINUTE)
+    for status in ("paused", "active")[: 1 + is_resumed]:
+        (await world.operator.patch(path, json={"status": status}, headers=AUTH)).raise_for_status()
+        await webhooks.receive(*delivery(f"subscription.{status}", told, f"msg_{status}"))
+        world.clock.move(MINUTE)
+    assert (await exporter.flush_once(force=True)).sent == 1
+    if not is_resumed:
+        (await world.operator.patch(path, json={"status": "active"}, headers=AUTH)).raise_for_status()
+    world.clock.move(32 * DAY)
+    (await world.operator.post("/_sandbox/clock", json={"advance_s": 0})).raise_for_status()
+    bills = (await world.operator.get("/payments", headers=AUTH)).json()["items"]
+    assert [bill["total_amount"] for bill in bills] == [7, 5, 0]
 
 
 async def test_charges_of_a_last_period_are_sent_while_it_is_open(world: World) -> None:

@@ -1,5 +1,7 @@
 """Which plan a subscription gives, and how long credit lasts when its payment is late."""
 
+from dataclasses import replace
+
 import pytest
 from redis.asyncio import Redis
 
@@ -90,6 +92,25 @@ def test_grace_runs_from_the_first_word_of_it_and_never_beyond_dodos(
     assert stored.past_due_ends_at_ms == ends_ms
     assert stored.extends_credit(ends_ms - 1)
     assert not stored.extends_credit(ends_ms)
+
+
+@pytest.mark.parametrize(
+    ("before", "now_at_dodo", "stored"),
+    [
+        (None, 5, 5),
+        (None, None, None),
+        (5, None, 5),  # it goes on, and until when usage was billed stays known
+        (5, 9, 9),
+    ],
+)
+def test_until_when_a_pause_has_billed_is_remembered(
+    before: int | None, now_at_dodo: int | None, stored: int | None
+) -> None:
+    found = replace(past_due(), status=S.PAUSED if now_at_dodo else S.ACTIVE, paused_at_ms=now_at_dodo)
+    known = sub(S.ACTIVE).model_copy(update={"paused_at_ms": before})
+    assert as_stored(found, "payg", PLAN, tenant("payg", known), None, NOW).paused_at_ms == stored
+    other = known.model_copy(update={"id": "sub_0"})
+    assert as_stored(found, "payg", PLAN, tenant("payg", other), None, NOW).paused_at_ms == now_at_dodo
 
 
 def test_a_last_period_extends_no_credit_that_could_not_be_charged_in_it() -> None:
