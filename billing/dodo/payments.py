@@ -150,9 +150,10 @@ class Payments:
 
 
 def _closed_period(payment: Payment, subscription_id: str, periods: Iterable[UsagePeriod]) -> UsagePeriod | None:
-    """The period whose usage a payment bills: it ends where the paid one starts, or else last before the payment."""
+    """The period whose usage a payment bills: it ends where the paid one starts, or else closest to the payment."""
     starts_ms = payment.service_starts_ms.get(subscription_id)
     if starts_ms is not None:
         return next((p for p in periods if abs(p.end_ms - starts_ms) <= HOUR_MS), None)
     paid_at_ms = payment.created_at_ms or 0
-    return max((p for p in periods if p.end_ms <= paid_at_ms + HOUR_MS), key=lambda p: p.end_ms, default=None)
+    ended = (p for p in periods if p.end_ms <= paid_at_ms + HOUR_MS)
+    return min(ended, key=lambda p: abs(p.end_ms - paid_at_ms), default=None)

@@ -1,10 +1,12 @@
 """A subscription is believed only from Dodo itself, and its payment repays what it invoiced."""
 
+import pytest
+
 from billing.store.inbox import Outcome
 from billing.store.keys import shard_for
 from billing.tenants import SubscriptionStatus
 from billing.usage import TenantId
-from tests.billing.dodo.world import API_KEY, DAY, HOUR, World, delivery
+from tests.billing.dodo.world import API_KEY, DAY, HOUR, MINUTE, World, delivery
 
 ACME = TenantId("acme")
 USD = 1_000_000_000
@@ -77,6 +79,28 @@ async def test_the_payment_of_a_renewal_repays_exactly_the_usage_it_invoiced(wor
     stored = (await world.tenants.get(ACME)).subscription
     assert stored is not None
     assert stored.period_end_ms > world.clock(), "the payment brought the new period too"
+
+
+@pytest.mark.parametrize("before_the_end_ms", [10 * DAY, 10 * MINUTE])
+async def test_the_invoice_of_a_pause_repays_exactly_the_usage_it_bills(world: World, before_the_end_ms: int) -> None:
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}, "msg_0"))
+    stored = (await world.tenants.get(ACME)).subscription
+    assert stored is not None
+    world.clock.move(stored.period_end_ms - before_the_end_ms - world.clock())
+    await world.use("acme", charged=5 * USD, overage=5 * USD, ago_ms=MINUTE)
+    await world.redis.hset(shard_for(ACME).account(ACME), "overage", str(5 * USD + 99))
+    await world.exporter().flush_once()
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
+    bill = (await world.operator.get("/payments", headers=AUTH)).json()["items"][0]
+    assert (bill["total_amount"], bill["service_periods"]) == (500, [])
+    await webhooks.receive(*delivery("payment.succeeded", bill, "msg_1"))
+    assert (await world.ledger.account(ACME)).overage_nanos == 99
+    rests = (await world.tenants.get(ACME)).subscription
+    assert rests is not None
+    assert (rests.status, rests.is_live(world.clock())) == (SubscriptionStatus.PAUSED, False)
 
 
 async def test_a_period_that_ended_without_news_is_looked_up(world: World) -> None:
