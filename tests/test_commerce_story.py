@@ -56,15 +56,41 @@ TABLE = (
     ("Jun 12", "active", NONE, "70.00", "0.00", "32.00", "160.00", "242.00", "4.00"),
     # 10 are disputed, but 4 of them were taken back before: 70 - 6.
     ("Jun 14", "active", NONE, "64.00", "0.00", "32.00", "160.00", "242.00", "4.00"),
-    # 140 calls are 70: 64, and 6 owed.
-    ("Jun 15", "active", (140, 0, ""), "0.00", "6.00", "38.00", "224.00", "242.00", "4.00"),
-    # The last invoice is the 6 owed. The free plan's June: 4 calls.
-    ("Jun 25", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "38.00", "226.00", "248.00", "4.00"),
-    ("Dec 31", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "38.00", "228.00", "248.00", "4.00"),
+    # 242 + 50. Of the 64, 54 were allowance and are gone; 10 are January's refill, won back: 70 - 10 + 10.
+    ("Jun 25", "active", (20, 0, ""), "70.00", "0.00", "32.00", "170.00", "292.00", "4.00"),
+    # 146 calls are 73: 60, 10, and 3 owed.
+    ("Jul 08", "active", (146, 0, ""), "0.00", "3.00", "35.00", "240.00", "292.00", "4.00"),
+    # 15 of 30 days are left of team's 50: 25, of which pro takes 20 and 5 stay. The 3 owed now: 292 + 3. 25 - 5.
+    ("Jul 10", "active", (10, 0, ""), "20.00", "0.00", "35.00", "245.00", "295.00", "4.00"),
+    # 44 calls are 22: 20, and 2 owed.
+    ("Aug 05", "active", (44, 0, ""), "0.00", "2.00", "37.00", "265.00", "295.00", "4.00"),
+    # 295 + 20 - 5 + 2; 25 - 5.
+    ("Aug 10", "active", (10, 0, ""), "20.00", "0.00", "37.00", "270.00", "312.00", "4.00"),
+    # 46 calls are 23: 20, and 3 owed.
+    ("Aug 18", "active", (46, 0, ""), "0.00", "3.00", "40.00", "290.00", "312.00", "4.00"),
+    # 312 + 3.
+    ("Aug 20", "paused", (0, 2, LAPSED), "0.00", "0.00", "40.00", "290.00", "315.00", "4.00"),
+    # 315 + 10; 10 - 2.
+    ("Aug 25", "paused", (4, 0, ""), "8.00", "0.00", "40.00", "292.00", "325.00", "4.00"),
+    # 20 calls are 10: 8, and 2 owed. The period ended on September 10; 31 days of pause make it October 11.
+    ("Sep 20", "active", (20, 0, ""), "0.00", "2.00", "42.00", "300.00", "325.00", "4.00"),
+    # 325 + 20 + 2; 25 - 5.
+    ("Oct 11", "active", (10, 0, ""), "20.00", "0.00", "42.00", "305.00", "347.00", "4.00"),
+    # Nothing is owed. The 20 are there, and rest.
+    ("Nov 01", "paused", (0, 2, LAPSED), "20.00", "0.00", "42.00", "305.00", "347.00", "4.00"),
+    # The period and with it the 20 would have ended on November 11; 13 days of pause make it the 24th. 20 - 10.
+    ("Nov 14", "active", (20, 0, ""), "10.00", "0.00", "42.00", "315.00", "347.00", "4.00"),
+    # 24 calls are 12: 10, and 2 owed.
+    ("Nov 16", "active", (24, 0, ""), "0.00", "2.00", "44.00", "325.00", "347.00", "4.00"),
+    # The last invoice is the 2 owed. The free plan's November: 4 calls.
+    ("Nov 24", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "44.00", "327.00", "349.00", "4.00"),
+    ("Dec 31", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "44.00", "329.00", "349.00", "4.00"),
 )
 # fmt: on
 TOLD = {
-    "allowance.reached": 2 * 8,  # 80 and 100 %: free's January, February, June, December; pro's and team's two each
+    # 80 and 100 %: free's January, February, November, December; team's of March and June; pro's of February, March,
+    # July, August and October
+    "allowance.reached": 2 * 11,
     "overage.reached": 2,  # 80 and 100 % of pro's 10 in March
     "refill.succeeded": 1,
     "refill.failed": 1,

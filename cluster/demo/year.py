@@ -1,4 +1,4 @@
-"""A scripted year of one tenant: free, packs, a card that fails, subscriptions, dunning, refunds, disputes, the end.
+"""A scripted year of one tenant: free, packs, a failing card, subscriptions, dunning, disputes, pauses, the end.
 
 Knows what the customer, its bank and Dodo do, and when; what it costs is billing's to say. After each step the
 books are read as everybody sees them: the balance, the gate's answer, and Dodo's own figures.
@@ -101,13 +101,19 @@ class Customer:
         await self.there.buy(self.who, "plan:pro")
 
     async def upgrade(self) -> None:
-        change = {"product_id": await self.there.product("plan:team"), "quantity": 1}
-        path = f"/subscriptions/{await self._subscription()}/change-plan"
-        await self.there.ask("POST", path, **change, proration_billing_mode="prorated_immediately")
+        await self._change_to("plan:team")
+
+    async def downgrade(self) -> None:
+        await self._change_to("plan:pro")
+
+    async def pause(self) -> None:
+        await self._patch(status="paused")
+
+    async def resume(self) -> None:
+        await self._patch(status="active")
 
     async def cancel(self) -> None:
-        path = f"/subscriptions/{await self._subscription()}"
-        await self.there.ask("PATCH", path, cancel_at_next_billing_date=True)
+        await self._patch(cancel_at_next_billing_date=True)
 
     async def be_refunded(self) -> None:
         """Four dollars of the last pack."""
@@ -132,6 +138,14 @@ class Customer:
 
     async def _open_dispute(self, payment_id: str) -> None:
         self._dispute = str((await self.there.order(f"disputes/{payment_id}"))["dispute_id"])
+
+    async def _change_to(self, plan: str) -> None:
+        change = {"product_id": await self.there.product(plan), "quantity": 1}
+        path = f"/subscriptions/{await self._subscription()}/change-plan"
+        await self.there.ask("POST", path, **change, proration_billing_mode="prorated_immediately")
+
+    async def _patch(self, **change: object) -> None:
+        await self.there.ask("PATCH", f"/subscriptions/{await self._subscription()}", **change)
 
     async def _subscription(self) -> str:
         tenant = await self.there.tenants.get(self.who.tenant.id)
@@ -180,8 +194,20 @@ SCRIPT = (
     Step(_at(6, 10), "January's refill is disputed", Customer.dispute_refill, 2),
     Step(_at(6, 12), "that dispute is won", Customer.win_dispute),
     Step(_at(6, 14), "a dispute of the rest of the pack is lost", Customer.lose_dispute),
-    Step(_at(6, 15), "cancels; goes into overage a last time", Customer.cancel, 140),
-    Step(_at(6, 25, 12), "the subscription ends with a last invoice", calls=6),
+    Step(_at(6, 25, 12), "team renews once more", calls=20),
+    Step(_at(7, 8), "goes into overage", calls=146),
+    Step(_at(7, 10, 12), "downgrades to pro in mid-period", Customer.downgrade, 10),
+    Step(_at(8, 5), "goes into pro's overage", calls=44),
+    Step(_at(8, 10, 12), "pro renews, less what the downgrade left over", calls=10),
+    Step(_at(8, 18), "goes into overage", calls=46),
+    Step(_at(8, 20, 12), "pauses: what it owes is invoiced", Customer.pause, 2),
+    Step(_at(8, 25), "buys a pack and lives on it", Customer.buy_pack, 4),
+    Step(_at(9, 20, 12), "goes on after 31 days; uses the pack up, then overage", Customer.resume, 20),
+    Step(_at(10, 11, 12), "pro renews 31 days later", calls=10),
+    Step(_at(11, 1), "pauses with some of its allowance left", Customer.pause, 2),
+    Step(_at(11, 14), "goes on after the old end of the period", Customer.resume, 20),
+    Step(_at(11, 16), "cancels; goes into overage a last time", Customer.cancel, 24),
+    Step(_at(11, 24, 12), "the subscription ends with a last invoice", calls=6),
     Step(_at(12, 31), "is still there, on the free plan", calls=6),
 )
 
