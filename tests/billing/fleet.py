@@ -79,23 +79,39 @@ class Fleet:
 
 
 def replace_primary(fleet: Fleet) -> None:
-    """Kill the primary, wait for the sentinels to raise the replica, and bring the old one back behind it."""
+    """Kill the primary, wait for the sentinels to raise the replica, and bring the old one back behind it.
+
+    Sentinels that lose sight of the new one for a moment may turn the two again: whichever is primary then is first.
+    """
     old, new = fleet.servers
     old.kill()
     wait_until(lambda: new.client.info()["role"] == "master", "a replica that was raised")
-    follow(old, new)
-    fleet.servers = [new, old]
+    come_back(old, new)
+    wait_until(lambda: in_step(old, new) or in_step(new, old), "a replica in step")
+    fleet.servers = [new, old] if in_step(old, new) else [old, new]
 
 
 def follow(old: Server, new: Server) -> None:
     """Start a server again as the replica of another one, and wait until it has everything."""
+    come_back(old, new)
+    wait_until(lambda: in_step(old, new), "a replica in step")
+
+
+def come_back(old: Server, new: Server) -> None:
+    """Start a server again as the replica of another one."""
     words = list(old.command)
     if "--replicaof" in words:
         at = words.index("--replicaof")
         del words[at : at + 3]
     old.command = [*words, "--replicaof", HOST, str(new.port)]
     old.start().await_answer()
-    wait_until(lambda: old.client.info()["master_link_status"] == "up", "a replica in step")
+
+
+def in_step(replica: Server, primary: Server) -> bool:
+    """It has caught up with that primary."""
+    state = replica.client.info("replication")
+    is_linked = state.get("master_link_status") == "up" and state["master_port"] == primary.port
+    return is_linked and primary.client.info("replication")["role"] == "master"
 
 
 def wait_until(is_so: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -194,14 +210,14 @@ def _knows(server: Server, count: int) -> bool:
 
 @contextmanager
 def watched(folder: Path, sentinels: int = 3, program: Path | None = None) -> Iterator[Fleet]:
-    """A primary (first), its replica, and sentinels that replace it after half a second of silence."""
+    """A primary (first), its replica, and sentinels that replace it after a second of silence."""
     fleet = Fleet("", [])
     try:
         primary = durable(folder / "a", program).start().await_answer()
         fleet.servers.append(primary)
         replica = durable(folder / "b", program, replicaof=f"{HOST} {primary.port}").start().await_answer()
         fleet.servers.append(replica)
-        wait_until(lambda: replica.client.info()["master_link_status"] == "up", "a replica in step")
+        wait_until(lambda: in_step(replica, primary), "a replica in step")
         quorum = sentinels // 2 + 1
         fleet.sentinels = [_sentinel(folder / f"s{n}", primary.port, quorum, program) for n in range(sentinels)]
         for sentinel in fleet.sentinels:
@@ -221,7 +237,7 @@ def _sentinel(folder: Path, primary: int, quorum: int, program: Path | None) -> 
     config.write_text(
         f"port {port}\nbind {HOST}\ndir {folder}\n"
         f"sentinel monitor {SERVICE} {HOST} {primary} {quorum}\n"
-        f"sentinel down-after-milliseconds {SERVICE} 500\n"
+        f"sentinel down-after-milliseconds {SERVICE} 1000\n"
         f"sentinel failover-timeout {SERVICE} 4000\n"
     )
     return Server(port, folder, [str(program or valkey.find_server()), str(config), "--sentinel"])

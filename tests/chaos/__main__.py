@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from billing.store import guard
 from tests.chaos.table import Row, machine, markdown, put_between_marks
 
 SCENARIOS: tuple[str, ...] = (
@@ -37,6 +38,9 @@ SCENARIOS: tuple[str, ...] = (
 )
 """Modules of this folder. The longest is first, so that the two lanes end together; the one with two busy processes
 of its own comes late, when that one is over."""
+PROMPT = ("store_failover", "store_away")
+"""Those that show how soon a silent store is given up. To the others a machine that stalls is no fault of the store."""
+STORE_PATIENCE_S = 10.0
 LANES = 2
 LIMIT_S = 780
 """A scenario that runs longer is ended, and has failed."""
@@ -80,6 +84,8 @@ def _name(module: str) -> str:
 
 def _run_here(module: str, out: Path) -> int:
     """A lane's process: one scenario in its main thread, its rows in a file."""
+    if module not in PROMPT:
+        guard.SILENCE_S = STORE_PATIENCE_S
     rows: list[Row] = importlib.import_module(f"tests.chaos.{module}").run()
     out.write_text(json.dumps([asdict(row) for row in rows]))
     return 0

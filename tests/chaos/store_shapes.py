@@ -17,7 +17,7 @@ from tests.chaos.table import Row
 NAME = "store-shapes"
 EXAMPLES, STEPS = 100, 40
 FAILOVERS = 3
-BETWEEN = 2_000
+BETWEEN = 1_000
 """Movements and questions between two failovers."""
 T = TypeVar("T")
 

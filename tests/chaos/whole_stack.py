@@ -21,7 +21,7 @@ from tests.e2e import books
 from tests.e2e.stack import REPO, Stack, running, wait_for
 
 NAME = "whole-stack"
-KILLS = {"LoraReplica": 20, "Gateway": 5, "BillingActor": 5}
+KILLS = {"LoraReplica": 20, "Gateway": 20, "BillingActor": 20}
 APPLICATION = {"LoraReplica": "farebox", "Gateway": "farebox", "BillingActor": "billing"}
 MODELS = ("farebox-base", "pirate", "support")
 TENANTS = ("prepaid", "payg", "pro")
