@@ -129,7 +129,7 @@ async def measure(made: House, peer: litellm.Proxy | None, rounds: int, seconds:
     return found
 
 
-def rows(found: Found, mode: str) -> list[Row]:
+def rows(found: Found) -> list[Row]:
     def seen(load: str, arm: str) -> Seen:
         return found.seen[load, arm]
 
@@ -137,7 +137,6 @@ def rows(found: Found, mode: str) -> list[Row]:
     added = (billed.cpu / unbilled.cpu - 1) * 100
     added_ms = seen("json alone", "billed").latency.p50 - seen("json alone", "unbilled").latency.p50
     room = 2 * found.write + 0.5
-    stream = seen("stream many", "billed")
     shown = [
         figures.at_most(f"CPU that billing adds to a request, {CLIENTS} clients", added, 25, "%"),
         figures.at_most(
@@ -146,8 +145,6 @@ def rows(found: Found, mode: str) -> list[Row]:
     ]
     if (load := ("json many", "litellm")) in found.seen:
         shown.append(figures.at_least("requests/s over LiteLLM's", billed.per_s / found.seen[load].per_s, 5))
-    if mode == "haproxy":
-        shown.append(figures.at_most(f"CPU of a {STREAM_TOKENS}-token stream", stream.cpu, 4, "ms"))
     return shown
 
 
@@ -170,7 +167,7 @@ def run(mode: str, folder: Path, rounds: int, seconds: float) -> str:
         found = open_.enter_context(loop).run(measure(made, peer, rounds, seconds))
     text = f"### {MODES[mode][0].upper()}{MODES[mode][1:]}\n\n"
     text += f"A bare durable write took {found.write:.3f} ms (p50, one client).\n\n"
-    return text + f"{figures.verdicts(rows(found, mode))}\n\n{windows(found)}\n\n"
+    return text + f"{figures.verdicts(rows(found))}\n\n{windows(found)}\n\n"
 
 
 def main() -> None:
