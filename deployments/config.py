@@ -46,6 +46,10 @@ class EngineConfig(_Config):
     torch_threads: Annotated[int, Field(ge=1)] = 1
     shared_prefixes: bool = False
     """Reuse the start of a prompt between tenants too; each can then tell by the time what others asked."""
+    kv_block_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens in one block of a GPU's KV memory; 0: 32."""
+    kv_blocks: Annotated[int, Field(ge=0)] = 0
+    """Blocks of a GPU's KV memory; 0: ``max_running`` full contexts. How to choose it: ``EngineSettings``."""
 
 
 class FareboxArgs(_Config):

@@ -23,11 +23,16 @@ WASTE = 2
 
 
 class KvPool:
-    """Keys and values, per layer ``[slots, kv_heads, context, head_dim]``, made when a layer first writes."""
+    """Keys and values, per layer ``[blocks, kv_heads, block tokens, head_dim]``, made when a layer first writes.
 
-    def __init__(self, slots: int, context: int) -> None:
-        self._slots = slots
+    A slot is a sequence's one block, of a whole context.
+    """
+
+    def __init__(self, blocks: int, block_tokens: int, context: int) -> None:
+        self._blocks = blocks
+        self.block_tokens = block_tokens
         self.context = context
+        """Tokens of the longest sequence."""
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
 
@@ -35,13 +40,13 @@ class KvPool:
         """The layer's whole memory; ``key`` and ``value`` ``[1, kv_heads, T, head_dim]`` give its shape."""
         if index not in self._keys:
             for pool, new in ((self._keys, key), (self._values, value)):
-                pool[index] = new.new_zeros(self._slots, new.shape[1], self.context, new.shape[3])
+                pool[index] = new.new_zeros(self._blocks, new.shape[1], self.block_tokens, new.shape[3])
         return self._keys[index], self._values[index]
 
-    def places(self, slots: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
-        """Where each head of these rows lies in a layer's memory, taken as ``[slots * kv_heads * context, dim]``."""
-        heads = torch.arange(kv_heads, device=slots.device)
-        return ((slots[:, None] * kv_heads + heads) * self.context + positions[:, None]).view(-1)
+    def places(self, blocks: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
+        """Where each head of these rows, at positions within blocks, lies in a layer's memory, ``[places, dim]``."""
+        heads = torch.arange(kv_heads, device=blocks.device)
+        return ((blocks[:, None] * kv_heads + heads) * self.block_tokens + positions[:, None]).view(-1)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, rows: int) -> None:
@@ -128,7 +133,7 @@ class AttentionStep(Protocol):
         """Where keys and values lie."""
 
     def places(self, kv_heads: int) -> Tensor:
-        """Where each head of each row goes, in a layer's memory taken as ``[slots * kv_heads * context, dim]``."""
+        """Where each head of each row goes, in a layer's memory taken as ``[places, dim]``."""
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
         """query ``[T, heads, dim]``, a layer's whole memory -> ``[T, heads, value_dim]``."""

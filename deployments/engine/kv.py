@@ -1,8 +1,8 @@
 """Which slot of the KV memory belongs to which sequence, and what a new prompt can take over from old ones.
 
-Decides only, torch-free; keys and values are moved by the ``KvRows`` it is given. A prompt's start is
-taken over only from the same adapter bytes and, unless prefixes are shared, the same fairness key: nobody can
-time another's prompts.
+On a CPU: a sequence's keys and values lie in one piece. Decides only, torch-free; they are moved by the ``KvRows``
+it is given. A prompt's start is taken over only from the same adapter bytes and, unless prefixes are shared, the same
+fairness key: nobody can time another's prompts.
 """
 
 from collections.abc import Sequence as Seq
@@ -46,12 +46,16 @@ class KvTable:
         """Longest free first."""
 
     @property
-    def available(self) -> int:
-        return len(self._free)
-
-    @property
     def used(self) -> int:
         return len(self._held)
+
+    def fits(self, _: Sequence) -> bool:
+        """It can be acquired now."""
+        return bool(self._free)
+
+    def grow(self, _: Sequence) -> bool:
+        """There is room for its newest token: a slot has a whole context."""
+        return True
 
     def acquire(self, sequence: Sequence) -> None:
         """Give the sequence a slot, with as much of its tokens as some slot already holds.
@@ -71,6 +75,7 @@ class KvTable:
     def release(self, sequence: Sequence, sound: bool) -> None:
         slot = sequence.kv_slot
         assert self._held.pop(slot) is sequence
+        sound = sound and sequence.covered
         if not sound:
             self._rows.clear(slot)
         kept = sound and self._prefix_cache
@@ -93,12 +98,17 @@ class KvTable:
         return (found[1], found[0]) if found[0] >= SHORTEST_PREFIX else (-1, 0)
 
     def _owner(self, sequence: Sequence) -> tuple[str, str]:
-        return sequence.digest, "" if self._shared else sequence.request.fairness_key
+        return owner_of(sequence, self._shared)
 
     def _emptiest(self) -> int:
         """The lowest slot that holds nothing, else the one that has been free the longest."""
         empty = [slot for slot, remains in self._free.items() if remains is None]
         return min(empty) if empty else next(iter(self._free))
+
+
+def owner_of(sequence: Sequence, is_shared: bool) -> tuple[str, str]:
+    """Whose what it computes is: nobody else may take it over."""
+    return sequence.digest, "" if is_shared else sequence.request.fairness_key
 
 
 def common_prefix(left: Seq[int], right: Seq[int]) -> int:

@@ -21,6 +21,7 @@ from types import TracebackType
 
 import torch
 
+from deployments.engine.blocks import KvBlocks
 from deployments.engine.inbox import Aborted, Extended, Inbox, Pinned
 from deployments.engine.kv import KvTable
 from deployments.engine.loader import Loader
@@ -85,13 +86,14 @@ class Engine:
         ModelRefused: the model or the settings cannot be served.
     """
 
-    def __init__(self, config: EngineSettings) -> None:
+    def __init__(self, config: EngineSettings, is_tiled: bool | None = None) -> None:
+        """``is_tiled``: as for ``Model``."""
         torch.set_num_threads(config.torch_threads)
         self.config = config
         self.text = Text(config.model_path)
         self._inbox = Inbox(config.max_running + config.max_queued)
-        self._model = Model(config)
-        self._kv = KvTable(config.max_running, self._model.kv, config.prefix_cache, config.shared_prefixes)
+        self._model = Model(config, is_tiled)
+        self._kv = _kv(config, self._model)
         self._slots = AdapterSlots(config.adapter_slots)
         self._counts = Counts()
         self._loader = Loader(
@@ -278,3 +280,10 @@ class Engine:
             raise RequestRejected(f"fairness_weight must be above 0, not {request.fairness_weight:g}")
         if request.adapter and (reason := self._slots.failure(request.adapter.digest, now)):
             raise AdapterRejected(f"adapter {request.adapter.name}: {reason}")
+
+
+def _kv(config: EngineSettings, model: Model) -> KvBlocks | KvTable:
+    """Who decides over the model's KV memory."""
+    if model.is_tiled:
+        return KvBlocks(model.sizes, config.max_running, config.prefix_cache, config.shared_prefixes)
+    return KvTable(config.max_running, model.kv, config.prefix_cache, config.shared_prefixes)

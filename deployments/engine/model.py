@@ -23,7 +23,7 @@ from deployments.engine.linear import pack
 from deployments.engine.lora import LoraPool
 from deployments.engine.request import ModelRefused
 from deployments.engine.sequence import Span
-from deployments.engine.settings import EngineSettings
+from deployments.engine.settings import EngineSettings, KvSizes
 
 if TYPE_CHECKING:
     from deployments.engine.tiled import TiledSteps
@@ -58,19 +58,20 @@ class Model:
         dtype = _dtype(settings.dtype, self.device)
         config = read_config(settings.model_path)
         self.limits = _check_config(config, settings)
-        self._model = _load(settings.model_path, dtype).to(self.device)
-        self.linears = linear_modules(self._model)
         self.is_asynchronous = self.device.type == "cuda"
         """``forward`` returns before its logits are computed."""
-        is_tiled = self.is_asynchronous if is_tiled is None else is_tiled
-        self.kv = KvPool(settings.max_running + is_tiled, settings.max_context_tokens)
-        checks = _check_prompts(self.limits.vocabulary, settings)
+        self.is_tiled = self.is_asynchronous if is_tiled is None else is_tiled
+        self.sizes = settings.kv_sizes(self.is_tiled)
+        self._model = _load(settings.model_path, dtype).to(self.device)
+        self.linears = linear_modules(self._model)
+        self.kv = KvPool(self.sizes.blocks + self.is_tiled, self.sizes.block_tokens, self.sizes.context)
+        checks = _check_prompts(self.limits.vocabulary, settings)[: self.sizes.blocks // self.sizes.each]
         expected = [self._plain(prompt) for prompt in checks]
         attention.register()
         self._model.set_attn_implementation(attention.NAME)
         self.lora = LoraPool(self._model, self.linears, settings.adapter_slots, settings.max_adapter_rank)
         pack(self._model)
-        self._tiled = _tiled_steps(self._model, self.kv, self.lora, settings) if is_tiled else None
+        self._tiled = _tiled_steps(self._model, self.kv, self.sizes, self.lora, settings) if self.is_tiled else None
         self._check_same(checks, expected, TOLERANCE[dtype])
 
     @property
@@ -117,7 +118,10 @@ class Model:
     def _check_same(self, prompts: Seq[Seq[int]], expected: Seq[Tensor], tolerance: float) -> None:
         """Run the prompts packed, chunked and in steps of one token, and compare with the plain model's logits."""
         for start, end in _check_steps(len(prompts[0])):
-            spans = [Span(slot, -1, start, prompt[start:end], True) for slot, prompt in enumerate(prompts)]
+            spans = [
+                Span(slot, -1, start, prompt[start:end], True, self.sizes.own(slot))
+                for slot, prompt in enumerate(prompts)
+            ]
             for logits, plain in zip(self.forward(spans), expected, strict=True):
                 wanted = plain[end - 1]
                 worst = (logits - wanted).abs().max() / (wanted.max() - wanted.min()).clamp(min=1e-6)
@@ -128,7 +132,9 @@ class Model:
                     )
 
 
-def _tiled_steps(model: PreTrainedModel, kv: KvPool, lora: LoraPool, settings: EngineSettings) -> "TiledSteps":
+def _tiled_steps(
+    model: PreTrainedModel, kv: KvPool, sizes: KvSizes, lora: LoraPool, settings: EngineSettings
+) -> "TiledSteps":
     """Import the kernels, which nothing but a GPU needs, and capture what a GPU can."""
     try:
         from deployments.engine.tiled import TiledSteps
@@ -136,7 +142,7 @@ def _tiled_steps(model: PreTrainedModel, kv: KvPool, lora: LoraPool, settings: E
         raise ModelRefused(
             f"device cuda needs {error.name}: CUDA builds of torch bring Triton along; otherwise pip install triton"
         ) from error
-    steps = TiledSteps(model, kv, lora, settings.adapter_slots, settings.max_running)
+    steps = TiledSteps(model, kv, sizes, lora, settings.adapter_slots, settings.max_running)
     if next(model.parameters()).device.type == "cuda":
         try:
             steps.capture()

@@ -1,9 +1,10 @@
 """What the next step computes: continuous batching over a token budget. Pure: no torch, no clock, no thread.
 
 Every running decode is in every step; prefill gets the rest of the budget in chunks; waiting requests
-enter by fairness as far as KV slots and adapter slots allow. A request blocked by its adapter is passed
+enter by fairness as far as KV memory and adapter slots allow. A request blocked by its adapter is passed
 over, not waited for, until it has waited long enough for another adapter to give up its slot. A running
-request can be preempted: it waits again with the tokens it has, and what it held is computed anew.
+request can be preempted: it waits again with the tokens it has, and what it held is computed anew. Where decodes
+outgrow the KV memory that befalls the last admitted; the first admitted always goes on, as it fits alone.
 """
 
 from collections import Counter, deque
@@ -21,18 +22,20 @@ PREEMPT_PATIENCE = 3
 """An adapter that takes no new requests is set back once somebody waited this many times its patience for it."""
 
 
-class KvSlots(Protocol):
-    """Where sequences keep their keys and values."""
+class KvMemory(Protocol):
+    """Where sequences keep their keys and values. Any one of them fits where no other is."""
 
-    @property
-    def available(self) -> int:
-        """How many more sequences can be taken."""
+    def fits(self, sequence: Sequence) -> bool:
+        """It can be acquired now."""
 
     def acquire(self, sequence: Sequence) -> None:
-        """Give the sequence a slot, and set what of its prompt is in there already."""
+        """Give the sequence room for its tokens, and set how many of them are computed already."""
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Give it room for its newest token; False if there is none."""
 
     def release(self, sequence: Sequence, sound: bool) -> None:
-        """Take the slot back; what is in it may be used again if it is sound."""
+        """Take the room back; what is in it may be used again if it is sound, as far as a token was sampled over it."""
 
 
 class Scheduler:
@@ -40,7 +43,7 @@ class Scheduler:
 
     def __init__(
         self,
-        kv: KvSlots,
+        kv: KvMemory,
         slots: AdapterSlots,
         max_batched_tokens: int,
         adapter_wait_s: float,
@@ -82,6 +85,7 @@ class Scheduler:
         """Choose this step's work: the rows of one adapter beside each other, those of the base model last."""
         blocked = self._draining(now)
         self._make_room(now)
+        self._grow(now)
         budget = self._budget
         work = []
         for sequence in self._running:
@@ -118,11 +122,18 @@ class Scheduler:
 
     def _admissions(self, now: float, blocked: set[str]) -> Iterator[Sequence]:
         """Take in waiting sequences one by one, for as long as the caller has budget for them."""
-        while self._kv.available:
-            sequence = next((s for s in self._by_turn(now) if self._admit(s, blocked, now)), None)
-            if sequence is None:
-                return
+        while (sequence := self._next(now, blocked)) is not None:
             yield sequence
+
+    def _next(self, now: float, blocked: set[str]) -> Sequence | None:
+        """Admit one. Behind one that does not fit nobody is: smaller ones could keep it waiting for ever."""
+        for sequence in self._by_turn(now):
+            if sequence.digest not in blocked:
+                if not self._kv.fits(sequence):
+                    return None
+                if self._admit(sequence, blocked, now):
+                    return sequence
+        return None
 
     def _by_turn(self, now: float) -> Iterator[Sequence]:
         """Those that an adapter slot has kept waiting too long, then key by key, least served first."""
@@ -131,8 +142,6 @@ class Scheduler:
             yield from self._waiting[key]
 
     def _admit(self, sequence: Sequence, blocked: set[str], now: float) -> bool:
-        if sequence.digest in blocked:
-            return False
         if sequence.adapter:
             slot = self._slots.acquire(sequence.adapter, self._waited_for)
             if slot is None:
@@ -177,8 +186,6 @@ class Scheduler:
 
     def _make_room(self, now: float) -> None:
         """If the least served key waits for a place in the batch, take one from a key that holds two more than it."""
-        if self._kv.available:
-            return
         ready = [
             key
             for key, queue in self._waiting.items()
@@ -188,12 +195,20 @@ class Scheduler:
         if not ready:
             return
         key = min(ready, key=self._counters.served)
+        if self._kv.fits(self._waiting[key][0]):
+            return
         places = Counter(sequence.request.fairness_key for sequence in self._running)
         richest = max(places, key=lambda other: (places[other] - 1) / self._counters.weight(other))
         share = (places[key] + 1) / self._counters.weight(key)
         is_fairer = share <= (places[richest] - 1) / self._counters.weight(richest)
         if is_fairer and self._counters.served(key) < self._counters.served(richest):
             self._preempt(next(s for s in reversed(self._running) if s.request.fairness_key == richest), now)
+
+    def _grow(self, now: float) -> None:
+        """Room for the decodes' newest tokens; where it runs out, the last admitted makes some."""
+        for sequence in list(self._running):
+            while sequence in self._running and not self._kv.grow(sequence):
+                self._preempt(next(reversed(self._running)), now)
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         """Back to the head of its key's queue; the prefix cache may still hold what it computed."""
@@ -204,7 +219,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence, sound: bool) -> None:
         del self._running[sequence]
-        self._kv.release(sequence, sound and sequence.covered)
+        self._kv.release(sequence, sound)
         if sequence.adapter:
             self._slots.release(sequence.digest)
         sequence.adapter_slot = -1

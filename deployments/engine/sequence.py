@@ -20,7 +20,11 @@ class Sequence:
     cached: int = 0
     """Prompt tokens that a prefix hit spared."""
     kv_slot: int = -1
-    """-1 while it waits."""
+    """Its place in the KV memory, where that is paged its row of the block table; -1 while it waits."""
+    blocks: tuple[int, ...] = ()
+    """Where the KV memory is paged: those that hold its tokens, in order. A new tuple whenever they change."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """Of as many whole blocks of its tokens as somebody has asked for; they never change."""
     adapter_slot: int = -1
     """-1 for the base model."""
     blocked_since: float | None = None
@@ -82,6 +86,8 @@ class Span:
     token_ids: Seq[int]
     sampled: bool
     """The logits after the last token are wanted."""
+    blocks: tuple[int, ...] = ()
+    """As in ``Sequence``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,4 +110,5 @@ class Work:
             start=start,
             token_ids=sequence.token_ids[start : start + self.count],
             sampled=self.completes,
+            blocks=sequence.blocks,
         )

@@ -16,6 +16,7 @@ from deployments.engine import kernels_attention, kernels_lora
 from deployments.engine.attention import KvPool, Scoring
 from deployments.engine.lora import LoraLinear, LoraPool
 from deployments.engine.sequence import Span
+from deployments.engine.settings import KvSizes
 from deployments.engine.tiles import buckets, columns, lora_tiles, lora_tiles_max, query_tiles
 
 WARM_UPS = 2
@@ -48,6 +49,25 @@ class StepBuffers:
         self._device.copy_(self._host, non_blocking=True)
 
 
+class BlockTable:
+    """Which blocks each slot's sequence has, at an address that stays; what no sequence has is the filler block."""
+
+    def __init__(self, slots: int, width: int, filler: int, device: torch.device) -> None:
+        self._host = torch.full((slots, width), filler, pin_memory=device.type == "cuda")
+        self._written: dict[int, tuple[int, ...]] = {}
+        self.blocks = self._host.to(device)
+        """``[slots, width]``"""
+
+    def write(self, spans: Seq[Span]) -> None:
+        """Bring up to date what these spans will read. The step before must have been waited for."""
+        changed = [span for span in spans if self._written.get(span.kv_slot) is not span.blocks]
+        for span in changed:
+            self._host[span.kv_slot, : len(span.blocks)] = torch.tensor(span.blocks)
+            self._written[span.kv_slot] = span.blocks
+        if changed:
+            self.blocks.copy_(self._host, non_blocking=True)
+
+
 @dataclass(slots=True)
 class TiledAttention:
     """A step to the model's attention."""
@@ -55,13 +75,15 @@ class TiledAttention:
     pool: KvPool
     buffers: StepBuffers
     table: Tensor
-    """``[slots, 1]``: a slot is a sequence's one block."""
+    """A ``BlockTable``'s blocks."""
     queries: int
     _places: dict[int, Tensor] = field(default_factory=dict)
 
     def places(self, kv_heads: int) -> Tensor:
         if kv_heads not in self._places:
-            self._places[kv_heads] = self.pool.places(self.buffers.kv_slots, self.buffers.positions, kv_heads)
+            positions, size = self.buffers.positions, self.pool.block_tokens
+            blocks = self.table[self.buffers.kv_slots, positions // size]
+            self._places[kv_heads] = self.pool.places(blocks, positions % size, kv_heads)
         return self._places[kv_heads]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
@@ -89,17 +111,17 @@ class TiledAdditions:
 
 
 class TiledSteps:
-    """Runs steps. ``kv`` has one slot more than sequences: what fills a batch up is written there."""
+    """Runs steps. ``kv`` has one block more than its sizes say: what fills a batch up is written there."""
 
     def __init__(
-        self, model: PreTrainedModel, kv: KvPool, lora: LoraPool, adapter_slots: int, max_running: int
+        self, model: PreTrainedModel, kv: KvPool, sizes: KvSizes, lora: LoraPool, adapter_slots: int, max_running: int
     ) -> None:
         self._model = model
         self._kv = kv
         self._lora = lora
         self._adapter_slots = adapter_slots
         self._device = next(model.parameters()).device
-        self._table = torch.arange(max_running + 1, device=self._device)[:, None]
+        self._table = BlockTable(max_running + 1, sizes.each, sizes.blocks, self._device)
         self._filler = Span(max_running, -1, 0, (0,), False)
         self._buckets = buckets(max_running)
         self._graphs: dict[tuple[int, bool], DecodeGraph] = {}
@@ -113,18 +135,28 @@ class TiledSteps:
         if self._graphs and all(span.sampled and len(span.token_ids) == 1 for span in spans):
             size = next(size for size in self._buckets if size >= len(spans))
             has_adapters = any(span.adapter_slot >= 0 for span in spans)
-            return self._graphs[size, has_adapters].replay(self.filled(spans, size))[: len(spans)]
+            graph = self._graphs[size, has_adapters]
+            self.fill(graph.buffers, self.filled(spans, size), queries=1)
+            graph.graph.replay()
+            return graph.logits[: len(spans)]
         rows = sum(len(span.token_ids) for span in spans)
         queries = kernels_attention.QUERIES if rows > len(spans) else 1
         adapters = len(lora_tiles(rows_by_slot(spans)))
         buffers = StepBuffers(rows, len(query_tiles(spans, queries)), adapters, self._device)
-        buffers.fill(spans, queries)
+        self.fill(buffers, spans, queries)
         ends, last_rows = 0, []
         for span in spans:
             ends += len(span.token_ids)
             if span.sampled:
                 last_rows.append(ends - 1)
-        return self.compute(buffers, queries, adapters > 0, torch.tensor(last_rows, device=self._device))
+        return self.compute(
+            buffers, queries, adapters > 0, torch.tensor(last_rows, dtype=torch.long, device=self._device)
+        )
+
+    def fill(self, buffers: StepBuffers, spans: Seq[Span], queries: int) -> None:
+        """Write all that a step reads."""
+        self._table.write(spans)
+        buffers.fill(spans, queries)
 
     def filled(self, spans: Seq[Span], size: int) -> list[Span]:
         """The spans, and as many rows of the base model that nobody reads as make ``size``."""
@@ -143,7 +175,7 @@ class TiledSteps:
             position_ids=buffers.positions[None],
             use_cache=False,
             logits_to_keep=keep,
-            kv_step=TiledAttention(self._kv, buffers, self._table, queries),
+            kv_step=TiledAttention(self._kv, buffers, self._table.blocks, queries),
         ).logits[0]
         self._lora.step = None
         return logits
@@ -159,7 +191,7 @@ class TiledSteps:
         memory = torch.cuda.graph_pool_handle()
         for size, has_adapters in product(reversed(self._buckets), (False, True)):
             buffers, graph = self.decode_buffers(size), torch.cuda.CUDAGraph()
-            buffers.fill(self.filled((), size), queries=1)
+            self.fill(buffers, self.filled((), size), queries=1)
             self._warm_up(buffers, has_adapters)
             with torch.cuda.graph(graph, pool=memory):
                 logits = self.compute(buffers, 1, has_adapters, 0)
@@ -183,11 +215,6 @@ class DecodeGraph:
     buffers: StepBuffers
     graph: torch.cuda.CUDAGraph
     logits: Tensor
-
-    def replay(self, spans: Seq[Span]) -> Tensor:
-        self.buffers.fill(spans, queries=1)
-        self.graph.replay()
-        return self.logits
 
 
 def rows_by_slot(spans: Seq[Span]) -> Counter[int]:

@@ -6,7 +6,19 @@ from pathlib import Path
 
 
 def test_text_adapters_and_scheduling_are_usable_without_torch() -> None:
-    names = ("request", "settings", "text", "adapters", "sequence", "slots", "fairness", "kv", "scheduler", "output")
+    names = (
+        "request",
+        "settings",
+        "text",
+        "adapters",
+        "sequence",
+        "slots",
+        "fairness",
+        "kv",
+        "blocks",
+        "scheduler",
+        "output",
+    )
     code = "".join(f"import deployments.engine.{name}; " for name in names)
     check = "import sys; assert not {'torch', 'transformers', 'ray'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code + check], check=True, timeout=60)

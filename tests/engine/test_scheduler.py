@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from deployments.engine.blocks import KvBlocks
 from deployments.engine.fairness import IDLE_KEYS_KEPT, TokenCounters
 from deployments.engine.kv import KvTable, common_prefix
 from deployments.engine.request import AdapterRef
 from deployments.engine.scheduler import Scheduler
 from deployments.engine.sequence import Sequence, Work
+from deployments.engine.settings import KvSizes
 from deployments.engine.slots import FAILURE_S, FAILURES_KEPT, AdapterSlots
 from tests.engine.conftest import request
 
@@ -31,13 +33,18 @@ class Rows:
 
 
 class House:
-    """A scheduler with a loader that takes one step, and a model that answers 1 to everything."""
+    """A scheduler with a loader that takes one step, and a model that answers 1 to everything.
+
+    With ``blocks`` its KV memory is as many blocks of four tokens.
+    """
 
     def __init__(
-        self, running: int = 4, slots: int = 2, budget: int = 16, wait: float = 3.0, preempt: float = 1e9
-    ) -> None:
-        self.rows = Rows()
-        self.kv = KvTable(running, self.rows, prefix_cache=True)
+        self, running: int = 4, slots: int = 2, budget: int = 16, wait: float = 3.0, preempt: float = 1e9,
+        blocks: int = 0,
+    ) -> None:  # fmt: skip
+        self.kv: KvBlocks | KvTable = KvTable(running, Rows(), prefix_cache=True)
+        if blocks:
+            self.kv = KvBlocks(KvSizes(blocks, 4, 4 * blocks), running, prefix_cache=True)
         self.slots = AdapterSlots(slots)
         self.scheduler = Scheduler(self.kv, self.slots, budget, wait, preempt)
         self.budget = budget
@@ -224,6 +231,54 @@ def test_an_adapter_that_holds_its_slot_for_ever_is_set_back_in_the_end() -> Non
     assert endless in house.scheduler.running, "it goes on when the other is done"
 
 
+def test_where_decodes_outgrow_the_memory_the_last_admitted_makes_way_and_is_answered_later() -> None:
+    house = House(running=4, budget=64, blocks=6)
+    sequences = [house.add(name, prompt=4, out=20) for name in "abc"]
+    house.steps(12)
+    assert house.scheduler.running[0] is sequences[0], "the first goes on"
+    assert house.scheduler.preemptions >= 1
+    house.steps(100)
+    assert house.finished == ["a", "b", "c"]
+    assert all(sequence.completion_tokens == 20 for sequence in sequences)
+    assert house.kv.used == 0
+
+
+def test_a_request_enters_when_there_are_blocks_for_its_prompt() -> None:
+    house = House(running=4, budget=64, blocks=6)
+    house.add("a", prompt=15, out=5)
+    house.add("b", prompt=9, out=1)
+    house.add("c", prompt=4, out=1)
+    assert [work.sequence.request_id for work in house.step()] == ["a"]
+    house.steps(4)
+    assert house.finished == ["a"], "c did not overtake b"
+    house.steps(1)
+    assert house.finished == ["a", "b", "c"]
+
+
+def test_a_long_prompt_is_not_kept_waiting_by_any_number_of_short_ones() -> None:
+    house = House(running=8, budget=64, blocks=8)
+    for i in range(8):
+        house.add(f"a{i}", out=4 + i % 4)
+    house.steps(2)
+    house.add("long", prompt=28, out=2)
+    for i in range(100):
+        house.add(f"b{i}", out=4)
+        house.step()
+    assert house.finished.index("long") <= 8
+
+
+def test_a_key_that_waits_for_blocks_gets_them_from_one_that_holds_two_places_more() -> None:
+    house = House(running=8, budget=64, preempt=0.3, blocks=32)
+    for i in range(4):
+        house.add(f"a{i}", prompt=28, out=90, key="a")
+    house.steps(4)
+    house.add("b", prompt=8, out=10, key="b")
+    house.steps(20)
+    assert house.finished == ["b"]
+    house.steps(1000)
+    assert len(house.finished) == 5
+
+
 def test_a_key_that_pauses_saves_up_no_turns() -> None:
     counters = TokenCounters()
     counters.enter("busy")
@@ -277,12 +332,14 @@ def test_a_bad_adapter_is_refused_for_a_while_and_then_tried_again() -> None:
     assert len(slots._failures) <= FAILURES_KEPT
 
 
+@pytest.mark.parametrize("is_paged", [False, True], ids=["slots", "blocks"])
 @pytest.mark.parametrize("seed", range(8))
-def test_whatever_comes_and_goes_everybody_ends_and_everything_is_free_again(seed: int) -> None:
+def test_whatever_comes_and_goes_everybody_ends_and_everything_is_free_again(seed: int, is_paged: bool) -> None:
     rng = random.Random(seed)
     house = House(
-        running=rng.randrange(1, 6), slots=rng.randrange(1, 4), budget=rng.randrange(8, 40), wait=0.5, preempt=0.2
-    )
+        running=rng.randrange(1, 6), slots=rng.randrange(1, 4), budget=rng.randrange(8, 40), wait=0.5, preempt=0.2,
+        blocks=rng.randrange(15, 30) if is_paged else 0,
+    )  # fmt: skip
     live: dict[str, Sequence] = {}
     aborted = 0
     for i in range(150):
@@ -309,6 +366,7 @@ def _ended(table: KvTable, prompt: tuple[int, ...], key: str = "", adapter: str 
     sequence = Sequence(request("r", prompt, ref, fairness_key=key))
     table.acquire(sequence)
     sequence.computed = len(prompt)
+    sequence.token_ids.append(1)
     table.release(sequence, sound)
     return sequence
 
