@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from billing.catalogue import Model
 from billing.errors import StoreUnavailable
 from billing.store import board
+from billing.store.connection import reach
 from deployments import artifacts
 from deployments.config import EngineConfig, FareboxArgs
 from deployments.engine.loop import Engine
@@ -62,7 +63,8 @@ class LoraReplica:
         self._fetching: dict[str, asyncio.Lock] = {}
         self._lines = Lines(self._engine.extend)
         self._metrics = EngineMetrics()
-        self._store = Redis.from_url(url, decode_responses=True) if (url := os.environ.get("REDIS_URL", "")) else None
+        self._store_url = os.environ.get("REDIS_URL", "")
+        self._store: Redis | None = None
         self._pinned: tuple[Model, ...] = ()
         await self._warm_up()
         self._tasks = [asyncio.create_task(self._publish_for_ever()), asyncio.create_task(self._pin_for_ever())]
@@ -178,6 +180,8 @@ class LoraReplica:
     async def _follow_pins(self) -> None:
         """Keep in their slots the adapters that the catalogue in force pins."""
         try:
+            if self._store is None and self._store_url:
+                self._store = await reach(self._store_url)
             catalogue = await board.current(self._store) if self._store is not None else None
             wanted = tuple(model for model in catalogue.models if model.pinned) if catalogue else ()
             if wanted != self._pinned:

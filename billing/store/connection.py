@@ -37,6 +37,24 @@ async def connect(url: str, *, durability: Durability = "strict", min_replicas_a
         StoreUnavailable: it does not answer.
         StoreRefused: it would lose or evict money, or is too old.
     """
+    redis = await reach(url)
+    try:
+        await verify(redis, durability)
+        _replicas_needed[redis] = min_replicas_acked
+        await replicated(redis, keys.ALL_SHARDS[0].pulse)
+    except BaseException:
+        await redis.aclose()
+        raise
+    return redis
+
+
+async def reach(url: str) -> Redis:
+    """A client of the store, of whatever shape, not verified: enough to read what is no money.
+
+    Raises:
+        StoreUnavailable: it does not answer.
+        StoreRefused: the address is none.
+    """
     address = parse(url)
     redis = _open(address)
     try:
@@ -46,9 +64,6 @@ async def connect(url: str, *, durability: Durability = "strict", min_replicas_a
         if isinstance(redis, Cluster):
             async with guarded(START_SILENCE_S):
                 await redis.learn()
-        await verify(redis, durability)
-        _replicas_needed[redis] = min_replicas_acked
-        await replicated(redis, keys.ALL_SHARDS[0].pulse)
     except BaseException:
         await redis.aclose()
         raise

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 
 from billing.clock import now_ms
 from billing.store import board
+from billing.store.connection import connect
 from deployments.config import FareboxArgs
 from deployments.engine.adapters import digest_adapter
 from deployments.engine.request import AdapterRef, EngineFailed, EngineStats, GenerateRequest, SamplingParams
@@ -17,6 +18,7 @@ from deployments.link import RefusalKind, Refused
 from deployments.replica import LoraReplica
 from deployments.shelf import Shelf
 from deployments.socket_link import SocketLink
+from tests.billing.fleet import Fleet, cluster, watched
 from tests.engine.conftest import adapter_paths, base_path, tokenizer
 from tests.gateway.conftest import USER_CONFIG, until
 
@@ -64,6 +66,23 @@ async def test_pinned_adapters_are_in_their_slots_before_traffic_comes(
         resident = {identity.partition("@")[0] for identity in replica._engine.stats().adapters_resident}
         assert resident == set(chosen)
         assert replica._engine.stats().generation_tokens == 3, "one of the base model and of each adapter"
+
+
+@pytest.mark.parametrize("shape", [watched, cluster])
+async def test_pins_come_from_a_store_of_several_servers_too(
+    shape: Callable[[Path], AbstractContextManager[Fleet]],
+    small: FareboxArgs,
+    adapter_paths: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with shape(tmp_path / "f") as fleet:
+        redis = await connect(fleet.url)
+        await publish(redis, [pinned("all8", adapter_paths["all8"])])
+        await redis.aclose()
+        monkeypatch.setenv("REDIS_URL", fleet.url)
+        async with running(small) as replica:
+            assert [i.partition("@")[0] for i in replica._engine.stats().adapters_resident] == ["all8"]
 
 
 async def test_a_pinned_adapter_that_is_bad_keeps_no_replica_from_starting(
