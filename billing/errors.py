@@ -56,6 +56,13 @@ class ModelNotAllowed(Refusal):
         return f"this key may not use model {self.model!r}: GET /v1/models lists those it may"
 
 
+_REMEDIES = {
+    "balance": "buy a pack with POST /v1/checkout",
+    "overage_cap": "your plan's cap on what is invoiced later is reached, buy a pack with POST /v1/checkout",
+    "subscription": "subscribe with POST /v1/checkout or pay the open invoice (POST /v1/portal), or buy a pack",
+}
+
+
 @dataclass(eq=False)
 class InsufficientCredits(Refusal):
     """Not even with every hold released would the balance cover the least this request can cost."""
@@ -69,7 +76,7 @@ class InsufficientCredits(Refusal):
     def __str__(self) -> str:
         return (
             f"this request needs up to ${format_usd(self.required_nanos)} and ${format_usd(self.balance_nanos)} "
-            "is left: buy a pack with POST /v1/checkout or lower max_tokens"
+            f"is left: {_REMEDIES[self.limit_source]}, or lower max_tokens"
         )
 
 

@@ -174,7 +174,7 @@ def days(since: str, until: str) -> tuple[int, int]:
 
 @asynccontextmanager
 async def store(standing: Standing) -> AsyncIterator[Redis]:
-    redis = await connect(standing.store_url, durability=standing.durability)
+    redis = await connect(standing.store_url, **standing.terms)
     try:
         yield redis
     finally:

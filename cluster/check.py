@@ -257,9 +257,10 @@ def _wiring(
         note = f"{open_calls} is less than max_running + max_queued = {wanted}: Ray would keep requests from the engine"
         shape.add((*replica, "max_ongoing_requests"), note, is_warning=True)
     _policy(shape, document, (*replica, "autoscaling_config", "policy"))
-    durabilities = [value_at(document.values, (*place, "args", "durability")) for place in places.values()]
-    if len({str(durability or "strict") for durability in durabilities}) > 1:
-        shape.add((*app, "args", "durability"), "differs between the two applications, which share one store")
+    for term, default in (("durability", "strict"), ("min_replicas_acked", 0)):
+        asked = [value_at(document.values, (*place, "args", term)) for place in places.values()]
+        if len({str(value or default) for value in asked}) > 1:
+            shape.add((*app, "args", term), "differs between the two applications, which share one store")
     pinned = [entry.id for entry in sales.adapters if entry.pinned] if sales else []
     if len(pinned) >= args.engine.adapter_slots:
         note = f"{len(pinned)} adapters are pinned, which leaves none of {args.engine.adapter_slots} slots for others"

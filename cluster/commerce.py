@@ -20,12 +20,12 @@ from billing.dodo.client import Dodo, DodoSettings
 from billing.dodo.sync import SyncReport, plan, sync
 from billing.errors import BillingError
 from billing.store.call_budget import SharedBudget
-from billing.store.connection import Durability, connect
+from billing.store.connection import connect
 from cluster import children, ray_node
 from cluster.children import Child
 from cluster.demo.tenants import SeedFailed, seed
 from cluster.environment import inherited
-from cluster.launch import LaunchError, addressed, durability, user_config
+from cluster.launch import LaunchError, StoreTerms, addressed, store_terms, user_config
 from cluster.preflight import Obstacle
 from cluster.serve_api import ServeConfig, ServeUnavailable
 from cluster.settings import Settings, SettingsError
@@ -91,11 +91,11 @@ def catalogue_of(config: ServeConfig) -> Catalogue:
     return read_catalogue(user_config(config))
 
 
-def verify_store(url: str, sureness: Durability = "strict") -> None:
+def verify_store(url: str, terms: StoreTerms) -> None:
     """Raises StoreRefused or StoreUnavailable for a store that may not keep money."""
 
     async def ask() -> None:
-        redis = await connect(url, durability=sureness)
+        redis = await connect(url, **terms)
         await redis.aclose()
 
     asyncio.run(ask())
@@ -132,7 +132,7 @@ def register(config: ServeConfig, env: Mapping[str, str], is_dry: bool = False) 
     bring = plan if is_dry else sync
 
     async def tell() -> SyncReport:
-        redis = await connect(env["REDIS_URL"], durability=durability(config))
+        redis = await connect(env["REDIS_URL"], **store_terms(config))
         dodo = Dodo(DodoSettings.from_env(env), on_call=SharedBudget(redis).spend)
         try:
             return await bring(dodo, redis, catalogue_of(config), f"{env['FAREBOX_PUBLIC_URL']}/webhooks/dodo")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import TypedDict
 
 import httpx
 import yaml
@@ -81,25 +82,35 @@ def user_config(config: ServeConfig) -> Mapping[str, object]:
     return found
 
 
-def durability(config: object) -> Durability:
-    """How sure the configuration wants its store to be: ``strict`` unless an application says ``trusted``."""
-    return "trusted" if "trusted" in _durabilities(config) else "strict"
+class StoreTerms(TypedDict):
+    """What a configuration asks of its store, as ``connect`` takes it."""
+
+    durability: Durability
+    min_replicas_acked: int
 
 
-def durability_in(file: Path) -> Durability:
-    """The same of a file that was not checked yet; ``strict`` where it cannot be read."""
+def store_terms(config: object) -> StoreTerms:
+    """``strict`` and no replicas, unless an application says otherwise."""
+    asked = list(_args(config))
+    replicas = [n for args in asked if isinstance(n := args.get("min_replicas_acked"), int)]
+    is_trusted = any(args.get("durability") == "trusted" for args in asked)
+    return StoreTerms(durability="trusted" if is_trusted else "strict", min_replicas_acked=max(replicas, default=0))
+
+
+def store_terms_in(file: Path) -> StoreTerms:
+    """The same of a file that was not checked yet, or cannot be read."""
     try:
-        return durability(yaml.safe_load(file.read_text()))
+        return store_terms(yaml.safe_load(file.read_text()))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return "strict"
+        return store_terms(None)
 
 
-def _durabilities(config: object) -> Iterator[object]:
+def _args(config: object) -> Iterator[Mapping[str, object]]:
     listed = config.get("applications") if isinstance(config, Mapping) else None
     for app in listed if isinstance(listed, list) else []:
         args = app.get("args") if isinstance(app, Mapping) else None
         if isinstance(args, Mapping):
-            yield args.get("durability")
+            yield args
 
 
 def scaled(config: ServeConfig, replicas: int) -> ServeConfig:

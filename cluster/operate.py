@@ -17,7 +17,7 @@ from billing.clock import now_ms
 from billing.errors import BillingError
 from billing.offers import left_behind
 from billing.store.board import GatewayState, current, gateways
-from billing.store.connection import Durability, connect
+from billing.store.connection import connect
 from billing.store.tenants import Tenants
 from billing.usage import TenantId
 from cluster import commerce, launch, ray_node
@@ -77,10 +77,10 @@ class Running:
         return service_environment(self.settings, self.home.secrets(), self.run.store_url)
 
     @property
-    def durability(self) -> Durability:
+    def terms(self) -> launch.StoreTerms:
         """What the configuration in force says of the store."""
         deployed = self.home.deployed
-        return launch.durability_in(deployed if deployed.exists() else Path(self.run.config))
+        return launch.store_terms_in(deployed if deployed.exists() else Path(self.run.config))
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def deploy(settings: Settings, file: Path, say: Say, may_retire_plans: bool = Fa
     config = commerce.resolved(wanted)
     api = running.api()
     launch.refuse_losses(config, api.applications())
-    catalogue, store = commerce.catalogue_of(config), (running.run.store_url, launch.durability(config))
+    catalogue, store = commerce.catalogue_of(config), (running.run.store_url, launch.store_terms(config))
     if not may_retire_plans:
         asyncio.run(refuse_lost_plans(store, catalogue))
     if dodo_environment() == SANDBOX:
@@ -174,9 +174,9 @@ def scale(settings: Settings, replicas: int | None, say: Say) -> int:
     return launch.wait_scaled(api, replicas, say)
 
 
-async def refuse_lost_plans(store: tuple[str, Durability], wanted: Catalogue) -> None:
+async def refuse_lost_plans(store: tuple[str, launch.StoreTerms], wanted: Catalogue) -> None:
     """Raises LaunchError where tenants are on a plan that ``wanted`` drops or renames."""
-    redis = await connect(store[0], durability=store[1])
+    redis = await connect(store[0], **store[1])
     try:
         in_force = await current(redis)
         lost = {} if in_force is None else left_behind(await Tenants(redis).list(), in_force, wanted)
@@ -196,9 +196,9 @@ def _told(plan: str, tenants: list[TenantId]) -> str:
     return f"{plan} ({len(tenants)} tenant{'' if len(tenants) == 1 else 's'}: {names}{more})"
 
 
-async def _wait_served(store: tuple[str, Durability], catalogue: Catalogue, running: Callable[[], int]) -> None:
+async def _wait_served(store: tuple[str, launch.StoreTerms], catalogue: Catalogue, running: Callable[[], int]) -> None:
     """Wait until every living gateway announces this catalogue's hash."""
-    redis = await connect(store[0], durability=store[1])
+    redis = await connect(store[0], **store[1])
     loop = asyncio.get_running_loop()
     deadline = loop.time() + CATALOGUE_TIMEOUT_S
     try:

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from billing.store.connection import Durability
-from cluster.launch import durability_in
+from cluster.launch import StoreTerms, store_terms_in
 from cluster.operate import NotRunning, Running
 from cluster.settings import Settings
 
@@ -20,7 +19,8 @@ class Standing:
 
     settings: Settings
     environment: Mapping[str, str]
-    durability: Durability
+    terms: StoreTerms
+    """On which its store is used."""
 
     @classmethod
     def find(cls, settings: Settings, env: Mapping[str, str] = os.environ) -> Self:
@@ -34,8 +34,8 @@ class Standing:
         except NotRunning as error:
             if not env.get("REDIS_URL"):
                 raise NotRunning(f"{error}; for one on a cluster set REDIS_URL and Dodo's variables") from None
-            return cls(settings, dict(env), durability_in(settings.config))
-        return cls(running.settings, running.environment(), running.durability)
+            return cls(settings, dict(env), store_terms_in(settings.config))
+        return cls(running.settings, running.environment(), running.terms)
 
     @property
     def store_url(self) -> str:

@@ -77,7 +77,7 @@ class NewTenant(_Asked):
 class TenantChange(_Asked):
     plan: str | None = None
     name: str | None = None
-    email: str | None = None
+    email: Email | None = None
     suspended: bool | None = None
 
 

@@ -117,7 +117,7 @@ class SamplingParams:
                     f"not {bias:g} for {token}"
                 )
         if any(not text for text in self.stop):
-            raise RequestRejected("a stop string must not be empty")
+            raise RequestRejected("stop takes no empty strings")
 
 
 @dataclass(frozen=True, slots=True)

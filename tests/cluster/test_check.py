@@ -346,10 +346,11 @@ def test_a_context_longer_than_the_base_model_s_is_refused(desk: Desk) -> None:
     assert "was made for 512" in problem
 
 
-def test_two_durabilities_for_one_store_are_refused(desk: Desk) -> None:
-    desk.edit("durability: strict", "durability: trusted")
+@pytest.mark.parametrize("term", ["durability: strict", "min_replicas_acked: 0"])
+def test_two_terms_for_one_store_are_refused(desk: Desk, term: str) -> None:
+    desk.edit(term, term.replace("strict", "trusted").replace("0", "1"))
     where, problem, _ = desk.only_error()
-    assert where == "farebox > args > durability"
+    assert where == f"farebox > args > {term.partition(':')[0]}"
     assert "share one store" in problem
 
 

@@ -114,16 +114,16 @@ def test_what_was_deployed_says_how_sure_the_store_must_be_not_the_file_beside_i
             ports_base=10_240, haproxy=True,
         )
     )  # fmt: skip
-    assert Standing.find(settings).durability == "trusted"
+    assert Standing.find(settings).terms["durability"] == "trusted"
     home.deployed.write_text(json.dumps(yaml.safe_load(FILE % ("strict", "strict"))))
-    assert Standing.find(settings).durability == "strict"
+    assert Standing.find(settings).terms["durability"] == "strict"
     assert Standing.find(settings).store_url == "unix:///s"
 
 
 @pytest.mark.parametrize("text", ["", "[", "applications: 3", "applications: [x, {args: 1}]"])
 def test_a_file_that_says_nothing_of_its_store_is_strict(tmp_path: Path, text: str) -> None:
     (tmp_path / "f").write_text(text)
-    assert launch.durability_in(tmp_path / "f") == launch.durability_in(tmp_path / "none") == "strict"
+    assert launch.store_terms_in(tmp_path / "f") == launch.store_terms_in(tmp_path / "none") == launch.store_terms({})
 
 
 def test_a_trusted_store_is_taken_by_every_command_and_a_strict_one_by_none(
@@ -132,9 +132,9 @@ def test_a_trusted_store_is_taken_by_every_command_and_a_strict_one_by_none(
     monkeypatch.setenv("REDIS_URL", late_store)
     assert runner.invoke(app, ["usage"]).exit_code == 0
     assert runner.invoke(app, ["dodo", "dead"]).exit_code == 0
-    commerce.verify_store(late_store, launch.durability_in(folder / "serve_config.yaml"))
+    commerce.verify_store(late_store, launch.store_terms_in(folder / "serve_config.yaml"))
     write(folder, "strict")
-    assert Standing.find(Settings.from_env()).durability == "strict"
+    assert Standing.find(Settings.from_env()).terms["durability"] == "strict"
     assert "appendfsync everysec" in runner.invoke(app, ["usage"]).stderr
     with pytest.raises(StoreRefused):
-        commerce.verify_store(late_store, launch.durability_in(folder / "serve_config.yaml"))
+        commerce.verify_store(late_store, launch.store_terms_in(folder / "serve_config.yaml"))

@@ -112,7 +112,7 @@ async def test_too_many_requests_say_when_to_come_back(house: House) -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
-        ({"stop": [""]}, None),
+        ({"stop": [""]}, "stop"),
         ({"stop": 5}, None),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"top_logprobs": 2}, "top_logprobs"),
