@@ -101,10 +101,6 @@ class Stream:
             found = await pipe.execute()
         return {shard: entries_in(raw) for shard, raw in zip(ALL_SHARDS, found, strict=True) if raw}
 
-    async def of(self, tenant: TenantId, start: str = FIRST, end: str = LAST, count: int = 1000) -> list[Entry]:
-        """Entries of the tenant's whole shard, oldest first, both ends included."""
-        return await self.within(shard_for(tenant), start, end, count)
-
     async def within(self, shard: Shard, start: str = FIRST, end: str = LAST, count: int = 1000) -> list[Entry]:
         """Entries of a shard, oldest first, both ends included."""
         async with guarded(BULK_DEADLINE_S):
