@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
-from typing import cast
 
 from dodopayments.types.price_param import OneTimePrice, PriceParam, UsageBasedPrice
 from redis.asyncio import Redis
@@ -19,10 +18,8 @@ from billing.dodo.licences import ENTITLEMENT
 from billing.dodo.wire import DodoMeter, DodoProduct
 from billing.export.events import CHARGE
 from billing.money import NANOS_PER_CENT, divide_up
-from billing.store.connection import guarded
+from billing.store.dodo_ids import all_ids, keep_ids
 from billing.store.inbox import CHARGE_METER
-from billing.store.keys import DODO_IDS
-from billing.store.stream import BULK_DEADLINE_S
 
 WEBHOOK = "webhook"
 METER_KEY = "charge_nanos"
@@ -117,8 +114,7 @@ class _Sync:
     """Dodo's id by our name; empty for what a dry pass would make."""
 
     async def run(self, redis: Redis, catalogue: Catalogue, webhook_url: str) -> SyncReport:
-        async with guarded(BULK_DEADLINE_S):
-            known = cast(dict[str, str], await redis.hgetall(DODO_IDS))
+        known = await all_ids(redis)
         await self._meter(known)
         sold = [pack.licence_key for pack in catalogue.packs.values()]
         if any([*sold, *(plan.licence_key for plan in catalogue.plans.values())]):
@@ -126,8 +122,7 @@ class _Sync:
         await self._products(known, catalogue)
         secret = await self._webhook(webhook_url) if webhook_url else ""
         if not self.is_dry:
-            async with guarded(BULK_DEADLINE_S):
-                await redis.hset(DODO_IDS, mapping=self.ids)  # type: ignore[arg-type]
+            await keep_ids(redis, self.ids)
         found = tuple(name for name in self.ids if name not in self.created)
         return SyncReport(tuple(self.created), found, tuple(self.drift), secret)
 

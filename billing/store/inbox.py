@@ -12,7 +12,8 @@ from typing import Self, cast
 from redis.asyncio import Redis
 
 from billing.store.connection import guarded
-from billing.store.keys import DODO_IDS, INBOX, INBOX_PARKED, PAYMENTS
+from billing.store.dodo_ids import all_ids
+from billing.store.keys import INBOX, INBOX_PARKED, PAYMENTS
 from billing.store.stream import BULK_DEADLINE_S
 from billing.usage import Unit
 
@@ -137,9 +138,7 @@ class Inbox:
 
     async def names(self) -> dict[str, str]:
         """Dodo's id to our name, such as ``pack:small``, of everything that was made at Dodo."""
-        async with guarded(BULK_DEADLINE_S):
-            found = cast(dict[str, str], await self._redis.hgetall(DODO_IDS))
-        return {id_: name for name, id_ in found.items()}
+        return {id_: name for name, id_ in (await all_ids(self._redis)).items()}
 
 
 def _terms(text: str) -> tuple[Term, ...]:

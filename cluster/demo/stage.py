@@ -32,8 +32,8 @@ from billing.export.exporter import Exporter
 from billing.reconcile.reconciler import Reconciler, Report
 from billing.store import board
 from billing.store.connection import connect
+from billing.store.dodo_ids import id_of
 from billing.store.holds import Ledger
-from billing.store.keys import DODO_IDS
 from billing.store.notices import Notices
 from billing.store.refills import Refills
 from billing.store.tenants import Tenants
@@ -183,7 +183,7 @@ class Stage:
     async def buy(self, who: Principal, product: str) -> str:
         """Pay for a product, such as ``pack:small``, on the checkout page; the payment's id."""
         tenant = await self.tenants.get(who.tenant.id)
-        product_id = str(await self.redis.hget(DODO_IDS, product))
+        product_id = await id_of(self.redis, product)
         url = await self.dodo.checkout(tenant, product_id, {}, "http://127.0.0.1/")
         payment = await self.order(f"pay/{url.rpartition('/')[2]}")
         return str(payment["payment_id"])
@@ -192,7 +192,7 @@ class Stage:
         await self.order(f"customers/{who.tenant.dodo_customer_id}/card", declines=declines)
 
     async def product(self, name: str) -> str:
-        return str(await self.redis.hget(DODO_IDS, name))
+        return await id_of(self.redis, name)
 
     async def told(self, who: Principal) -> Told:
         """Asked from Dodo, not from the ledger."""

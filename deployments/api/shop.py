@@ -4,7 +4,7 @@ Knows who is offered what; every payment, card and invoice is Dodo's.
 """
 
 from dataclasses import asdict
-from typing import Annotated, cast
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
@@ -17,8 +17,7 @@ from billing.errors import DodoUnavailable
 from billing.money import format_usd
 from billing.offers import Offers, offers_to
 from billing.plans import Pack, Plan, Quota
-from billing.store import keys
-from billing.store.connection import guarded
+from billing.store.dodo_ids import id_of
 from billing.tenants import Principal, Tenant
 from billing.usage import Unit
 from deployments.api.document import refusals
@@ -106,8 +105,7 @@ async def checkout(asked: CheckoutRequest, parts: Parts, caller: Caller) -> JSON
     """A page on which to pay. The credit comes with Dodo's webhook, not with the page."""
     name = _product_name(asked, parts, caller)
     dodo, tenant = await _at_dodo(parts, caller)
-    async with guarded():
-        product_id = cast(str | None, await parts.redis.hget(keys.DODO_IDS, name))
+    product_id = await id_of(parts.redis, name)
     if not product_id:
         raise DodoUnavailable(f"{name} is not at the payments provider yet: retry in a few seconds")
     metadata = {"farebox_tenant": tenant.id, "farebox_product": name}
