@@ -14,7 +14,9 @@ from billing import history
 from billing.clock import now_ms
 from billing.costs import Costs, Speeds, per_compute_second, per_request, suggest
 from billing.errors import BillingError
-from billing.money import format_usd, parse_usd
+from billing.money import Nanos, format_usd, parse_usd
+from billing.report.experiments import ArmResult
+from billing.report.intervals import LEAST, Interval
 from billing.report.report import Line, Report, build
 from billing.report.worth import Worth
 from billing.store import board
@@ -42,6 +44,8 @@ def report(since: Since = "", until: Until = "", gpu_hour: GpuHour = "", as_json
     out.print(_headline(found))
     for title, lines in (("plan", found.by_plan), ("adapter", found.by_adapter), ("tenant", found.by_tenant[:TOP])):
         out.print(_lines_table(title, lines))
+    if found.arms:
+        out.print(_arms_table(found.arms))
     out.print(f"requests by hour, UTC  {_bars(found.by_hour)}", highlight=False)
 
 
@@ -163,6 +167,43 @@ def _lines_table(title: str, lines: Sequence[Line]) -> Table:
     return table
 
 
+def _arms_table(arms: Sequence[ArmResult]) -> Table:
+    table = Table("experiment", "arm", "tenants", "requests", "revenue", "a tenant", "more than the first arm's")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for one in arms:
+        is_clear = one.gain is not None and one.gain.is_clear
+        table.add_row(
+            one.experiment,
+            one.arm,
+            str(one.tenants),
+            str(one.requests),
+            f"${format_usd(one.revenue_nanos)}",
+            _range(one.each),
+            "" if one.arm == _first_of(one.experiment, arms) else _range(one.gain),
+            style="bold" if is_clear else "",
+        )
+    table.caption = f"ranges hold what is true 95 times in 100; an arm of fewer than {LEAST} tenants has none"
+    return table
+
+
+def _first_of(experiment: str, arms: Sequence[ArmResult]) -> str:
+    return next(one.arm for one in arms if one.experiment == experiment)
+
+
+def _range(interval: Interval | None) -> str:
+    if interval is None:
+        return "too few tenants"
+    estimate, low, high = (_usd(nanos) for nanos in (interval.estimate, interval.low, interval.high))
+    return f"{estimate} ({low} to {high})"
+
+
+def _usd(nanos: float) -> str:
+    """To the millionth of a dollar: an estimate is no more exact."""
+    sign = "-" if nanos < 0 else ""
+    return f"{sign}${format_usd(Nanos(round(abs(nanos) / 1_000) * 1_000))}"
+
+
 def _bars(counts: Sequence[int]) -> str:
     most = max(counts) or 1
     return "".join(BAR[count * (len(BAR) - 1) // most] for count in counts)
@@ -176,6 +217,7 @@ def _report_json(found: Report, costs: Costs | None) -> dict[str, object]:
         "by_tenant": [_line_json(line) for line in found.by_tenant],
         "by_status": found.by_status,
         "by_hour": list(found.by_hour),
+        "experiments": [_arm_json(one) for one in found.arms],
         "recurring_usd": format_usd(found.recurring_nanos),
         "live_subscriptions": found.live_subscriptions,
         "ended_subscriptions": found.ended_subscriptions,
@@ -184,6 +226,26 @@ def _report_json(found: Report, costs: Costs | None) -> dict[str, object]:
         "churn_percent": found.churn_percent,
         "gpu_hour_usd": None if costs is None else format_usd(costs.gpu_hour),
     }
+
+
+def _arm_json(one: ArmResult) -> dict[str, object]:
+    return {
+        "experiment": one.experiment,
+        "arm": one.arm,
+        "tenants": one.tenants,
+        "requests": one.requests,
+        "revenue_usd": format_usd(one.revenue_nanos),
+        "usd_per_tenant": _interval_json(one.each),
+        "usd_more_than_first_arm": _interval_json(one.gain),
+    }
+
+
+def _interval_json(interval: Interval | None) -> dict[str, str] | None:
+    """``None`` where there are too few tenants to say."""
+    if interval is None:
+        return None
+    parts = {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
+    return {name: _usd(nanos).replace("$", "") for name, nanos in parts.items()}
 
 
 def _line_json(line: Line) -> dict[str, object]:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from billing.catalogue import Catalogue
 from billing.costs import PERCENT, Costs
 from billing.money import Nanos
+from billing.report.experiments import ArmResult, results
 from billing.report.worth import Worth
 from billing.tenants import ENDED, Tenant
 from billing.usage import NOTHING, Status, TenantId, Usage, UsageRecord
@@ -58,6 +59,8 @@ class Report:
     by_status: dict[str, int]
     by_hour: Sequence[int]
     """Requests by the hour of the day, in UTC."""
+    arms: Sequence[ArmResult]
+    """Of the experiments that ran."""
     recurring_nanos: Nanos
     """The monthly prices of all subscriptions that are live now."""
     live_subscriptions: int
@@ -101,7 +104,7 @@ class _Sums:
 
 
 def build(
-    records: Iterable[UsageRecord],
+    records: Sequence[UsageRecord],
     active_before: frozenset[TenantId],
     tenants: Sequence[Tenant],
     worth: Worth,
@@ -128,6 +131,7 @@ def build(
         by_tenant=sums["tenant"].costed(costs),
         by_status={status.value: statuses[status.value] for status in Status},
         by_hour=hours,
+        arms=results(worth.catalogue.pricing.experiments, records, (one.id for one in tenants), worth, span_ms),
         recurring_nanos=_recurring(live, worth.catalogue),
         live_subscriptions=len(live),
         ended_subscriptions=sum(_has_ended(tenant, span_ms) for tenant in tenants),

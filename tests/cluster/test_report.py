@@ -41,6 +41,27 @@ def test_a_report_adds_up_what_was_used(farebox: str) -> None:
     assert "requests by hour" in shown.output
 
 
+def test_a_report_shows_an_experiments_arms_and_says_where_tenants_are_too_few(farebox: str) -> None:
+    arms = [{"id": "control"}, {"id": "raised", "multiplier": "1.2"}]
+    publish(farebox, pricing={"experiments": [{"id": "raise", "arms": arms}]})
+    found = json.loads(runner.invoke(app, ["report", "--json"]).stdout)
+    assert [(one["experiment"], one["arm"]) for one in found["experiments"]] == [
+        ("raise", "control"),
+        ("raise", "raised"),
+    ]
+    assert sum(one["requests"] for one in found["experiments"]) == found["total"]["requests"] > 0
+    assert [one["usd_per_tenant"] for one in found["experiments"]] == [None, None]
+    shown = runner.invoke(app, ["report"]).output
+    assert "too few" in shown
+    assert "experiment" in shown
+
+
+def test_a_report_without_experiments_has_no_table_of_them(farebox: str) -> None:
+    publish(farebox)
+    assert json.loads(runner.invoke(app, ["report", "--json"]).stdout)["experiments"] == []
+    assert "experiment" not in runner.invoke(app, ["report"]).output
+
+
 def test_a_report_without_a_catalogue_says_what_to_do(farebox: str) -> None:
     done = runner.invoke(app, ["report"])
     assert done.exit_code == 1
