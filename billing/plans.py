@@ -112,6 +112,8 @@ class Plan(_Configured):
     grace_days: Annotated[int, Field(ge=0, le=60)] = 3
     """Days that a subscription in ``past_due`` keeps its postpaid credit."""
     visibility: Visibility = "public"
+    weight: Annotated[int, Field(ge=1, le=100)] = 1
+    """How much of busy replicas each of its tenants gets, beside one of a plan of weight 1."""
 
     @model_validator(mode="after")
     def _matches_its_kind(self) -> Self:

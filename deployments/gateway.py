@@ -217,6 +217,7 @@ class Gateway:
             sampling=replace(ask.sampling, max_tokens=max(1, hold.max_tokens // ask.sampling.n)),
             adapter=AdapterRef(model.id, model.digest, model.path) if model.is_adapter else None,
             fairness_key=hold.request.tenant,
+            fairness_weight=plan.weight if (plan := self.shelf.current.plan_named(hold.request.plan)) else 1,
             time_to_live_s=self._lease_s,
         )
 

@@ -143,6 +143,12 @@ async def test_the_job_names_the_adapter_by_its_digest_and_the_tenant_only_opaqu
     assert job.fairness_key == "acme"
 
 
+async def test_a_plan_s_weight_goes_with_the_job(house: House) -> None:
+    await house.chat(await house.tenant())
+    await house.chat(await house.tenant("heavy", plan="payg"))
+    assert [job.fairness_weight for job in house.link.jobs] == [1, 3]
+
+
 async def test_parts_of_text_and_unknown_fields_are_accepted(house: House) -> None:
     content = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     messages = [{"role": "developer", "content": "three"}, {"role": "user", "content": content, "name": "bo"}]
