@@ -65,10 +65,14 @@ class Answer:
     retry_after_s: float = 0
     should_retry: bool | None = None
     """Overrides what clients do on their own with such a status."""
+    told: str = ""
+    """Said in place of the error's own words, which name our parts."""
 
 
 INVALID, AUTH, DENIED, SERVER = "invalid_request_error", "authentication_error", "permission_error", "server_error"
 QUOTA, RATE = "insufficient_quota", "rate_limit_error"
+BROKEN = "something broke on our side; the request id helps us find it"
+NO_STORE = "nothing is served while usage cannot be recorded: retry shortly"
 
 ANSWERS: Mapping[type[BaseException], Answer] = {
     BadRequest: Answer(400, "invalid_request", INVALID, "Bad Request"),
@@ -101,8 +105,8 @@ ANSWERS: Mapping[type[BaseException], Answer] = {
     billing.SpendCapReached: Answer(402, "spend_cap_reached", QUOTA, "Spend Cap Reached"),
     billing.RateLimited: Answer(429, "rate_limit_exceeded", RATE, "Too Many Requests"),
     SpoolFull: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=5),
-    billing.StoreUnavailable: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=1),
-    billing.StoreRefused: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=5),
+    billing.StoreUnavailable: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", 1, told=NO_STORE),
+    billing.StoreRefused: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", 5, told=NO_STORE),
     billing.ArchiveUnavailable: Answer(503, "archive_unavailable", SERVER, "Archive Unavailable", retry_after_s=5),
     billing.DodoUnavailable: Answer(503, "payments_unavailable", SERVER, "Payments Unavailable", retry_after_s=5),
     billing.DodoRefused: Answer(502, "payments_refused", SERVER, "Payments Refused", should_retry=False),
@@ -115,7 +119,7 @@ ANSWERS: Mapping[type[BaseException], Answer] = {
     LeaseLost: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=1),
     AnswerTimeout: Answer(504, "timeout", SERVER, "Gateway Timeout", should_retry=False),
     engine.EngineError: Answer(500, "engine_failed", SERVER, "Engine Failed"),
-    Exception: Answer(500, "internal_error", SERVER, "Internal Server Error"),
+    Exception: Answer(500, "internal_error", SERVER, "Internal Server Error", told=BROKEN),
 }
 HTTP_CODES: Mapping[int, tuple[str, str]] = {
     400: ("invalid_request", "Bad Request"),
@@ -133,9 +137,7 @@ def answer_for(error: BaseException) -> Answer:
 def body_of(error: BaseException, top_up_url: str = "") -> Json:
     """The JSON body of any error but Starlette's own."""
     answer = answer_for(error)
-    hidden = answer.code == "internal_error"
-    message = "something broke on our side; the request id helps us find it" if hidden else str(error)
-    return problem(answer, message, getattr(error, "param", None)) | _details(error, top_up_url)
+    return problem(answer, answer.told or str(error), getattr(error, "param", None)) | _details(error, top_up_url)
 
 
 def problem(answer: Answer, message: str, param: str | None = None) -> Json:
@@ -209,7 +211,7 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     services.gateway.metrics.refused(answer.code)
     if answer.code == "internal_error":
         logger.exception("unexpected error on %s %s", request.method, request.url.path, exc_info=error)
-    if isinstance(error, billing.ClockAstray):
+    elif isinstance(error, billing.ClockAstray):
         logger.critical("new requests are refused: %s", error)
     return Problem(body_of(error, services.top_up_url), answer.status, headers_of(error))
 

@@ -8,10 +8,11 @@ from billing.store import board
 from billing.store.tenants import Tenants
 from billing.tenants import Tenant
 from billing.usage import TenantId
-from cluster.launch import LaunchError
+from cluster.launch import LaunchError, store_terms
 from cluster.operate import refuse_lost_plans
 from tests.billing.test_offers import CATALOGUE
 
+TERMS = store_terms({})
 OLD = Catalogue.model_validate(CATALOGUE)
 NEW = Catalogue.model_validate(CATALOGUE | {"plans": {"prepaid": {"kind": "prepaid"}}})
 
@@ -26,7 +27,7 @@ async def test_it_names_how_many_and_which_and_what_to_do(redis: Redis, store_ur
     await on(redis, "club", *(f"t{number}" for number in range(7)))
     await on(redis, "payg", "acme")
     with pytest.raises(LaunchError) as refused:
-        await refuse_lost_plans((store_url, "strict"), NEW)
+        await refuse_lost_plans((store_url, TERMS), NEW)
     message = str(refused.value)
     assert "club (7 tenants: t0, t1, t2, t3, t4 and 2 more); payg (1 tenant: acme)" in message
     assert "--retire-plans" in message
@@ -35,16 +36,16 @@ async def test_it_names_how_many_and_which_and_what_to_do(redis: Redis, store_ur
 async def test_a_plan_that_nobody_is_on_may_go(redis: Redis, store_url: str) -> None:
     await board.publish(redis, OLD, "gw", 0)
     await on(redis, "prepaid", "acme")
-    await refuse_lost_plans((store_url, "strict"), NEW)
+    await refuse_lost_plans((store_url, TERMS), NEW)
 
 
 async def test_what_was_retired_once_is_not_asked_about_again(redis: Redis, store_url: str) -> None:
     await on(redis, "club", "acme")
     for catalogue in (OLD, NEW):
         await board.publish(redis, catalogue, "gw", 0)
-    await refuse_lost_plans((store_url, "strict"), NEW)
+    await refuse_lost_plans((store_url, TERMS), NEW)
 
 
 async def test_a_first_deployment_drops_nothing(redis: Redis, store_url: str) -> None:
     await on(redis, "club", "acme")
-    await refuse_lost_plans((store_url, "strict"), NEW)
+    await refuse_lost_plans((store_url, TERMS), NEW)

@@ -27,7 +27,6 @@ def sandbox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(commerce, "resolved", lambda settings: {"applications": []})
     monkeypatch.setattr(commerce, "catalogue_of", lambda config: Catalogue.model_validate(CATALOGUE))
-    monkeypatch.setattr(commerce, "durability", lambda config: "strict")
     client = Redis.from_url(store_url)
     client.flushall()
     client.close()

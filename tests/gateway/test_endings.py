@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 from collections.abc import AsyncIterator
@@ -311,7 +312,8 @@ class Fragile:
         os.kill(self.server.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        os.kill(self.server.pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(self.server.pid, signal.SIGCONT)
 
 
 @pytest.fixture
@@ -345,9 +347,20 @@ async def test_a_hung_store_refuses_new_requests_in_time(fragile: Fragile) -> No
     assert reply.status_code == 503
     assert reply.json()["error"]["code"] == "metering_unavailable"
     assert int(reply.headers["retry-after"]) >= 1
+    assert "retry shortly" in reply.json()["detail"]
     assert (await house.client.get("/readyz")).json()["checks"]["store"] is False
     assert len(house.link.jobs) == 1
     fragile.resume()
+
+
+@pytest.mark.prompt
+async def test_a_store_that_is_gone_is_not_described_to_clients(fragile: Fragile) -> None:
+    key = await fragile.house.tenant()
+    fragile.server.kill()
+    reply = await fragile.house.chat(key)
+    assert reply.status_code == 503
+    assert "retry shortly" in reply.json()["error"]["message"]
+    assert not {"sock", "connect", "Error"} & set(re.findall("[A-Za-z]+", reply.text))
 
 
 @pytest.mark.prompt
