@@ -211,7 +211,7 @@ class SourceReused(Refusal):
     source: str
 
     def __str__(self) -> str:
-        return f"{self.source} was used before for a different movement"
+        return f"{self.source} was used before for a different movement: give this one another source"
 
 
 @dataclass(eq=False)
@@ -219,7 +219,7 @@ class UnknownTenant(Refusal):
     tenant: str
 
     def __str__(self) -> str:
-        return f"tenant {self.tenant!r} does not exist"
+        return f"tenant {self.tenant!r} does not exist: list the tenants to find its id"
 
 
 @dataclass(eq=False)
@@ -227,7 +227,7 @@ class TenantExists(Refusal):
     tenant: str
 
     def __str__(self) -> str:
-        return f"tenant {self.tenant!r} exists already"
+        return f"tenant {self.tenant!r} exists already: choose another id"
 
 
 @dataclass(eq=False)
@@ -246,7 +246,7 @@ class UnknownKey(Refusal):
     key_id: str
 
     def __str__(self) -> str:
-        return f"API key {self.key_id!r} does not exist"
+        return f"API key {self.key_id!r} does not exist: list the keys to find its id"
 
 
 @dataclass(eq=False)

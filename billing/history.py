@@ -175,5 +175,5 @@ def _checked(cursor: str) -> str:
     ms, dash, number = cursor.partition("-")
     is_id = dash and all(part.isascii() and part.isdigit() and len(part) <= 19 for part in (ms, number))
     if not is_id:
-        raise ValueError(f"{cursor!r} is no cursor")
+        raise ValueError(f"{cursor!r} is no cursor: use the `next_cursor` of the page before")
     return cursor

@@ -187,7 +187,7 @@ class Run:
         """The next piece that is paid for, with its choices; the last of a request that cannot pay more is empty."""
         piece = await self._read()
         if self._is_lost:
-            raise LeaseLost("the hold of this request ended while it ran")
+            raise LeaseLost("the hold of this request ended while it ran: retry")
         _refuse_broken(piece)
         usage = replace(
             self.usage,
@@ -225,7 +225,7 @@ class Run:
         if isinstance(refusal, StoreUnavailable):
             raise MeteringUnavailable("the metering store is away: this answer ends with the credit it held")
         if isinstance(refusal, UnknownHold):
-            raise LeaseLost("the hold of this request ended while it ran")
+            raise LeaseLost("the hold of this request ended while it ran: retry")
         self.shortage = refusal
         return replace(piece, token_ids=(), text="", choices=(), finish_reason=FinishReason.LENGTH)
 

@@ -78,7 +78,7 @@ def as_engine_error(error: Exception) -> EngineError:
     if isinstance(error, BackPressureError | DeploymentUnavailableError):
         return Overloaded("every replica is busy or starting: retry shortly")
     if isinstance(error, RayActorError | ReplicaUnavailableError | TaskCancelledError):
-        return ReplicaLost("the replica that ran this request is gone")
+        return ReplicaLost("the replica that ran this request is gone: retry")
     if not isinstance(error, RayError):
         logger.error("a call to a replica failed: %r", error)
-    return EngineFailed("the replica failed on this request")
+    return EngineFailed("the replica failed on this request: retry, and tell the operator if it stays")
