@@ -152,7 +152,7 @@ class Scheduler:
             sequence.adapter_slot = slot
         self._unqueue(sequence)
         self._kv.acquire(sequence)
-        self._running[sequence] = None
+        self._running[sequence], sequence.tokens_before = None, len(sequence.token_ids)
         if not sequence.admitted:
             sequence.admitted = True
             self._counters.charge(sequence.request.fairness_key, prompt_tokens=sequence.prompt_tokens - sequence.cached)
@@ -181,7 +181,8 @@ class Scheduler:
         waited = [s for s in self._starved(now) if now - _blocked_since(s) >= limit]
         homeless = {s.digest for s in waited if not self._slots.has(s.digest)}
         taken = set(victims[: len(homeless)])
-        for sequence in [sequence for sequence in self._running if sequence.digest in taken]:
+        # Who got no token since it was taken in goes on until it has one: else long ones set each other back for ever.
+        for sequence in [sequence for sequence in self._running if sequence.digest in taken and sequence.got_on]:
             self._preempt(sequence, now)
 
     def _make_room(self, now: float) -> None:

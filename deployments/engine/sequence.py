@@ -32,6 +32,8 @@ class Sequence:
     waiting_since: float = 0.0
     admitted: bool = False
     """It ran before: its prompt is charged to its key, and ``cached`` stays as it is."""
+    tokens_before: int = 0
+    """How many it had when it was last taken in."""
     compute_s: float = 0.0
     """Its share of the steps it took part in, by tokens."""
 
@@ -68,6 +70,11 @@ class Sequence:
     def decoding(self) -> bool:
         """All but its newest token are computed, and that one was generated."""
         return self.computed >= self.prompt_tokens and self.computed + 1 == len(self.token_ids)
+
+    @property
+    def got_on(self) -> bool:
+        """It got a token since it was last taken in."""
+        return len(self.token_ids) > self.tokens_before
 
     @property
     def covered(self) -> bool:

@@ -434,3 +434,13 @@ def test_the_common_start_is_exact() -> None:
         right = left[: rng.randrange(12)] + [rng.randrange(2) for _ in range(rng.randrange(5))]
         exact = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), None)
         assert common_prefix(left, right) == (min(len(left), len(right)) if exact is None else exact)
+
+
+@pytest.mark.parametrize("blocks", [0, 12])
+def test_long_ones_that_want_one_slot_do_not_set_each_other_back_for_ever(blocks: int) -> None:
+    """Each takes longer to compute than the others wait: whoever runs gets a token before it makes way."""
+    house = House(running=2, slots=1, budget=3, wait=0.3, blocks=blocks)
+    for adapter in "xyz":
+        house.add(adapter, prompt=40, out=8, adapter=adapter, key=adapter)
+    house.steps(1_000)
+    assert sorted(house.finished) == ["x", "y", "z"]
