@@ -150,10 +150,11 @@ class Payments:
 
 
 def _closed_period(payment: Payment, subscription_id: str, periods: Iterable[UsagePeriod]) -> UsagePeriod | None:
-    """The period whose usage a payment bills: it ends where the paid one starts, or else closest to the payment."""
+    """The period whose usage a payment bills: it ends closest to where the paid one starts, or else to the payment."""
     starts_ms = payment.service_starts_ms.get(subscription_id)
     if starts_ms is not None:
-        return next((p for p in periods if abs(p.end_ms - starts_ms) <= HOUR_MS), None)
+        near = (p for p in periods if abs(p.end_ms - starts_ms) <= HOUR_MS)
+        return min(near, key=lambda p: abs(p.end_ms - starts_ms), default=None)
     paid_at_ms = payment.created_at_ms or 0
     ended = (p for p in periods if p.end_ms <= paid_at_ms + HOUR_MS)
     return min(ended, key=lambda p: abs(p.end_ms - paid_at_ms), default=None)

@@ -103,6 +103,37 @@ async def test_the_invoice_of_a_pause_repays_exactly_the_usage_it_bills(world: W
     assert (rests.status, rests.is_live(world.clock())) == (SubscriptionStatus.PAUSED, False)
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_a_renewal_and_a_pause_minutes_later_each_repay_their_own_usage(world: World, is_late: bool) -> None:
+    """Also where both are told only after the pause, with two periods that ended within an hour."""
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}, "msg_0"))
+    stored = (await world.tenants.get(ACME)).subscription
+    assert stored is not None
+    await world.redis.hset(shard_for(ACME).account(ACME), "overage", str(20 * USD))
+    await world.use("acme", charged=5 * USD, overage=5 * USD)
+    await world.exporter().flush_once()
+    world.clock.move(stored.period_end_ms + MINUTE - world.clock())
+    (await world.operator.post("/_sandbox/clock", json={"advance_s": 0})).raise_for_status()
+    await webhooks.receive(*delivery("subscription.renewed", {"subscription_id": started}, "msg_1"))
+    renewal = (await world.operator.get("/payments", headers=AUTH)).json()["items"][0]
+    world.clock.move(10 * MINUTE)
+    await world.use("acme", charged=7 * USD, overage=7 * USD)
+    await world.exporter().flush_once()
+    world.clock.move(10 * MINUTE)
+    if not is_late:
+        await webhooks.receive(*delivery("payment.succeeded", renewal, "msg_2"))
+        assert (await world.ledger.account(ACME)).overage_nanos == 15 * USD
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
+    bill = (await world.operator.get("/payments", headers=AUTH)).json()["items"][0]
+    assert (renewal["total_amount"], bill["total_amount"]) == (500, 700)
+    for number, told in enumerate((bill, renewal, bill)):
+        await webhooks.receive(*delivery("payment.succeeded", told, f"msg_{3 + number}"))
+    assert (await world.ledger.account(ACME)).overage_nanos == 8 * USD
+
+
 async def test_a_period_that_ended_without_news_is_looked_up(world: World) -> None:
     await world.tenant("acme", plan="payg")
     started = str((await subscribe(world, "plan:payg"))["subscription_id"])
