@@ -85,7 +85,8 @@ def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_m
     if is_pending:
         plan = tenant.plan
     elif is_ended:
-        plan = default_plan if tenant.plan == subscription.plan else tenant.plan
+        carried = {subscription.plan} if is_other or current is None else {subscription.plan, current.plan}
+        plan = default_plan if tenant.plan in carried else tenant.plan
     else:
         plan = subscription.plan
     return tenant.model_copy(update={"subscription": subscription, "plan": plan})

@@ -70,6 +70,13 @@ def test_a_plan_that_the_operator_chose_outlives_an_ended_subscription() -> None
     assert applied(tenant("pro", sub(S.ACTIVE)), sub(S.CANCELLED), "prepaid", NOW).plan == "pro"
 
 
+def test_a_plan_that_was_changed_and_cancelled_before_anything_was_heard_ends_too() -> None:
+    before = tenant("pro", sub(S.ACTIVE).model_copy(update={"plan": "pro"}))
+    assert applied(before, sub(S.CANCELLED), "prepaid", NOW).plan == "prepaid"
+    other = applied(tenant("pro", sub(S.EXPIRED, "sub_0")), sub(S.CANCELLED), "prepaid", NOW)
+    assert other.plan == "pro", "the operator's choice"
+
+
 def past_due(ends_at_ms: int | None = None) -> DodoSubscription:
     return DodoSubscription("sub_1", "cus", "prd", S.PAST_DUE, 0, NOW, False, ends_at_ms)
 
