@@ -122,7 +122,8 @@ def build(
             sums[kind].add(name, record)
         statuses[record.status.value] += 1
         hours[datetime.fromtimestamp(record.occurred_at_ms // 1_000, UTC).hour] += record.usage.requests
-    active = frozenset(TenantId(name) for name in sums["tenant"].lines)
+    active = frozenset(record.tenant for record in records if record.usage != NOTHING)
+    there = [one.id for one in tenants if one.created_at_ms < span_ms[1]]
     live = [t.subscription.plan for t in tenants if t.subscription is not None and t.subscription.is_live(now_ms)]
     return Report(
         total=next(iter(sums["total"].costed(costs)), Line("total")),
@@ -131,7 +132,7 @@ def build(
         by_tenant=sums["tenant"].costed(costs),
         by_status={status.value: statuses[status.value] for status in Status},
         by_hour=hours,
-        arms=results(worth.catalogue.pricing.experiments, records, (one.id for one in tenants), worth, span_ms),
+        arms=results(worth.catalogue.pricing.experiments, records, there, worth, span_ms),
         recurring_nanos=_recurring(live, worth.catalogue),
         live_subscriptions=len(live),
         ended_subscriptions=sum(_has_ended(tenant, span_ms) for tenant in tenants),

@@ -12,7 +12,7 @@ from billing.prices import Price
 from billing.report.report import Report, build
 from billing.report.worth import Worth
 from billing.tenants import Subscription, SubscriptionStatus, Tenant
-from billing.usage import OVERAGE, BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
+from billing.usage import NOTHING, OVERAGE, BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
 
 USD, HOUR_MS = 1_000_000_000, 3_600_000
 CATALOGUE = Catalogue.model_validate(
@@ -143,6 +143,22 @@ def test_recurring_revenue_counts_live_subscriptions_and_churn_those_who_stopped
     found = report([record(OVERAGE, 1)], {"acme", "globex", "hooli"}, tenants)
     assert (found.recurring_nanos, found.live_subscriptions, found.ended_subscriptions) == (100 * USD, 1, 1)
     assert (found.lost, found.churn_percent) == ({"globex", "hooli"}, 66)
+
+
+def test_who_got_nothing_is_lost_like_who_asked_for_nothing() -> None:
+    found = report([record(OVERAGE, 0, usage=NOTHING, draws=(), status=Status.FAILED)], {"acme"})
+    assert (found.active, found.lost, found.churn_percent) == (set(), {"acme"}, 100)
+
+
+def test_who_came_after_the_stretch_is_in_no_arm_of_it() -> None:
+    experiment = {"id": "raise", "arms": [{"id": "control"}, {"id": "raised"}]}
+    pricing = CATALOGUE.pricing.model_validate({"experiments": [experiment]})
+    worth = replace(WORTH, catalogue=CATALOGUE.model_copy(update={"pricing": pricing}))
+    tenants = [
+        Tenant(id=TenantId(f"t{n}"), email="a@example.com", plan="pro", created_at_ms=n * HOUR_MS) for n in range(48)
+    ]
+    found = build([], frozenset(), tenants, worth, None, (0, 24 * HOUR_MS), 48 * HOUR_MS)
+    assert sum(arm.tenants for arm in found.arms) == 24
 
 
 def test_a_suggested_price_leaves_the_wanted_margin() -> None:
