@@ -139,11 +139,11 @@ class Tenants:
             return [TenantId(str(i)) for i in sorted(await self._redis.smembers(names.CUSTOMERS_WANTED))]
 
     async def add_key(self, key: ApiKey) -> None:
-        """Raises: UnknownTenant."""
+        """One that is there stays as it is: who adds it late does not undo its end. Raises: UnknownTenant."""
         await self._text_of(key.tenant)
         async with guarded():
             await self._redis.sadd(shard_for(key.tenant).keys_of(key.tenant), key.hash)
-            await self._redis.set(names.api_key(key.hash), key.model_dump_json())
+            await self._redis.set(names.api_key(key.hash), key.model_dump_json(), nx=True)
 
     async def keys(self, tenant_id: TenantId) -> list[ApiKey]:
         """All keys of a tenant, revoked ones too, oldest first."""

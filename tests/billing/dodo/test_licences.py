@@ -13,6 +13,7 @@ from billing.dodo.wire import LicenceGrant
 from billing.errors import InvalidKey
 from billing.store.inbox import Outcome
 from billing.store.tenants import Tenants
+from billing.tenants import ApiKey
 from billing.usage import TenantId
 from tests.billing.dodo.test_webhooks import AUTH
 from tests.billing.dodo.world import CATALOGUE, World, delivery
@@ -167,6 +168,26 @@ async def test_a_key_that_was_revoked_here_stays_so_when_its_subscription_goes_o
     await apply(keyed, grant, "revoked", 1)
     await set_status(keyed, grant, "active")
     await apply(keyed, grant, "delivered", 2)
+    assert not await opens(keyed, grant)
+
+
+async def test_a_delivery_that_another_overtook_does_not_undo_a_revocation(
+    keyed: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tell of a new key at once; it is revoked between the slower one's look and its write."""
+    await keyed.tenant("acme")
+    await keyed.buy("acme", "plan:pro")
+    (grant,) = await grants(keyed)
+    add = Tenants.add_key
+
+    async def slowly(tenants: Tenants, key: ApiKey) -> None:
+        monkeypatch.setattr(Tenants, "add_key", add)
+        await apply(keyed, grant, "created")
+        await tenants.revoke_key(key.tenant, key.id)
+        await add(tenants, key)
+
+    monkeypatch.setattr(Tenants, "add_key", slowly)
+    await apply(keyed, grant)
     assert not await opens(keyed, grant)
 
 
