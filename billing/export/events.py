@@ -84,12 +84,13 @@ class SealedEvent:
     def to_event(self, destination: Destination, now_ms: int) -> Event:
         """What is sent now. Where Dodo would refuse the timestamp, or never bill it because its period is
         closed, ``now`` takes its place and the true one stays in metadata; ``crosses_period`` says that it is
-        billed in a later period than it was used in.
+        billed in a later period than it was used in. A charge always has ``now``: a pause or another plan may
+        have closed its period unheard.
         """
         true = {"occurred_at": to_iso(self.occurred_at_ms), "until": self.until}
         is_fresh = 0 <= now_ms - self.occurred_at_ms < MAX_AGE_MS
         is_open = self.occurred_at_ms >= destination.boundary_ms(now_ms)
-        is_kept = is_fresh and is_open
+        is_kept = is_fresh and is_open and self.name != CHARGE
         return Event(
             id=self.id,
             customer_id=destination.customer_id,

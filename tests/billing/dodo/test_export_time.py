@@ -218,3 +218,25 @@ async def test_charges_of_a_last_period_are_sent_while_it_is_open(world: World) 
 
 def _ms(moment: str) -> int:
     return round(datetime.fromisoformat(moment).timestamp() * 1000)
+
+
+async def test_charges_are_billed_though_a_pause_was_not_heard_of_when_they_were_told(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    payment = await world.buy("acme", "plan:payg")
+    path, told = f"/subscriptions/{payment['subscription_id']}", {"subscription_id": payment["subscription_id"]}
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("subscription.active", told, "msg_1"))
+    await world.use("acme", charged=50_000_000, overage=50_000_000)
+    await world.exporter().flush_once()
+    world.clock.move(MINUTE)
+    await world.use("acme", charged=70_000_000, overage=70_000_000)
+    world.clock.move(MINUTE)
+    for status in ("paused", "active"):
+        (await world.operator.patch(path, json={"status": status}, headers=AUTH)).raise_for_status()
+        world.clock.move(MINUTE)
+        await world.exporter().flush_once(force=True)
+        await webhooks.receive(*delivery(f"subscription.{status}", told, f"msg_{status}"))
+    world.clock.move(32 * DAY)
+    (await world.operator.post("/_sandbox/clock", json={"advance_s": 0})).raise_for_status()
+    bills = (await world.operator.get("/payments", headers=AUTH)).json()["items"]
+    assert [bill["total_amount"] for bill in bills] == [7, 5, 0]
