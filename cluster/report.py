@@ -133,6 +133,8 @@ def _refuse(reason: str) -> None:
 
 def _headline(found: Report) -> Table:
     table = Table("revenue", "recurring a month", "subscriptions", "ended", "tenants", "lost", "churn", "margin")
+    for column in table.columns:
+        column.overflow = "fold"
     churn, margin = found.churn_percent, found.total.margin_percent
     table.add_row(
         f"${format_usd(found.total.revenue_nanos, 2)}",
@@ -149,6 +151,8 @@ def _headline(found: Report) -> Table:
 
 def _lines_table(title: str, lines: Sequence[Line]) -> Table:
     table = Table(title, "requests", "prompt", "completion", "compute s", "revenue", "cost", "margin")
+    for column in table.columns:
+        column.overflow = "fold"  # a sum is never cut short
     for column in table.columns[1:]:
         column.justify = "right"
     for line in lines:
@@ -169,6 +173,8 @@ def _lines_table(title: str, lines: Sequence[Line]) -> Table:
 
 def _arms_table(arms: Sequence[ArmResult]) -> Table:
     table = Table("experiment", "arm", "tenants", "requests", "revenue", "a tenant", "more than the first arm's")
+    for column in table.columns:
+        column.overflow = "fold"
     for column in table.columns[2:]:
         column.justify = "right"
     for one in arms:
