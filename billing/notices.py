@@ -26,6 +26,8 @@ class NoticeKind(StrEnum):
     DUNNING_STARTED = "dunning.started"
     """Dodo asks the customer of an unpaid renewal for another card."""
     DUNNING_RECOVERED = "dunning.recovered"
+    RECORD_WITHHELD = "record.withheld"
+    """A usage record is not as it was written, and Dodo is not told of it."""
     KEY_QUARANTINED = "key.quarantined"
     """A key is used like a stolen one and may do little until a person lifts it."""
 

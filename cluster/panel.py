@@ -99,6 +99,7 @@ def money_lines(billing: Mapping[str, object]) -> Iterator[str]:
         yield f"not told to Dodo: {billing['backlog']}, the oldest {open_['backlog_age_s']} s"
     waiting = {
         "dead letters": "dead_events",
+        "withheld records": "withheld_records",
         "parked webhooks": "parked_webhooks",
         "spooled settles": "unsettled_on_this_gateway",
         "quarantined settles": "quarantined_settles",

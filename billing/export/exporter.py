@@ -2,6 +2,11 @@
 
 Killed between any two steps, or run twice at once, it loses nothing and doubles nothing: what
 is sealed keeps its id and quantities until Dodo has it, and Dodo counts an id once.
+
+Each entry's digest is looked at before it is sealed. One that is not as it was written is withheld: nothing of it is
+sealed or sent, an error and a notice name it, and everything else goes on, its tenant's other records too. It is looked
+at again with each flush, and sealed in a window of its own once it is put right. An entry that is as it was
+written and that this version cannot read stops its shard, until a version comes that can.
 """
 
 import logging
@@ -15,9 +20,12 @@ from billing.clock import Clock, now_ms
 from billing.dodo.budget import PER_MINUTE, Budget, CallBudget
 from billing.dodo.client import Dodo
 from billing.errors import DodoRefused, DodoUnavailable, UnknownTenant
+from billing.export.checking import Withheld, sift
 from billing.export.events import CHARGE, Destination, SealedEvent, fold
 from billing.export.sending import BudgetSpent, Sender, Tally
-from billing.store.keys import Shard
+from billing.notices import Notice, NoticeKind
+from billing.store.keys import Shard, shard_for
+from billing.store.notices import Notices
 from billing.store.outbox import Outbox, PumpState
 from billing.store.stream import Entry, Stream, UnreadableEntry
 from billing.store.tenants import Tenants
@@ -49,6 +57,8 @@ class FlushReport:
     held: int = 0
     """Left in the outbox until their tenants have customers."""
     error: str = ""
+    withheld: int = 0
+    """Records that Dodo is not told of, because they are not as they were written."""
 
 
 class Exporter:
@@ -67,11 +77,13 @@ class Exporter:
         """``patience_s``: how long a flush may wait for its budget of calls before it leaves the rest to the next."""
         self.outbox = Outbox(redis)
         self._stream, self._tenants, self._clock, self._jitter = Stream(redis), tenants, clock, jitter
+        self._notices = Notices(redis)
         self._sender = Sender(self.outbox, dodo, budget or CallBudget(PER_MINUTE, clock), clock, patience_s)
         self._state = PumpState()
         self._failing_since_ms: int | None = None
         self._sealed_at_ms = 0
         self._unreadable = ""
+        self._withheld: list[Withheld] = []
 
     async def flush_once(self, force: bool = False) -> FlushReport:
         """Seal what is new and send what is sealed. ``force`` does not wait for a backoff to end.
@@ -82,7 +94,7 @@ class Exporter:
         tally = Tally()
         sealed = 0
         if force or self._may_seal():
-            sealed = await self._seal()
+            sealed = await self._seal() + await self._release()
         everything = await self.outbox.events()
         ready, destinations, held = await self._sendable(everything)
         if force or self._clock() >= self._state.next_try_ms:
@@ -90,7 +102,9 @@ class Exporter:
         waiting = max(0, len(ready) - tally.sent - tally.buried)
         oldest_ms = min((e.occurred_at_ms for e in everything), default=0) if waiting or held else 0
         await self._show(tally, waiting, held, oldest_ms)
-        return FlushReport(self._state.state, sealed, tally.sent, tally.buried, waiting, held, self._state.error)
+        return FlushReport(
+            self._state.state, sealed, tally.sent, tally.buried, waiting, held, self._state.error, len(self._withheld)
+        )
 
     def _may_seal(self) -> bool:
         now = self._clock()
@@ -119,9 +133,42 @@ class Exporter:
         return sealed
 
     async def _seal_window(self, shard: Shard, start: str, entries: list[Entry]) -> int:
+        sifted = sift(entries, await self.outbox.reached({entry.tenant for entry in entries}))
+        events = self._fold(shard, start, entries[-1].id, sifted.sound)
+        return len(events) if await self.outbox.seal(shard, start, entries[-1].id, sifted, events) else 0
+
+    async def _release(self) -> int:
+        """Seal what was withheld and is right again; alarm about the rest. How many events that made."""
+        sealed, self._withheld = 0, []
+        for one in await self.outbox.withheld():
+            shard = shard_for(one.tenant)
+            found = [e for e in await self._stream.within(shard, one.id, one.id) if one.behind.precedes(e)]
+            try:
+                events = self._fold(shard, one.id, one.id, found)
+            except UnreadableEntry:
+                found = []
+            if not found:
+                self._withheld.append(one)
+                await self._alarm(one)
+            elif await self.outbox.release(one, events):
+                sealed += len(events)
+        return sealed
+
+    async def _alarm(self, one: Withheld) -> None:
+        log.error("Dodo is not told of %s: see `farebox reconcile`", one)
+        once, facts = f"withheld:{one.tenant}:{one.id}", {"record": one.name}
+        await self._notices.tell(Notice(NoticeKind.RECORD_WITHHELD, one.tenant, once, self._clock(), facts))
+
+    def _fold(self, shard: Shard, start: str, end: str, entries: list[Entry]) -> list[SealedEvent]:
         records = [entry.record() for entry in entries if entry.is_usage]
-        events = fold(shard.number, start, entries[-1].id, records, self._clock())
-        return len(events) if await self.outbox.seal(shard, start, entries[-1].id, len(entries), events) else 0
+        return fold(shard.number, start, end, records, self._clock())
+
+    @property
+    def _problem(self) -> str:
+        """What keeps records from being sealed; empty where nothing does."""
+        if self._unreadable or not self._withheld:
+            return self._unreadable
+        return f"{len(self._withheld)} records are withheld: {self._withheld[0]}"
 
     async def _sendable(self, events: list[SealedEvent]) -> tuple[list[SealedEvent], dict[TenantId, Destination], int]:
         """Events to send and where to; and how many are held because their tenants have no Dodo customer."""
@@ -194,6 +241,6 @@ class Exporter:
             held_events=held,
             oldest_waiting_ms=oldest_ms,
             dead_events=(await self.outbox.sums()).dead_events,
-            error=self._unreadable or self._state.error,
+            error=self._problem or self._state.error,
         )
         await self.outbox.show(self._state)

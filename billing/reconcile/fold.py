@@ -5,6 +5,7 @@ Knows entries; what the sums must be equal to stands in ``proofs``. A fold of cl
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -38,7 +39,7 @@ class Fold:
     sealed: Counter[str] = field(default_factory=Counter)
     """Nanos by event name, up to the export cursor."""
     waiting: list[tuple[Place, int, int]] = field(default_factory=list)
-    """Entries behind the export cursor: place, nanos to charge, nanos covered."""
+    """Entries that are not sealed: place, nanos to charge, nanos covered."""
     _missing: dict[int, str] = field(default_factory=dict)
     """By number, the digest behind which a missing entry belongs."""
 
@@ -64,12 +65,14 @@ class Fold:
             self.faults.append(f"entry {entry.id} cannot be read: {error}")
         self.waiting.append((order(entry.id), charge, covered))
 
-    def seal(self, cursor: Place) -> None:
-        """Everything up to the export cursor is sealed."""
-        for place, charge, covered in self.waiting:
-            if place <= cursor:
+    def seal(self, cursor: Place, withheld: Collection[Place] = ()) -> None:
+        """Everything up to the export cursor is sealed, but for what is withheld."""
+        waiting, self.waiting = self.waiting, []
+        for place, charge, covered in waiting:
+            if place > cursor or place in withheld:
+                self.waiting.append((place, charge, covered))
+            else:
                 self.sealed += Counter({CHARGE: charge, USAGE: covered})
-        self.waiting = [one for one in self.waiting if one[0] > cursor]
 
     def _add_record(self, entry: Entry) -> tuple[int, int]:
         record = entry.record()

@@ -58,8 +58,9 @@ class ShardBooks:
         self._close()
         for tenant in state.accounts:
             self.folds.setdefault(tenant, Fold())
+        withheld = {order(id_) for id_ in state.withheld}
         for fold in self.folds.values():
-            fold.seal(order(state.cursor))
+            fold.seal(order(state.cursor), withheld)
         return state
 
     def prove(self, state: ShardState) -> list[Row]:

@@ -62,6 +62,8 @@ class ShardState:
     sums: Sums
     outbox: tuple[SealedEvent, ...]
     dead: tuple[SealedEvent, ...]
+    withheld: frozenset[str]
+    """Stream ids of entries behind the cursor that are not sealed, because they are not as they were written."""
 
 
 class ShardReader:
@@ -116,6 +118,7 @@ class ShardReader:
         pipe.hgetall(shard.cursor)
         pipe.hvals(shard.outbox)
         pipe.hvals(shard.dead)
+        pipe.hkeys(shard.withheld)
         for tenant in tenants:
             pipe.hgetall(shard.account(tenant))
             pipe.hgetall(shard.buckets(tenant))
@@ -138,6 +141,7 @@ class ShardReader:
         cursor: Mapping[str, str],
         outbox: Sequence[str],
         dead: Sequence[str],
+        withheld: Sequence[str],
         *accounts: Mapping[str, str],
     ) -> ShardState:
         self._keep(entries_in(news))
@@ -154,6 +158,7 @@ class ShardReader:
             sums=Sums(**{f.name: int(cursor.get(f.name, 0)) for f in fields(Sums)}),
             outbox=tuple(SealedEvent.from_json(text) for text in outbox),
             dead=tuple(SealedEvent.from_json(text) for text in dead),
+            withheld=frozenset(withheld),
         )
 
     def _keep(self, entries: Sequence[Entry]) -> None:

@@ -115,6 +115,12 @@ class Shard:
         return f"{self.tag}:outbox"
 
     @property
+    def withheld(self) -> str:
+        """Hash: stream id of an entry that is not sealed, since it is not as it was written, to JSON of what it must
+        follow."""
+        return f"{self.tag}:withheld"
+
+    @property
     def dead(self) -> str:
         """Hash: events that Dodo refused for good, by event id, with the reason."""
         return f"{self.tag}:dead"
@@ -135,7 +141,8 @@ class Shard:
         return tuple(f"{self.tag}:settled:{turn}" for turn in range(SETTLED_STRETCHES))
 
     def account(self, tenant: TenantId) -> str:
-        """Hash: a tenant's last record number, open holds, exposure settled and held."""
+        """Hash: a tenant's last record number, open holds, exposure settled and held, spend counted under caps, and
+        the digests of its last entry (``chain``) and of the last that was sealed (``told``)."""
         return f"{self.tag}:account:{tenant}"
 
     def buckets(self, tenant: TenantId) -> str:

@@ -1,7 +1,7 @@
-"""The export cursor, what was sealed and not yet acknowledged, and the dead letters.
+"""The export cursor, what was sealed and not yet acknowledged, the dead letters, and what is withheld.
 
 Every change is one atomic step: an event is in the outbox, acknowledged or dead, and the
-running sums say so: sealed = acknowledged + dead + what is in the outbox.
+running sums say so: sealed = acknowledged + dead + what is in the outbox. What is withheld is not sealed.
 """
 
 import asyncio
@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, fields
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from billing.export.checking import Reached, Sifted, Withheld
 from billing.export.events import SealedEvent
 from billing.store.connection import guarded, replicated
 from billing.store.keys import ALL_SHARDS, PUMP, Shard, shard_for
 from billing.store.scripts import source
-from billing.store.stream import BULK_DEADLINE_S
+from billing.store.stream import BULK_DEADLINE_S, order
 from billing.usage import TenantId
 
 START = "0-0"
@@ -46,6 +47,8 @@ class Backlog:
     unsealed_entries: int
     outbox_events: int
     dead_events: int
+    withheld_records: int
+    """Among the unsealed: entries that are not as they were written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Outbox:
         self._ack = redis.register_script(source("ack"))
         self._bury = redis.register_script(source("bury"))
         self._mark = redis.register_script(source("mark"))
+        self._release = redis.register_script(source("release"))
 
     async def cursors(self) -> dict[int, str]:
         """By shard number, the stream id up to which everything is sealed."""
@@ -94,14 +98,45 @@ class Outbox:
             found = await pipe.execute()
         return {shard.number: at or START for shard, at in zip(ALL_SHARDS, found, strict=True)}
 
-    async def seal(self, shard: Shard, start: str, end: str, entries: int, events: Sequence[SealedEvent]) -> bool:
-        """Move the cursor from ``start`` to ``end`` and keep the events; ``False`` if it stood elsewhere."""
-        charge, covered = sum(e.charge_nanos for e in events), sum(e.covered_nanos for e in events)
-        args: list[str | int] = [start, end, entries, len(events), charge, covered]
-        for event in events:
-            args += (event.id, event.to_json())
+    async def reached(self, tenants: Iterable[TenantId]) -> dict[TenantId, Reached]:
+        """How far the entries of these were sealed; those of whom nothing was are left out."""
+        asked = list(tenants)
         async with guarded(BULK_DEADLINE_S):
-            return bool(await self._seal(keys=[shard.cursor, shard.outbox], args=args))
+            pipe = self._redis.pipeline(transaction=False)
+            for tenant in asked:
+                pipe.hget(shard_for(tenant).account(tenant), "told")
+            found = await pipe.execute()
+        return {tenant: Reached.from_text(text) for tenant, text in zip(asked, found, strict=True) if text}
+
+    async def seal(self, shard: Shard, start: str, end: str, sifted: Sifted, events: Sequence[SealedEvent]) -> bool:
+        """Move the cursor from ``start`` to ``end``, keep the events and what is withheld; ``False`` if it stood
+        elsewhere.
+        """
+        args: list[str | int] = [start, end, len(sifted.sound), *_amounts(events)]
+        args += [reached.to_text() for reached in sifted.reached.values()]
+        args += _pairs(events)
+        for entry in sifted.withheld:
+            args += (entry.id, entry.to_json())
+        names = [shard.cursor, shard.outbox, shard.withheld, *(shard.account(tenant) for tenant in sifted.reached)]
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._seal(keys=names, args=args))
+
+    async def withheld(self) -> list[Withheld]:
+        """Entries behind the cursor that Dodo is not told of, oldest first."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hgetall(shard.withheld)
+            found = await pipe.execute()
+        withheld = [Withheld.from_json(id_, text) for shard in found for id_, text in shard.items()]
+        return sorted(withheld, key=lambda one: order(one.id))
+
+    async def release(self, entry: Withheld, events: Sequence[SealedEvent]) -> bool:
+        """Seal what was withheld; ``False`` where another exporter has."""
+        shard = shard_for(entry.tenant)
+        args: list[str | int] = [entry.id, *_amounts(events), *_pairs(events)]
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._release(keys=[shard.cursor, shard.outbox, shard.withheld], args=args))
 
     async def events(self) -> list[SealedEvent]:
         """Everything sealed and not acknowledged, oldest first."""
@@ -134,9 +169,8 @@ class Outbox:
         return sum(await asyncio.gather(*(self._ack_in(shard, group) for shard, group in _by_shard(events).items())))
 
     async def _mark_in(self, shard: Shard, events: Sequence[SealedEvent]) -> None:
-        args: list[str | int] = [word for e in events for word in (e.id, e.to_json())]
         async with guarded(BULK_DEADLINE_S):
-            await self._mark(keys=[shard.outbox], args=args)
+            await self._mark(keys=[shard.outbox], args=_pairs(events))
 
     async def _ack_in(self, shard: Shard, events: Sequence[SealedEvent]) -> int:
         args: list[str | int] = [word for e in events for word in (e.id, e.charge_nanos, e.covered_nanos)]
@@ -184,13 +218,14 @@ class Outbox:
                 pipe.hget(shard.cursor, "sealed_entries")
                 pipe.hlen(shard.outbox)
                 pipe.hlen(shard.dead)
+                pipe.hlen(shard.withheld)
             found = await pipe.execute(raise_on_error=False)
-        unsealed = outbox = dead = 0
-        for info, sealed, in_outbox, in_dead in zip(*(iter(found),) * 4, strict=True):
+        unsealed = outbox = dead = withheld = 0
+        for info, sealed, in_outbox, in_dead, in_withheld in zip(*(iter(found),) * 5, strict=True):
             added = 0 if isinstance(info, ResponseError) else int(info["entries-added"])
             unsealed += added - int(sealed or 0)
-            outbox, dead = outbox + in_outbox, dead + in_dead
-        return Backlog(unsealed, outbox, dead)
+            outbox, dead, withheld = outbox + in_outbox, dead + in_dead, withheld + in_withheld
+        return Backlog(unsealed, outbox, dead, withheld)
 
     async def show(self, state: PumpState) -> None:
         """Write the pump's state where the admin API reads it."""
@@ -203,6 +238,14 @@ class Outbox:
         known = {f.name: f.type for f in fields(PumpState)}
         values = {name: value if known[name] is str else int(value) for name, value in raw.items() if name in known}
         return PumpState(**values)  # type: ignore[arg-type]
+
+
+def _amounts(events: Sequence[SealedEvent]) -> tuple[int, int, int]:
+    return len(events), sum(e.charge_nanos for e in events), sum(e.covered_nanos for e in events)
+
+
+def _pairs(events: Iterable[SealedEvent]) -> list[str]:
+    return [word for event in events for word in (event.id, event.to_json())]
 
 
 def _by_shard(events: Iterable[SealedEvent]) -> dict[Shard, list[SealedEvent]]:

@@ -212,6 +212,7 @@ async def billing(parts: Parts) -> JSONResponse:
             "unsealed_entries": backlog.unsealed_entries,
             "outbox_events": backlog.outbox_events,
             "dead_events": backlog.dead_events,
+            "withheld_records": backlog.withheld_records,
             "cursors": {str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
             "unsettled_on_this_gateway": parts.gateway.settler.spooled,
             "quarantined_settles": len(await parts.ledger.orphans.kept()),

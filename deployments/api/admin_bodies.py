@@ -53,6 +53,7 @@ class BillingBody(BaseModel):
     unsealed_entries: int
     outbox_events: int
     dead_events: int
+    withheld_records: int
     cursors: dict[str, str]
     unsettled_on_this_gateway: int
     refused_settles: int

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 CAPS = "tests/billing/test_caps.py"
 CLOCKS = "tests/billing/test_wrong_clocks.py"
 EXPORT = "tests/billing/dodo/test_export.py"
+WITHHELD = "tests/billing/dodo/test_withheld.py"
 GROWTH = "tests/billing/test_lost_growth.py"
 
 
@@ -168,5 +169,16 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a month ahead of every clock stays", "close.lua", "if counted > latest then counted = 0 end", "", CLOCKS),
     Mutant("a month ahead of every clock begins late", "close.lua", " or month > latest", "", CLOCKS),
     Mutant("a batch is sealed without a compare", "seal.lua", "~= ARGV[1]", "== 'never'", EXPORT),
+    Mutant(
+        "a seal forgets what it has reached",
+        "seal.lua",
+        "redis.call('HSET', KEYS[i], 'told', ARGV[3 + i])",
+        "",
+        WITHHELD,
+    ),
+    Mutant(
+        "a withheld record is forgotten", "seal.lua", "redis.call('HSET', withheld, ARGV[i], ARGV[i + 1])", "", WITHHELD
+    ),
+    Mutant("a withheld record is sealed twice", "release.lua", "ARGV[1]) == 0 then", "ARGV[1]) == 2 then", WITHHELD),
     Mutant("an acknowledgement counts twice", "ack.lua", "== 1 then", ">= 0 then", EXPORT),
 )

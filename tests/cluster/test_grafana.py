@@ -28,8 +28,8 @@ def test_every_metric_on_the_dashboard_is_exported(repo: Path) -> None:
 MONEY = (
     "farebox_ledger_open_holds", "farebox_ledger_oldest_hold_seconds", "farebox_ledger_unsettled_nanos",
     "farebox_billing_unsealed_entries", "farebox_billing_outbox_events", "farebox_billing_backlog_age_seconds",
-    "farebox_billing_dead_events", "farebox_billing_parked_webhooks", "farebox_spool_settles",
-    "farebox_spool_refused_settles", "farebox_quarantine_settles", "farebox_refusals",
+    "farebox_billing_dead_events", "farebox_billing_withheld_records", "farebox_billing_parked_webhooks",
+    "farebox_spool_settles", "farebox_spool_refused_settles", "farebox_quarantine_settles", "farebox_refusals",
     "farebox_reconcile_difference_nanos",
 )  # fmt: skip
 

@@ -13,6 +13,7 @@ BILLING: dict[str, object] = {
     },
     "backlog": 7,
     "dead_events": 1,
+    "withheld_records": 8,
     "parked_webhooks": 2,
     "unsettled_on_this_gateway": 5,
     "quarantined_settles": 6,
@@ -25,7 +26,8 @@ def test_the_money_of_a_status_is_said_in_words() -> None:
     assert list(money_lines(BILLING | {"books": books})) == [
         "holds: 3 open with $0.000150, the oldest 12 s",
         "not told to Dodo: 7, the oldest 61 s",
-        "needs a look: 1 dead letters, 2 parked webhooks, 5 spooled settles, 6 quarantined settles, 4 refused settles",
+        "needs a look: 1 dead letters, 8 withheld records, 2 parked webhooks, 5 spooled settles, "
+        "6 quarantined settles, 4 refused settles",
         "books (store): every proof holds to the nano",
         "books (dodo): no answer",
     ]

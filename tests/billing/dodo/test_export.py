@@ -5,14 +5,17 @@ import hashlib
 
 import pytest
 
+from billing.account import Grant
 from billing.dodo.client import Dodo, DodoSettings, Event
 from billing.errors import DodoUnavailable, StoreUnavailable
+from billing.export.checking import Sifted
 from billing.export.events import SealedEvent
 from billing.export.exporter import Exporter
 from billing.store import connection
 from billing.store.keys import shard_for
 from billing.store.outbox import Outbox
-from billing.usage import TenantId, Usage
+from billing.store.stream import CHAIN_DIGITS
+from billing.usage import TenantId, Unit, Usage
 from tests.billing.dodo.world import HOUR, SECOND, World, assert_same, is_clear
 
 
@@ -269,7 +272,7 @@ async def test_a_call_carries_at_most_a_thousand_events(world: World, monkeypatc
     for number, name in enumerate(names):
         event = SealedEvent(name, tenant.id, "farebox.usage", world.clock(), number, 0, 1, {"covered_nanos": 1})
         shard = shard_for(tenant.id)
-        await outbox.seal(shard, f"{number}-0", f"{number + 1}-0", 1, [event])
+        await outbox.seal(shard, f"{number}-0", f"{number + 1}-0", Sifted({}), [event])
     assert (await world.exporter().flush_once()).sent == 1_001
     assert sizes == [1_000, 1]
 
@@ -278,7 +281,8 @@ async def test_an_entry_that_cannot_be_read_stops_its_shard_alone_and_says_so(wo
     for name in ("acme", "zeta"):
         await world.tenant(name)
     assert shard_for(TenantId("acme")) != shard_for(TenantId("zeta"))
-    await world.redis.xadd(shard_for(TenantId("acme")).stream, {"k": "usage", "t": "acme", "p": "{}"})
+    chain = hashlib.sha1(b"usage{}").hexdigest()[:CHAIN_DIGITS]
+    await world.redis.xadd(shard_for(TenantId("acme")).stream, {"k": "usage", "t": "acme", "p": "{}", "c": chain})
     await world.use("zeta")
     report = await world.exporter().flush_once()
     assert report.sent == 1
@@ -287,7 +291,7 @@ async def test_an_entry_that_cannot_be_read_stops_its_shard_alone_and_says_so(wo
 
 
 async def test_grants_move_the_cursor_and_tell_nothing(world: World) -> None:
-    await world.redis.xadd(shard_for(TenantId("acme")).stream, {"k": "grant", "t": "acme", "p": "{}"})
+    await world.ledger.grant(Grant("payment:1", TenantId("acme"), Unit.NANOS, 1))
     assert (await world.exporter().flush_once()).sealed == 0
     assert is_clear(await Outbox(world.redis).backlog())
 

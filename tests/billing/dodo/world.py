@@ -1,5 +1,6 @@
 """Short ways to make usage, let Dodo misbehave, and ask both sides for their sums."""
 
+import hashlib
 import json
 import time
 from collections import defaultdict
@@ -20,6 +21,7 @@ from billing.money import Nanos
 from billing.store.holds import Ledger
 from billing.store.keys import DODO_IDS, shard_for
 from billing.store.outbox import Backlog
+from billing.store.stream import CHAIN_DIGITS
 from billing.store.tenants import Tenants
 from billing.tenants import Tenant
 from billing.usage import OVERAGE, BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
@@ -170,8 +172,15 @@ def is_clear(backlog: Backlog) -> bool:
 
 
 async def append(redis: Redis, record: UsageRecord) -> None:
-    entry = {"k": "usage", "t": record.tenant, "p": record.to_json()}
-    await redis.xadd(shard_for(record.tenant).stream, entry)  # type: ignore[arg-type]
+    """As the ledger's scripts do, number and digest included."""
+    shard = shard_for(record.tenant)
+    account = shard.account(record.tenant)
+    payload = replace(record, seq=await redis.hincrby(account, "seq", 1)).to_json()
+    before = await redis.hget(account, "chain") or ""
+    chain = hashlib.sha1(f"{before}usage{payload}".encode(), usedforsecurity=False).hexdigest()[:CHAIN_DIGITS]
+    await redis.hset(account, "chain", chain)
+    entry = {"k": "usage", "t": record.tenant, "p": payload, "c": chain}
+    await redis.xadd(shard.stream, entry)  # type: ignore[arg-type]
 
 
 def delivery(
