@@ -127,6 +127,7 @@ class Listener:
         self._secret = secrets.token_bytes(SECRET_BYTES)
         self._inflows: dict[str, Inflow] = {}
         self._lines: dict[asyncio.StreamWriter, asyncio.Task[object] | None] = {}
+        self._proven: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self._address: Address | None = None
 
@@ -159,8 +160,11 @@ class Listener:
         return frozenset(request_id for request_id, inflow in self._inflows.items() if inflow.is_slow)
 
     def extend(self, deadlines: Mapping[str, float]) -> None:
-        """Tell each replica of its jobs, and of those that have not said where they run."""
-        for line in self._lines:
+        """Tell each replica of its jobs, and of those that have not said where they run.
+
+        One that is still proving itself hears of the next change: until then a job has the deadline it came with.
+        """
+        for line in self._proven:
             own = {
                 request_id: seconds
                 for request_id, seconds in deadlines.items()
@@ -192,6 +196,7 @@ class Listener:
             if not await self._greet(reader, writer):
                 logger.warning("somebody without the secret dialled the token listener")
                 return
+            self._proven.add(writer)
             while True:
                 for request_id, piece in await read_batch(reader):
                     self._deliver(request_id, piece, writer)
@@ -201,6 +206,7 @@ class Listener:
             logger.error("a replica's line is closed: %s", error)
         finally:
             del self._lines[writer]
+            self._proven.discard(writer)
             writer.transport.abort()
             self._lose(writer)
 

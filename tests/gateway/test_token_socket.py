@@ -227,6 +227,21 @@ async def test_who_does_not_know_the_secret_is_hung_up_on(path: Path) -> None:
     writer.close()
 
 
+async def test_deadlines_moved_during_a_greeting_stay_out_of_it(path: Path) -> None:
+    reading = asyncio.create_task(path.read("r", 100_000))
+    await until(lambda: path.engine.running == 1)
+    address = path.link._listener.address
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    nonce = await reader.readexactly(NONCE_BYTES)
+    path.link._listener._inflows["r"].source = None  # as of a job that has not said where it runs
+    await path.link.extend({"r": 9.0})
+    writer.write(proof(address.secret, "replica", nonce) + b"n" * NONCE_BYTES)
+    answer = await reader.readexactly(PROOF_BYTES)
+    assert frames.is_proof(answer, address.secret, "gateway", b"n" * NONCE_BYTES)
+    reading.cancel()
+    writer.close()
+
+
 async def test_a_gateway_that_cannot_prove_itself_gets_no_tokens(path: Path) -> None:
     async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"n" * NONCE_BYTES)
