@@ -3,7 +3,8 @@
 Every movement carries an id that its sender chose: the same id twice is one movement.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from billing.caps import SpendCap
 from billing.errors import SpendCapReached
@@ -46,6 +47,11 @@ class Account:
     def balance_nanos(self) -> Nanos:
         """Money in the buckets, without what open holds drew; negative after a clawback."""
         return Nanos(sum(b.remaining for b in self.buckets if b.unit is Unit.NANOS))
+
+    def beside(self, allowance: Bucket | None) -> Self:
+        """What may be drawn beside this allowance: no other, which a plan has left behind."""
+        packs = (b for b in self.buckets if not b.is_allowance)
+        return replace(self, buckets=((allowance,) if allowance else ()) + tuple(packs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
-from billing.admission import plan_of
+from billing.admission import funding_for, plan_of
 from billing.catalogue import Catalogue
 from billing.clock import now_ms
 from billing.counters import LiveCounters
@@ -256,8 +256,9 @@ async def _tell(parts: Parts) -> int:
     if catalogue is None:
         return 0
     for tenant in await parts.tenants.many(parts.counters.take_active()):
-        account = await parts.ledger.account(tenant.id)
-        for notice in notices_for(tenant, plan_of(tenant, catalogue), account, now_ms()):
+        plan, now = plan_of(tenant, catalogue), now_ms()
+        account = await parts.ledger.account(tenant.id, funding_for(tenant, plan, now))
+        for notice in notices_for(tenant, plan, account, now):
             told += await parts.notices.tell(notice)
     return told
 

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 
 from billing.account import Account, Grant
+from billing.admission import funding_for, plan_of
 from billing.clock import now_ms
 from billing.money import AmountError, format_usd, parse_usd
 from billing.store import board
@@ -163,8 +164,9 @@ async def _list(standing: Standing) -> list[Tenant]:
 
 async def _show(standing: Standing, tenant: str) -> tuple[Tenant, Account]:
     async with store(standing) as redis:
-        found = await Tenants(redis).get(TenantId(tenant))
-        return found, await Ledger(redis).account(found.id)
+        found, catalogue = await Tenants(redis).get(TenantId(tenant)), await board.current(redis)
+        funding = funding_for(found, plan_of(found, catalogue), now_ms()) if catalogue else None
+        return found, await Ledger(redis).account(found.id, funding)
 
 
 async def _change(standing: Standing, tenant: str, suspended: bool) -> Tenant:

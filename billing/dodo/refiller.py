@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from billing.admission import funding_for, plan_of
 from billing.clock import Clock, now_ms
 from billing.dodo.client import Dodo
 from billing.dodo.payments import Payments
@@ -70,10 +71,11 @@ class Refiller:
         catalogue = await self.catalogue()
         pack = catalogue.packs.get(refill.pack) if catalogue else None
         product_id = await self._product(refill.pack)
-        if pack is None or not product_id or not tenant.dodo_customer_id or tenant.suspended:
+        if catalogue is None or pack is None or not product_id or not tenant.dodo_customer_id or tenant.suspended:
             return False
         now, cents = self.clock(), divide_up(pack.price, NANOS_PER_CENT)
-        balance = (await self.ledger.account(tenant.id)).balance_nanos
+        funding = funding_for(tenant, plan_of(tenant, catalogue), now)
+        balance = (await self.ledger.account(tenant.id, funding)).balance_nanos
         if not refill.is_due(balance, cents, now, _month_start(now)):
             return False
         methods = await self.dodo.payment_methods(tenant.dodo_customer_id)

@@ -15,6 +15,7 @@ from billing.account import (
     Account,
     Adjustment,
     Clawback,
+    Funding,
     Grant,
     Hold,
     HoldRequest,
@@ -38,6 +39,7 @@ from billing.store.packing import (
     pairs,
     tenant_in,
     unpack_account,
+    unpack_allowance,
     unpack_extension,
     unpack_hold,
 )
@@ -192,11 +194,7 @@ class Ledger:
         await self.settle(Settlement(request_id, tenant, NOTHING, Nanos(0), Status.FAILED))
 
     async def expire(self, limit: int = 100) -> int:
-        """Bill the last checkpoint of up to ``limit`` holds whose lease has ended; any process may.
-
-        Returns:
-            How many were billed by this call.
-        """
+        """Bill the last checkpoint of up to ``limit`` holds whose lease has ended; how many. Any process may."""
         expired = 0
         for shard, request_id, tenant in await self._overdue(limit):
             arguments: list[str | int] = [request_id, self._clock(), self._stretch_ms]
@@ -339,9 +337,12 @@ class Ledger:
             month, spent = await self._redis.hmget(shard_for(tenant).account(tenant), ["month", "spent"])
         return Nanos(int(spent or 0)) if month == str(month_start_ms) else Nanos(0)
 
-    async def account(self, tenant: TenantId) -> Account:
-        """The account as of now: buckets that expired with nothing owed are left out."""
-        shard, now = shard_for(tenant), self._clock()
+    async def account(self, tenant: TenantId, funding: Funding | None = None) -> Account:
+        """The account as of now, without buckets that expired with nothing owed; ``funding``: as a hold finds it."""
+        shard, given = shard_for(tenant), funding.allowance if funding else None
+        names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant)]
         async with guarded():
-            numbers, flat = await self._account(keys=[shard.account(tenant), shard.buckets(tenant)])
-        return unpack_account(tenant, numbers, pairs(flat), now)
+            numbers, flat, retired = await self._account(keys=names, args=[given.id if given else ""])
+        found = unpack_account(tenant, numbers, pairs(flat), self._clock())
+        kept = unpack_allowance(given, pairs(flat).get(given.id) or retired) if given else None
+        return found if funding is None else found.beside(kept)

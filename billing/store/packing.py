@@ -5,7 +5,7 @@ Knows the text of a bucket, a hold and a usage; the same formats stand in ``lua/
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -80,15 +80,15 @@ def unpack_account(tenant: TenantId, numbers: Sequence[str | None], texts: Mappi
     )
 
 
+def unpack_allowance(given: Bucket, text: str) -> Bucket:
+    """What is left of an allowance, where it was put in place before; it ends when the one that is given now does."""
+    kept = unpack_bucket(given.id, text)[0] if text else given
+    return replace(kept, expires_at_ms=max(kept.expires_at_ms or 0, given.expires_at_ms or 0) or None)
+
+
 def pack_usage(usage: Usage) -> str:
-    counts = (
-        usage.prompt_tokens,
-        usage.cached_tokens,
-        usage.completion_tokens,
-        usage.requests,
-        usage.compute_ms,
-    )
-    return ",".join(str(count) for count in counts)
+    tokens = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+    return ",".join(str(count) for count in (*tokens, usage.requests, usage.compute_ms))
 
 
 LEAST_COMPUTE_MS = 1_000

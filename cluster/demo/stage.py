@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request, Response
 from redis.asyncio import Redis
 
 from billing.account import Settlement
-from billing.admission import Admission, plan_of
+from billing.admission import Admission, funding_for, plan_of
 from billing.catalogue import Catalogue
 from billing.dodo.budget import CallBudget
 from billing.dodo.client import Dodo, DodoSettings
@@ -141,8 +141,9 @@ class Stage:
         await self._refiller.run_once()
         await self._hear()
         for tenant in await self.tenants.list():
-            account = await self.ledger.account(tenant.id)
-            for notice in notices_for(tenant, plan_of(tenant, self.catalogue), account, self.calendar()):
+            plan, now = plan_of(tenant, self.catalogue), self.calendar()
+            account = await self.ledger.account(tenant.id, funding_for(tenant, plan, now))
+            for notice in notices_for(tenant, plan, account, now):
                 await self.notices.tell(notice)
 
     async def _hear(self) -> None:

@@ -8,17 +8,16 @@ from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
 
 from billing import history
-from billing.account import Account, Bucket
+from billing.account import Bucket
 from billing.admission import funding_for, plan_of
 from billing.clock import now_ms
 from billing.money import format_usd
-from billing.plans import Plan
 from billing.tenants import Tenant
 from billing.usage import Draw, Unit, UsageRecord
 from deployments.api.bodies import AccountBody, RecordPage, UsageBody
 from deployments.api.document import refusals
 from deployments.api.errors import BadRequest
-from deployments.services import Caller, Parts
+from deployments.services import Caller, Parts, Services
 
 DEFAULT_DAYS = 30
 MAX_DAYS = 366
@@ -31,33 +30,30 @@ Json = dict[str, object]
 
 @router.get("/v1/account", response_model=AccountBody)
 async def account(parts: Parts, caller: Caller) -> JSONResponse:
-    plan = plan_of(caller.tenant, parts.gateway.shelf.current)
-    state = await parts.ledger.account(caller.tenant.id)
     why = caller.key.quarantine
     quarantine = {"quarantine": None if why is None else why.model_dump(mode="json")}
-    return JSONResponse(account_json(caller.tenant, plan, state) | quarantine)
+    return JSONResponse(await account_json(parts, caller.tenant) | quarantine)
 
 
-def account_json(tenant: Tenant, plan: Plan, account: Account) -> Json:
-    """The account as its owner reads it; an allowance whose period is over shows the new one, unused."""
+async def account_json(parts: Services, tenant: Tenant) -> Json:
+    """The account as its owner reads it, and as a hold would find it now."""
+    plan = plan_of(tenant, parts.gateway.shelf.current)
     funding = funding_for(tenant, plan, now_ms())
-    allowance = funding.allowance
-    kept = next((b for b in account.buckets if allowance is not None and b.id == allowance.id), allowance)
-    packs = [b for b in account.buckets if not b.is_allowance]
-    money = [b for b in (kept, *packs) if b is not None and b.unit is Unit.NANOS]
+    account = await parts.ledger.account(tenant.id, funding)
+    kept = next((b for b in account.buckets if b.is_allowance), None)
     return {
         "object": "account",
         "tenant": tenant.id,
         "plan": tenant.plan,
         "plan_kind": plan.kind.value,
         "suspended": tenant.suspended,
-        "balance_usd": format_usd(sum(b.remaining for b in money)),
+        "balance_usd": format_usd(account.balance_nanos),
         "held_usd": format_usd(account.held_nanos),
         "held_requests": account.held_requests,
         "overage_usd": format_usd(account.overage_nanos),
         "overage_cap_usd": format_usd(funding.overage_cap),
         "allowance": None if kept is None else _bucket_json(kept),
-        "packs": [_bucket_json(bucket) for bucket in packs],
+        "packs": [_bucket_json(bucket) for bucket in account.buckets if not bucket.is_allowance],
         "open_holds": account.open_holds,
         "limits": plan.limits.model_dump(mode="json"),
         "subscription": None if tenant.subscription is None else tenant.subscription.model_dump(mode="json"),

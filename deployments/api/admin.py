@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
 from billing.account import Adjustment, Grant
-from billing.admission import plan_of
 from billing.clock import now_ms
 from billing.money import NANOS_PER_USD, AmountError, parse_usd
 from billing.plans import Plan
@@ -136,9 +135,7 @@ async def list_tenants(parts: Parts) -> JSONResponse:
 @router.get("/tenants/{tenant_id}", response_model=TenantWithAccount, responses=refusals(404))
 async def get_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
     tenant = await parts.tenants.get(tenant_id)
-    state = await parts.ledger.account(tenant.id)
-    plan = plan_of(tenant, parts.gateway.shelf.current)
-    return JSONResponse(_tenant(tenant) | {"account": account_json(tenant, plan, state)})
+    return JSONResponse(_tenant(tenant) | {"account": await account_json(parts, tenant)})
 
 
 @router.patch("/tenants/{tenant_id}", response_model=TenantBody, responses=refusals(400, 404, 409, 413))

@@ -95,6 +95,36 @@ class TestDrawOrder:
         clock.now_ms = ends + 500
         assert [b.id for b in (await ledger.account(ACME)).buckets] == ["payment:1"]
 
+    async def test_what_is_shown_is_what_a_hold_finds(self, ledger: Ledger, clock: SteppedClock) -> None:
+        """Of a plan that was left nothing; of one that was left and taken again, or put off, what is left of it."""
+        ends = clock.now_ms + 1_000
+        free, none = Funding(allowance("allowance:free", 2 * WORST, ends)), Funding()
+        pro = Funding(allowance("allowance:pro", 3 * WORST, ends))
+        await ledger.grant(money(WORST))
+        for number, funding in enumerate((free, none, pro, free)):
+            before = (await ledger.account(ACME, funding)).balance_nanos
+            hold = await ledger.hold(request(f"req_{number}", funding=funding))
+            assert before == hold.balance_nanos + hold.held_nanos
+            record = (await ledger.settle(settlement(f"req_{number}", completion=20))).record
+            assert record.balance_nanos == (await ledger.account(ACME, funding)).balance_nanos == before - WORST
+        clock.now_ms = ends
+        put_off = Funding(allowance("allowance:free", 2 * WORST, ends + 500))
+        shown = await ledger.account(ACME, put_off)
+        assert [(b.id, b.remaining, b.expires_at_ms) for b in shown.buckets] == [("allowance:free", 0, ends + 500)]
+        assert (await ledger.account(ACME, none)).buckets == ()
+
+    async def test_a_late_settle_shows_what_its_plan_may_draw(
+        self, ledger: Ledger, store: Redis, clock: SteppedClock
+    ) -> None:
+        await ledger.grant(money(2 * WORST))
+        await ledger.hold(request("req_0", funding=Funding(allowance("allowance:1", WORST, clock.now_ms + 1_000))))
+        await ledger.void(RequestId("req_0"), ACME)
+        await ledger.hold(request("req_1"))
+        await store.zadd(shard_for(ACME).leases, {"req_1": 1})
+        assert await ledger.expire() == 1
+        record = (await ledger.settle(settlement("req_1", completion=20))).record
+        assert record.balance_nanos == (await ledger.account(ACME, Funding())).balance_nanos
+
     async def test_an_allowance_needs_its_plan(self, ledger: Ledger, clock: SteppedClock) -> None:
         funding = Funding(allowance("allowance:1", 2 * WORST, clock.now_ms + 1_000))
         await ledger.hold(request("req_1", funding=funding))

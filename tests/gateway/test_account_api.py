@@ -7,6 +7,7 @@ from redis.asyncio import Redis
 from billing.dodo.client import Dodo, DodoSettings
 from billing.money import parse_usd
 from billing.store import keys
+from billing.tenants import new_key
 from billing.usage import TenantId
 from deployments.services import Services
 from tests.gateway.conftest import ADMIN_KEY, House, bearer
@@ -44,6 +45,20 @@ async def test_an_allowance_is_shown_before_its_first_use(house: House) -> None:
         "tokens_per_minute": None,
         "concurrent_requests": None,
     }
+
+
+async def test_what_a_plan_that_was_left_still_allows_is_shown_nowhere(house: House) -> None:
+    await house.chat(await house.tenant(usd="0.10", plan="free"))
+    await house.services.tenants.update(TenantId("acme"), lambda one: one.model_copy(update={"plan": "prepaid"}))
+    key, stored = new_key(TenantId("acme"), 0)  # one that no gateway has seen on the old plan
+    await house.services.tenants.add_key(stored)
+    account = await get(house, "/v1/account", key)
+    assert (account["balance_usd"], account["allowance"]) == ("0.100000", None)
+    reply = await house.chat(key)
+    assert reply.json()["receipt"]["balance_usd"] == reply.headers["x-farebox-balance"] == "0.085000"
+    assert (await get(house, "/v1/account", key))["balance_usd"] == "0.085000"
+    quoted = (await house.post(key, "/v1/quote", model="pirate", prompt="one two three", max_tokens=60)).json()
+    assert quoted["affordable_tokens"] == 41, "what $0.085 affords: 3 tokens at $0.001, 41 at $0.002"
 
 
 async def test_usage_adds_up_to_the_receipts(house: House) -> None:

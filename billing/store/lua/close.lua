@@ -86,7 +86,7 @@ local function close_hold(keys, id, hold, outcome)
   bill.record = record_json({
     record_id = "rec_" .. id, head = hold.head, usage = outcome.usage, status = outcome.status, now = outcome.now,
     list = outcome.list, charged = bill.charged, draws = bill.spent, seq = next_seq(keys.account),
-    balance = balance_of(buckets, outcome.calendar),
+    balance = balance_of(buckets, outcome.calendar, hold.allowance),
   })
   bill.entry = append(keys, "usage", hold.tenant, bill.record)
   return bill

@@ -60,10 +60,12 @@ local function is_live(b, calendar)
   return b.expires == 0 or b.expires > calendar or b.remaining < 0
 end
 
-local function balance_of(buckets, calendar)
+-- Money that may be drawn beside one allowance, that of the plan; of all there are where none is named.
+local function balance_of(buckets, calendar, allowance_id)
   local sum = 0
   for _, b in ipairs(buckets) do
-    if b.unit == "n" and is_live(b, calendar) then sum = sum + b.remaining end
+    local is_drawn = not b.is_allowance or not allowance_id or b.id == allowance_id
+    if b.unit == "n" and is_drawn and is_live(b, calendar) then sum = sum + b.remaining end
   end
   return sum
 end

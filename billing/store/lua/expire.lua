@@ -16,7 +16,7 @@ local by_request = first and first[2] == "r"
 mark(keys.settled, id, cjson.encode({
   tenant = hold.tenant, entry = bill.entry, head = hold.head, cap = hold.cap, usage = hold.usage, list = hold.list,
   unit = by_request and "r" or "n", bucket = first and first[1] or "",
-  key = hold.key, caps = hold.caps, month = hold.month,
+  key = hold.key, caps = hold.caps, month = hold.month, allowance = hold.allowance,
   held = text(bill.held), charged = by_request and text(math.min(1, usage[4])) or text(bill.charged),
 }), now, stretch_ms)
 return 1

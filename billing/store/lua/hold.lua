@@ -31,7 +31,7 @@ if not is_preview then
     local hold = cjson.decode(open)
     if hold.tenant ~= tenant or hold.head ~= head or hold.asked ~= asked then return { "duplicate" } end
     local ends = tonumber(redis.call("ZSCORE", keys.leases, id))
-    return answer(balance_of(read_buckets(keys.buckets), calendar), ends, tonumber(hold.affords), hold.draws, {}, {})
+    return answer(balance_of(read_buckets(keys.buckets), calendar, allowance_id), ends, tonumber(hold.affords), hold.draws, {}, {})
   end
   if find_marker(keys.settled, id, now, stretch_ms) then return { "duplicate" } end
 end

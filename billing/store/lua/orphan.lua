@@ -70,7 +70,7 @@ count_spend(keys.account, { month = month }, charged, latest)
 local record = record_json({
   record_id = "rec_" .. id, head = head, usage = usage, status = status, now = now, list = list,
   charged = charged, draws = draws, seq = next_seq(keys.account),
-  balance = balance_of(buckets, calendar),
+  balance = balance_of(buckets, calendar, bucket ~= "" and bucket or nil),
 })
 mark(keys.settled, id, append(keys, "usage", tenant, record), now, stretch_ms)
 redis.call("HDEL", keys.quarantine, id)

@@ -48,7 +48,7 @@ local function settle_late(expired, key)
   local record = record_json({
     record_id = "rec_" .. id .. "_late", head = expired.head, usage = rest, status = status, now = now,
     list = text(math.max(0, tonumber(list) - tonumber(expired.list))), charged = charged,
-    draws = draws, seq = next_seq(keys.account), balance = balance_of(buckets, calendar),
+    draws = draws, seq = next_seq(keys.account), balance = balance_of(buckets, calendar, expired.allowance),
   })
   mark(keys.settled, id, append(keys, "usage", tenant, record), now, stretch_ms)
   return { "settled", record }

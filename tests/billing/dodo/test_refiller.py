@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from billing.account import Grant
+from billing.account import Bucket, Funding, Grant
 from billing.catalogue import Catalogue
 from billing.dodo.refiller import LOST_MS, Refiller, refusal_of
 from billing.errors import DodoUnavailable
@@ -12,9 +12,10 @@ from billing.notices import NoticeKind
 from billing.refills import COOLDOWN_MS, AttemptState, Refill
 from billing.store.notices import Notices
 from billing.store.refills import Refills
-from billing.usage import TenantId, Unit
+from billing.usage import BucketId, TenantId, Unit
 from tests.billing.dodo.test_webhooks import AUTH, balance
 from tests.billing.dodo.world import DAY, World, delivery
+from tests.billing.samples import request
 
 ACME, USD = TenantId("acme"), 1_000_000_000
 SMALL = Refill(pack="small", threshold_nanos=USD, monthly_cap_cents=1_500)
@@ -68,6 +69,13 @@ async def test_a_low_balance_is_filled_once_and_told(world: World) -> None:
     assert attempt.state is AttemptState.SUCCEEDED
     (notice,) = await Notices(world.redis).newest()
     assert (notice.kind, notice.tenant, notice.facts["amount_usd"]) == (NoticeKind.REFILL_SUCCEEDED, ACME, "5.00")
+
+
+async def test_an_allowance_that_no_request_can_draw_on_keeps_no_card_from_being_charged(world: World) -> None:
+    await low(world)
+    left = Bucket(BucketId("allowance:free"), Unit.NANOS, 9 * USD, 9 * USD, world.clock() + DAY, is_allowance=True)
+    await world.ledger.hold(request(funding=Funding(left)))
+    assert await refiller(world).run_once() == 1
 
 
 async def test_the_webhook_of_a_refills_payment_grants_nothing_more(world: World) -> None:
