@@ -79,6 +79,11 @@ class Subscription(_Stored):
             return True
         return self.status is SubscriptionStatus.PAST_DUE and now_ms < (self.past_due_ends_at_ms or 0)
 
+    def is_resting(self, now_ms: int) -> bool:
+        """Neither live nor ended: a payment or its customer may open it again."""
+        is_open = self.status not in (*ENDED, SubscriptionStatus.PENDING)
+        return is_open and not self.is_live(now_ms)
+
 
 class Tenant(_Stored):
     """One paying customer of the owner."""

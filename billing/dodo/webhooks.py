@@ -32,6 +32,8 @@ from billing.tenants import Tenant
 FIRST_RETRY_MS, MAX_RETRY_MS = 30_000, 60 * 60_000
 KEEP_MS = 30 * DAY_MS
 """Dodo replays deliveries for two weeks; after that their payments and refunds still count once."""
+ASK_RESTING_MS, MOST_RESTING = 60 * 60_000, 20
+"""How seldom Dodo is asked about one subscription that rests, and about how many at once."""
 
 log = logging.getLogger("farebox.billing.dodo.webhooks")
 
@@ -56,6 +58,7 @@ class Webhooks:
         self._licences = Licences(dodo, tenants, self.inbox, newcomers, clock)
         self._alerts = Alerts(tenants, Notices(redis), clock)
         self._secret, self._clock = secret, clock
+        self._asked_ms: dict[str, int] = {}
 
     async def receive(self, body: bytes, headers: Mapping[str, str]) -> Delivery:
         """Verify, keep and apply one delivery; returns once that is written. Same id again: nothing more.
@@ -85,15 +88,22 @@ class Webhooks:
         return await self.inbox.prune(self._clock() - KEEP_MS)
 
     async def refresh_overdue(self, tenants: list[Tenant]) -> int:
-        """Ask Dodo about subscriptions whose period ended without news. How many there were."""
-        overdue = [t.subscription for t in tenants if t.subscription and self._clock() > t.subscription.period_end_ms]
-        live = [s for s in overdue if s.is_live(self._clock())]
-        for subscription in live:
+        """Ask Dodo about subscriptions whose period ended without news, and now and then about those that rest.
+
+        What would open a resting one again comes by webhook, which can be lost as well. How many were asked about.
+        """
+        now, known = self._clock(), [tenant.subscription for tenant in tenants if tenant.subscription]
+        overdue = [s for s in known if s.is_live(now) and now > s.period_end_ms]
+        resting = sorted((s for s in known if s.is_resting(now)), key=lambda s: self._asked_ms.get(s.id, 0))
+        resting = [s for s in resting if now >= self._asked_ms.get(s.id, 0) + ASK_RESTING_MS][:MOST_RESTING]
+        self._asked_ms = {s.id: self._asked_ms[s.id] for s in known if s.id in self._asked_ms}
+        for subscription in overdue + resting:
             try:
                 await self._subscriptions.refresh(subscription.id)
             except (NotYet, DodoRefused) as reason:
                 log.warning("subscription %s: %s", subscription.id, reason)
-        return len(live)
+            self._asked_ms[subscription.id] = now
+        return len(overdue) + len(resting)
 
     async def _apply(self, delivery: Delivery) -> Delivery:
         try:

@@ -146,6 +146,22 @@ async def test_a_period_that_ended_without_news_is_looked_up(world: World) -> No
     assert await webhooks.refresh_overdue(await world.tenants.list()) == 0
 
 
+async def test_a_pause_whose_end_was_never_told_is_looked_up(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
+    await webhooks.receive(*delivery("subscription.paused", {"subscription_id": started}))
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 1
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "active"}, headers=AUTH)
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 0, "asked about once an hour"
+    world.clock.move(HOUR)
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 1
+    tenant = await world.tenants.get(ACME)
+    assert tenant.subscription is not None
+    assert tenant.subscription.status is SubscriptionStatus.ACTIVE
+
+
 async def subscribe(world: World, name: str) -> dict[str, object]:
     payment = await world.buy("acme", name)
     assert payment["status"] == "succeeded"
