@@ -8,7 +8,7 @@ from typing import Self
 
 from billing.caps import SpendCap
 from billing.errors import SpendCapReached
-from billing.money import Nanos
+from billing.money import MAX_GRANT_NANOS, Nanos
 from billing.plans import Limits
 from billing.prices import Price
 from billing.usage import BucketId, Draw, Modifier, RequestId, Status, TenantId, Unit, Usage, UsageRecord
@@ -249,3 +249,8 @@ class Repayment:
 
 Movement = Grant | Clawback | Adjustment | Settlement | Restoration | Repayment
 """What counts once by its own id, however often it is sent."""
+
+
+def out_of_bounds(unit: Unit, amount: int) -> str:
+    """Why a grant or a correction of this size is refused."""
+    return f"{unit.tell(amount)} is nothing, or more than the {unit.tell(MAX_GRANT_NANOS)} that one movement may bring"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import NewType, Self
 
-from billing.money import Nanos
+from billing.money import Nanos, format_usd
 
 TenantId = NewType("TenantId", str)
 RequestId = NewType("RequestId", str)
@@ -71,6 +71,10 @@ class Unit(StrEnum):
 
     NANOS = "nanos"
     REQUESTS = "requests"
+
+    def tell(self, amount: int) -> str:
+        """An amount as people read it: "$12.50", "300 requests"."""
+        return f"${format_usd(amount, 2)}" if self is Unit.NANOS else f"{amount:,} requests"
 
 
 OVERAGE = BucketId("overage")

@@ -68,9 +68,14 @@ def end_check(check: Child, settings: Settings, home: Home) -> ServeConfig:
     try:
         exit_code = check.process.wait(CHECK_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        raise LaunchError(f"checking {settings.config} took longer than {CHECK_TIMEOUT_S:g} s") from None
+        raise LaunchError(
+            f"checking {settings.config} took longer than {CHECK_TIMEOUT_S:g} s: `farebox check` shows where it waits"
+        ) from None
     if exit_code != 0:
-        raise LaunchError(check.log.read_text(errors="replace").strip() or "the check of the configuration was killed")
+        raise LaunchError(
+            check.log.read_text(errors="replace").strip()
+            or "the check of the configuration was killed: is memory short?"
+        )
     return at_home(addressed(json.loads(home.checked.read_text()), settings), home)
 
 

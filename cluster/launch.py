@@ -71,7 +71,9 @@ def wait_healthy(api: ServeApi, api_url: str, say: Say, timeout_s: float = HEALT
             say(told := now)
         if time.monotonic() > deadline:
             problems = "\n".join(filter(None, (app.problem for app in found.values())))
-            raise LaunchError(f"not healthy after {timeout_s:g} s: {now}\n{problems}".rstrip())
+            raise LaunchError(
+                f"not healthy after {timeout_s:g} s: {now}; `farebox logs` shows why\n{problems}".rstrip()
+            )
         time.sleep(_POLL_S)
 
 

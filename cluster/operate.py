@@ -208,7 +208,10 @@ async def _wait_served(store: tuple[str, launch.StoreTerms], catalogue: Catalogu
                 return
             if loop.time() > deadline:
                 behind = [g.gateway_id for g in alive if g.hash != catalogue.content_hash]
-                raise LaunchError(f"gateways still serve another catalogue after {CATALOGUE_TIMEOUT_S:g} s: {behind}")
+                raise LaunchError(
+                    f"after {CATALOGUE_TIMEOUT_S:g} s these gateways still serve what they served before: "
+                    f"{', '.join(behind) or 'none answers'}; `farebox logs` shows why, and deploying again is safe"
+                )
             await asyncio.sleep(0.05)
     finally:
         await redis.aclose()

@@ -102,7 +102,8 @@ class Settings:
             haproxy=haproxy if haproxy is not None else env.get("FAREBOX_HAPROXY", "1") != "0",
         )
         if len(set(settings.public_ports.values())) < len(settings.public_ports):
-            raise SettingsError(f"two public ports are the same: {settings.public_ports}")
+            ports = ", ".join(f"{name}={port}" for name, port in settings.public_ports.items())
+            raise SettingsError(f"two public ports are the same: {ports}; give each its own")
         return settings
 
     @property

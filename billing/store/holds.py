@@ -25,6 +25,7 @@ from billing.account import (
     Repayment,
     Restoration,
     Settlement,
+    out_of_bounds,
 )
 from billing.clock import Clock, now_ms
 from billing.errors import DuplicateRequest, GrantRefused, SourceReused, UnknownHold
@@ -235,7 +236,7 @@ class Ledger:
             SourceReused: the source stands for another movement.
         """
         if not 0 < grant.amount <= MAX_GRANT_NANOS:
-            raise GrantRefused(grant.source, f"{grant.amount} {grant.unit} is not between 1 and {MAX_GRANT_NANOS}")
+            raise GrantRefused(grant.source, out_of_bounds(grant.unit, grant.amount))
         shard, tenant = shard_for(grant.tenant), grant.tenant
         names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, grant.source)]
         arguments: list[str | int] = [tenant, grant.source, letter_of(grant.unit), grant.amount]
@@ -296,8 +297,7 @@ class Ledger:
             SourceReused: the source stands for another movement.
         """
         if not 0 < abs(adjustment.amount) <= MAX_GRANT_NANOS:
-            reason = f"{adjustment.amount} {adjustment.unit} is nothing, or more than {MAX_GRANT_NANOS}"
-            raise GrantRefused(adjustment.source, reason)
+            raise GrantRefused(adjustment.source, out_of_bounds(adjustment.unit, adjustment.amount))
         shard, tenant = shard_for(adjustment.tenant), adjustment.tenant
         names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, adjustment.source)]
         arguments: list[str | int] = [tenant, adjustment.source, letter_of(adjustment.unit), adjustment.amount]

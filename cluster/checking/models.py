@@ -53,7 +53,7 @@ def open_base(args: FareboxArgs, folder: Path) -> Base:
         raise BaseRefused(str(error)) from error
     wanted = args.engine.max_context_tokens
     if context is not None and wanted > context:
-        raise BaseRefused(f"max_context_tokens is {wanted}, but the base model was made for {context}")
+        raise BaseRefused(f"max_context_tokens is {wanted}, but the base model was made for {context}: lower it")
     return Base(linears)
 
 

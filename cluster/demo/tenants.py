@@ -150,7 +150,9 @@ async def _ask(
 ) -> dict[str, object]:
     reply = await _patiently(client.build_request(method, path, json=body), client)
     if not reply.is_success:
-        raise SeedFailed(f"{method} {reply.request.url} answered {reply.status_code}: {reply.text[:300]}")
+        raise SeedFailed(
+            f"{method} {reply.request.url} answered {reply.status_code}: {reply.text[:300]}; `farebox logs` shows why"
+        )
     answer: dict[str, object] = reply.json()
     return answer
 

@@ -31,7 +31,7 @@ class TestGrantsAndClawbacks:
 
     @pytest.mark.parametrize("amount", [0, -1, MAX_GRANT_NANOS + 1])
     async def test_an_absurd_grant_is_refused(self, ledger: Ledger, amount: int) -> None:
-        with pytest.raises(GrantRefused):
+        with pytest.raises(GrantRefused, match=r"is nothing, or more than the \$1000000\.00"):
             await ledger.grant(money(amount))
 
     async def test_a_refund_may_leave_a_debt_that_stops_everything_paid_in_money(self, ledger: Ledger) -> None:
