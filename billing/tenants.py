@@ -79,6 +79,10 @@ class Subscription(_Stored):
             return True
         return self.status is SubscriptionStatus.PAST_DUE and now_ms < (self.past_due_ends_at_ms or 0)
 
+    def is_overdue(self, now_ms: int) -> bool:
+        """Its period ended, and nothing was heard of the next."""
+        return self.is_live(now_ms) and now_ms > self.period_end_ms
+
     def is_resting(self, now_ms: int) -> bool:
         """Neither live nor ended: a payment or its customer may open it again."""
         is_open = self.status not in (*ENDED, SubscriptionStatus.PENDING)

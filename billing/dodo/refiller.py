@@ -74,7 +74,9 @@ class Refiller:
         if catalogue is None or pack is None or not product_id or not tenant.dodo_customer_id or tenant.suspended:
             return False
         now, cents = self.clock(), divide_up(pack.price, NANOS_PER_CENT)
-        funding = funding_for(tenant, plan_of(tenant, catalogue), now)
+        rests = tenant.subscription is not None and tenant.subscription.is_resting(now)
+        # A pause is no reason to charge a card: the allowance that rests with it counts as if it were there.
+        funding = None if rests else funding_for(tenant, plan_of(tenant, catalogue), now)
         balance = (await self.ledger.account(tenant.id, funding)).balance_nanos
         if not refill.is_due(balance, cents, now, _month_start(now)):
             return False

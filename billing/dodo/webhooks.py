@@ -90,20 +90,22 @@ class Webhooks:
     async def refresh_overdue(self, tenants: list[Tenant]) -> int:
         """Ask Dodo about subscriptions whose period ended without news, and now and then about those that rest.
 
-        What would open a resting one again comes by webhook, which can be lost as well. How many were asked about.
+        What would open a resting one again comes by webhook, which can be lost as well. One whose tenant was moved
+        to another plan rests for good, unless a webhook says otherwise. How many were asked about.
         """
-        now, known = self._clock(), [tenant.subscription for tenant in tenants if tenant.subscription]
-        overdue = [s for s in known if s.is_live(now) and now > s.period_end_ms]
-        resting = sorted((s for s in known if s.is_resting(now)), key=lambda s: self._asked_ms.get(s.id, 0))
-        resting = [s for s in resting if now >= self._asked_ms.get(s.id, 0) + ASK_RESTING_MS][:MOST_RESTING]
-        self._asked_ms = {s.id: self._asked_ms[s.id] for s in known if s.id in self._asked_ms}
-        for subscription in overdue + resting:
+        now, asked = self._clock(), self._asked_ms
+        carried = [t.subscription for t in tenants if t.subscription and t.plan == t.subscription.plan]
+        overdue = [t.subscription for t in tenants if t.subscription and t.subscription.is_overdue(now)]
+        resting = sorted((s for s in carried if s.is_resting(now)), key=lambda s: asked.get(s.id, 0))
+        due = [s for s in resting if not 0 <= now - asked.get(s.id, 0) < ASK_RESTING_MS][:MOST_RESTING]
+        self._asked_ms = {s.id: asked[s.id] for s in resting if s.id in asked}
+        for subscription in due + overdue:
+            self._asked_ms[subscription.id] = now
             try:
                 await self._subscriptions.refresh(subscription.id)
             except (NotYet, DodoRefused) as reason:
                 log.warning("subscription %s: %s", subscription.id, reason)
-            self._asked_ms[subscription.id] = now
-        return len(overdue) + len(resting)
+        return len(due) + len(overdue)
 
     async def _apply(self, delivery: Delivery) -> Delivery:
         try:

@@ -80,12 +80,14 @@ async def _read_stream(reply: httpx.Response, seen: Seen) -> None:
     piece: dict[str, Any] = {}
     has_begun = False
     try:
+        event = ""
         async for line in reply.aiter_lines():
-            if line == "data: [DONE]":
+            event, ended = line, "" if line else event  # an event counts once the empty line behind it has come
+            if ended == "data: [DONE]":
                 seen.keep(piece)
                 return
-            if line.startswith("data: "):
-                piece = json.loads(line.removeprefix("data: "))
+            if ended.startswith("data: "):
+                piece = json.loads(ended.removeprefix("data: "))
                 if not has_begun and _has_text(piece):
                     has_begun = True
                     seen.begun += 1

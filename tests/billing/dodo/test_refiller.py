@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from billing.account import Bucket, Funding, Grant
+from billing.admission import funding_for, plan_of
 from billing.catalogue import Catalogue
 from billing.dodo.refiller import LOST_MS, Refiller, refusal_of
 from billing.errors import DodoUnavailable
@@ -12,6 +13,7 @@ from billing.notices import NoticeKind
 from billing.refills import COOLDOWN_MS, AttemptState, Refill
 from billing.store.notices import Notices
 from billing.store.refills import Refills
+from billing.tenants import Subscription, SubscriptionStatus
 from billing.usage import BucketId, TenantId, Unit
 from tests.billing.dodo.test_webhooks import AUTH, balance
 from tests.billing.dodo.world import DAY, World, delivery
@@ -180,3 +182,26 @@ async def test_nothing_is_asked_while_there_is_enough(world: World) -> None:
 async def test_an_absurd_refill_is_refused(world: World, change: dict[str, object], word: str) -> None:
     assert refusal_of(SMALL, world.catalogue.packs) == ""
     assert word in refusal_of(SMALL.model_copy(update=change), world.catalogue.packs)
+
+
+@pytest.mark.parametrize("status", [SubscriptionStatus.PAUSED, SubscriptionStatus.ON_HOLD])
+async def test_a_subscription_that_rests_with_its_allowance_charges_no_card(
+    world: World, status: SubscriptionStatus
+) -> None:
+    await low(world, Refill(pack="small", threshold_nanos=USD, monthly_cap_cents=1_500))
+    subscription = Subscription(
+        id="sub_1",
+        plan="pro",
+        status=SubscriptionStatus.ACTIVE,
+        period_start_ms=world.clock() - DAY,
+        period_end_ms=world.clock() + 20 * DAY,
+    )
+    tenant = await world.tenants.update(
+        ACME, lambda t: t.model_copy(update={"subscription": subscription, "plan": "pro"})
+    )
+    funding = funding_for(tenant, plan_of(tenant, world.catalogue), world.clock())
+    await world.ledger.hold(request(funding=funding))
+    assert await refiller(world).run_once() == 0
+    rests = subscription.model_copy(update={"status": status})
+    await world.tenants.update(ACME, lambda t: t.model_copy(update={"subscription": rests}))
+    assert await refiller(world).run_once() == 0

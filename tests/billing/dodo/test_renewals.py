@@ -1,10 +1,13 @@
 """A subscription is believed only from Dodo itself, and its payment repays what it invoiced."""
 
+import contextlib
+
 import pytest
 
+from billing.errors import DodoUnavailable
 from billing.store.inbox import Outcome
 from billing.store.keys import shard_for
-from billing.tenants import SubscriptionStatus
+from billing.tenants import Subscription, SubscriptionStatus
 from billing.usage import TenantId
 from tests.billing.dodo.world import API_KEY, DAY, HOUR, MINUTE, World, delivery
 
@@ -160,6 +163,40 @@ async def test_a_pause_whose_end_was_never_told_is_looked_up(world: World) -> No
     tenant = await world.tenants.get(ACME)
     assert tenant.subscription is not None
     assert tenant.subscription.status is SubscriptionStatus.ACTIVE
+
+
+async def test_a_tenant_moved_off_a_resting_subscriptions_plan_stays_moved(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
+    await webhooks.receive(*delivery("subscription.paused", {"subscription_id": started}))
+    await world.tenants.update(ACME, lambda tenant: tenant.model_copy(update={"plan": "prepaid"}))
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 0
+    assert (await world.tenants.get(ACME)).plan == "prepaid"
+
+
+async def test_one_resting_subscription_that_dodo_fails_on_keeps_no_other_waiting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("acme", "bolt"):
+        rests = {"id": f"sub_{name}", "plan": "payg", "status": "paused", "period_start_ms": 0, "period_end_ms": 1}
+        await world.tenant(name, plan="payg")
+        await world.tenants.update(
+            TenantId(name), lambda t, rests=rests: t.model_copy(update={"subscription": Subscription(**rests)})
+        )
+    asked, webhooks = [], world.webhooks()
+
+    async def fail(subscription_id: str) -> None:
+        asked.append(subscription_id)
+        raise DodoUnavailable("500: out of order")
+
+    monkeypatch.setattr(webhooks._subscriptions, "refresh", fail)
+    for _ in range(3):
+        with contextlib.suppress(DodoUnavailable):
+            await webhooks.refresh_overdue(await world.tenants.list())
+        world.clock.move(HOUR)
+    assert set(asked) == {"sub_acme", "sub_bolt"}
 
 
 async def subscribe(world: World, name: str) -> dict[str, object]:
