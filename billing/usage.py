@@ -74,7 +74,8 @@ class Unit(StrEnum):
 
     def tell(self, amount: int) -> str:
         """An amount as people read it: "$12.50", "300 requests"."""
-        return f"${format_usd(amount, 2)}" if self is Unit.NANOS else f"{amount:,} requests"
+        sign = "-" if amount < 0 else ""
+        return f"{sign}${format_usd(abs(amount), 2)}" if self is Unit.NANOS else f"{amount:,} requests"
 
 
 OVERAGE = BucketId("overage")

@@ -209,8 +209,9 @@ async def _wait_served(store: tuple[str, launch.StoreTerms], catalogue: Catalogu
             if loop.time() > deadline:
                 behind = [g.gateway_id for g in alive if g.hash != catalogue.content_hash]
                 raise LaunchError(
-                    f"after {CATALOGUE_TIMEOUT_S:g} s these gateways still serve what they served before: "
-                    f"{', '.join(behind) or 'none answers'}; `farebox logs` shows why, and deploying again is safe"
+                    f"after {CATALOGUE_TIMEOUT_S:g} s {len(alive)} of {running()} gateways answer, and these still "
+                    f"serve what they served before: {', '.join(behind) or 'none'}; `farebox logs` shows why, and "
+                    "deploying again is safe"
                 )
             await asyncio.sleep(0.05)
     finally:

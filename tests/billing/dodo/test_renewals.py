@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 
+from billing.dodo.webhooks import Webhooks
 from billing.errors import DodoUnavailable
 from billing.store.inbox import Outcome
 from billing.store.keys import shard_for
@@ -150,11 +151,7 @@ async def test_a_period_that_ended_without_news_is_looked_up(world: World) -> No
 
 
 async def test_a_pause_whose_end_was_never_told_is_looked_up(world: World) -> None:
-    await world.tenant("acme", plan="payg")
-    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
-    webhooks = world.webhooks()
-    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
-    await webhooks.receive(*delivery("subscription.paused", {"subscription_id": started}))
+    webhooks, started = await paused(world)
     assert await webhooks.refresh_overdue(await world.tenants.list()) == 1
     await world.operator.patch(f"/subscriptions/{started}", json={"status": "active"}, headers=AUTH)
     assert await webhooks.refresh_overdue(await world.tenants.list()) == 0, "asked about once an hour"
@@ -166,11 +163,7 @@ async def test_a_pause_whose_end_was_never_told_is_looked_up(world: World) -> No
 
 
 async def test_a_tenant_moved_off_a_resting_subscriptions_plan_stays_moved(world: World) -> None:
-    await world.tenant("acme", plan="payg")
-    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
-    webhooks = world.webhooks()
-    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
-    await webhooks.receive(*delivery("subscription.paused", {"subscription_id": started}))
+    webhooks, _ = await paused(world)
     await world.tenants.update(ACME, lambda tenant: tenant.model_copy(update={"plan": "prepaid"}))
     assert await webhooks.refresh_overdue(await world.tenants.list()) == 0
     assert (await world.tenants.get(ACME)).plan == "prepaid"
@@ -197,6 +190,16 @@ async def test_one_resting_subscription_that_dodo_fails_on_keeps_no_other_waitin
             await webhooks.refresh_overdue(await world.tenants.list())
         world.clock.move(HOUR)
     assert set(asked) == {"sub_acme", "sub_bolt"}
+
+
+async def paused(world: World) -> tuple[Webhooks, str]:
+    """A tenant whose subscription rests, as its webhook told; and the subscription's id."""
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
+    await webhooks.receive(*delivery("subscription.paused", {"subscription_id": started}))
+    return webhooks, started
 
 
 async def subscribe(world: World, name: str) -> dict[str, object]:
