@@ -22,7 +22,7 @@ chaos: $(INSTALLED) ## kill, cut off and flood it on purpose; prints one table, 
 	@$(BIN)/python -m tests.chaos
 
 mutants: $(INSTALLED) ## take each rule of the ledger away in turn; every one must be missed by a test
-	@$(BIN)/python -m tests.billing.mutants
+	@$(BIN)/python -m tests.billing.ledger.mutants
 
 check: $(INSTALLED) ## lint, format, types, import contracts, tidiness
 	@$(BIN)/ruff check .

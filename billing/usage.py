@@ -6,13 +6,17 @@ Knows quantities and states; knows no rates and no store.
 import json
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import NewType, Self
+from typing import Annotated, NewType, Self
+
+from pydantic import Field
 
 from billing.money import Nanos, format_usd
 
 TenantId = NewType("TenantId", str)
 RequestId = NewType("RequestId", str)
 BucketId = NewType("BucketId", str)
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
+"""What an owner may call a plan, a pack, an arm or a model."""
 
 
 class Status(StrEnum):

@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+GATEWAY, REPLICA = "Gateway", "LoraReplica"
+"""Names of the deployments, as Serve knows them."""
 RUNNING, DEPLOY_FAILED = "RUNNING", "DEPLOY_FAILED"
 _PATH = "/api/serve/applications/"
 _TIMEOUT_S = 30.0

@@ -6,8 +6,8 @@ from ray.serve.config import RequestRouterConfig
 
 from deployments.billing_actor import BillingActor
 from deployments.config import BillingArgs, FareboxArgs
-from deployments.ingress import GatewayIngress
-from deployments.replica import LoraReplica
+from deployments.gateway.ingress import GatewayIngress
+from deployments.replica.replica import LoraReplica
 
 OPEN_STREAMS = 1_000
 LONGEST_STREAM_S = 120.0
@@ -21,7 +21,7 @@ def build(args: FareboxArgs) -> Application:
         graceful_shutdown_timeout_s=LONGEST_STREAM_S,
         ray_actor_options={"num_cpus": 0.5},
         request_router_config=RequestRouterConfig(
-            request_router_class="deployments.routing:AdapterRouter",
+            request_router_class="deployments.replica.routing:AdapterRouter",
             request_router_kwargs={"spread_after": max(1, args.engine.max_running // 2)},
         ),
     )(LoraReplica)

@@ -14,19 +14,19 @@ import httpx
 from billing.archive.archiver import Archiver, ArchiveReport
 from billing.archive.files import Archive
 from billing.clock import now_ms
-from billing.counters import Counters
 from billing.dodo.client import DodoSettings
-from billing.errors import StoreRefused
 from billing.export.exporter import FlushReport
-from billing.herald import Herald, Receiver
-from billing.pump import Chore, ChoreStatus, Intervals, Parts, Pump, assemble
-from billing.store import proof_state
+from billing.export.outbox import Backlog, PumpState, Sums
+from billing.notices.dispatcher import Herald, Receiver
+from billing.periodic import Chore, ChoreStatus, Intervals, Parts, Pump, assemble
+from billing.reconcile import proof_state
+from billing.reports.counters import Counters
+from billing.reports.unsettled import unsettled
 from billing.store.connection import connect
-from billing.store.outbox import Backlog, PumpState, Sums
-from billing.store.unsettled import unsettled
+from billing.store.errors import StoreRefused
 from billing.usage import TenantId
 from deployments.config import BillingArgs
-from deployments.metrics import MoneyMetrics
+from deployments.gateway.metrics import MoneyMetrics
 
 ARCHIVE_INTERVAL_S = 6 * 3_600.0
 HERALD_INTERVAL_S = 5.0
@@ -47,7 +47,7 @@ class BillingStatus:
 
 
 class BillingActor:
-    """A timer around repeatable functions; see ``billing.pump``."""
+    """A timer around repeatable functions; see ``billing.periodic``."""
 
     _is_open = False
 

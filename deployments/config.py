@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from billing.abuse import Abuse
-from billing.catalogue import Model
-from billing.costs import Costs
-from billing.modifiers import Pricing
-from billing.plans import Name, Pack, Plan
-from billing.prices import Price
-from billing.usage import TenantId
+from billing.catalog.abuse import Abuse
+from billing.catalog.catalog import Model
+from billing.catalog.plans import Pack, Plan
+from billing.pricing.costs import Costs
+from billing.pricing.modifiers import Pricing
+from billing.pricing.prices import Price
+from billing.usage import Name, TenantId
 
 
 class _Config(BaseModel):

@@ -1,18 +1,13 @@
-"""The mechanical rules that keep code readable and money whole. A limit moves only in a commit that says why."""
+"""Rules that a machine can judge: money is never a float, a broad except passes on or logs, nothing is unfinished."""
 
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FUNCTION_LINES_MAX = 60
-FILE_LINES_MAX = 350
-TEST_FILE_LINES_MAX = 500
-"""Tables of cases are long without being hard to read."""
 PACKAGES = ("billing", "deployments", "cluster")
 DIVIDES = ("billing/money.py",)
 """Where the one division of money stands."""
@@ -25,36 +20,10 @@ def python_files(*folders: str) -> list[Path]:
 
 
 SOURCES = python_files(*PACKAGES)
-EVERYTHING = [*SOURCES, *python_files("tests")]
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
-
-
-def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-
-
-@pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
-def test_a_function_fits_on_a_screen_and_a_file_has_one_subject(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= (FILE_LINES_MAX if path in SOURCES else TEST_FILE_LINES_MAX)
-    long = [
-        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
-        for node in functions(ast.parse(text))
-        if node.end_lineno is not None and node.end_lineno - node.lineno >= FUNCTION_LINES_MAX
-    ]
-    assert not long
-
-
-@pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
-def test_a_module_says_what_it_knows_unless_it_is_an_empty_init(path: Path) -> None:
-    text = path.read_text()
-    if path.name == "__init__.py":
-        assert text == ""
-    else:
-        assert ast.get_docstring(ast.parse(text))
 
 
 @pytest.mark.parametrize("path", python_files("billing"), ids=name_of)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
+from billing.archive.archive_cursor import ArchiveCursor
 from billing.archive.files import Archive
 from billing.errors import BillingError
-from billing.store.archive_cursor import ArchiveCursor
+from billing.ledger.journal import Entry, Link, UnreadableEntry, order
 from billing.store.keys import ALL_SHARDS, Shard
-from billing.store.stream import Entry, Link, UnreadableEntry, order
 from billing.usage import TenantId
 
 KEEP_MS = 6 * 3_600_000

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from billing.errors import ArchiveUnavailable
+from billing.archive.errors import ArchiveUnavailable
+from billing.ledger.journal import Entry, order
 from billing.store.keys import Shard
-from billing.store.stream import Entry, order
 from billing.usage import TenantId
 
 MS_PER_SECOND = 1_000

@@ -20,8 +20,8 @@ from dodopayments.types import EventInputParam
 from dodopayments.types.attach_product_entitlement_param import AttachProductEntitlementParam
 from dodopayments.types.price_param import PriceParam
 
+from billing.dodo.errors import DodoMisconfigured, DodoRefused, DodoUnavailable
 from billing.dodo.fields import MS_PER_SECOND, Wire, to_iso
-from billing.dodo.invoices import Invoice
 from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, text_in
 from billing.dodo.wire import (
     Dispute,
@@ -30,12 +30,12 @@ from billing.dodo.wire import (
     DodoMeter,
     DodoProduct,
     DodoSubscription,
+    Invoice,
     LicenceGrant,
     Payment,
     UsagePeriod,
 )
-from billing.errors import DodoMisconfigured, DodoRefused, DodoUnavailable
-from billing.tenants import Tenant
+from billing.tenants.tenant import Tenant
 
 TIMEOUT = httpx.Timeout(10.0, connect=3.0)
 PAGE = 100

@@ -10,8 +10,8 @@ import httpx
 from dodopayments import APIConnectionError, APIResponseValidationError, APIStatusError
 from pydantic import BaseModel
 
+from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.dodo.fields import Wire, WireError
-from billing.errors import DodoRefused, DodoUnavailable
 
 TRANSIENT = (408, 409, 425, 429)
 """Statuses below 500 that a later try may change."""

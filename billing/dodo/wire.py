@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from billing.dodo.fields import Wire, WireError, as_list, as_object, inner, integer, moment, moment_ms, text
-from billing.tenants import SubscriptionStatus
+from billing.tenants.tenant import SubscriptionStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,3 +291,39 @@ def _meter_price(wire: Wire) -> MeterPrice:
         price_per_unit=text(wire, "price_per_unit", ""),
         free_threshold=integer(wire, "free_threshold", 0),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Invoice:
+    """One payment as its tenant wants to see it, and its invoice; an empty text where Dodo has none.
+
+    Amounts are minor units of the payment's own currency, tax included.
+    """
+
+    payment_id: str
+    status: str
+    product: str
+    """Our name of what was bought, such as ``pack:small``."""
+    subscription_id: str
+    total_amount: int
+    currency: str
+    created_at_ms: int
+    refund_status: str
+    invoice_id: str
+    invoice_url: str
+    """Dodo's own link. An owner can ask Dodo to open it only with a key; the customer's portal always shows it."""
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        return cls(
+            payment_id=text(wire, "payment_id"),
+            status=text(wire, "status", ""),
+            product=text(as_object(wire.get("metadata")), "farebox_product", ""),
+            subscription_id=text(wire, "subscription_id", ""),
+            total_amount=integer(wire, "total_amount", 0),
+            currency=text(wire, "currency", ""),
+            created_at_ms=moment(wire, "created_at"),
+            refund_status=text(wire, "refund_status", ""),
+            invoice_id=text(wire, "invoice_id", ""),
+            invoice_url=text(wire, "invoice_url", ""),
+        )

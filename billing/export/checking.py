@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from billing.store.stream import Entry, UnreadableEntry
+from billing.ledger.journal import Entry, UnreadableEntry
 from billing.usage import TenantId
 
 

@@ -19,16 +19,17 @@ from redis.asyncio import Redis
 from billing.clock import Clock, now_ms
 from billing.dodo.budget import PER_MINUTE, Budget, CallBudget
 from billing.dodo.client import Dodo
-from billing.errors import DodoRefused, DodoUnavailable, UnknownTenant
+from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.export.checking import Withheld, sift
 from billing.export.events import CHARGE, Destination, SealedEvent, fold
+from billing.export.outbox import Outbox, PumpState
 from billing.export.sending import BudgetSpent, Sender, Tally
-from billing.notices import Notice, NoticeKind
+from billing.ledger.journal import Entry, Stream, UnreadableEntry
+from billing.notices.log import Notices
+from billing.notices.notice import Notice, NoticeKind
 from billing.store.keys import Shard, shard_for
-from billing.store.notices import Notices
-from billing.store.outbox import Outbox, PumpState
-from billing.store.stream import Entry, Stream, UnreadableEntry
-from billing.store.tenants import Tenants
+from billing.tenants.directory import Tenants
+from billing.tenants.errors import UnknownTenant
 from billing.usage import TenantId
 
 WINDOW_ENTRIES = 1_000

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from billing.clock import Clock
 from billing.dodo.budget import Budget
 from billing.dodo.client import Dodo
-from billing.errors import DodoRefused, DodoUnavailable
+from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.export.events import Destination, SealedEvent
-from billing.store.outbox import Outbox
+from billing.export.outbox import Outbox
 from billing.usage import TenantId
 
 MAX_EVENTS = 1_000

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 from billing.clock import Clock
 from billing.dodo.wire import DodoEvent
+from billing.reconcile.books import ShardState
 from billing.reconcile.dodo_ledger import SETTLED_MS, DodoLedger
 from billing.reconcile.dodo_proofs import Frozen, ShardTold, TenantAtDodo, prove_events, prove_periods
 from billing.reconcile.proofs import Row
 from billing.reconcile.shard_books import ShardBooks
-from billing.store.books import ShardState
-from billing.tenants import Tenant
+from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
 
 TRIES = 4

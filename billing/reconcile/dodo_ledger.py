@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from billing.dodo.budget import Budget
 from billing.dodo.client import PAGE, Dodo
+from billing.dodo.errors import DodoUnavailable
 from billing.dodo.wire import DodoEvent, UsagePeriod
-from billing.errors import DodoUnavailable
 from billing.export.events import CHARGE, USAGE
 from billing.reconcile.dodo_proofs import by_customer
 

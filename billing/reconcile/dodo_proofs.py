@@ -12,12 +12,12 @@ from typing import Self
 from billing.dodo.fields import WireError
 from billing.dodo.wire import DodoEvent, UsagePeriod
 from billing.export.events import CHARGE
+from billing.ledger.journal import order
 from billing.money import divide_up
+from billing.reconcile.books import ShardState
 from billing.reconcile.export_proofs import AMOUNT, nanos_of
 from billing.reconcile.fold import Fold, Place
 from billing.reconcile.proofs import Row, few
-from billing.store.books import ShardState
-from billing.store.stream import order
 from billing.usage import TenantId
 
 NANOS_PER_CENT = 10_000_000

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 
 from billing.export.events import CHARGE, USAGE, SealedEvent
+from billing.reconcile.books import ShardState
 from billing.reconcile.fold import Fold
 from billing.reconcile.proofs import Row, few
-from billing.store.books import ShardState
 
 AMOUNT = {CHARGE: "charge_nanos", USAGE: "covered_nanos"}
 """Metadata key of each event name's money."""

@@ -9,9 +9,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from billing.account import Bucket
 from billing.export.events import CHARGE, USAGE
-from billing.store.stream import Entry, Link, UnreadableEntry, order
+from billing.ledger.account import Bucket
+from billing.ledger.journal import Entry, Link, UnreadableEntry, order
 from billing.usage import BucketId, Unit
 
 Place = tuple[int, int]

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from billing.reconcile.books import AccountState, OpenHold
 from billing.reconcile.fold import Fold
-from billing.store.books import AccountState, OpenHold
 from billing.usage import OVERAGE, BucketId, TenantId, Unit
 
 MAX_NAMED = 5

@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
+from billing.archive.archive_cursor import ArchiveCursor
 from billing.archive.files import Archive
 from billing.clock import Clock, now_ms
+from billing.commerce.inbox import CHARGE_METER, Inbox
 from billing.dodo.budget import Budget, CallBudget
 from billing.dodo.client import Dodo
-from billing.errors import DodoRefused, DodoUnavailable
+from billing.dodo.errors import DodoRefused, DodoUnavailable
+from billing.reconcile.books import ShardState
 from billing.reconcile.dodo_comparison import DodoComparison, day_start
 from billing.reconcile.dodo_ledger import DodoLedger
 from billing.reconcile.proofs import Row
 from billing.reconcile.shard_books import ShardBooks
-from billing.store.archive_cursor import ArchiveCursor
-from billing.store.books import ShardState
-from billing.store.inbox import CHARGE_METER, Inbox
+from billing.reconcile.watermark import Mark, Watermarks
 from billing.store.keys import ALL_SHARDS, Shard, shard_for
-from billing.store.tenants import Tenants
-from billing.store.watermark import Mark, Watermarks
-from billing.tenants import Tenant
+from billing.tenants.directory import Tenants
+from billing.tenants.tenant import Tenant
 
 
 @dataclass(frozen=True, slots=True)

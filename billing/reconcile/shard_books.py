@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from redis.asyncio import Redis
 
 from billing.archive.files import Archive
+from billing.ledger.journal import Entry, order
+from billing.reconcile.books import OpenHold, ShardReader, ShardState
 from billing.reconcile.dodo_proofs import ShardTold, told
 from billing.reconcile.export_proofs import prove_export
 from billing.reconcile.fold import Fold
 from billing.reconcile.proofs import Row, prove_tenant
-from billing.store.books import OpenHold, ShardReader, ShardState
+from billing.reconcile.watermark import Mark
 from billing.store.keys import Shard
-from billing.store.stream import Entry, order
-from billing.store.watermark import Mark
 from billing.usage import TenantId
 
 

@@ -10,10 +10,10 @@ from redis.asyncio import Redis
 from billing.clock import Clock, now_ms
 from billing.dodo.budget import BothBudgets, Budget, CallBudget
 from billing.dodo.client import Dodo
-from billing.history import archive_of
 from billing.reconcile.dodo_comparison import DAY_MS
+from billing.reconcile.proof_state import ProofState, show
 from billing.reconcile.reconciler import Reconciler, Report
-from billing.store.proof_state import ProofState, show
+from billing.reports.history import archive_of
 
 STORE, DODO = "store", "dodo"
 """Kinds of pass."""

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from redis.asyncio.connection import parse_url
 
-from billing.errors import StoreRefused
+from billing.store.errors import StoreRefused
 
 FORMS = (
     "redis://HOST:PORT, rediss://HOST:PORT (TLS), unix:///PATH, redis+sentinel://HOST:PORT,HOST:PORT/SERVICE "

@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 from redis import exceptions
 from redis.asyncio import Redis
 
-from billing.errors import StoreRefused, StoreUnavailable
 from billing.store import keys
 from billing.store.address import Address, Shape, parse
 from billing.store.cluster import Cluster
+from billing.store.errors import StoreRefused, StoreUnavailable
 from billing.store.guard import guarded as guarded
 from billing.store.guard import is_unfit
 from billing.store.primary import Sentinels, pool

@@ -13,13 +13,15 @@ from typing import ClassVar
 
 from redis import exceptions
 
-from billing.errors import StoreUnavailable
+from billing.store.errors import StoreUnavailable
 
 TICK_S = 0.04
 SILENCE_S = 0.24
 """A store that answers nobody for so long is down: with the tick before it, 503 within 300 ms."""
 QUEUE_S = 5.0
 """The longest that a call waits for its turn while the store answers others."""
+BULK_DEADLINE_S = 10.0
+"""For reading many entries, which takes longer than the hot path may wait."""
 
 _UNFIT = ("OOM", "MISCONF", "NOREPLICAS", "LOADING", "READONLY", "MASTERDOWN", "BUSY")
 _UNFIT_HERE = (

@@ -14,8 +14,8 @@ from redis.asyncio.connection import AbstractConnection, Connection, SSLConnecti
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from billing.errors import StoreRefused
 from billing.store.address import Address, Node
+from billing.store.errors import StoreRefused
 
 MAX_CONNECTIONS = 64
 LATECOMERS_S = 0.05

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from billing.money import format_usd
-from billing.prices import Price
+from billing.pricing.prices import Price
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,14 @@ class CheckReport:
             return Text(f"{self.path}: {number} {'thing' if number == 1 else 'things'} to put right", style="bold red")
         sells = f"{len(self.models)} models, {len(self.plans)} plans, {len(self.packs)} packs"
         return Text(f"{self.path} is right: {sells}", style="bold green")
+
+
+class CheckFailed(Exception):
+    """A file that may not be deployed; ``report`` has every finding."""
+
+    def __init__(self, report: CheckReport) -> None:
+        super().__init__("\n".join(f"{report.path}: {finding}" for finding in report.errors))
+        self.report = report
 
 
 def _line(finding: Finding) -> Text:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.checking.findings import CheckedModel, show_price
-from deployments.artifacts import ArtifactUnavailable, fetch, is_url, local_path
 from deployments.config import FareboxArgs, ModelEntry
-from deployments.engine.adapters import AdapterInfo, LinearShape, inspect_adapter
-from deployments.engine.model import linear_shapes, read_config
-from deployments.engine.request import AdapterRejected, ModelRefused
+from deployments.inference.adapters import AdapterInfo, LinearShape, inspect_adapter
+from deployments.inference.native.model import linear_shapes, read_config
+from deployments.inference.request import AdapterRejected, ModelRefused
+from deployments.replica.artifacts import ArtifactUnavailable, fetch, is_url, local_path
 
 ADAPTER_CACHE = ".farebox/adapters"
 """Where fetched adapters go while the file's own `adapter_cache_dir` cannot be read."""

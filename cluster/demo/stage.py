@@ -19,26 +19,26 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from redis.asyncio import Redis
 
-from billing.account import Settlement
-from billing.admission import Admission, funding_for, plan_of
-from billing.catalogue import Catalogue
+from billing.catalog import publication
+from billing.catalog.catalog import Catalogue
+from billing.commerce.auto_refill import Refiller
+from billing.commerce.dodo_ids import id_of
+from billing.commerce.refill_store import Refills
+from billing.commerce.sync import sync
+from billing.commerce.webhooks import Webhooks
 from billing.dodo.budget import CallBudget
 from billing.dodo.client import Dodo, DodoSettings
-from billing.dodo.refiller import Refiller
-from billing.dodo.sync import sync
-from billing.dodo.webhooks import Webhooks
 from billing.errors import Refusal
 from billing.export.exporter import Exporter
+from billing.ledger.account import Settlement
+from billing.ledger.admission import Admission, funding_for, plan_of
+from billing.ledger.ledger import Ledger
+from billing.notices.log import Notices
+from billing.notices.thresholds import notices_for
 from billing.reconcile.reconciler import Reconciler, Report
-from billing.store import board
 from billing.store.connection import connect
-from billing.store.dodo_ids import id_of
-from billing.store.holds import Ledger
-from billing.store.notices import Notices
-from billing.store.refills import Refills
-from billing.store.tenants import Tenants
-from billing.tenants import Principal, Tenant, new_key
-from billing.thresholds import notices_for
+from billing.tenants.directory import Tenants
+from billing.tenants.tenant import Principal, Tenant, new_key
 from billing.usage import RequestId, Status, TenantId, Usage
 from cluster import valkey
 from cluster.dodo_sandbox.endpoints import generated_secret
@@ -118,7 +118,7 @@ class Stage:
         )  # fmt: skip
 
     async def _current(self) -> Catalogue | None:
-        return await board.current(self.redis)
+        return await publication.current(self.redis)
 
     async def join(self, name: str, plan: str) -> Principal:
         """A new tenant with a key and a Dodo customer."""
@@ -243,7 +243,7 @@ async def stage(folder: Path, catalogue: Catalogue, start: datetime) -> AsyncIte
             async with httpx.AsyncClient(base_url=sandbox.url, headers=bearer, trust_env=False) as operator:
                 there = Stage(redis, dodo, operator, calendar, catalogue, secret)
                 async with _door(there.webhooks) as url:
-                    await board.publish(redis, catalogue, "story", calendar())
+                    await publication.publish(redis, catalogue, "story", calendar())
                     await sync(dodo, redis, catalogue, url)
                     yield there
             await dodo.close()

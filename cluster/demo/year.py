@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from billing.catalogue import Catalogue
+from billing.catalog.catalog import Catalogue
+from billing.commerce.refill import Refill
 from billing.money import NANOS_PER_CENT, format_usd
 from billing.reconcile.reconciler import Report
-from billing.refills import Refill
-from billing.tenants import Principal
+from billing.tenants.tenant import Principal
 from billing.usage import Usage
 from cluster.demo.stage import Calls, Stage, stage
 

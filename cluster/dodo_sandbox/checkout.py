@@ -10,14 +10,7 @@ from typing import Annotated, ClassVar
 from fastapi import APIRouter
 from pydantic import Field
 
-from cluster.dodo_sandbox.customers import (
-    CreateCustomer,
-    CustomerRecord,
-    Email,
-    create,
-    customer_of,
-    save_card,
-)
+from cluster.dodo_sandbox.customers import CreateCustomer, CustomerRecord, Email, create, customer_of, save_card
 from cluster.dodo_sandbox.entitlements import issue
 from cluster.dodo_sandbox.errors import ApiError, bad_request, not_found, unprocessable
 from cluster.dodo_sandbox.payments import (

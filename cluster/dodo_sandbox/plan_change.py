@@ -17,14 +17,7 @@ from cluster.dodo_sandbox.errors import ApiError, bad_request
 from cluster.dodo_sandbox.payments import Charge, ServicePeriod, charge, line
 from cluster.dodo_sandbox.products import UsageBasedPrice, product_of
 from cluster.dodo_sandbox.state import Here, Sandbox
-from cluster.dodo_sandbox.subscriptions import (
-    ScheduledChange,
-    SubscriptionRecord,
-    change,
-    next_billing,
-    running,
-    terms,
-)
+from cluster.dodo_sandbox.subscriptions import ScheduledChange, SubscriptionRecord, change, next_billing, running, terms
 from cluster.dodo_sandbox.wire import LimitedMetadata, Wire, new_id, to_ms
 
 router = APIRouter()

@@ -16,10 +16,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from deployments.engine.adapters import local_adapter
-from deployments.engine.loop import Engine
-from deployments.engine.request import AdapterRef, GenerateRequest, SamplingParams, Tokens
-from deployments.engine.settings import EngineSettings
+from deployments.inference.adapters import local_adapter
+from deployments.inference.native.loop import Engine
+from deployments.inference.native.settings import EngineSettings
+from deployments.inference.request import AdapterRef, GenerateRequest, SamplingParams, Tokens
 from tests.bench import engine_fixture, figures
 from tests.bench.engine_fixture import Fixture
 from tests.bench.engine_peers import Vllm

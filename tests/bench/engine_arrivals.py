@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Semaphore
 
-from deployments.engine.request import GenerateRequest, Tokens
+from deployments.inference.request import GenerateRequest, Tokens
 from tests.bench import figures
 from tests.bench.engine_fixture import VOCABULARY, Fixture
 from tests.bench.engine_peers import Ours, Vllm, sampling

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from deployments.engine.request import GenerateRequest, Tokens
+from deployments.inference.request import GenerateRequest, Tokens
 from tests.bench import engine_fixture, figures
 from tests.bench.engine_fixture import Fixture
 from tests.bench.engine_peers import Ours, Vllm, sampling

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from deployments.engine.adapters import digest_adapter
-from deployments.engine.request import AdapterRef
+from deployments.inference.adapters import digest_adapter
+from deployments.inference.request import AdapterRef
 
 SCRATCH = Path(".farebox/bench/engine")
 VOCABULARY = 4096

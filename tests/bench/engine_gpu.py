@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from deployments.engine.lora import HostAdapter, HostFactors
-from deployments.engine.model import Model
-from deployments.engine.sequence import Span
-from deployments.engine.settings import EngineSettings
+from deployments.inference.native.lora import HostAdapter, HostFactors
+from deployments.inference.native.model import Model
+from deployments.inference.native.sequence import Span
+from deployments.inference.native.settings import EngineSettings
 from tests.bench import engine_fixture, figures
 from tests.bench.figures import Row
 
@@ -131,8 +131,8 @@ def _kernel_error(dtype: torch.dtype) -> Callable[[], float]:
     """Shrink and expand, captured with one adapter, replayed with up to eight of mixed ranks."""
 
     def error() -> float:
-        from deployments.engine.kernels_lora import expand, shrink
-        from deployments.engine.tiles import columns, lora_tiles, lora_tiles_max
+        from deployments.inference.native.kernels_lora import expand, shrink
+        from deployments.inference.native.tiles import columns, lora_tiles, lora_tiles_max
 
         torch.manual_seed(0)
         slots, rows, width = 8, 24, 512

@@ -17,9 +17,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from deployments.engine.loop import Engine
-from deployments.engine.request import AdapterRef, GenerateRequest, SamplingParams
-from deployments.engine.settings import EngineSettings
+from deployments.inference.native.loop import Engine
+from deployments.inference.native.settings import EngineSettings
+from deployments.inference.request import AdapterRef, GenerateRequest, SamplingParams
 from tests.bench.engine_fixture import CONTEXT, RANK, Fixture
 
 Prompts = Sequence[tuple[int, ...]]

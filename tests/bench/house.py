@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster import valkey
 from tests.bench import figures
-from tests.gateway.serve_cluster import (
+from tests.support.serve_cluster import (
     ANSWER,
     REPO,
     Cluster,
@@ -65,7 +65,7 @@ def house(folder: Path, haproxy: bool) -> Iterator[House]:
     store, port = valkey.start(folder / "v"), free_port()
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.gateway.serve_house", str(folder / "config.json"), str(port), ANSWER],
+            [sys.executable, "-m", "tests.support.serve_process", str(folder / "config.json"), str(port), ANSWER],
             env=environment(store.url, folder, haproxy),
             cwd=REPO,
             stdin=subprocess.PIPE,

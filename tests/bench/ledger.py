@@ -17,14 +17,14 @@ from statistics import median
 import uvloop
 from redis.asyncio import Redis
 
-from billing.account import Funding, Grant, HoldRequest, Settlement
-from billing.plans import Limits
-from billing.prices import Price
+from billing.catalog.plans import Limits
+from billing.ledger.account import Funding, Grant, HoldRequest, Settlement
+from billing.ledger.ledger import Ledger
+from billing.pricing.prices import Price
 from billing.store.connection import connect
-from billing.store.holds import Ledger
 from billing.usage import RequestId, Status, TenantId, Unit, Usage
 from cluster import valkey
-from deployments.edge import new_request_id
+from deployments.gateway.edge import new_request_id
 from tests.bench import figures
 from tests.bench.figures import Latency, Row
 from tests.bench.patience import patiently

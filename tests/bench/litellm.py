@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from tests.bench import figures
-from tests.gateway.serve_cluster import eventually, free_port
+from tests.support.serve_cluster import eventually, free_port
 
 VERSION = "1.108.7"
 ENVIRONMENT = figures.ROOT / ".bench" / "litellm"

@@ -10,18 +10,20 @@ from unittest.mock import patch
 
 from ray.serve import Application
 
-from billing.account import Hold, HoldRequest, Progress, Receipt, Settlement
+from billing.ledger.account import Hold, HoldRequest, Progress, Receipt, Settlement
+from billing.ledger.ledger import Ledger
 from billing.money import Nanos
-from billing.store.holds import Ledger
 from billing.usage import RequestId, UsageRecord
-from deployments import app, replica, wiring
+from deployments import app
 from deployments.config import FareboxArgs
-from deployments.engine.loop import Engine
-from deployments.engine.output import Emit
-from deployments.engine.request import AdapterRef, EngineStats, FinishReason, GenerateRequest, Tokens
-from deployments.engine.settings import EngineSettings
-from deployments.ingress import GatewayIngress
-from deployments.replica import LoraReplica
+from deployments.gateway import wiring
+from deployments.gateway.ingress import GatewayIngress
+from deployments.inference.native.loop import Engine
+from deployments.inference.native.output import Emit
+from deployments.inference.native.settings import EngineSettings
+from deployments.inference.request import AdapterRef, EngineStats, FinishReason, GenerateRequest, Tokens
+from deployments.replica import replica
+from deployments.replica.replica import LoraReplica
 
 STEP_S = 0.005
 """Between two tokens of a stream: what a small model on a GPU takes for a step."""

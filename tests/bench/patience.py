@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from billing.errors import StoreUnavailable
+from billing.store.errors import StoreUnavailable
 
 TRIES = 20
 T = TypeVar("T")

@@ -19,14 +19,14 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from deployments import pieces
-from deployments.edge import new_request_id
-from deployments.engine.request import GenerateRequest, SamplingParams, Tokens
-from deployments.ingress import open_link
-from deployments.lines import Lines
-from deployments.replica import LoraReplica
-from deployments.socket_link import Inflow
-from tests.gateway.clockwork import ClockworkEngine
+from deployments.gateway.edge import new_request_id
+from deployments.gateway.ingress import open_link
+from deployments.inference.request import GenerateRequest, SamplingParams, Tokens
+from deployments.replica.replica import LoraReplica
+from deployments.token_stream import pieces
+from deployments.token_stream.gateway_end import Inflow
+from deployments.token_stream.replica_end import Lines
+from tests.support.clockwork import ClockworkEngine
 
 FLOOR, SOCKET, SERVE, SERVE_EACH = "floor", "socket", "serve", "serve-each"
 STEP_S = 0.005

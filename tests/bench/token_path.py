@@ -22,7 +22,7 @@ import psutil
 from tests.bench import figures
 from tests.bench.figures import Row
 from tests.bench.token_apps import FLOOR, SERVE, SERVE_EACH, SOCKET
-from tests.gateway.serve_cluster import ANSWER, REPO, cmdline_of, environment, free_port, stop
+from tests.support.serve_cluster import ANSWER, REPO, cmdline_of, environment, free_port, stop
 
 TOKENS = 64
 HAPROXY, DEFAULT = MODES = ("haproxy", "default")
@@ -86,7 +86,7 @@ def serving(haproxy: bool) -> Iterator[Served]:
     port = free_port()
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.gateway.serve_house", str(folder / "config.json"), str(port), ANSWER],
+            [sys.executable, "-m", "tests.support.serve_process", str(folder / "config.json"), str(port), ANSWER],
             env=environment("", folder, haproxy),
             cwd=REPO,
             stdin=subprocess.PIPE,

@@ -6,14 +6,14 @@ from functools import partial
 
 from redis.asyncio import Redis
 
-from billing.account import Funding, Grant, HoldRequest, Settlement
-from billing.prices import Price
-from billing.store.holds import Ledger
+from billing.ledger.account import Funding, Grant, HoldRequest, Settlement
+from billing.ledger.ledger import Ledger
+from billing.pricing.prices import Price
 from billing.store.keys import ALL_SHARDS
-from billing.store.tenants import Tenants
-from billing.tenants import Tenant, new_key
+from billing.tenants.directory import Tenants
+from billing.tenants.tenant import Tenant, new_key
 from billing.usage import RequestId, Status, TenantId, Unit, Usage
-from deployments.edge import new_request_id
+from deployments.gateway.edge import new_request_id
 from tests.bench.patience import patiently
 
 TENANTS = 20_000

@@ -1,16 +1,23 @@
-"""A store of each kind that can be had here, and short ways to write a request."""
+"""A store of each kind that can be had here, and everything between it and the offline Dodo, wired as in production."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from redis.asyncio import Redis
 
+from billing.catalog import publication
+from billing.catalog.catalog import Catalogue
+from billing.commerce.sync import sync
+from billing.dodo.client import Dodo, DodoSettings
+from billing.ledger.ledger import Ledger
 from billing.store.connection import connect
-from billing.store.holds import Ledger
 from cluster import valkey
-
-SYSTEM_REDIS = Path("/usr/bin/redis-server")
+from cluster.dodo_sandbox.server import SandboxServer
+from tests.support.clock import SteppedClock
+from tests.support.servers import SYSTEM_REDIS
+from tests.support.world import API_KEY, CATALOGUE, SECRET, World
 
 
 def _servers() -> list[Path | None]:
@@ -34,21 +41,35 @@ async def store(server: valkey.Valkey) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-class SteppedClock:
-    """A calendar that stands still until it is moved."""
-
-    def __init__(self, now_ms: int) -> None:
-        self.now_ms = now_ms
-
-    def __call__(self) -> int:
-        return self.now_ms
-
-
 @pytest.fixture
-def clock() -> SteppedClock:
-    return SteppedClock(1_795_000_000_000)
+def clock(request: pytest.FixtureRequest) -> SteppedClock:
+    """A fixed moment; now where the offline Dodo takes part, which signs webhooks with the real time."""
+    return SteppedClock(None if "sandbox" in request.fixturenames else 1_795_000_000_000)
 
 
 @pytest.fixture
 def ledger(store: Redis, clock: SteppedClock) -> Ledger:
     return Ledger(store, clock)
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path, clock: SteppedClock) -> Iterator[SandboxServer]:
+    with SandboxServer(tmp_path / "dodo", API_KEY, webhook_secret=SECRET, clock=clock) as server:
+        yield server
+
+
+@pytest.fixture
+async def dodo(sandbox: SandboxServer) -> AsyncIterator[Dodo]:
+    client = Dodo(DodoSettings(API_KEY, SECRET, base_url=sandbox.url))
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+async def world(redis: Redis, sandbox: SandboxServer, dodo: Dodo, clock: SteppedClock) -> AsyncIterator[World]:
+    """Everything made at Dodo, the catalogue in force, nobody there yet."""
+    async with httpx.AsyncClient(base_url=sandbox.url, trust_env=False, timeout=30) as operator:
+        catalogue = Catalogue.model_validate(CATALOGUE)
+        await publication.publish(redis, catalogue, "gateway-1", clock())
+        await sync(dodo, redis, catalogue)
+        yield World(redis, dodo, operator, clock, catalogue)

@@ -6,16 +6,16 @@ The actor is the class that Ray runs, in processes of their own without Ray.
 import asyncio
 import random
 
-from billing.account import Funding, HoldRequest, Settlement
+from billing.ledger.account import Funding, HoldRequest, Settlement
 from billing.money import Nanos
-from billing.prices import Price
+from billing.pricing.prices import Price
 from billing.usage import RequestId, Status, TenantId, Usage
-from tests.billing.dodo.world import World
 from tests.chaos.billing_process import AFTER_SEAL, AFTER_SEND, BEFORE_SEAL, BETWEEN_ACKS, BillingSpec, bill
 from tests.chaos.fuse import Fuse
 from tests.chaos.house import Forks, House, house, tenant_with, world
 from tests.chaos.proof import close_books
 from tests.chaos.table import Row
+from tests.support.world import World
 
 NAME = "billing-kills"
 POINTS = {BEFORE_SEAL: 12, AFTER_SEAL: 12, AFTER_SEND: 2, BETWEEN_ACKS: 8}

@@ -11,13 +11,13 @@ from functools import partial
 
 from redis.asyncio import Redis
 
-from billing import pump
+from billing import periodic
 from billing.dodo.client import Dodo, DodoSettings, Event
 from billing.export import exporter
 from billing.export.checking import Sifted
 from billing.export.events import SealedEvent
+from billing.export.outbox import Outbox
 from billing.store.keys import Shard, shard_for
-from billing.store.outbox import Outbox
 from deployments.billing_actor import BillingActor
 from deployments.config import BillingArgs
 from tests.chaos.fuse import Fuse
@@ -70,7 +70,7 @@ def bill(spec: BillingSpec) -> None:
     """Run the actor until the fuse burns."""
     os.environ.update(spec.environ)
     exporter.Outbox = lambda redis: DyingOutbox(redis, spec.fuse)  # type: ignore[misc, assignment]
-    pump.Dodo = partial(DyingDodo, spec.fuse)  # type: ignore[misc, assignment]
+    periodic.Dodo = partial(DyingDodo, spec.fuse)  # type: ignore[misc, assignment]
     asyncio.run(_bill())
 
 

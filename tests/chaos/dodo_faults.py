@@ -11,17 +11,18 @@ from datetime import datetime
 
 import httpx
 
-from billing.account import Funding, HoldRequest, Settlement
 from billing.clock import Clock
 from billing.dodo import client as dodo_client
+from billing.export.outbox import Outbox
+from billing.ledger.account import Funding, HoldRequest, Settlement
 from billing.money import Nanos
-from billing.prices import Price
-from billing.store.outbox import Outbox
+from billing.pricing.prices import Price
 from billing.usage import RequestId, Status, TenantId, Usage
-from tests.billing.dodo.world import HOUR, MINUTE, SECOND, SteppedClock, World, is_clear
 from tests.chaos.house import House, house, tenant_with, world
 from tests.chaos.proof import close_books
 from tests.chaos.table import Row
+from tests.support.clock import SteppedClock
+from tests.support.world import HOUR, MINUTE, SECOND, World, is_clear
 
 NAME = "dodo-faults"
 TENANTS = tuple(TenantId(f"tenant-{number}") for number in range(12))

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 from standardwebhooks import Webhook
 
-from tests.billing.dodo.world import SECRET
+from tests.support.world import SECRET
 
 Delivery = tuple[bytes, dict[str, str]]
 Harm = Callable[[bytes, dict[str, str], random.Random], Delivery]

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from billing.usage import Status, UsageRecord
 from cluster.dodo_sandbox.server import url_of
-from tests.billing.dodo.world import World
 from tests.chaos.clients import Seen, ask_until
 from tests.chaos.fuse import Fuse
 from tests.chaos.gateway_process import AFTER_HOLD, AFTER_SETTLE, BEFORE_SETTLE, MID_STREAM, GatewaySpec, serve
 from tests.chaos.house import USER_CONFIG, Forks, House, house, listener, tenant_with, world
 from tests.chaos.proof import close_books
 from tests.chaos.table import Row
+from tests.support.world import World
 
 NAME = "gateway-kills"
 POINTS = (AFTER_HOLD, MID_STREAM, BEFORE_SETTLE, AFTER_SETTLE)

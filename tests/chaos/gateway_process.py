@@ -1,4 +1,4 @@
-"""A gateway in a process that kills itself: the parts of ``deployments.wiring`` and a real HTTP server.
+"""A gateway in a process that kills itself: the parts of ``deployments.gateway.wiring`` and a real HTTP server.
 
 The engine is clockwork, and the ledger and the link end the process at a named point; everything between is what
 production runs.
@@ -16,18 +16,18 @@ from pathlib import Path
 import uvicorn
 from redis.asyncio import Redis
 
-from billing.account import Hold, HoldRequest, Progress, Receipt, Settlement
+from billing.ledger.account import Hold, HoldRequest, Progress, Receipt, Settlement
+from billing.ledger.ledger import Ledger
 from billing.store.connection import connect
-from billing.store.holds import Ledger
 from billing.usage import RequestId
-from deployments import wiring
-from deployments.api.application import make_app
 from deployments.config import FareboxArgs
-from deployments.engine.request import GenerateRequest, Tokens
-from deployments.engine.text import Text
-from deployments.shelf import Shelf
+from deployments.gateway import wiring
+from deployments.gateway.api.application import make_app
+from deployments.gateway.catalog_holder import Shelf
+from deployments.inference.request import GenerateRequest, Tokens
+from deployments.inference.text import Text
 from tests.chaos.fuse import Fuse
-from tests.gateway.scripted import ScriptedLink
+from tests.support.scripted import ScriptedLink
 
 AFTER_HOLD, MID_STREAM, BEFORE_SETTLE, AFTER_SETTLE = "after hold", "mid-stream", "before settle", "after settle"
 MID_STREAM_TOKENS = 6

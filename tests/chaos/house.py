@@ -18,18 +18,18 @@ from pathlib import Path
 import httpx
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from billing.account import Grant
+from billing.catalog import publication
 from billing.clock import Clock, now_ms
+from billing.commerce.sync import sync
 from billing.dodo.client import Dodo, DodoSettings
-from billing.dodo.sync import sync
-from billing.store import board
+from billing.ledger.account import Grant
 from billing.store.connection import connect
-from billing.tenants import new_key
+from billing.tenants.tenant import new_key
 from billing.usage import TenantId, Unit
 from cluster import valkey
 from cluster.dodo_sandbox.server import SandboxServer, listen
-from deployments.shelf import read_catalogue
-from tests.billing.dodo.world import API_KEY, SECRET, World
+from deployments.gateway.catalog_holder import read_catalogue
+from tests.support.world import API_KEY, SECRET, World
 
 USER_CONFIG: dict[str, object] = {
     "base": {"id": "farebox-base", "price": {"input_per_1m": "1", "output_per_1m": "2"}},
@@ -99,7 +99,7 @@ async def world(
     dodo = Dodo(DodoSettings(API_KEY, SECRET, base_url=house.dodo_url), http_client)
     catalogue = read_catalogue(USER_CONFIG)
     async with httpx.AsyncClient(base_url=house.dodo_url, trust_env=False, timeout=30) as operator:
-        await board.publish(redis, catalogue, "gateway-1", clock())
+        await publication.publish(redis, catalogue, "gateway-1", clock())
         await sync(dodo, redis, catalogue)
         yield World(redis, dodo, operator, clock, catalogue)  # type: ignore[arg-type]
     await dodo.close()

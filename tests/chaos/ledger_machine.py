@@ -9,9 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from cluster import valkey
-from tests.billing.conftest import SYSTEM_REDIS
-from tests.billing.test_ledger_machine import drive, relax
+from tests.billing.ledger.test_ledger_machine import drive, relax
 from tests.chaos.table import Row
+from tests.support.servers import SYSTEM_REDIS
 
 NAME = "ledger-machine"
 EXAMPLES, STEPS = 5_000, 60

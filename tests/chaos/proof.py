@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from billing.dodo.budget import CallBudget
+from billing.reconcile.books import ShardReader
 from billing.reconcile.reconciler import Reconciler
-from billing.store.books import ShardReader
 from billing.store.keys import ALL_SHARDS
 from billing.usage import UsageRecord
-from tests.billing.dodo.world import World, is_clear
 from tests.chaos.table import Row
+from tests.support.world import World, is_clear
 
 LEASES_S = 60.0
 FLUSHES = 50

@@ -7,19 +7,19 @@ import asyncio
 import socket
 from collections import Counter
 
-from billing.account import Funding, Hold, HoldRequest, Settlement
-from billing.errors import CreditOnHold, InsufficientCredits
-from billing.prices import Price
+from billing.ledger.account import Funding, Hold, HoldRequest, Settlement
+from billing.ledger.errors import CreditOnHold, InsufficientCredits
+from billing.ledger.ledger import Ledger
+from billing.pricing.prices import Price
 from billing.store.connection import connect
-from billing.store.holds import Ledger
 from billing.usage import RequestId, Status, TenantId, Usage
 from cluster.dodo_sandbox.server import url_of
-from tests.billing.dodo.world import World
 from tests.chaos.clients import Seen, ask, chat, client_of
 from tests.chaos.gateway_process import GatewaySpec, serve
 from tests.chaos.house import USER_CONFIG, Forks, House, house, listener, tenant_with, world
 from tests.chaos.proof import Books, close_books
 from tests.chaos.table import Row
+from tests.support.world import World
 
 NAME = "races"
 CLIENTS, AFFORDABLE, GATEWAYS = 1_000, 50, 2

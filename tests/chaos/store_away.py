@@ -16,17 +16,17 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from billing.account import HoldRequest
-from billing.errors import StoreUnavailable
+from billing.ledger.account import HoldRequest
+from billing.ledger.ledger import Ledger
 from billing.store.cluster import Cluster
 from billing.store.connection import connect
-from billing.store.holds import Ledger
+from billing.store.errors import StoreUnavailable
 from billing.store.keys import shard_for
 from billing.usage import TenantId
 from cluster import valkey
-from tests.billing.fleet import Fleet, cluster
 from tests.chaos.store_load import Fault, Load, until_served
 from tests.chaos.table import Row
+from tests.support.fleet import Fleet, cluster
 
 NAME = "store-away"
 OUTAGES = 5

@@ -17,15 +17,15 @@ from pathlib import Path
 from redis.asyncio import Redis
 from redis.crc import key_slot
 
-from billing.errors import StoreUnavailable
-from billing.redo import Recent, Redo
+from billing.ledger.ledger import Ledger
+from billing.ledger.replay import Recent, Redo
 from billing.store.connection import connect, identity, verify
-from billing.store.holds import Ledger
+from billing.store.errors import StoreUnavailable
 from billing.store.keys import shard_for
 from billing.usage import TenantId
-from tests.billing.fleet import SLOTS, Fleet, Server, cluster, follow, wait_until, watched
 from tests.chaos.store_load import PATIENCE_S, Fault, Load, until_served
 from tests.chaos.table import Row
+from tests.support.fleet import SLOTS, Fleet, Server, cluster, follow, wait_until, watched
 
 NAME = "store-failover"
 FAILOVERS, GATEWAYS = 3, 2

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
+from billing.ledger.ledger import Ledger
 from billing.store.connection import connect
-from billing.store.holds import Ledger
 from cluster import valkey
 from tests.chaos.store_load import Fault, Load
 from tests.chaos.table import Row

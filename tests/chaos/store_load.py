@@ -14,14 +14,15 @@ from itertools import count, islice
 
 from redis.asyncio import Redis
 
-from billing.account import HoldRequest, Receipt, Settlement
-from billing.errors import StoreUnavailable, UnknownHold
+from billing.ledger.account import HoldRequest, Receipt, Settlement
+from billing.ledger.codec import origin_of
+from billing.ledger.errors import UnknownHold
+from billing.ledger.ledger import Ledger
 from billing.money import Nanos
-from billing.store.holds import Ledger
+from billing.store.errors import StoreUnavailable
 from billing.store.keys import shard_for
-from billing.store.packing import origin_of
 from billing.usage import RequestId, TenantId, UsageRecord
-from tests.billing.samples import money, request, settlement
+from tests.support.samples import money, request, settlement
 
 CLIENTS = 24
 TENANTS = 4

@@ -8,11 +8,11 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from tests.billing.fleet import Fleet, cluster, replace_primary, watched
-from tests.billing.samples import ACME
-from tests.billing.test_ledger_machine import LedgerMachine, drive
+from tests.billing.ledger.test_ledger_machine import LedgerMachine, drive
 from tests.chaos.store_load import until_served
 from tests.chaos.table import Row
+from tests.support.fleet import Fleet, cluster, replace_primary, watched
+from tests.support.samples import ACME
 
 NAME = "store-shapes"
 EXAMPLES, STEPS = 100, 40

@@ -12,12 +12,12 @@ import httpx
 
 from billing.usage import TenantId
 from cluster.dodo_sandbox.server import url_of
-from tests.billing.dodo.world import API_KEY, World, delivery
 from tests.chaos.clients import client_of
 from tests.chaos.forgeries import Delivery, forge, malformed
 from tests.chaos.gateway_process import GatewaySpec, serve
 from tests.chaos.house import USER_CONFIG, Forks, House, house, listener, tenant_with, world
 from tests.chaos.table import Row
+from tests.support.world import API_KEY, World, delivery
 
 NAME = "webhooks"
 TENANTS = tuple(f"tenant-{number}" for number in range(6))

@@ -18,7 +18,7 @@ from cluster.demo.training import Course
 from tests.chaos.clients import NOT_OURS, Seen, ask_until, nanos_of
 from tests.chaos.table import Row
 from tests.e2e import books
-from tests.e2e.stack import REPO, Stack, running, wait_for
+from tests.support.stack import REPO, Stack, running, wait_for
 
 NAME = "whole-stack"
 KILLS = {"LoraReplica": 20, "Gateway": 20, "BillingActor": 20}

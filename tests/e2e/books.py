@@ -5,8 +5,8 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.load import Outcome, usd
-from tests.e2e.stack import Stack, Tenant, wait_for
+from tests.support.load import Outcome, usd
+from tests.support.stack import Stack, Tenant, wait_for
 
 Record = dict[str, Any]
 """One JSON object of the API."""

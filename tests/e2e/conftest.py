@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from cluster.demo.models import make_models
-from tests.e2e.stack import REPO, Stack, running
+from tests.support.stack import REPO, Stack, running
 
 
 @pytest.fixture(scope="session")

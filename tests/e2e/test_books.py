@@ -10,8 +10,9 @@ import redis
 
 from billing.store.keys import shard_for
 from billing.usage import TenantId
-from tests.e2e import books, load
-from tests.e2e.stack import Stack, Tenant, wait_for
+from tests.e2e import books
+from tests.support import load
+from tests.support.stack import Stack, Tenant, wait_for
 
 pytestmark = [
     pytest.mark.e2e,

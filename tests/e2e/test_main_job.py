@@ -8,8 +8,9 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.e2e import books, load
-from tests.e2e.stack import Stack, Tenant, wait_for
+from tests.e2e import books
+from tests.support import load
+from tests.support.stack import Stack, Tenant, wait_for
 
 pytestmark = [
     pytest.mark.e2e,

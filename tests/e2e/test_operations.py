@@ -13,8 +13,9 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e import books, load
-from tests.e2e.stack import Stack, running, wait_for
+from tests.e2e import books
+from tests.support import load
+from tests.support.stack import Stack, running, wait_for
 
 pytestmark = [
     pytest.mark.e2e,

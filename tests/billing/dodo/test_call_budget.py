@@ -6,11 +6,11 @@ import httpx
 from redis.asyncio import Redis
 
 from billing.dodo.budget import BothBudgets, CallBudget
+from billing.dodo.call_budget import SharedBudget
 from billing.dodo.client import Dodo, DodoSettings
-from billing.store.call_budget import SharedBudget
 from billing.store.keys import CALL_BUDGET
 from cluster.dodo_sandbox.server import SandboxServer
-from tests.billing.dodo.world import API_KEY, MINUTE, World
+from tests.support.world import API_KEY, MINUTE, World
 
 
 async def test_a_burst_is_a_sixth_of_a_minute_s_calls_whoever_takes_them(redis: Redis) -> None:

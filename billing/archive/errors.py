@@ -1,0 +1,7 @@
+"""What the archive cannot do."""
+
+from billing.errors import BillingError
+
+
+class ArchiveUnavailable(BillingError):
+    """The archive's files cannot be written or read."""

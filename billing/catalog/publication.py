@@ -1,0 +1,88 @@
+"""The catalogue in force, kept in the store by its content hash, and which gateway serves which.
+
+Knows where it lies; what is valid in it was decided before.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import cast
+
+from pydantic import ValidationError
+from redis.asyncio import Redis
+
+from billing.catalog.catalog import Catalogue
+from billing.catalog.plans import Plan
+from billing.store.connection import guarded
+from billing.store.guard import BULK_DEADLINE_S
+from billing.store.keys import CATALOGUE_CURRENT, GATEWAYS, PLANS, catalogue
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayState:
+    """What one gateway said of itself."""
+
+    gateway_id: str
+    hash: str
+    """Content hash of the catalogue it serves."""
+    quarantined: tuple[str, ...]
+    """``kind id: reason`` of every entry that it does not serve."""
+    at_ms: int
+
+
+async def publish(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> str:
+    """Put a validated catalogue in force and say that this gateway serves it. Returns its hash."""
+    hash_ = value.content_hash
+    plans = {name: plan.model_dump_json() for name, plan in value.plans.items()}
+    async with guarded(BULK_DEADLINE_S):
+        # Before the catalogue that they stand in: a plan in force is never forgotten.
+        await redis.hset(PLANS, mapping=plans)  # type: ignore[arg-type]
+        await redis.set(catalogue(hash_), value.model_dump_json())
+        await redis.set(CATALOGUE_CURRENT, hash_)
+    await renew(redis, value, gateway_id, at_ms)
+    return hash_
+
+
+async def renew(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> None:
+    """Say that this gateway lives and serves that catalogue; what is in force stays as it is."""
+    quarantined = [f"{entry.kind} {entry.id}: {entry.reason}" for entry in value.quarantined]
+    said = json.dumps({"hash": value.content_hash, "quarantined": quarantined, "at_ms": at_ms})
+    async with guarded(BULK_DEADLINE_S):
+        await redis.hset(GATEWAYS, gateway_id, said)
+
+
+async def current(redis: Redis) -> Catalogue | None:
+    """The catalogue in force, with the plans that went before; ``None`` until a gateway published one."""
+    async with guarded(BULK_DEADLINE_S):
+        hash_ = cast(str | None, await redis.get(CATALOGUE_CURRENT))
+        text = await redis.get(catalogue(hash_)) if hash_ else None
+    return Catalogue.model_validate_json(text).remembering(await plans_ever(redis)) if text else None
+
+
+async def plans_ever(redis: Redis) -> dict[str, Plan]:
+    """Every plan that was ever in force, as it last was; one that another version wrote and we cannot read is told."""
+    async with guarded(BULK_DEADLINE_S):
+        found = cast(dict[str, str], await redis.hgetall(PLANS))
+    plans: dict[str, Plan] = {}
+    for name, text in found.items():
+        try:
+            plans[name] = Plan.model_validate_json(text)
+        except ValidationError as error:
+            logger.warning("plan %s of an earlier time cannot be read: %s", name, error)
+    return plans
+
+
+async def gateways(redis: Redis) -> list[GatewayState]:
+    """All gateways that ever published, in order of their ids."""
+    async with guarded(BULK_DEADLINE_S):
+        found = cast(dict[str, str], await redis.hgetall(GATEWAYS))
+    states = ((gateway_id, json.loads(text)) for gateway_id, text in sorted(found.items()))
+    return [GatewayState(id_, s["hash"], tuple(s["quarantined"]), s["at_ms"]) for id_, s in states]
+
+
+async def forget_gateway(redis: Redis, gateway_id: str) -> None:
+    """A gateway that has gone serves nothing."""
+    async with guarded(BULK_DEADLINE_S):
+        await redis.hdel(GATEWAYS, gateway_id)

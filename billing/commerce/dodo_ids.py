@@ -1,0 +1,27 @@
+"""Dodo's ids of what we made there, by our names: ``pack:small``, ``plan:pro``, the meter, the webhook endpoint."""
+
+from collections.abc import Mapping
+from typing import cast
+
+from redis.asyncio import Redis
+
+from billing.store.connection import guarded
+from billing.store.guard import BULK_DEADLINE_S
+from billing.store.keys import DODO_IDS
+
+
+async def id_of(redis: Redis, name: str) -> str:
+    """Empty while nothing of that name is known to be there."""
+    async with guarded():
+        return cast(str | None, await redis.hget(DODO_IDS, name)) or ""
+
+
+async def all_ids(redis: Redis) -> dict[str, str]:
+    async with guarded(BULK_DEADLINE_S):
+        return cast(dict[str, str], await redis.hgetall(DODO_IDS))
+
+
+async def keep_ids(redis: Redis, ids: Mapping[str, str]) -> None:
+    """What was kept under other names stays: a late payment may still name it."""
+    async with guarded(BULK_DEADLINE_S):
+        await redis.hset(DODO_IDS, mapping=ids)  # type: ignore[arg-type]

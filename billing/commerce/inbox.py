@@ -1,0 +1,147 @@
+"""Webhook deliveries as they came and what became of them, and the credit that payments buy.
+
+Nothing here moves money: it remembers, so that a delivery counts once and a failed one is not lost.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Self, cast
+
+from redis.asyncio import Redis
+
+from billing.commerce.dodo_ids import all_ids
+from billing.store.connection import guarded
+from billing.store.guard import BULK_DEADLINE_S
+from billing.store.keys import INBOX, INBOX_PARKED, PAYMENTS
+from billing.usage import Unit
+
+SCAN = 500
+CHARGE_METER = "meter:charge"
+"""Our name for the one meter at Dodo."""
+
+
+class Outcome(StrEnum):
+    WAITING = "waiting"
+    """Not applied yet, or not applicable yet: it is tried again."""
+    APPLIED = "applied"
+    KEPT = "kept"
+    """Of a type that moves nothing here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One signed webhook."""
+
+    id: str
+    type: str
+    body: str
+    received_at_ms: int
+    outcome: Outcome = Outcome.WAITING
+    reason: str = ""
+    attempts: int = 0
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        raw = json.loads(text)
+        return cls(**{**raw, "outcome": Outcome(raw["outcome"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """The credit that one line of a payment buys."""
+
+    source: str
+    unit: Unit
+    amount: int
+    expires_at_ms: int | None
+    adapters: tuple[str, ...]
+
+
+class Inbox:
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def receive(self, delivery: Delivery, next_try_ms: int) -> Delivery:
+        """Keep a delivery before anything is done with it; returns the one known under this id, if any."""
+        async with guarded(BULK_DEADLINE_S):
+            is_new = await self._redis.hsetnx(INBOX, delivery.id, json.dumps(asdict(delivery)))
+            if not is_new:
+                known = await self.get(delivery.id)
+                return known or delivery
+            await self._redis.zadd(INBOX_PARKED, {delivery.id: next_try_ms})
+            return delivery
+
+    async def get(self, webhook_id: str) -> Delivery | None:
+        async with guarded(BULK_DEADLINE_S):
+            text = cast(str | None, await self._redis.hget(INBOX, webhook_id))
+        return Delivery.from_json(text) if text else None
+
+    async def finish(self, delivery: Delivery) -> None:
+        """Applied or kept: it is not tried again."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.hset(INBOX, delivery.id, json.dumps(asdict(delivery)))
+            pipe.zrem(INBOX_PARKED, delivery.id)
+            await pipe.execute()
+
+    async def park(self, delivery: Delivery, next_try_ms: int) -> None:
+        """Keep it, with its reason, until ``next_try_ms``."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.hset(INBOX, delivery.id, json.dumps(asdict(delivery)))
+            pipe.zadd(INBOX_PARKED, {delivery.id: next_try_ms})
+            await pipe.execute()
+
+    async def parked(self, due_ms: int | None = None, limit: int = 50) -> list[Delivery]:
+        """Deliveries that wait, those due first; with ``due_ms`` only those due by then."""
+        async with guarded(BULK_DEADLINE_S):
+            until = "+inf" if due_ms is None else due_ms
+            ids = cast(list[str], await self._redis.zrangebyscore(INBOX_PARKED, "-inf", until, start=0, num=limit))
+            texts = cast(Sequence[str | None], await self._redis.hmget(INBOX, ids) if ids else [])
+        return [Delivery.from_json(text) for text in texts if text]
+
+    async def hasten(self, webhook_ids: Sequence[str], due_ms: int) -> None:
+        """Let waiting deliveries be tried from ``due_ms`` on; what was finished meanwhile stays finished."""
+        if webhook_ids:
+            async with guarded(BULK_DEADLINE_S):
+                await self._redis.zadd(INBOX_PARKED, dict.fromkeys(webhook_ids, due_ms), xx=True)
+
+    async def parked_count(self) -> int:
+        async with guarded(BULK_DEADLINE_S):
+            return int(await self._redis.zcard(INBOX_PARKED))
+
+    async def prune(self, before_ms: int) -> int:
+        """Forget what was finished and received before then. How many that were."""
+        old: list[str] = []
+        async with guarded(BULK_DEADLINE_S):
+            async for webhook_id, text in self._redis.hscan_iter(INBOX, count=SCAN):
+                delivery = Delivery.from_json(text)
+                if delivery.outcome is not Outcome.WAITING and delivery.received_at_ms < before_ms:
+                    old.append(webhook_id)
+            for first in range(0, len(old), SCAN):
+                await self._redis.hdel(INBOX, *old[first : first + SCAN])
+        return len(old)
+
+    async def fix_terms(self, payment_id: str, terms: Sequence[Term]) -> tuple[Term, ...]:
+        """What a payment buys: these terms, or those fixed when it was first seen."""
+        async with guarded(BULK_DEADLINE_S):
+            await self._redis.hsetnx(PAYMENTS, payment_id, json.dumps([asdict(term) for term in terms]))
+            text = await self._redis.hget(PAYMENTS, payment_id)
+        return _terms(cast(str, text))
+
+    async def terms(self, payment_id: str) -> tuple[Term, ...] | None:
+        async with guarded(BULK_DEADLINE_S):
+            text = cast(str | None, await self._redis.hget(PAYMENTS, payment_id))
+        return _terms(text) if text else None
+
+    async def names(self) -> dict[str, str]:
+        """Dodo's id to our name, such as ``pack:small``, of everything that was made at Dodo."""
+        return {id_: name for name, id_ in (await all_ids(self._redis)).items()}
+
+
+def _terms(text: str) -> tuple[Term, ...]:
+    return tuple(
+        Term(**{**raw, "unit": Unit(raw["unit"]), "adapters": tuple(raw["adapters"])}) for raw in json.loads(text)
+    )

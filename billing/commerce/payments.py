@@ -1,0 +1,160 @@
+"""What payments, refunds and disputes do to a tenant's credit, in any order and any number of times.
+
+Only a succeeded payment grants, by product and quantity from our own configuration; refunds and disputes
+take back their share of it, together never more than it gave.
+"""
+
+from collections.abc import Iterable
+
+from billing.clock import Clock, now_ms
+from billing.commerce.inbox import CHARGE_METER, Inbox, Term
+from billing.commerce.signups import Newcomers
+from billing.commerce.subscriptions import DAY_MS, Subscriptions
+from billing.commerce.waiting import CatalogueSource, NotYet
+from billing.dodo.client import Dodo
+from billing.dodo.wire import Payment, Refund, UsagePeriod
+from billing.ledger.account import Clawback, Grant
+from billing.ledger.ledger import Ledger
+from billing.money import divide_up
+from billing.tenants.directory import Tenants
+from billing.tenants.tenant import Tenant
+
+HOUR_MS = 60 * 60_000
+
+
+class Payments:
+    """Turns what Dodo says of payments into grants, clawbacks, restorations and repayments."""
+
+    def __init__(
+        self,
+        dodo: Dodo,
+        ledger: Ledger,
+        tenants: Tenants,
+        inbox: Inbox,
+        subscriptions: Subscriptions,
+        catalogue: CatalogueSource,
+        clock: Clock = now_ms,
+    ) -> None:
+        self._dodo, self._ledger, self._tenants, self._inbox = dodo, ledger, tenants, inbox
+        self._subscriptions, self._catalogue, self._clock = subscriptions, catalogue, clock
+        self._newcomers = Newcomers(dodo, tenants, catalogue, clock)
+
+    async def succeeded(self, payment: Payment) -> None:
+        """Grant what the cart buys, and take invoiced usage off the exposure."""
+        if payment.status not in ("succeeded", ""):
+            raise NotYet(f"payment {payment.id} is {payment.status}")
+        tenant = await self._buyer(payment)
+        await self._grant(tenant, payment)
+        for subscription_id in payment.subscription_ids:
+            if payment.includes_usage:
+                await self._repay(tenant, payment, subscription_id)
+            await self._subscriptions.refresh(subscription_id)
+
+    async def _buyer(self, payment: Payment) -> Tenant:
+        """Who paid. Somebody new becomes a tenant by buying something of ours, and not otherwise."""
+        known = await self._tenants.by_customer(payment.customer_id)
+        if known is not None:
+            return known
+        if await self._fixed_terms(payment):
+            return await self._newcomers.tenant_of(payment.customer_id)
+        for subscription_id in payment.subscription_ids:
+            await self._subscriptions.refresh(subscription_id)
+        return await self._tenant(payment.customer_id)
+
+    async def _grant(self, tenant: Tenant, payment: Payment) -> None:
+        for term in await self._fixed_terms(payment):
+            grant = Grant(term.source, tenant.id, term.unit, term.amount, term.expires_at_ms, term.adapters)
+            await self._ledger.grant(grant)
+
+    async def _fixed_terms(self, payment: Payment) -> tuple[Term, ...]:
+        """What this payment buys, as it was when the payment was first seen."""
+        known = await self._inbox.terms(payment.id)
+        return await self._inbox.fix_terms(payment.id, await self._terms(payment)) if known is None else known
+
+    async def _terms(self, payment: Payment) -> list[Term]:
+        """What our configuration says the cart's packs are worth. Other products of a subscription buy nothing."""
+        lines = payment.lines
+        if not lines and not payment.subscription_ids:
+            lines = (await self._dodo.retrieve_payment(payment.id)).lines
+            if not lines:
+                raise NotYet(f"payment {payment.id} names no product")
+        quantities: dict[str, int] = {}
+        for line in lines:
+            quantities[line.product_id] = quantities.get(line.product_id, 0) + line.quantity
+        names, catalogue = await self._inbox.names(), await self._catalogue()
+        terms: list[Term] = []
+        for product_id, quantity in sorted(quantities.items()):
+            kind, _, name = names.get(product_id, "").partition(":")
+            if kind == "plan":
+                continue
+            if kind != "pack" or catalogue is None or name not in catalogue.packs:
+                raise NotYet(f"product {product_id} of payment {payment.id} is no pack of ours")
+            if quantity < 1:
+                raise NotYet(f"payment {payment.id} has {quantity} of {product_id}")
+            pack = catalogue.packs[name]
+            paid_at = payment.created_at_ms if payment.created_at_ms is not None else self._clock()
+            expires = None if pack.expires_days is None else paid_at + pack.expires_days * DAY_MS
+            source = f"payment:{payment.id}:{product_id}"
+            terms.append(Term(source, pack.grants.unit, pack.grants.amount * quantity, expires, pack.grants.adapters))
+        return terms
+
+    async def refunded(self, refund: Refund) -> None:
+        """Take back the refunded share of what the payment grants, rounded up, never more than that.
+
+        A refund grants nothing: where its payment has not succeeded yet, the share waits to be taken from it.
+        """
+        for clawback in await self._reversal(f"refund:{refund.id}", refund.payment_id, refund.amount):
+            await self._ledger.claw_back(clawback)
+
+    async def disputed(self, dispute_id: str) -> None:
+        """Take the disputed share back while the dispute is open or lost; give it back where it was won or dropped.
+
+        What the event said may be stale, so Dodo is asked for the dispute as it stands.
+        """
+        dispute = await self._dodo.retrieve_dispute(dispute_id)
+        for clawback in await self._reversal(f"dispute:{dispute.id}", dispute.payment_id, dispute.amount):
+            await self._ledger.claw_back(clawback)
+            if dispute.is_settled_for_us:
+                await self._ledger.restore(clawback)
+
+    async def _reversal(self, source: str, payment_id: str, amount: int | None) -> list[Clawback]:
+        """The share of each of a payment's grants that ``amount`` of its minor units stands for; ``None`` is all."""
+        payment = await self._dodo.retrieve_payment(payment_id)
+        tenant = await self._tenant(payment.customer_id)
+        paid = payment.total_amount
+        taken = paid if amount is None else min(max(amount, 0), paid)
+        clawbacks = []
+        for term in await self._fixed_terms(payment):
+            share = term.amount if taken == paid else divide_up(term.amount * taken, paid)
+            if share:
+                product_id = term.source.rpartition(":")[2]
+                clawbacks.append(Clawback(f"{source}:{product_id}", tenant.id, term.source, share))
+        return clawbacks
+
+    async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> None:
+        """Lower the exposure by what this payment invoiced: the usage of the period that it closes."""
+        meter_id = next((id_ for id_, name in (await self._inbox.names()).items() if name == CHARGE_METER), None)
+        if meter_id is None:
+            raise NotYet("no meter was made at Dodo yet")
+        period = _closed_period(payment, subscription_id, await self._dodo.usage_history(subscription_id))
+        if period is None:
+            raise NotYet(f"the period of {subscription_id} that payment {payment.id} bills has no usage yet")
+        if nanos := period.units.get(meter_id, 0):
+            await self._ledger.repay_overage(f"payment:{payment.id}:{subscription_id}", tenant.id, nanos)
+
+    async def _tenant(self, customer_id: str) -> Tenant:
+        tenant = await self._tenants.by_customer(customer_id)
+        if tenant is None:
+            raise NotYet(f"no tenant has Dodo customer {customer_id}")
+        return tenant
+
+
+def _closed_period(payment: Payment, subscription_id: str, periods: Iterable[UsagePeriod]) -> UsagePeriod | None:
+    """The period whose usage a payment bills: it ends closest to where the paid one starts, or else to the payment."""
+    starts_ms = payment.service_starts_ms.get(subscription_id)
+    if starts_ms is not None:
+        near = (p for p in periods if abs(p.end_ms - starts_ms) <= HOUR_MS)
+        return min(near, key=lambda p: abs(p.end_ms - starts_ms), default=None)
+    paid_at_ms = payment.created_at_ms or 0
+    ended = (p for p in periods if p.end_ms <= paid_at_ms + HOUR_MS)
+    return min(ended, key=lambda p: abs(p.end_ms - paid_at_ms), default=None)

@@ -1,0 +1,103 @@
+"""Auto-refill as its tenant set it up, and each attempt to charge, as plain values with their transitions.
+
+Pure: knows when an attempt is due and what each outcome means; calls nobody.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from billing.usage import Name
+
+COOLDOWN_MS = 10 * 60_000
+"""Between the end of one attempt and the start of the next."""
+KEPT_ATTEMPTS = 20
+
+
+class AttemptState(StrEnum):
+    STARTED = "started"
+    """Dodo was, or was about to be, asked to charge: whether it did is not known yet."""
+    CHARGED = "charged"
+    """There is a payment; it has not ended."""
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Attempt(_Stored):
+    """One try to buy the pack. ``id`` stands in the payment's metadata, so that a lost answer can be looked up."""
+
+    id: str
+    started_at_ms: int
+    cents: int
+    state: AttemptState = AttemptState.STARTED
+    payment_id: str = ""
+    reason: str = ""
+    ended_at_ms: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self.state in (AttemptState.STARTED, AttemptState.CHARGED)
+
+
+class Refill(_Stored):
+    """A tenant's consent to have its saved card charged for a pack when its balance is low."""
+
+    pack: Name
+    threshold_nanos: Annotated[int, Field(ge=0)]
+    monthly_cap_cents: Annotated[int, Field(gt=0)]
+    is_on: bool = True
+    stopped_because: str = ""
+    """Why it is off, where we switched it off."""
+    attempts: tuple[Attempt, ...] = ()
+    """The newest last; only so many are kept."""
+    month_start_ms: int = 0
+    month_cents: int = 0
+    """What attempts begun in that month have cost, or may have."""
+
+    @property
+    def open_attempt(self) -> Attempt | None:
+        return next((one for one in self.attempts if one.is_open), None)
+
+    def spent_cents(self, month_start_ms: int) -> int:
+        return self.month_cents if month_start_ms == self.month_start_ms else 0
+
+    def is_due(self, balance_nanos: int, cents: int, now_ms: int, month_start_ms: int) -> bool:
+        """One in flight, after the cooldown, within the month's cap, and only when the balance asks for it."""
+        if not self.is_on or self.open_attempt is not None or balance_nanos > self.threshold_nanos:
+            return False
+        is_cool = all(now_ms - one.ended_at_ms >= COOLDOWN_MS for one in self.attempts)
+        return is_cool and self.spent_cents(month_start_ms) + cents <= self.monthly_cap_cents
+
+    def renewed(self, wanted: Self) -> Self:
+        """What is wanted now, with all that has happened."""
+        kept = {"attempts": self.attempts, "month_start_ms": self.month_start_ms, "month_cents": self.month_cents}
+        return wanted.model_copy(update=kept)
+
+    def begun(self, attempt: Attempt, month_start_ms: int) -> Self:
+        assert self.open_attempt is None, "one attempt at a time"
+        spent = self.spent_cents(month_start_ms) + attempt.cents
+        kept = (*self.attempts, attempt)[-KEPT_ATTEMPTS:]
+        return self.model_copy(update={"attempts": kept, "month_start_ms": month_start_ms, "month_cents": spent})
+
+    def charged(self, attempt_id: str, payment_id: str) -> Self:
+        return self._changed(attempt_id, state=AttemptState.CHARGED, payment_id=payment_id)
+
+    def succeeded(self, attempt_id: str, now_ms: int) -> Self:
+        return self._changed(attempt_id, state=AttemptState.SUCCEEDED, ended_at_ms=now_ms)
+
+    def failed(self, attempt_id: str, reason: str, now_ms: int) -> Self:
+        """A failed charge switches auto-refill off: a card that was refused once is not tried again unasked."""
+        ended = self._changed(attempt_id, state=AttemptState.FAILED, reason=reason, ended_at_ms=now_ms)
+        given_up = [one for one in self.attempts if one.id == attempt_id and one.is_open]
+        back = sum(one.cents for one in given_up if one.started_at_ms >= self.month_start_ms)
+        off = {"is_on": False, "stopped_because": reason, "month_cents": self.month_cents - back}
+        return ended.model_copy(update=off)
+
+    def _changed(self, attempt_id: str, **changes: object) -> Self:
+        attempts = tuple(one.model_copy(update=changes) if one.id == attempt_id else one for one in self.attempts)
+        return self.model_copy(update={"attempts": attempts})

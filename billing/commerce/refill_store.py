@@ -1,0 +1,55 @@
+"""Auto-refills in the store: one value per tenant, changed only where nobody else changed it meanwhile."""
+
+from collections.abc import Callable
+
+from redis.asyncio import Redis
+
+from billing.commerce.refill import Refill
+from billing.store.connection import guarded
+from billing.store.errors import StoreUnavailable
+from billing.store.guard import BULK_DEADLINE_S
+from billing.store.keys import REFILLS, shard_for
+from billing.store.scripts import source
+from billing.usage import TenantId
+
+TRIES = 20
+
+
+class Refills:
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._swap = redis.register_script(source("store/swap"))
+
+    async def get(self, tenant: TenantId) -> Refill | None:
+        async with guarded(BULK_DEADLINE_S):
+            text = await self._redis.get(shard_for(tenant).refill(tenant))
+        return Refill.model_validate_json(text) if text else None
+
+    async def put(self, tenant: TenantId, wanted: Refill) -> Refill:
+        """Set it up, or set it up anew: attempts made so far, one in flight too, are kept."""
+        async with guarded(BULK_DEADLINE_S):
+            await self._redis.sadd(REFILLS, tenant)
+            is_new = await self._redis.set(shard_for(tenant).refill(tenant), wanted.model_dump_json(), nx=True)
+        if is_new:
+            return wanted
+        return await self.change(tenant, lambda old: old.renewed(wanted))
+
+    async def change(self, tenant: TenantId, change: Callable[[Refill], Refill]) -> Refill:
+        """Replace it by what ``change`` makes of it; ``change`` may be called several times.
+
+        Raises:
+            StoreUnavailable: others kept changing it.
+        """
+        name = shard_for(tenant).refill(tenant)
+        for _ in range(TRIES):
+            async with guarded(BULK_DEADLINE_S):
+                old = str(await self._redis.get(name))
+                new = change(Refill.model_validate_json(old))
+                if await self._swap(keys=[name], args=[old, new.model_dump_json()]):
+                    return new
+        raise StoreUnavailable(f"the auto-refill of {tenant} is being changed by others: try again")
+
+    async def tenants(self) -> list[TenantId]:
+        """Who has set one up, on or off."""
+        async with guarded(BULK_DEADLINE_S):
+            return [TenantId(str(one)) for one in sorted(await self._redis.smembers(REFILLS))]

@@ -1,0 +1,114 @@
+"""Brings a tenant's plan in line with its subscription at Dodo. A webhook only says: look again.
+
+Knows which plan a subscription carries and when it counts; moves no money.
+"""
+
+from billing.catalog.catalog import Catalogue
+from billing.catalog.plans import Plan
+from billing.clock import Clock, now_ms
+from billing.commerce.inbox import Inbox
+from billing.commerce.signups import Newcomers
+from billing.commerce.waiting import CatalogueSource, NotYet
+from billing.dodo.client import Dodo
+from billing.dodo.wire import DodoSubscription
+from billing.tenants.directory import Tenants
+from billing.tenants.tenant import ENDED, Subscription, SubscriptionStatus, Tenant
+
+DAY_MS = 24 * 60 * 60_000
+ATTEMPTS = 5
+
+
+class _Raced(Exception):
+    """The tenant's subscription changed while we asked Dodo: ask again."""
+
+
+class Subscriptions:
+    def __init__(
+        self, dodo: Dodo, tenants: Tenants, inbox: Inbox, catalogue: CatalogueSource, clock: Clock = now_ms
+    ) -> None:
+        self._dodo, self._tenants, self._inbox = dodo, tenants, inbox
+        self._catalogue, self._clock = catalogue, clock
+        self._newcomers = Newcomers(dodo, tenants, catalogue, clock)
+
+    async def refresh(self, subscription_id: str, past_due_ends_at_ms: int | None = None) -> Tenant:
+        """Ask Dodo for this subscription and store what it says now.
+
+        Raises:
+            NotYet: its customer or product is unknown here, or another subscription is still live.
+            DodoUnavailable, DodoRefused: Dodo could not say.
+        """
+        for _ in range(ATTEMPTS):
+            try:
+                return await self._refresh_once(subscription_id, past_due_ends_at_ms)
+            except _Raced:
+                continue
+        raise NotYet(f"subscription {subscription_id} keeps changing")
+
+    async def _refresh_once(self, subscription_id: str, past_due_ends_at_ms: int | None) -> Tenant:
+        """What was stored must still be stored when the answer is written: answers never overtake each other."""
+        first = await self._dodo.retrieve_subscription(subscription_id)
+        await self._plan_of(first)
+        before = await self._newcomers.tenant_of(first.customer_id)
+        found = await self._dodo.retrieve_subscription(subscription_id)
+        plan_name, plan, catalogue = await self._plan_of(found)
+
+        def change(tenant: Tenant) -> Tenant:
+            if tenant.subscription != before.subscription:
+                raise _Raced
+            stored = as_stored(found, plan_name, plan, tenant, past_due_ends_at_ms, self._clock())
+            return applied(tenant, stored, catalogue.default_plan, self._clock())
+
+        return await self._tenants.update(before.id, change)
+
+    async def _plan_of(self, found: DodoSubscription) -> tuple[str, Plan, Catalogue]:
+        catalogue = await self._catalogue()
+        kind, _, name = (await self._inbox.names()).get(found.product_id, "").partition(":")
+        plan = catalogue.plan_named(name) if catalogue is not None and kind == "plan" else None
+        if catalogue is None or plan is None:
+            raise NotYet(f"product {found.product_id} is no plan of ours")
+        return name, plan, catalogue
+
+
+def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_ms: int) -> Tenant:
+    """The tenant once this state of a subscription is known.
+
+    Raises:
+        NotYet: another subscription of the tenant is still live: only one may be.
+    """
+    current = tenant.subscription
+    is_other = current is not None and current.id != subscription.id
+    is_ended, is_pending = subscription.status in ENDED, subscription.status is SubscriptionStatus.PENDING
+    if is_other and (is_ended or is_pending):
+        return tenant
+    if is_other and current is not None and current.is_live(now_ms):
+        raise NotYet(f"subscription {current.id} of {tenant.id} is live: end it before {subscription.id} counts")
+    if is_pending:
+        plan = tenant.plan
+    elif is_ended:
+        carried = {subscription.plan} if is_other or current is None else {subscription.plan, current.plan}
+        plan = default_plan if tenant.plan in carried else tenant.plan
+    else:
+        plan = subscription.plan
+    return tenant.model_copy(update={"subscription": subscription, "plan": plan})
+
+
+def as_stored(
+    found: DodoSubscription, plan_name: str, plan: Plan, tenant: Tenant, past_due_ends_at_ms: int | None, now_ms: int
+) -> Subscription:
+    known = tenant.subscription if tenant.subscription and tenant.subscription.id == found.id else None
+    grace_ends = None
+    if found.status is SubscriptionStatus.PAST_DUE:
+        is_known = known is not None and known.status is SubscriptionStatus.PAST_DUE
+        ours = known.past_due_ends_at_ms if is_known and known is not None else now_ms + plan.grace_days * DAY_MS
+        ends = [end for end in (ours, past_due_ends_at_ms, found.past_due_ends_at_ms) if end is not None]
+        grace_ends = min(ends, default=None)
+    return Subscription(
+        id=found.id,
+        plan=plan_name,
+        status=found.status,
+        period_start_ms=found.period_start_ms,
+        period_end_ms=found.period_end_ms,
+        past_due_ends_at_ms=grace_ends,
+        cancel_at_period_end=found.cancel_at_period_end,
+        paused_at_ms=known.paused_at_ms if found.paused_at_ms is None and known is not None else found.paused_at_ms,
+    )

@@ -1,0 +1,256 @@
+"""The export cursor, what was sealed and not yet acknowledged, the dead letters, and what is withheld.
+
+Every change is one atomic step: an event is in the outbox, acknowledged or dead, and the
+running sums say so: sealed = acknowledged + dead + what is in the outbox. What is withheld is not sealed.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from billing.export.checking import Reached, Sifted, Withheld
+from billing.export.events import SealedEvent
+from billing.ledger.journal import order
+from billing.store.connection import guarded, replicated
+from billing.store.guard import BULK_DEADLINE_S
+from billing.store.keys import ALL_SHARDS, PUMP, Shard, shard_for
+from billing.store.scripts import source
+from billing.usage import TenantId
+
+START = "0-0"
+"""A cursor before the first entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Running sums over all shards, in events and nanos."""
+
+    sealed_entries: int = 0
+    sealed_events: int = 0
+    sealed_charge: int = 0
+    sealed_covered: int = 0
+    acked_events: int = 0
+    acked_charge: int = 0
+    acked_covered: int = 0
+    dead_events: int = 0
+    dead_charge: int = 0
+    dead_covered: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What Dodo has not been told yet, counted at this moment."""
+
+    unsealed_entries: int
+    outbox_events: int
+    dead_events: int
+    withheld_records: int
+    """Among the unsealed: entries that are not as they were written."""
+
+
+@dataclass(frozen=True, slots=True)
+class PumpState:
+    """The exporter's state as it last said it, for people."""
+
+    state: str = "starting"
+    """``starting``, ``running``, ``backing_off`` or ``stopped`` (Dodo refuses our credentials or address)."""
+    last_flush_ms: int = 0
+    last_success_ms: int = 0
+    """When Dodo last took events, or there were none to send."""
+    next_try_ms: int = 0
+    failures: int = 0
+    """Failed flushes in a row."""
+    sent_events: int = 0
+    """In the last flush."""
+    waiting_events: int = 0
+    held_events: int = 0
+    """Sealed events of tenants that have no Dodo customer yet."""
+    dead_events: int = 0
+    oldest_waiting_ms: int = 0
+    """When the oldest record was settled of what the last flush left in the outbox; 0 where it left nothing."""
+    error: str = ""
+
+    def waiting_s(self, now_ms: int) -> int:
+        """Age of the oldest record that the outbox was left with, in seconds."""
+        return max(0, now_ms - self.oldest_waiting_ms) // 1_000 if self.oldest_waiting_ms else 0
+
+
+class Outbox:
+    """Sealed events of all shards."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._seal = redis.register_script(source("export/seal"))
+        self._ack = redis.register_script(source("export/ack"))
+        self._bury = redis.register_script(source("export/bury"))
+        self._mark = redis.register_script(source("export/mark"))
+        self._release = redis.register_script(source("export/release"))
+
+    async def cursors(self) -> dict[int, str]:
+        """By shard number, the stream id up to which everything is sealed."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hget(shard.cursor, "at")
+            found = await pipe.execute()
+        return {shard.number: at or START for shard, at in zip(ALL_SHARDS, found, strict=True)}
+
+    async def reached(self, tenants: Iterable[TenantId]) -> dict[TenantId, Reached]:
+        """How far the entries of these were sealed; those of whom nothing was are left out."""
+        asked = list(tenants)
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for tenant in asked:
+                pipe.hget(shard_for(tenant).account(tenant), "told")
+            found = await pipe.execute()
+        return {tenant: Reached.from_text(text) for tenant, text in zip(asked, found, strict=True) if text}
+
+    async def seal(self, shard: Shard, start: str, end: str, sifted: Sifted, events: Sequence[SealedEvent]) -> bool:
+        """Move the cursor from ``start`` to ``end``, keep the events and what is withheld; ``False`` if it stood
+        elsewhere.
+        """
+        args: list[str | int] = [start, end, len(sifted.sound), *_amounts(events)]
+        args += [reached.to_text() for reached in sifted.reached.values()]
+        args += _pairs(events)
+        for entry in sifted.withheld:
+            args += (entry.id, entry.to_json())
+        names = [shard.cursor, shard.outbox, shard.withheld, *(shard.account(tenant) for tenant in sifted.reached)]
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._seal(keys=names, args=args))
+
+    async def withheld(self) -> list[Withheld]:
+        """Entries behind the cursor that Dodo is not told of, oldest first."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hgetall(shard.withheld)
+            found = await pipe.execute()
+        withheld = [Withheld.from_json(id_, text) for shard in found for id_, text in shard.items()]
+        return sorted(withheld, key=lambda one: order(one.id))
+
+    async def release(self, entry: Withheld, events: Sequence[SealedEvent]) -> bool:
+        """Seal what was withheld; ``False`` where another exporter has."""
+        shard = shard_for(entry.tenant)
+        args: list[str | int] = [entry.id, *_amounts(events), *_pairs(events)]
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._release(keys=[shard.cursor, shard.outbox, shard.withheld], args=args))
+
+    async def events(self) -> list[SealedEvent]:
+        """Everything sealed and not acknowledged, oldest first."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hvals(shard.outbox)
+            found = await pipe.execute()
+        events = [SealedEvent.from_json(text) for shard in found for text in shard]
+        return sorted(events, key=lambda e: (e.sealed_at_ms, e.id))
+
+    async def mark(self, events: Iterable[SealedEvent]) -> None:
+        """Keep what these events say of their attempts, before the attempt."""
+        await asyncio.gather(*(self._mark_in(shard, group) for shard, group in _by_shard(events).items()))
+
+    async def secure(self, events: Iterable[SealedEvent]) -> None:
+        """Wait until enough replicas have all that is written of these: a failover must not take back what is sent.
+
+        Raises:
+            StoreUnavailable: they do not in time; nothing may be sent.
+        """
+        shards = {shard_for(event.tenant) for event in events}
+        await asyncio.gather(*(replicated(self._redis, shard.pulse) for shard in shards))
+
+    async def ack(self, events: Iterable[SealedEvent]) -> int:
+        """Dodo has these events. How many this call took out; the rest were out before.
+
+        Shards go side by side: the store syncs its log once for all that came meanwhile.
+        """
+        return sum(await asyncio.gather(*(self._ack_in(shard, group) for shard, group in _by_shard(events).items())))
+
+    async def _mark_in(self, shard: Shard, events: Sequence[SealedEvent]) -> None:
+        async with guarded(BULK_DEADLINE_S):
+            await self._mark(keys=[shard.outbox], args=_pairs(events))
+
+    async def _ack_in(self, shard: Shard, events: Sequence[SealedEvent]) -> int:
+        args: list[str | int] = [word for e in events for word in (e.id, e.charge_nanos, e.covered_nanos)]
+        async with guarded(BULK_DEADLINE_S):
+            return int(await self._ack(keys=[shard.cursor, shard.outbox], args=args))
+
+    async def bury(self, event: SealedEvent) -> bool:
+        """Dodo refuses this event for good: keep it, with the reason it carries, among the dead letters."""
+        shard = shard_for(event.tenant)
+        args: list[str | int] = [event.id, event.to_json(), 1, event.charge_nanos, event.covered_nanos]
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._bury(keys=[shard.cursor, shard.outbox, shard.dead], args=args))
+
+    async def revive(self, event: SealedEvent) -> bool:
+        """Send a dead letter again, with the same id and quantities."""
+        shard = shard_for(event.tenant)
+        args: list[str | int] = [event.id, event.to_json(), -1, -event.charge_nanos, -event.covered_nanos]
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._bury(keys=[shard.cursor, shard.dead, shard.outbox], args=args))
+
+    async def dead(self) -> list[SealedEvent]:
+        """All dead letters with their reasons, oldest first."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hvals(shard.dead)
+            found = await pipe.execute()
+        events = [SealedEvent.from_json(text) for shard in found for text in shard]
+        return sorted(events, key=lambda e: (e.sealed_at_ms, e.id))
+
+    async def sums(self) -> Sums:
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hgetall(shard.cursor)
+            found = await pipe.execute()
+        return Sums(**{f.name: sum(int(shard.get(f.name, 0)) for shard in found) for f in fields(Sums)})
+
+    async def backlog(self) -> Backlog:
+        """Counted now, from the store; cheap however long the streams are."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.xinfo_stream(shard.stream)
+                pipe.hget(shard.cursor, "sealed_entries")
+                pipe.hlen(shard.outbox)
+                pipe.hlen(shard.dead)
+                pipe.hlen(shard.withheld)
+            found = await pipe.execute(raise_on_error=False)
+        unsealed = outbox = dead = withheld = 0
+        for info, sealed, in_outbox, in_dead, in_withheld in zip(*(iter(found),) * 5, strict=True):
+            added = 0 if isinstance(info, ResponseError) else int(info["entries-added"])
+            unsealed += added - int(sealed or 0)
+            outbox, dead, withheld = outbox + in_outbox, dead + in_dead, withheld + in_withheld
+        return Backlog(unsealed, outbox, dead, withheld)
+
+    async def show(self, state: PumpState) -> None:
+        """Write the pump's state where the admin API reads it."""
+        async with guarded(BULK_DEADLINE_S):
+            await self._redis.hset(PUMP, mapping=asdict(state))  # type: ignore[arg-type]
+
+    async def shown(self) -> PumpState:
+        async with guarded(BULK_DEADLINE_S):
+            raw = await self._redis.hgetall(PUMP)
+        known = {f.name: f.type for f in fields(PumpState)}
+        values = {name: value if known[name] is str else int(value) for name, value in raw.items() if name in known}
+        return PumpState(**values)  # type: ignore[arg-type]
+
+
+def _amounts(events: Sequence[SealedEvent]) -> tuple[int, int, int]:
+    return len(events), sum(e.charge_nanos for e in events), sum(e.covered_nanos for e in events)
+
+
+def _pairs(events: Iterable[SealedEvent]) -> list[str]:
+    return [word for event in events for word in (event.id, event.to_json())]
+
+
+def _by_shard(events: Iterable[SealedEvent]) -> dict[Shard, list[SealedEvent]]:
+    groups: dict[Shard, list[SealedEvent]] = defaultdict(list)
+    for event in events:
+        groups[shard_for(TenantId(event.tenant))].append(event)
+    return groups

@@ -1,0 +1,256 @@
+"""A tenant's account and the movements on it, as plain values.
+
+Every movement carries an id that its sender chose: the same id twice is one movement.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from billing.catalog.plans import Limits
+from billing.ledger.errors import SpendCapReached
+from billing.money import MAX_GRANT_NANOS, Nanos
+from billing.pricing.prices import Price
+from billing.tenants.spend_caps import SpendCap
+from billing.usage import BucketId, Draw, Modifier, RequestId, Status, TenantId, Unit, Usage, UsageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Units that a tenant may draw on until they expire."""
+
+    id: BucketId
+    unit: Unit
+    remaining: int
+    granted: int
+    expires_at_ms: int | None = None
+    adapters: tuple[str, ...] = ()
+    """Models that a requests bucket covers; empty covers all."""
+    is_allowance: bool = False
+    """An allowance is drawn before every pack and replaced when its period ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """All that the store knows of a tenant's money at one moment."""
+
+    tenant: TenantId
+    buckets: tuple[Bucket, ...]
+    held_nanos: Nanos
+    """Nanos drawn by open holds, exposure included."""
+    held_requests: int
+    overage_nanos: Nanos
+    """Unpaid postpaid use, settled; what open holds draw is in ``held_nanos``."""
+    seq: int
+    open_holds: int
+
+    @property
+    def balance_nanos(self) -> Nanos:
+        """Money in the buckets, without what open holds drew; negative after a clawback."""
+        return Nanos(sum(b.remaining for b in self.buckets if b.unit is Unit.NANOS))
+
+    def beside(self, allowance: Bucket | None) -> Self:
+        """What may be drawn beside this allowance: no other, which a plan has left behind."""
+        packs = (b for b in self.buckets if not b.is_allowance)
+        return replace(self, buckets=((allowance,) if allowance else ()) + tuple(packs))
+
+
+@dataclass(frozen=True, slots=True)
+class Funding:
+    """What a request may draw on besides packs, decided by its tenant's plan and the clock."""
+
+    allowance: Bucket | None = None
+    """The current period's allowance: put in place of another period's by the same step that draws."""
+    overage_cap: Nanos = Nanos(0)
+    """0 where no subscription stands behind the credit."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRequest:
+    """Everything one atomic step needs to admit a request and hold its first step of output."""
+
+    request_id: RequestId
+    tenant: TenantId
+    key_id: str
+    model: str
+    """The catalogue's id, which requests buckets and private scopes name."""
+    adapter: str
+    adapter_class: str
+    plan: str
+    price: Price
+    prompt_tokens: int
+    max_tokens: int
+    """Completion tokens asked for, already cut to the context."""
+    funding: Funding
+    limits: Limits = Limits()
+    lease_ms: int = 30_000
+    step_tokens: int = 256
+    """Completion tokens that a hold begins with and grows by."""
+    step_compute_ms: int = 5_000
+    max_compute_ms: int = 0
+    """0 where the price does not count compute."""
+    modifiers: tuple[Modifier, ...] = ()
+    """Why ``price`` is not the listed one."""
+    month_start_ms: int = 0
+    """The month whose spend this request counts towards; 0 where no price depends on it."""
+    caps: tuple[SpendCap, ...] = ()
+    counts_as: str = ""
+    """The key under which limits and caps count it, where that is not its own: a rotated key goes on as the old."""
+
+    @property
+    def counted_key(self) -> str:
+        return self.counts_as or self.key_id
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsLeft:
+    """What is left of each limit after a hold, for the ``x-ratelimit-*`` headers; ``None`` is no limit."""
+
+    requests: int | None = None
+    requests_reset_s: float = 0.0
+    tokens: int | None = None
+    tokens_reset_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Credit set aside for one request until it is settled or its lease ends."""
+
+    request: HoldRequest
+    max_tokens: int
+    """Completion tokens that the tenant's credit affords, the part that others hold included."""
+    draws: tuple[Draw, ...]
+    """What the hold begins with; it grows by ``Ledger.extend``."""
+    lease_ends_at_ms: int
+    """By the store's clock."""
+    balance_nanos: Nanos
+    """Money left in the buckets right after the hold."""
+    covered_by_requests: bool
+    """A requests bucket pays for it, whatever it costs in nanos."""
+    limits_left: LimitsLeft = field(default_factory=LimitsLeft)
+    clamped_by: SpendCapReached | None = None
+    """The key's cap, where that and not the credit decides ``max_tokens``."""
+
+    @property
+    def held_nanos(self) -> Nanos:
+        return Nanos(sum(draw.amount for draw in self.draws if draw.unit is Unit.NANOS))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Tokens generated so far, and what they cost: what is billed if nothing more is heard."""
+
+    request_id: RequestId
+    tenant: TenantId
+    usage: Usage
+    list_nanos: Nanos
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a settle charges against where the store has lost the hold."""
+
+    head: str
+    """Members of the usage record that the hold froze, as JSON without braces."""
+    unit: Unit
+    bucket: BucketId
+    """The first that the hold drew on: it owes what is not there any more. Empty for what is free."""
+    held: int
+    """Nanos, or 1 request: the most that is charged."""
+    overage_cap: Nanos
+    held_at_ms: int
+    """By the store's clock; not later than any settle of it."""
+    counted_key: str = ""
+    caps: tuple[SpendCap, ...] = ()
+    month_start_ms: int = 0
+    """What else counts what it costs: its key's caps, and the month on which a volume price depends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What was served, once and for all. ``list_nanos`` above the hold is cut to it: our loss."""
+
+    request_id: RequestId
+    tenant: TenantId
+    usage: Usage
+    list_nanos: Nanos
+    status: Status
+    origin: Origin | None = None
+    """Without it, a settle whose hold is lost is refused."""
+    is_withdrawn: bool = False
+    """For what was not delivered, after attempts without a reply: what one of them charged is given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The settled record, and whether this call or an earlier one settled it."""
+
+    record: UsageRecord
+    is_repeat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Credit given once per ``source`` (a payment's id, an operator's reference)."""
+
+    source: str
+    tenant: TenantId
+    unit: Unit
+    amount: int
+    expires_at_ms: int | None = None
+    adapters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Clawback:
+    """Credit taken back once per ``source`` (a refund's id) from what ``granted_by`` gave.
+
+    The bucket, and so the balance, may go below zero; never more is taken than was granted.
+    """
+
+    source: str
+    tenant: TenantId
+    granted_by: str
+    amount: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """An operator's correction once per ``source``: credit given, or taken where ``amount`` is below zero.
+
+    It moves credit only: what was told to Dodo stays told. A balance may go below zero.
+    """
+
+    source: str
+    tenant: TenantId
+    unit: Unit
+    amount: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """What a clawback took, given back once: a dispute that was won."""
+
+    clawback: Clawback
+
+    @property
+    def tenant(self) -> TenantId:
+        return self.clawback.tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Repayment:
+    """Exposure lowered once per ``source``: the payment that bills it succeeded."""
+
+    source: str
+    tenant: TenantId
+    nanos: int
+
+
+Movement = Grant | Clawback | Adjustment | Settlement | Restoration | Repayment
+"""What counts once by its own id, however often it is sent."""
+
+
+def out_of_bounds(unit: Unit, amount: int) -> str:
+    """Why a grant or a correction of this size is refused."""
+    return f"{unit.tell(amount)} is nothing, or more than the {unit.tell(MAX_GRANT_NANOS)} that one movement may bring"

@@ -1,0 +1,199 @@
+"""May this request run, and what does it hold?
+
+Knows how plan, price and clock become a hold; the store decides, in one step, whether there is
+room for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from billing.catalog.abuse import Abuse
+from billing.catalog.catalog import Catalogue, Model
+from billing.catalog.plans import Limits, Plan, PlanKind, month_of
+from billing.clock import Clock, now_ms
+from billing.errors import Refusal
+from billing.ledger.account import Bucket, Funding, Hold, HoldRequest
+from billing.ledger.codec import worst_case
+from billing.ledger.errors import InsufficientCredits
+from billing.ledger.ledger import Ledger
+from billing.money import Nanos
+from billing.pricing.modifiers import Circumstances, EffectivePrice, Pricing, effective
+from billing.tenants.spend_caps import caps_of
+from billing.tenants.tenant import ApiKey, Principal, Tenant
+from billing.usage import BucketId, Modifier, RequestId
+
+LEASE_MS = 30_000
+STEP_TOKENS = 256
+"""Completion tokens that a hold begins with and grows by."""
+STEP_COMPUTE_MS = 5_000
+"""The same in compute, for a price that counts it."""
+MAX_COMPUTE_MS = 600_000
+"""The most compute that one request may use where its price counts it: no answer takes longer."""
+_NO_REQUEST = RequestId("")
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """What a request would cost at most, and what would become of it now. Nothing is set aside."""
+
+    cost_nanos: Nanos
+    """At the price it would be held at, with every token asked for."""
+    max_tokens: int
+    """Completion tokens that would be paid for; 0 where it is refused for another reason than credit."""
+    covered_by_requests: bool = False
+    refusal: Refusal | None = None
+    modifiers: tuple[Modifier, ...] = ()
+    """Why its price is not the listed one."""
+    price_version: str = ""
+
+    @property
+    def is_admitted(self) -> bool:
+        return self.refusal is None
+
+
+class Admission:
+    """The gate before the model: no hold, no run."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Clock = now_ms,
+        lease_ms: int = LEASE_MS,
+        step_tokens: int = STEP_TOKENS,
+        step_compute_ms: int = STEP_COMPUTE_MS,
+        max_compute_ms: int = MAX_COMPUTE_MS,
+        load: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """``load``: ten-thousandths of the replicas' capacity in use, for a price that depends on it."""
+        self._ledger, self._clock, self._lease_ms = ledger, clock, lease_ms
+        self._load = load
+        self._step_tokens, self._step_compute_ms, self._max_compute_ms = step_tokens, step_compute_ms, max_compute_ms
+
+    async def admit(
+        self,
+        principal: Principal,
+        model: Model,
+        catalogue: Catalogue,
+        request_id: RequestId,
+        prompt_tokens: int,
+        max_tokens: int,
+    ) -> Hold:
+        """Hold the first step of a request, and say how long an answer the credit affords.
+
+        Raises:
+            RateLimited, InsufficientCredits, CreditOnHold, SpendCapReached, DuplicateRequest: it may not run.
+            StoreUnavailable: nobody can say, so it may not run.
+        """
+        request = await self._request(principal, model, catalogue, request_id, prompt_tokens, max_tokens)
+        try:
+            return await self._ledger.hold(request)
+        except InsufficientCredits as refusal:
+            raise _explained(refusal, plan_of(principal.tenant, catalogue), request.funding) from None
+
+    async def quote(
+        self, principal: Principal, model: Model, catalogue: Catalogue, prompt_tokens: int, max_tokens: int
+    ) -> Quote:
+        """What ``admit`` would do now; changes nothing. Raises StoreUnavailable."""
+        request = await self._request(principal, model, catalogue, _NO_REQUEST, prompt_tokens, max_tokens)
+        cost, why_so_much = worst_case(request), (request.modifiers, request.price.version)
+        try:
+            hold = await self._ledger.preview(request)
+        except InsufficientCredits as refusal:
+            why = _explained(refusal, plan_of(principal.tenant, catalogue), request.funding)
+            return Quote(cost, refusal.max_affordable_tokens, False, why, *why_so_much)
+        except Refusal as refusal:
+            return Quote(cost, 0, False, refusal, *why_so_much)
+        return Quote(cost, hold.max_tokens, hold.covered_by_requests, None, *why_so_much)
+
+    async def _price(self, tenant: Tenant, model: Model, pricing: Pricing, now: int) -> EffectivePrice:
+        """What this request costs now. Only a price that depends on the month's spend asks the store."""
+        spent = await self._ledger.spent(tenant.id, _month_start(now)) if pricing.volume_tiers else Nanos(0)
+        at = Circumstances(tenant.id, now, spent, self._load() if pricing.load else 0)
+        return effective(model.price, model.id, pricing, at)
+
+    async def _request(
+        self,
+        principal: Principal,
+        model: Model,
+        catalogue: Catalogue,
+        request_id: RequestId,
+        prompt_tokens: int,
+        max_tokens: int,
+    ) -> HoldRequest:
+        tenant, key = principal.tenant, principal.key
+        plan, now = plan_of(tenant, catalogue), self._clock()
+        priced = await self._price(tenant, model, catalogue.pricing, now)
+        return HoldRequest(
+            request_id=request_id,
+            tenant=tenant.id,
+            key_id=key.id,
+            model=model.id,
+            adapter=model.identity,
+            adapter_class=model.adapter_class,
+            plan=tenant.plan,
+            price=priced.price,
+            modifiers=priced.modifiers,
+            month_start_ms=_month_start(now) if catalogue.pricing.volume_tiers else 0,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            funding=funding_for(tenant, plan, now),
+            limits=_limits_of(key, plan, catalogue.abuse),
+            caps=caps_of(key, catalogue.abuse.hourly_cap, now),
+            counts_as=key.counts_as,
+            lease_ms=self._lease_ms,
+            step_tokens=self._step_tokens,
+            step_compute_ms=self._step_compute_ms,
+            max_compute_ms=self._max_compute_ms if priced.price.per_compute_second else 0,
+        )
+
+
+def _limits_of(key: ApiKey, plan: Plan, abuse: Abuse) -> Limits:
+    limits = plan.limits.lowered_to(key.limits)
+    return limits.lowered_to(abuse.limits) if key.quarantine else limits
+
+
+def _month_start(now_ms: int) -> int:
+    return int(month_of(datetime.fromtimestamp(now_ms // 1000, UTC))[0].timestamp()) * 1000
+
+
+def plan_of(tenant: Tenant, catalogue: Catalogue) -> Plan:
+    """The tenant's plan, though it be retired; the default one where there never was such a plan."""
+    return catalogue.plan_named(tenant.plan) or catalogue.plans[catalogue.default_plan]
+
+
+def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
+    """What a tenant may draw on besides packs: this period's allowance, and credit while it is extended."""
+    if plan.kind is PlanKind.FREE:
+        start, end = month_of(datetime.fromtimestamp(now_ms // 1000, UTC))
+        return Funding(_allowance(plan, f"allowance:free:{start:%Y-%m}", int(end.timestamp()) * 1000))
+    subscription = tenant.subscription
+    is_carried = subscription is not None and subscription.plan == tenant.plan and subscription.is_live(now_ms)
+    if not plan.is_postpaid or subscription is None or not is_carried:
+        return Funding()
+    overage_cap = plan.overage_cap if subscription.extends_credit(now_ms) else Nanos(0)
+    if plan.allowance is None or now_ms >= subscription.period_end_ms:
+        return Funding(overage_cap=overage_cap)
+    allowance_id = f"allowance:{subscription.id}:{subscription.period_start_ms}"
+    return Funding(_allowance(plan, allowance_id, subscription.period_end_ms), overage_cap)
+
+
+def _allowance(plan: Plan, bucket_id: str, ends_at_ms: int) -> Bucket:
+    quota = plan.allowance
+    assert quota is not None, "a plan with periods has an allowance"
+    return Bucket(
+        id=BucketId(bucket_id),
+        unit=quota.unit,
+        remaining=quota.amount,
+        granted=quota.amount,
+        expires_at_ms=ends_at_ms,
+        adapters=quota.adapters,
+        is_allowance=True,
+    )
+
+
+def _explained(refusal: InsufficientCredits, plan: Plan, funding: Funding) -> InsufficientCredits:
+    """Say so where credit would be extended, were there a subscription that carries it."""
+    if not plan.is_postpaid or funding.overage_cap or not plan.overage_cap:
+        return refusal
+    return replace(refusal, limit_source="subscription")

@@ -1,0 +1,223 @@
+"""Settlements that wait on this machine's disk while the store is away.
+
+Knows files; settling is the ledger's. A settlement is appended before its sender is told and
+removed only after the ledger has it, so a crash in between settles twice, which is once.
+"""
+
+import asyncio
+import errno
+import fcntl
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from uuid import uuid4
+
+from billing.errors import BillingError
+from billing.ledger.account import Adjustment, Settlement
+from billing.ledger.codec import pack_settlement, unpack_settlement
+from billing.ledger.errors import DuplicateRequest, GrantRefused, Quarantined, SourceReused, UnknownHold
+from billing.ledger.ledger import Ledger
+from billing.usage import Unit, UsageRecord
+
+MAX_PENDING = 100_000
+"""Settlements of one process, about 30 MB."""
+BATCH = 2_000
+REFUSED = "refused.txt"
+"""Lines that the ledger refused or nobody can read, for people; never dropped."""
+
+
+logger = logging.getLogger(__name__)
+
+
+class SpoolFull(BillingError):
+    """More settlements wait than may; this process must admit nothing new."""
+
+
+class Spool:
+    """One process's waiting settlements, and those that a process which ended left in the same folder."""
+
+    def __init__(self, folder: Path, max_pending: int = MAX_PENDING) -> None:
+        self._folder, self._max_pending = folder, max_pending
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._guard = threading.Lock()
+        self._file = _create(folder)
+        self._pending = 0
+        self._adopt()
+
+    @property
+    def pending(self) -> int:
+        """Settlements on disk that the ledger is not known to have."""
+        return self._pending
+
+    @property
+    def refused(self) -> int:
+        """Settlements in this folder that no ledger took; a person must look at them. Reads the disk."""
+        try:
+            return (self._folder / REFUSED).read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
+
+    def append(self, settlement: Settlement) -> None:
+        """Keep a settlement; it is on disk on return. Any thread may call it.
+
+        Raises:
+            SpoolFull: the bound is reached.
+            OSError: the disk does not take it.
+        """
+        if self._pending >= self._max_pending:
+            raise SpoolFull(f"{self._pending} settlements wait for the store")
+        with self._guard:
+            self._file.append([pack_settlement(settlement)])
+            self._pending += 1
+
+    async def replay(self, ledger: Ledger) -> int:
+        """Settle what waits, oldest first, and what processes that ended have left here.
+
+        Where nothing waits it reads the folder and touches no store.
+
+        Returns:
+            How many left the spool, those that the ledger refused included.
+
+        Raises:
+            StoreUnavailable: the rest goes on waiting.
+        """
+        await asyncio.to_thread(self._adopt)
+        done = 0
+        while self._pending:
+            batch = await asyncio.to_thread(self._oldest)
+            settled = 0
+            try:
+                for line in batch:
+                    await self._settle(line, ledger)
+                    settled += 1
+            finally:
+                await asyncio.to_thread(self._forget, settled)
+            done += settled
+        return done
+
+    def close(self) -> None:
+        """Leave what waits to the next process."""
+        if self._pending:
+            self._file.handle.close()
+        else:
+            self._file.remove()
+
+    async def _settle(self, line: str, ledger: Ledger) -> None:
+        try:
+            settlement = unpack_settlement(line)
+            receipt = await ledger.settle(settlement)
+            if settlement.is_withdrawn and receipt.is_repeat:
+                await _give_back(ledger, receipt.record)
+        except Quarantined as error:
+            logger.warning("%s", error)
+        except (
+            UnknownHold,
+            DuplicateRequest,
+            GrantRefused,
+            SourceReused,
+            ValueError,
+            KeyError,
+            TypeError,
+            AssertionError,
+        ) as error:
+            await asyncio.to_thread(self._refuse, line, error)
+
+    def _oldest(self) -> list[str]:
+        with self._guard:
+            return self._file.lines()[:BATCH]
+
+    def _refuse(self, line: str, error: Exception) -> None:
+        with self._guard, (self._folder / REFUSED).open("a", encoding="utf-8") as refused:
+            refused.write(f"{error}\t{line}\n")
+            refused.flush()
+            os.fsync(refused.fileno())
+
+    def _forget(self, settled: int) -> None:
+        """Put the lines after the first ``settled`` into a file that takes the old one's place."""
+        if not settled:
+            return
+        with self._guard:
+            old, rest = self._file, self._file.lines()[settled:]
+            self._file = _create(self._folder)
+            self._file.append(rest)
+            self._pending = len(rest)
+            old.remove()
+
+    def _adopt(self) -> None:
+        """Take over files whose process has ended: the kernel released their locks."""
+        for path in sorted(self._folder.glob("settles-*.jsonl")):
+            file = None if path == self._file.path else _open_locked(path)
+            if file is None:
+                continue
+            if lines := file.lines():
+                with self._guard:
+                    self._file.append(lines)
+                    self._pending += len(lines)
+            file.remove()
+
+
+async def _give_back(ledger: Ledger, record: UsageRecord) -> None:
+    """What a record charged for an answer that nobody got; once, whatever is replayed."""
+    reason = f"{record.record_id} charged an answer that was not delivered"
+    for unit in Unit:
+        if amount := sum(draw.amount for draw in record.draws if draw.unit is unit):
+            source = f"undelivered:{record.record_id}"
+            await ledger.adjust(Adjustment(source, record.tenant, unit, amount, reason))
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A locked file of lines. Half a line at its end is one whose sender was never told that it is kept."""
+
+    path: Path
+    handle: FileIO
+
+    def lines(self) -> list[str]:
+        self.handle.seek(0)
+        return self.handle.read().decode(errors="replace").split("\n")[:-1]
+
+    def append(self, lines: Sequence[str]) -> None:
+        """All of them and on disk, or none."""
+        data = "".join(line + "\n" for line in lines).encode()
+        size = self.handle.seek(0, os.SEEK_END)
+        try:
+            if data and self.handle.write(data) != len(data):
+                raise OSError(errno.ENOSPC, "the disk is full", str(self.path))
+            os.fsync(self.handle.fileno())
+        except OSError:
+            self.handle.truncate(size)
+            raise
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.handle.close()
+
+
+def _create(folder: Path) -> _File:
+    """A new file, locked for as long as we live and from before it has the name that others look for."""
+    name = f"{uuid4().hex}.jsonl"
+    file = _open_locked(folder / f"new-{name}")
+    assert file is not None, "nobody else knows the name yet"
+    path = file.path.rename(folder / f"settles-{name}")
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+    return _File(path, file.handle)
+
+
+def _open_locked(path: Path) -> _File | None:
+    """The file, or nothing where a living process has it or it has just been taken over."""
+    try:
+        handle = path.open("rb+" if path.name.startswith("settles-") else "xb+", buffering=0)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    return _File(path, handle)

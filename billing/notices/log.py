@@ -1,0 +1,63 @@
+"""The log of notices: each told once, the newest kept, and how far the outgoing webhook has come."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from redis.asyncio import Redis
+
+from billing.notices.notice import Notice
+from billing.store.connection import guarded
+from billing.store.guard import BULK_DEADLINE_S
+from billing.store.keys import NOTICES, NOTICES_SENT, NOTICES_TOLD
+from billing.store.scripts import source
+
+KEPT = 10_000
+REMEMBERED_MS = 400 * 24 * 3_600_000
+"""How long what was told is not told again: longer than any period."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """How far the receiver has heard the log, and how often the next notice was tried."""
+
+    at: str = "0-0"
+    attempts: int = 0
+    next_try_ms: int = 0
+
+
+class Notices:
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._tell = redis.register_script(source("notices/tell"))
+
+    async def tell(self, notice: Notice) -> bool:
+        """Add a notice to the log; False where the same was told before."""
+        arguments: list[str | int] = [notice.once, notice.to_json(), notice.at_ms, notice.at_ms - REMEMBERED_MS, KEPT]
+        async with guarded(BULK_DEADLINE_S):
+            return bool(await self._tell(keys=[NOTICES, NOTICES_TOLD], args=arguments))
+
+    async def newest(self, count: int = 100) -> list[Notice]:
+        """The newest first."""
+        async with guarded(BULK_DEADLINE_S):
+            return _read(await self._redis.xrevrange(NOTICES, count=count))
+
+    async def after(self, at: str, count: int = 100) -> list[Notice]:
+        """Those behind a place in the log, oldest first."""
+        async with guarded(BULK_DEADLINE_S):
+            return _read(await self._redis.xrange(NOTICES, min=f"({at}" if at != "0-0" else "-", count=count))
+
+    async def sent(self) -> Sent:
+        async with guarded(BULK_DEADLINE_S):
+            raw = cast(dict[str, str], await self._redis.hgetall(NOTICES_SENT))
+        return Sent(raw["at"], int(raw["attempts"]), int(raw["next_try_ms"])) if raw else Sent()
+
+    async def note_sent(self, sent: Sent) -> None:
+        values = {"at": sent.at, "attempts": sent.attempts, "next_try_ms": sent.next_try_ms}
+        async with guarded(BULK_DEADLINE_S):
+            await self._redis.hset(NOTICES_SENT, mapping=values)  # type: ignore[arg-type]
+
+
+def _read(raw: object) -> list[Notice]:
+    rows = cast(Sequence[tuple[str, dict[str, str]]], raw or ())
+    return [Notice.from_json(fields["n"], id_) for id_, fields in rows]

@@ -1,0 +1,38 @@
+"""What the last passes over the books found, as the billing actor wrote it down for people."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from redis.asyncio import Redis
+
+from billing.store.connection import guarded
+from billing.store.guard import BULK_DEADLINE_S
+from billing.store.keys import PROOF
+
+
+@dataclass(frozen=True, slots=True)
+class ProofState:
+    """One kind of pass: ``store`` looks at the store alone, ``dodo`` asks Dodo too."""
+
+    at_ms: int = 0
+    """When it ended; 0 before the first."""
+    proofs: int = 0
+    faults: int = 0
+    """Proofs that do not hold."""
+    drift_nanos: int = 0
+    named: str = ""
+    """The first fault: proof, tenant, and what differs."""
+    unproven: str = ""
+    """Why a proof could not be made."""
+
+
+async def show(redis: Redis, kind: str, state: ProofState) -> None:
+    async with guarded(BULK_DEADLINE_S):
+        await redis.hset(PROOF, kind, json.dumps(asdict(state)))
+
+
+async def shown(redis: Redis) -> dict[str, ProofState]:
+    """By kind of pass; those that never ended are left out."""
+    async with guarded(BULK_DEADLINE_S):
+        found = await redis.hgetall(PROOF)
+    return {str(kind): ProofState(**json.loads(text)) for kind, text in sorted(found.items())}

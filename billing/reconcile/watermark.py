@@ -1,0 +1,61 @@
+"""How far the books of a shard were proved, and what everything until there adds up to, kept as text.
+
+Knows keys; what the texts say is ``billing.reconcile``'s.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from redis.asyncio import Redis
+
+from billing.export.outbox import START
+from billing.store.connection import guarded
+from billing.store.guard import BULK_DEADLINE_S
+from billing.store.keys import ALL_SHARDS, Shard
+from billing.usage import TenantId
+
+_AT, _TOLD_MS = "at", "told_ms"
+_FOLD, _TOLD = "fold:", "told:"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Everything up to a stream id, and everything that Dodo dates before a moment, is proved and does not change."""
+
+    at: str = START
+    folds: Mapping[TenantId, str] = field(default_factory=dict)
+    told_ms: int = 0
+    told: Mapping[TenantId, str] = field(default_factory=dict)
+
+
+class Watermarks:
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def all(self) -> dict[int, Mark]:
+        """By shard number."""
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=False)
+            for shard in ALL_SHARDS:
+                pipe.hgetall(shard.proved)
+            found = await pipe.execute()
+        return {shard.number: _mark(raw) for shard, raw in zip(ALL_SHARDS, found, strict=True)}
+
+    async def keep(self, shard: Shard, mark: Mark) -> None:
+        """In one step, in place of the one before."""
+        values: dict[str, str | int] = {_AT: mark.at, _TOLD_MS: mark.told_ms}
+        values |= {_FOLD + tenant: text for tenant, text in mark.folds.items()}
+        values |= {_TOLD + tenant: text for tenant, text in mark.told.items()}
+        async with guarded(BULK_DEADLINE_S):
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.delete(shard.proved)
+            pipe.hset(shard.proved, mapping=values)  # type: ignore[arg-type]
+            await pipe.execute()
+
+
+def _mark(raw: Mapping[str, str]) -> Mark:
+    return Mark(raw.get(_AT, START), _under(raw, _FOLD), int(raw.get(_TOLD_MS, 0)), _under(raw, _TOLD))
+
+
+def _under(raw: Mapping[str, str], prefix: str) -> dict[TenantId, str]:
+    return {TenantId(name.removeprefix(prefix)): text for name, text in raw.items() if name.startswith(prefix)}

@@ -1,0 +1,308 @@
+"""Tenants and their API keys in the store, and who a request's secret belongs to.
+
+Knows identities and subscriptions; knows no balance. Each write is safe to repeat: what is found
+by a list is written before what is listed, so that a crash in between leaves nothing hidden.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from billing.clock import Clock, now_ms
+from billing.store import keys as names
+from billing.store.connection import guarded
+from billing.store.errors import StoreUnavailable
+from billing.store.keys import shard_for
+from billing.store.scripts import source
+from billing.tenants.errors import (
+    CustomerTaken,
+    InvalidKey,
+    KeyNotRotated,
+    TenantExists,
+    TenantSuspended,
+    UnknownKey,
+    UnknownTenant,
+)
+from billing.tenants.tenant import KEY_PREFIX, ApiKey, Principal, Tenant, hash_key, successor
+from billing.usage import TenantId
+
+CACHE_S = 0.9
+"""How long a process trusts a key it has looked up: a revocation takes effect everywhere within a second."""
+MAX_CACHED = 20_000
+SECRET_LENGTH_MAX = 128
+LICENCE_LENGTH_MIN = 16
+"""A shorter one could be guessed: it is no key, whoever issued it."""
+UPDATE_TRIES = 20
+LIST_SILENCE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    principal: Principal
+    until: float
+    """By the monotonic clock."""
+
+
+class Tenants:
+    """All tenants and keys. One per process: it keeps keys it has just seen."""
+
+    def __init__(self, redis: Redis, clock: Clock = now_ms) -> None:
+        self._redis = redis
+        self._clock = clock
+        self._swap = redis.register_script(source("store/swap"))
+        self._seen: dict[str, _Seen] = {}
+
+    async def create(self, tenant: Tenant) -> Tenant:
+        """Add a tenant; until it has a Dodo customer it stands among those that want one.
+
+        The very same tenant again is no error: the first reply may have been lost.
+
+        Raises:
+            TenantExists: the id is taken by another.
+            CustomerTaken: its Dodo customer is another tenant's.
+        """
+        if tenant.dodo_customer_id:
+            await self._claim(tenant.dodo_customer_id, tenant.id)
+        async with guarded():
+            await self._redis.sadd(names.TENANTS, tenant.id)
+            await self._redis.set(shard_for(tenant.id).tenant(tenant.id), tenant.model_dump_json(), nx=True)
+        stored = await self.get(tenant.id)
+        await self._note_customer(stored)
+        if stored != tenant:
+            raise TenantExists(tenant.id)
+        return tenant
+
+    async def get(self, tenant_id: TenantId) -> Tenant:
+        """Raises: UnknownTenant."""
+        return Tenant.model_validate_json(await self._text_of(tenant_id))
+
+    async def update(self, tenant_id: TenantId, change: Callable[[Tenant], Tenant]) -> Tenant:
+        """Replace a tenant by what ``change`` makes of it; ``change`` may be called several times.
+
+        Raises:
+            UnknownTenant: there is none of that id.
+            StoreUnavailable: others kept changing it.
+        """
+        for _ in range(UPDATE_TRIES):
+            old = await self._text_of(tenant_id)
+            tenant = change(Tenant.model_validate_json(old))
+            assert tenant.id == tenant_id, "a tenant keeps its id"
+            if await self._swapped(tenant, old):
+                return tenant
+        raise StoreUnavailable(f"tenant {tenant_id} is being changed by others: try again")
+
+    async def _swapped(self, tenant: Tenant, old: str) -> bool:
+        """Did ``old`` give way to ``tenant``? A repeat after a lost reply finds its own value and is content."""
+        new = tenant.model_dump_json()
+        name = shard_for(tenant.id).tenant(tenant.id)
+        async with guarded():
+            return new == old or bool(await self._swap(keys=[name], args=[old, new]))
+
+    async def set_customer(self, tenant_id: TenantId, dodo_customer_id: str) -> Tenant:
+        """Note which Dodo customer a tenant is.
+
+        Raises:
+            UnknownTenant: there is none of that id.
+            CustomerTaken: another tenant is that customer.
+        """
+        await self._text_of(tenant_id)
+        await self._claim(dodo_customer_id, tenant_id)
+        tenant = await self.update(tenant_id, lambda t: t.model_copy(update={"dodo_customer_id": dodo_customer_id}))
+        await self._note_customer(tenant)
+        return tenant
+
+    async def _note_customer(self, tenant: Tenant) -> None:
+        async with guarded():
+            if tenant.dodo_customer_id:
+                await self._redis.srem(names.CUSTOMERS_WANTED, tenant.id)
+            else:
+                await self._redis.sadd(names.CUSTOMERS_WANTED, tenant.id)
+
+    async def _claim(self, dodo_customer_id: str, tenant_id: TenantId) -> None:
+        """A customer is one tenant's for ever, even where that tenant has a newer one: its payments still arrive."""
+        async with guarded():
+            await self._redis.hsetnx(names.CUSTOMER_TENANTS, dodo_customer_id, tenant_id)
+            owner = str(await self._redis.hget(names.CUSTOMER_TENANTS, dodo_customer_id))
+        if owner != tenant_id:
+            raise CustomerTaken(dodo_customer_id, owner)
+
+    async def by_customer(self, dodo_customer_id: str) -> Tenant | None:
+        async with guarded():
+            tenant_id = await self._redis.hget(names.CUSTOMER_TENANTS, dodo_customer_id)
+        return await self.get(TenantId(str(tenant_id))) if tenant_id else None
+
+    async def customers_wanted(self) -> list[TenantId]:
+        """Tenants that no Dodo customer is known for, by id."""
+        async with guarded(LIST_SILENCE_S):
+            return [TenantId(str(i)) for i in sorted(await self._redis.smembers(names.CUSTOMERS_WANTED))]
+
+    async def add_key(self, key: ApiKey) -> None:
+        """One that is there stays as it is: who adds it late does not undo its end. Raises: UnknownTenant."""
+        await self._text_of(key.tenant)
+        async with guarded():
+            await self._redis.sadd(shard_for(key.tenant).keys_of(key.tenant), key.hash)
+            await self._redis.set(names.api_key(key.hash), key.model_dump_json(), nx=True)
+
+    async def keys(self, tenant_id: TenantId) -> list[ApiKey]:
+        """All keys of a tenant, revoked ones too, oldest first."""
+        async with guarded(LIST_SILENCE_S):
+            hashes = sorted(await self._redis.smembers(shard_for(tenant_id).keys_of(tenant_id)))
+            texts = await _get_all(self._redis, [names.api_key(str(digest)) for digest in hashes])
+        found = [ApiKey.model_validate_json(text) for text in texts if text]
+        return sorted(found, key=lambda key: (key.created_at_ms, key.id))
+
+    async def revoke_key(self, tenant_id: TenantId, key_id: str) -> ApiKey:
+        """End a key for good, everywhere within a second. Revoked again it keeps its first time.
+
+        Raises:
+            UnknownKey: the tenant has none of that id.
+        """
+        now = self._clock()
+        return await self.change_key(
+            tenant_id, key_id, lambda key: key if key.revoked_at_ms else key.model_copy(update={"revoked_at_ms": now})
+        )
+
+    async def expire_key(self, tenant_id: TenantId, key_id: str, at_ms: int) -> ApiKey:
+        """Let a key end at a moment, unless it ends before it anyway. Told again, it keeps the first one.
+
+        Raises:
+            UnknownKey: the tenant has none of that id.
+        """
+
+        def ending(key: ApiKey) -> ApiKey:
+            ends_before = key.expires_at_ms is not None and key.expires_at_ms <= at_ms
+            return key if key.revoked_at_ms or ends_before else key.model_copy(update={"expires_at_ms": at_ms})
+
+        return await self.change_key(tenant_id, key_id, ending)
+
+    async def rotate_key(self, tenant_id: TenantId, key_id: str, grace_ms: int) -> tuple[str, ApiKey]:
+        """A new secret for a key; the old one works for the grace that is given.
+
+        Raises:
+            UnknownKey: the tenant has none of that id.
+            KeyNotRotated: it has ended, or is a licence key.
+        """
+        old, now = await self.key(tenant_id, key_id), self._clock()
+        if not old.is_usable(now) or not old.is_ours:
+            raise KeyNotRotated(key_id, "it has ended" if old.is_ours else "Dodo made it and replaces it")
+        secret, made = successor(old, now)
+        await self.add_key(made)
+        await self.expire_key(tenant_id, key_id, now + grace_ms)
+        return secret, made
+
+    async def lift_key(self, tenant_id: TenantId, key_id: str) -> ApiKey:
+        """Take a key out of quarantine; it is not put back for a day. Raises UnknownKey."""
+        lifted = {"quarantine": None, "lifted_at_ms": self._clock()}
+        return await self.change_key(
+            tenant_id, key_id, lambda key: key.model_copy(update=lifted) if key.quarantine else key
+        )
+
+    async def change_key(self, tenant_id: TenantId, key_id: str, change: Callable[[ApiKey], ApiKey]) -> ApiKey:
+        """Replace a key by what ``change`` makes of it, everywhere within a second; it may be called several times.
+
+        Raises:
+            UnknownKey: the tenant has none of that id.
+            StoreUnavailable: others kept changing it.
+        """
+        for _ in range(UPDATE_TRIES):
+            old = await self.key(tenant_id, key_id)
+            key = change(old)
+            assert (key.id, key.hash, key.tenant) == (old.id, old.hash, old.tenant), "a key keeps its identity"
+            self._seen.pop(key.hash, None)
+            if key == old or await self._replaced(names.api_key(key.hash), old, key):
+                return key
+        raise StoreUnavailable(f"key {key_id} is being changed by others: try again")
+
+    async def _replaced(self, name: str, old: ApiKey, new: ApiKey) -> bool:
+        async with guarded():
+            text = await self._redis.get(name)
+            if text is None or ApiKey.model_validate_json(text) != old:
+                return False
+            return bool(await self._swap(keys=[name], args=[text, new.model_dump_json()]))
+
+    async def key(self, tenant_id: TenantId, key_id: str) -> ApiKey:
+        """Raises UnknownKey."""
+        key = next((key for key in await self.keys(tenant_id) if key.id == key_id), None)
+        if key is None:
+            raise UnknownKey(key_id)
+        return key
+
+    async def principal(self, secret: str) -> Principal:
+        """Who sends a request with this secret.
+
+        Raises:
+            InvalidKey: it is missing, malformed, unknown, revoked or expired.
+            TenantSuspended: its tenant may not use anything.
+            StoreUnavailable: nobody can say.
+        """
+        _check_form(secret)
+        digest, now = hash_key(secret), time.monotonic()
+        seen = self._seen.get(digest)
+        if seen is None or now >= seen.until:
+            seen = _Seen(await self._look_up(digest), now + CACHE_S)
+            self._remember(digest, seen)
+        _check_usable(seen.principal, self._clock())
+        return seen.principal
+
+    async def _look_up(self, digest: str) -> Principal:
+        async with guarded():
+            text = await self._redis.get(names.api_key(digest))
+        if text is None:
+            raise InvalidKey("unknown")
+        key = ApiKey.model_validate_json(text)
+        try:
+            return Principal(key, await self.get(key.tenant))
+        except UnknownTenant:
+            raise InvalidKey("unknown") from None
+
+    def _remember(self, digest: str, seen: _Seen) -> None:
+        if len(self._seen) >= MAX_CACHED:
+            self._seen.clear()
+        self._seen[digest] = seen
+
+    async def _text_of(self, tenant_id: TenantId) -> str:
+        async with guarded():
+            text = await self._redis.get(shard_for(tenant_id).tenant(tenant_id))
+        if text is None:
+            raise UnknownTenant(tenant_id)
+        return str(text)
+
+    async def many(self, tenant_ids: Iterable[TenantId]) -> list[Tenant]:
+        """Those of these tenants that there are."""
+        async with guarded(LIST_SILENCE_S):
+            texts = await _get_all(self._redis, [shard_for(one).tenant(one) for one in tenant_ids])
+        return [Tenant.model_validate_json(text) for text in texts if text]
+
+    async def list(self) -> list[Tenant]:
+        """All tenants by id."""
+        async with guarded(LIST_SILENCE_S):
+            ids = sorted(str(one) for one in await self._redis.smembers(names.TENANTS))
+        return await self.many(TenantId(one) for one in ids)
+
+
+async def _get_all(redis: Redis, keys: list[str]) -> list[str | None]:
+    pipe = redis.pipeline(transaction=False)
+    for key in keys:
+        pipe.get(key)
+    return list(await pipe.execute()) if keys else []
+
+
+def _check_form(secret: str) -> None:
+    if not secret:
+        raise InvalidKey("missing")
+    is_ours_or_a_licence = secret.startswith(KEY_PREFIX) or len(secret) >= LICENCE_LENGTH_MIN
+    is_written_well = len(secret) <= SECRET_LENGTH_MAX and secret.isascii() and secret.isprintable()
+    if not is_ours_or_a_licence or not is_written_well or " " in secret:
+        raise InvalidKey("malformed")
+
+
+def _check_usable(principal: Principal, now: int) -> None:
+    key = principal.key
+    if key.revoked_at_ms is not None:
+        raise InvalidKey("revoked")
+    if not key.is_usable(now):
+        raise InvalidKey("expired")
+    if principal.tenant.suspended:
+        raise TenantSuspended(principal.tenant.id)

@@ -1,0 +1,188 @@
+"""Who buys: tenants, their API keys and their Dodo subscriptions, as plain values.
+
+Knows how a key is made and recognised; knows no store.
+"""
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from billing.catalog.plans import NO_LIMITS, Limits
+from billing.pricing.prices import Usd
+from billing.usage import TenantId
+
+KEY_PREFIX = "fbx_"
+SHOWN_DIGITS = 8
+"""Characters of a key that are kept in clear, so that its owner can tell keys apart."""
+
+TenantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+Email = Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")]
+
+
+class _Stored(BaseModel):
+    """A value kept in the store as JSON; fields that an older version wrote are ignored."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class SubscriptionStatus(StrEnum):
+    """Dodo's own words for the state of a subscription."""
+
+    PENDING = "pending"
+    ACTIVE = "active"
+    ON_HOLD = "on_hold"
+    PAST_DUE = "past_due"
+    PAUSED = "paused"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    EXPIRED = "expired"
+
+
+ENDED = (SubscriptionStatus.CANCELLED, SubscriptionStatus.EXPIRED, SubscriptionStatus.FAILED)
+"""These never come back; the tenant falls to the default plan."""
+LAST_CHARGES_MS = 120_000
+"""How long before its last period ends a subscription extends no more credit: what was drawn until then must
+settle, wait for a flush and reach Dodo while there is an invoice for it."""
+
+
+class Subscription(_Stored):
+    """What we know of the Dodo subscription that carries a tenant's plan."""
+
+    id: str
+    plan: str
+    status: SubscriptionStatus
+    period_start_ms: int
+    period_end_ms: int
+    past_due_ends_at_ms: int | None = None
+    cancel_at_period_end: bool = False
+    paused_at_ms: int | None = None
+    """When its latest pause began: until then Dodo has invoiced what was used."""
+
+    @property
+    def is_last_period(self) -> bool:
+        """No period follows this one, so what is not charged in it never is."""
+        return self.cancel_at_period_end or self.status in ENDED
+
+    def extends_credit(self, now_ms: int) -> bool:
+        """May postpaid use go on? While it is live, but not up to the very end of its last period."""
+        is_closing = self.is_last_period and now_ms >= self.period_end_ms - LAST_CHARGES_MS
+        return self.is_live(now_ms) and not is_closing
+
+    def is_live(self, now_ms: int) -> bool:
+        """Only while active, or past due within its grace."""
+        if self.status is SubscriptionStatus.ACTIVE:
+            return True
+        return self.status is SubscriptionStatus.PAST_DUE and now_ms < (self.past_due_ends_at_ms or 0)
+
+    def is_overdue(self, now_ms: int) -> bool:
+        """Its period ended, and nothing was heard of the next."""
+        return self.is_live(now_ms) and now_ms > self.period_end_ms
+
+    def is_resting(self, now_ms: int) -> bool:
+        """Neither live nor ended: a payment or its customer may open it again."""
+        is_open = self.status not in (*ENDED, SubscriptionStatus.PENDING)
+        return is_open and not self.is_live(now_ms)
+
+
+class Tenant(_Stored):
+    """One paying customer of the owner."""
+
+    id: TenantId
+    email: str
+    plan: str
+    name: str = ""
+    suspended: bool = False
+    dodo_customer_id: str = ""
+    """Empty until Dodo has the customer; until then its usage waits, counted."""
+    subscription: Subscription | None = None
+    created_at_ms: int = 0
+
+    @property
+    def plans_held(self) -> frozenset[str]:
+        """The plan it is on, and the one that its subscription carries until that has ended."""
+        one = self.subscription
+        return frozenset({self.plan} if one is None or one.status in ENDED else {self.plan, one.plan})
+
+
+class Quarantine(_Stored):
+    """Why a key may do little for now."""
+
+    reason: str
+    detail: str
+    since_ms: int
+
+
+class ApiKey(_Stored):
+    """A key as it is stored: never the key itself."""
+
+    id: str
+    tenant: TenantId
+    hash: str
+    shown: str
+    """The key's first characters, for people."""
+    name: str = ""
+    models: tuple[str, ...] | None = None
+    """Models it may use; ``None`` is all that its tenant may."""
+    created_at_ms: int = 0
+    expires_at_ms: int | None = None
+    revoked_at_ms: int | None = None
+    limits: Limits = NO_LIMITS
+    """Its own, where they are lower than its plan's."""
+    daily_cap: Usd | None = None
+    """The most that it may spend in a day, in UTC."""
+    monthly_cap: Usd | None = None
+    manages_keys: bool = False
+    """It may make, rotate and revoke its tenant's keys."""
+    quarantine: Quarantine | None = None
+    lifted_at_ms: int = 0
+    """When a person last took it out of quarantine."""
+    counts_as: str = ""
+    """The key that it replaced: it goes on under that one's limits and caps."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Not a licence key, which Dodo made and ends."""
+        return self.shown.startswith(KEY_PREFIX)
+
+    def is_usable(self, now_ms: int) -> bool:
+        return self.revoked_at_ms is None and (self.expires_at_ms is None or now_ms < self.expires_at_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who sends a request: a usable key and its tenant."""
+
+    key: ApiKey
+    tenant: Tenant
+
+
+def hash_key(key: str) -> str:
+    """SHA-256 of a key, 64 hex digits. Keys carry 192 random bits, so a plain hash suffices."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def successor(key: ApiKey, now_ms: int) -> tuple[str, ApiKey]:
+    """A new secret with all that the old key may do, counted as the old one."""
+    secret, made = new_key(key.tenant, now_ms, key.name, key.models)
+    fresh = {name: getattr(made, name) for name in ("id", "hash", "shown", "created_at_ms")}
+    return secret, key.model_copy(update=fresh | {"counts_as": key.counts_as or key.id})
+
+
+def new_key(tenant: TenantId, now_ms: int, name: str = "", models: tuple[str, ...] | None = None) -> tuple[str, ApiKey]:
+    """Make a key: the secret, shown once, and what is stored of it."""
+    secret = KEY_PREFIX + secrets.token_urlsafe(24)
+    stored = ApiKey(
+        id="key_" + secrets.token_hex(8),
+        tenant=tenant,
+        hash=hash_key(secret),
+        shown=secret[: len(KEY_PREFIX) + SHOWN_DIGITS],
+        name=name,
+        models=models,
+        created_at_ms=now_ms,
+    )
+    return secret, stored

@@ -1,0 +1,41 @@
+"""The Gateway's ASGI application: the routers, the error table and our own edge, around one ``Services``."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Lifespan
+
+from deployments.gateway.api import account, admin, errors, health, keys, openai, refills, shop, webhook
+from deployments.gateway.api.document import openapi_json
+from deployments.gateway.edge import Front
+from deployments.gateway.services import Services
+
+
+def make_app(services: Services) -> ASGIApp:
+    """One app for one gateway process; nothing global. Its lifespan starts and drains the gateway."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
+        services.gateway.start()
+        yield
+        await services.gateway.stop()
+
+    app = make_routes(lifespan)
+    app.state.services = services
+    return Front(app, services.max_body_bytes)
+
+
+def make_routes(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+    """Every route and error, with nothing behind them yet: enough to be documented."""
+    app = FastAPI(
+        title="Farebox", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    routers = [module.router for module in (openai, account, shop, refills, keys, admin, webhook, health)]
+    routers.append(keys.operators)
+    for router in routers:
+        app.include_router(router)
+    app.state.routes = [route for router in routers for route in router.routes]
+    app.add_api_route("/openapi.json", openapi_json, include_in_schema=False)
+    errors.install(app)
+    return app

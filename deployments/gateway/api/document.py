@@ -1,0 +1,51 @@
+"""The OpenAPI document: which statuses a route answers, with which codes, and what an error looks like.
+
+Knows how the document is written; the statuses themselves come from the one table in ``errors.py``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+
+from deployments.gateway.api.bodies import Problem
+from deployments.gateway.api.errors import ANSWERS, HTTP_CODES
+
+PROBLEM = "application/problem+json"
+REF = "#/components/schemas/{model}"
+Responses = dict[int | str, dict[str, Any]]
+
+
+def refusals(*statuses: int) -> Responses:
+    """What a route may answer instead, in the one shape of an error."""
+    content = {PROBLEM: {"schema": {"$ref": REF.format(model=Problem.__name__)}}}
+    return {status: {"description": _described(status), "content": content} for status in statuses}
+
+
+def _described(status: int) -> str:
+    codes = [answer.code for answer in ANSWERS.values() if answer.status == status]
+    codes += [HTTP_CODES[status][0]] if status in HTTP_CODES else []
+    return " or ".join(f"`{code}`" for code in dict.fromkeys(codes))
+
+
+def document_of(app: FastAPI) -> Mapping[str, Any]:
+    """The app's document, made once: every operation says how we refuse, none how FastAPI would."""
+    if not app.openapi_schema:
+        made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = made["components"]["schemas"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        problem = Problem.model_json_schema(ref_template=REF, mode="serialization")
+        schemas |= problem.pop("$defs") | {Problem.__name__: problem}
+        for operation in (operation for path in made["paths"].values() for operation in path.values()):
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
+        app.openapi_schema = made
+    return app.openapi_schema
+
+
+async def openapi_json(request: Request) -> JSONResponse:
+    """For everybody: it names no tenant, model or price."""
+    return JSONResponse(document_of(request.app))

@@ -1,0 +1,205 @@
+"""When the use of a key is unusual: both sides of every rule, and what becomes of the key."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from redis.asyncio import Redis
+
+from billing.abuse.addresses import Sightings
+from billing.abuse.enforcer import REST_MS, Warden
+from billing.abuse.rules import HOUR_MS, Habits, Reason, UsedKey
+from billing.catalog.abuse import Abuse
+from billing.ledger.admission import Admission
+from billing.ledger.errors import RateLimited, SpendCapReached
+from billing.ledger.ledger import Ledger
+from billing.money import NANOS_PER_USD, Nanos
+from billing.notices.log import Notices
+from billing.notices.notice import NoticeKind
+from billing.tenants.directory import Tenants
+from billing.tenants.tenant import Principal, Tenant, new_key
+from billing.usage import RequestId, Status, TenantId, Usage, UsageRecord
+from tests.billing.ledger.test_admission import CATALOGUE, PIRATE
+from tests.support.clock import SteppedClock
+from tests.support.samples import ACME, money, settlement
+
+NOW = 1_000 * HOUR_MS
+KEY: UsedKey = (ACME, "key_1")
+ABUSE = Abuse(long_hours=2, long_requests=10, long_tokens=100, addresses=5)
+
+
+def record(hours_ago: int, usd: int = 0, tokens: int = 10, key_id: str = "key_1") -> UsageRecord:
+    nanos = Nanos(usd * NANOS_PER_USD)
+    return UsageRecord(
+        record_id="rec",
+        request_id=RequestId("req"),
+        tenant=ACME,
+        key_id=key_id,
+        adapter="pirate",
+        adapter_class="default",
+        plan="prepaid",
+        price_version="pv",
+        usage=Usage(completion_tokens=tokens),
+        status=Status.COMPLETE,
+        occurred_at_ms=NOW - hours_ago * HOUR_MS,
+        list_nanos=nanos,
+        charged_nanos=nanos,
+    )
+
+
+def found(*records: UsageRecord, addresses: Mapping[UsedKey, int] | None = None, abuse: Abuse = ABUSE) -> list[Reason]:
+    habits = Habits()
+    for one in records:
+        habits.note(one)
+    return [verdict.reason for verdict in habits.verdicts(abuse, addresses or {}, NOW)]
+
+
+USUAL = [record(hours_ago, usd=1) for hours_ago in (30, 20, 10)]
+"""A dollar in each busy hour of more than a day."""
+
+
+@pytest.mark.parametrize(
+    ("before", "usd", "is_unusual"),
+    [
+        (USUAL, 20, False),  # twenty times the mean
+        (USUAL, 21, True),
+        (USUAL, 9, False),  # below what concerns anybody
+        ([record(23, usd=1)], 1_000, False),  # a key of less than a day
+        ([record(24, usd=1)], 1_000, True),
+        ([record(168, usd=1)], 1_000, True),
+        ([*USUAL, record(5, usd=17)], 100, False),  # it had a busy hour this week
+        ([], 1_000, False),
+    ],
+)
+def test_spend_is_unusual_against_the_key_s_own_busy_hours(
+    before: list[UsageRecord], usd: int, is_unusual: bool
+) -> None:
+    assert found(*before, record(0, usd=usd)) == ([Reason.SPEND] if is_unusual else [])
+
+
+@pytest.mark.parametrize(
+    ("an_hour_ago", "this_hour", "tokens", "is_scraping"),
+    [
+        ((10, 0), (10, 0), 100, True),
+        ((10, 1), (10, 1), 100, True),  # 10 of 11 are as long as the longest
+        ((10, 2), (10, 0), 100, False),
+        ((10, 0), (9, 0), 100, False),  # too few
+        ((0, 0), (10, 0), 100, False),  # not for hours
+        ((10, 0), (10, 0), 99, False),  # short ones: a classifier's
+    ],
+)
+def test_maximal_answers_for_hours_look_like_scraping(
+    an_hour_ago: tuple[int, int], this_hour: tuple[int, int], tokens: int, is_scraping: bool
+) -> None:
+    records = [
+        record(ago, tokens=length)
+        for ago, (longest, shorter) in ((1, an_hour_ago), (0, this_hour))
+        for length in [tokens] * longest + [tokens - 1] * shorter
+    ]
+    assert found(*records) == ([Reason.SCRAPING] if is_scraping else [])
+
+
+@pytest.mark.parametrize(("count", "expected"), [(5, []), (6, [Reason.ADDRESSES])])
+def test_a_key_is_used_from_a_few_addresses(count: int, expected: list[Reason]) -> None:
+    assert found(record(0), addresses={KEY: count}) == expected
+
+
+def test_a_key_that_rests_is_not_judged_and_a_week_is_remembered() -> None:
+    assert found(*USUAL, record(1, usd=1_000)) == []
+    habits = Habits()
+    habits.note(record(169))
+    habits.note(record(168, key_id="key_2"))
+    habits.forget(NOW)
+    assert habits.used_in(NOW - 169 * HOUR_MS) == []
+    assert habits.used_in(NOW - 168 * HOUR_MS) == [(ACME, "key_2")]
+
+
+@pytest.fixture
+async def tenants(store: Redis, clock: SteppedClock) -> Tenants:
+    clock.now_ms = NOW
+    tenants = Tenants(store, clock)
+    await tenants.create(Tenant(id=ACME, email="ops@acme.test", plan="prepaid"))
+    await tenants.add_key(new_key(ACME, 0, "ci")[1].model_copy(update={"id": "key_1"}))
+    return tenants
+
+
+def warden(tenants: Tenants, store: Redis, clock: SteppedClock, *records: UsageRecord) -> Warden:
+    habits = Habits()
+    for one in records:
+        habits.note(one)
+    return Warden(tenants, Notices(store), Sightings(store, clock), habits, clock)
+
+
+async def test_a_key_is_quarantined_and_its_owner_told_once(
+    tenants: Tenants, store: Redis, clock: SteppedClock
+) -> None:
+    guard = warden(tenants, store, clock, *USUAL, record(0, usd=500))
+    assert [await guard.run_once(ABUSE), await guard.run_once(ABUSE)] == [1, 0]
+    [notice] = await Notices(store).newest()
+    assert (notice.kind, notice.facts["reason"], notice.facts["name"]) == (
+        NoticeKind.KEY_QUARANTINED,
+        "unusual_spend",
+        "ci",
+    )
+    assert "$500.00 this hour" in notice.facts["detail"]
+    assert "farebox keys lift acme key_1" in notice.facts["remedy"]
+    why = (await tenants.key(ACME, "key_1")).quarantine
+    assert why is not None
+    assert (why.reason, why.since_ms) == ("unusual_spend", NOW)
+
+
+async def test_a_lifted_key_is_left_alone_for_a_day(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
+    await warden(tenants, store, clock, *USUAL, record(0, usd=500)).run_once(ABUSE)
+    assert (await tenants.lift_key(ACME, "key_1")).quarantine is None
+    for later, is_put_back in ((REST_MS - 1, False), (REST_MS, True)):
+        clock.now_ms = NOW + later
+        again = replace(record(0, usd=500), occurred_at_ms=clock.now_ms)
+        await warden(tenants, store, clock, *USUAL, again).run_once(ABUSE)
+        assert ((await tenants.key(ACME, "key_1")).quarantine is not None) == is_put_back
+
+
+async def test_nothing_is_watched_where_the_owner_says_so(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
+    guard = warden(tenants, store, clock, *USUAL, record(0, usd=500), record(0, usd=500, key_id="key_gone"))
+    assert await guard.run_once(ABUSE.model_copy(update={"watch": False})) == 0
+    assert (await tenants.key(ACME, "key_1")).quarantine is None
+    assert await guard.run_once(ABUSE) == 1, "and a key that nobody has is nobody's concern"
+
+
+async def test_addresses_are_estimated_and_none_is_kept(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
+    gateways = [Sightings(store, clock) for _ in range(2)]
+    for number in range(8):
+        for gateway in gateways:
+            gateway.note(ACME, "key_1", f"192.0.2.{number}")
+    for gateway in gateways:
+        await gateway.flush()
+        await gateway.flush()
+    assert await gateways[0].counts([KEY, (ACME, "key_2")]) == {KEY: 8, (ACME, "key_2"): 0}
+    assert not [name async for name in store.scan_iter("*192.0.2*")]
+    assert await warden(tenants, store, clock, record(0)).run_once(ABUSE) == 1
+    clock.now_ms += HOUR_MS
+    assert await gateways[0].counts([KEY]) == {KEY: 0}
+
+
+async def test_in_quarantine_a_key_may_do_little_and_the_others_all(
+    ledger: Ledger, tenants: Tenants, store: Redis, clock: SteppedClock
+) -> None:
+    await ledger.grant(money(10_000_000))
+    await warden(tenants, store, clock, *USUAL, record(0, usd=500)).run_once(ABUSE)
+    key, tenant = await tenants.key(ACME, "key_1"), await tenants.get(TenantId("acme"))
+    little = CATALOGUE.model_copy(update={"abuse": Abuse(hourly_cap="0.00002", requests_per_minute=2)})
+    gate = Admission(ledger, clock)
+
+    async def admit(request_id: str, who: Principal) -> None:
+        await gate.admit(who, PIRATE, little, RequestId(request_id), 10, 5)
+
+    held = Principal(key, tenant)
+    await admit("req_1", held)
+    await ledger.settle(settlement("req_1", completion=5))
+    with pytest.raises(SpendCapReached, match="quarantine"):
+        await admit("req_2", held)
+    await admit("req_3", Principal(new_key(ACME, 0)[1], tenant))
+    clock.now_ms += HOUR_MS
+    await admit("req_4", held)
+    with pytest.raises(RateLimited) as refused:
+        await admit("req_5", held)
+    assert refused.value.limit == 2

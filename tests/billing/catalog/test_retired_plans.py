@@ -1,0 +1,47 @@
+"""A plan that was in force is never forgotten: processes that start later still know it."""
+
+import logging
+
+import pytest
+from redis.asyncio import Redis
+
+from billing.catalog import publication
+from billing.catalog.catalog import Catalogue
+from billing.catalog.plans import Plan
+from billing.ledger.admission import plan_of
+from billing.store import keys
+from billing.tenants.tenant import Tenant
+from billing.usage import TenantId
+from tests.billing.commerce.test_offers import CATALOGUE, NOON
+
+OLD = Catalogue.model_validate(CATALOGUE)
+NEW = Catalogue.model_validate(CATALOGUE | {"plans": {"prepaid": {"kind": "prepaid"}}})
+
+
+async def test_the_board_tells_of_plans_that_are_gone(redis: Redis) -> None:
+    await publication.publish(redis, OLD, "gw", NOON)
+    assert (await publication.current(redis)) == OLD
+    await publication.publish(redis, NEW, "gw", NOON)
+    found = await publication.current(redis)
+    assert found is not None
+    assert found.content_hash == NEW.content_hash
+    tenant = Tenant(id=TenantId("acme"), email="a@example.com", plan="club")
+    assert plan_of(tenant, found) == OLD.plans["club"]
+
+
+async def test_a_plan_is_remembered_as_it_last_was(redis: Redis) -> None:
+    dearer = CATALOGUE | {"plans": CATALOGUE["plans"] | {"club": {"kind": "pay_as_you_go", "overage_cap": "3"}}}  # type: ignore[operator]
+    for catalogue in (OLD, Catalogue.model_validate(dearer), NEW):
+        await publication.publish(redis, catalogue, "gw", NOON)
+    plan = (await publication.plans_ever(redis))["club"]
+    assert plan == Plan.model_validate({"kind": "pay_as_you_go", "overage_cap": "3"})
+
+
+async def test_a_plan_that_another_version_wrote_is_told_and_left_out(
+    redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    await publication.publish(redis, OLD, "gw", NOON)
+    await redis.hset(keys.PLANS, "club", '{"kind": "barter"}')
+    with caplog.at_level(logging.WARNING):
+        assert set(await publication.plans_ever(redis)) == {"prepaid", "payg"}
+    assert "club" in caplog.text

@@ -1,0 +1,97 @@
+"""What is hidden is offered to the arm that names it and to nobody else; a dropped plan names who is on it."""
+
+import pytest
+
+from billing.catalog.catalog import Catalogue
+from billing.commerce.offers import left_behind, offers_to
+from billing.tenants.tenant import Subscription, SubscriptionStatus, Tenant
+from billing.usage import TenantId
+
+NOON = 1_796_040_000_000
+"""2026-11-30T12:00:00Z."""
+CATALOGUE = {
+    "models": [{"id": "base", "price": {"input_per_1m": "1"}}],
+    "plans": {
+        "prepaid": {"kind": "prepaid"},
+        "payg": {"kind": "pay_as_you_go", "overage_cap": "5"},
+        "club": {"kind": "pay_as_you_go", "overage_cap": "9", "visibility": "hidden"},
+    },
+    "packs": {
+        "small": {"price": "5", "grants": {"usd": "5"}},
+        "trial": {"price": "1", "grants": {"usd": "2"}, "visibility": "hidden"},
+    },
+    "default_plan": "prepaid",
+    "pricing": {
+        "experiments": [
+            {
+                "id": "trial",
+                "ends": "2026-12-01T00:00:00Z",
+                "arms": [{"id": "control"}, {"id": "trial", "packs": ["trial"], "plans": ["club"]}],
+            }
+        ]
+    },
+}
+TENANTS = [TenantId(f"tenant-{number}") for number in range(50)]
+
+
+def test_each_tenant_is_offered_what_its_arm_says() -> None:
+    catalogue = Catalogue.model_validate(CATALOGUE)
+    [experiment] = catalogue.pricing.experiments
+    arms = {tenant: experiment.arm_of(tenant).id for tenant in TENANTS}
+    assert set(arms.values()) == {"control", "trial"}
+    for tenant, arm in arms.items():
+        found = offers_to(tenant, catalogue, NOON)
+        assert set(found.packs) == ({"small", "trial"} if arm == "trial" else {"small"})
+        assert set(found.plans) == ({"payg", "club"} if arm == "trial" else {"payg"})
+
+
+def test_what_an_experiment_offers_ends_with_it() -> None:
+    catalogue = Catalogue.model_validate(CATALOGUE)
+    for tenant in TENANTS:
+        found = offers_to(tenant, catalogue, NOON + 86_400_000)
+        assert (set(found.packs), set(found.plans)) == ({"small"}, {"payg"})
+
+
+def test_an_arm_offers_nothing_that_the_catalogue_lacks() -> None:
+    arm = {"packs": ["gone"], "plans": ["gone", "prepaid"]}
+    pricing = {"experiments": [{"id": "x", "arms": [{"id": "a", **arm}, {"id": "b", **arm}]}]}
+    found = offers_to(TENANTS[0], Catalogue.model_validate(CATALOGUE | {"pricing": pricing}), NOON)
+    assert (set(found.packs), set(found.plans)) == ({"small"}, {"payg"})
+
+
+@pytest.mark.parametrize(
+    ("plan", "carried", "status", "expected"),
+    [
+        ("payg", "", None, {"payg"}),
+        ("prepaid", "payg", SubscriptionStatus.ACTIVE, {"payg"}),
+        ("prepaid", "payg", SubscriptionStatus.PAUSED, {"payg"}),
+        ("prepaid", "payg", SubscriptionStatus.CANCELLED, set()),
+        ("club", "payg", SubscriptionStatus.ACTIVE, {"payg", "club"}),
+        ("prepaid", "", None, set()),
+        ("never-was", "", None, set()),
+    ],
+)
+def test_a_dropped_plan_names_who_is_on_it(
+    plan: str, carried: str, status: SubscriptionStatus | None, expected: set[str]
+) -> None:
+    old = Catalogue.model_validate(CATALOGUE)
+    new = Catalogue.model_validate(CATALOGUE | {"plans": {"prepaid": {"kind": "prepaid"}}})
+    subscription = (
+        Subscription(id="s", plan=carried, status=status, period_start_ms=0, period_end_ms=1) if status else None
+    )
+    tenant = Tenant(id=TenantId("acme"), email="a@example.com", plan=plan, subscription=subscription)
+    assert left_behind([tenant], old, new) == {name: ["acme"] for name in expected}
+    assert left_behind([tenant], old, old) == {}
+    assert left_behind([tenant], new, old) == {}, "a new plan leaves nobody behind"
+
+
+def test_retired_plans_are_no_part_of_the_content() -> None:
+    old = Catalogue.model_validate(CATALOGUE)
+    new = Catalogue.model_validate(CATALOGUE | {"plans": {"prepaid": {"kind": "prepaid"}}})
+    told = new.remembering(old.plans)
+    assert told.content_hash == new.content_hash
+    assert set(told.retired) == {"payg", "club"}
+    assert told.plan_named("payg") == old.plans["payg"]
+    assert told.plan_named("prepaid") == new.plans["prepaid"]
+    assert told.plan_named("never-was") is None
+    assert Catalogue.model_validate_json(told.model_dump_json()) == new

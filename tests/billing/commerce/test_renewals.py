@@ -1,0 +1,208 @@
+"""A subscription is believed only from Dodo itself, and its payment repays what it invoiced."""
+
+import contextlib
+
+import pytest
+
+from billing.commerce.inbox import Outcome
+from billing.commerce.webhooks import Webhooks
+from billing.dodo.errors import DodoUnavailable
+from billing.store.keys import shard_for
+from billing.tenants.tenant import Subscription, SubscriptionStatus
+from billing.usage import TenantId
+from tests.support.world import API_KEY, DAY, HOUR, MINUTE, World, delivery
+
+ACME = TenantId("acme")
+USD = 1_000_000_000
+AUTH = {"Authorization": f"Bearer {API_KEY}"}
+
+
+async def test_a_started_subscription_sets_the_plan_and_its_period(world: World) -> None:
+    await world.tenant("acme")
+    started = (await subscribe(world, "plan:pro"))["subscription_id"]
+    await world.webhooks().receive(*delivery("subscription.active", {"subscription_id": started}))
+    tenant = await world.tenants.get(ACME)
+    assert (tenant.plan, tenant.subscription and tenant.subscription.plan) == ("pro", "pro")
+    assert tenant.subscription is not None
+    assert (tenant.subscription.id, tenant.subscription.status) == (started, SubscriptionStatus.ACTIVE)
+    assert abs(tenant.subscription.period_start_ms - world.clock()) < 2
+    assert 27 * DAY < tenant.subscription.period_end_ms - world.clock() < 32 * DAY
+
+
+async def test_a_webhooks_own_state_is_not_believed(world: World) -> None:
+    await world.tenant("acme")
+    started = (await subscribe(world, "plan:pro"))["subscription_id"]
+    stale = {"subscription_id": started, "status": "cancelled", "product_id": "prd_other"}
+    await world.webhooks().receive(*delivery("subscription.cancelled", stale))
+    assert (await world.tenants.get(ACME)).plan == "pro"
+
+
+async def test_a_cancelled_subscription_gives_the_default_plan_back(world: World) -> None:
+    await world.tenant("acme")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    await world.webhooks().receive(*delivery("subscription.active", {"subscription_id": started}))
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "cancelled"}, headers=AUTH)
+    await world.webhooks().receive(*delivery("subscription.cancelled", {"subscription_id": started}, "msg_2"))
+    tenant = await world.tenants.get(ACME)
+    assert tenant.plan == "prepaid"
+    assert tenant.subscription is not None
+    assert not tenant.subscription.extends_credit(world.clock())
+
+
+async def test_a_second_live_subscription_is_parked_until_the_first_has_ended(world: World) -> None:
+    await world.tenant("acme")
+    webhooks = world.webhooks()
+    first, second = [str((await subscribe(world, plan))["subscription_id"]) for plan in ("plan:payg", "plan:pro")]
+    await webhooks.receive(*delivery("subscription.active", {"subscription_id": first}, "msg_1"))
+    parked = await webhooks.receive(*delivery("subscription.active", {"subscription_id": second}, "msg_2"))
+    assert (parked.outcome, (await world.tenants.get(ACME)).plan) == (Outcome.WAITING, "payg")
+    await world.operator.patch(f"/subscriptions/{first}", json={"status": "cancelled"}, headers=AUTH)
+    await webhooks.receive(*delivery("subscription.cancelled", {"subscription_id": first}, "msg_3"))
+    world.clock.move(HOUR)
+    assert await webhooks.replay() == 1
+    assert (await world.tenants.get(ACME)).plan == "pro"
+
+
+async def test_the_payment_of_a_renewal_repays_exactly_the_usage_it_invoiced(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}, "msg_0"))
+    spent = 12_345_678_901
+    await world.use("acme", charged=spent, overage=spent)
+    await world.redis.hset(shard_for(ACME).account(ACME), "overage", str(spent + 99))
+    await world.exporter().flush_once()
+    world.clock.move(32 * DAY)
+    (await world.operator.post("/_sandbox/clock", json={"advance_s": 0})).raise_for_status()
+    payments = (await world.operator.get("/payments", headers=AUTH)).json()["items"]
+    (renewal,) = [p for p in payments if p["charge_type"] == "renewal"]
+    assert renewal["includes_usage"] is True
+    for copy in range(3):
+        await webhooks.receive(*delivery("payment.succeeded", renewal, f"msg_{copy + 1}"))
+    assert (await world.ledger.account(ACME)).overage_nanos == 99
+    stored = (await world.tenants.get(ACME)).subscription
+    assert stored is not None
+    assert stored.period_end_ms > world.clock(), "the payment brought the new period too"
+
+
+@pytest.mark.parametrize("before_the_end_ms", [10 * DAY, 10 * MINUTE])
+async def test_the_invoice_of_a_pause_repays_exactly_the_usage_it_bills(world: World, before_the_end_ms: int) -> None:
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}, "msg_0"))
+    stored = (await world.tenants.get(ACME)).subscription
+    assert stored is not None
+    world.clock.move(stored.period_end_ms - before_the_end_ms - world.clock())
+    await world.use("acme", charged=5 * USD, overage=5 * USD, ago_ms=MINUTE)
+    await world.redis.hset(shard_for(ACME).account(ACME), "overage", str(5 * USD + 99))
+    await world.exporter().flush_once()
+    world.clock.move(MINUTE)  # what is told in the moment of the pause belongs to what comes after it
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
+    bill = (await world.operator.get("/payments", headers=AUTH)).json()["items"][0]
+    assert (bill["total_amount"], bill["service_periods"]) == (500, [])
+    await webhooks.receive(*delivery("payment.succeeded", bill, "msg_1"))
+    assert (await world.ledger.account(ACME)).overage_nanos == 99
+    rests = (await world.tenants.get(ACME)).subscription
+    assert rests is not None
+    assert (rests.status, rests.is_live(world.clock())) == (SubscriptionStatus.PAUSED, False)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_a_renewal_and_a_pause_minutes_later_each_repay_their_own_usage(world: World, is_late: bool) -> None:
+    """Also where both are told only after the pause, with two periods that ended within an hour."""
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}, "msg_0"))
+    stored = (await world.tenants.get(ACME)).subscription
+    assert stored is not None
+    await world.redis.hset(shard_for(ACME).account(ACME), "overage", str(20 * USD))
+    await world.use("acme", charged=5 * USD, overage=5 * USD)
+    await world.exporter().flush_once()
+    world.clock.move(stored.period_end_ms + MINUTE - world.clock())
+    (await world.operator.post("/_sandbox/clock", json={"advance_s": 0})).raise_for_status()
+    await webhooks.receive(*delivery("subscription.renewed", {"subscription_id": started}, "msg_1"))
+    renewal = (await world.operator.get("/payments", headers=AUTH)).json()["items"][0]
+    world.clock.move(10 * MINUTE)
+    await world.use("acme", charged=7 * USD, overage=7 * USD)
+    await world.exporter().flush_once()
+    world.clock.move(10 * MINUTE)
+    if not is_late:
+        await webhooks.receive(*delivery("payment.succeeded", renewal, "msg_2"))
+        assert (await world.ledger.account(ACME)).overage_nanos == 15 * USD
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
+    bill = (await world.operator.get("/payments", headers=AUTH)).json()["items"][0]
+    assert (renewal["total_amount"], bill["total_amount"]) == (500, 700)
+    for number, told in enumerate((bill, renewal, bill)):
+        await webhooks.receive(*delivery("payment.succeeded", told, f"msg_{3 + number}"))
+    assert (await world.ledger.account(ACME)).overage_nanos == 8 * USD
+
+
+async def test_a_period_that_ended_without_news_is_looked_up(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}))
+    world.clock.move(32 * DAY)
+    await world.operator.post("/_sandbox/clock", json={"advance_s": 0})
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 1
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 0
+
+
+async def test_a_pause_whose_end_was_never_told_is_looked_up(world: World) -> None:
+    webhooks, started = await paused(world)
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 1
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "active"}, headers=AUTH)
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 0, "asked about once an hour"
+    world.clock.move(HOUR)
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 1
+    tenant = await world.tenants.get(ACME)
+    assert tenant.subscription is not None
+    assert tenant.subscription.status is SubscriptionStatus.ACTIVE
+
+
+async def test_a_tenant_moved_off_a_resting_subscriptions_plan_stays_moved(world: World) -> None:
+    webhooks, _ = await paused(world)
+    await world.tenants.update(ACME, lambda tenant: tenant.model_copy(update={"plan": "prepaid"}))
+    assert await webhooks.refresh_overdue(await world.tenants.list()) == 0
+    assert (await world.tenants.get(ACME)).plan == "prepaid"
+
+
+async def test_one_resting_subscription_that_dodo_fails_on_keeps_no_other_waiting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("acme", "bolt"):
+        rests = {"id": f"sub_{name}", "plan": "payg", "status": "paused", "period_start_ms": 0, "period_end_ms": 1}
+        await world.tenant(name, plan="payg")
+        await world.tenants.update(
+            TenantId(name), lambda t, rests=rests: t.model_copy(update={"subscription": Subscription(**rests)})
+        )
+    asked, webhooks = [], world.webhooks()
+
+    async def fail(subscription_id: str) -> None:
+        asked.append(subscription_id)
+        raise DodoUnavailable("500: out of order")
+
+    monkeypatch.setattr(webhooks._subscriptions, "refresh", fail)
+    for _ in range(3):
+        with contextlib.suppress(DodoUnavailable):
+            await webhooks.refresh_overdue(await world.tenants.list())
+        world.clock.move(HOUR)
+    assert set(asked) == {"sub_acme", "sub_bolt"}
+
+
+async def paused(world: World) -> tuple[Webhooks, str]:
+    """A tenant whose subscription rests, as its webhook told; and the subscription's id."""
+    await world.tenant("acme", plan="payg")
+    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    webhooks = world.webhooks()
+    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
+    await webhooks.receive(*delivery("subscription.paused", {"subscription_id": started}))
+    return webhooks, started
+
+
+async def subscribe(world: World, name: str) -> dict[str, object]:
+    payment = await world.buy("acme", name)
+    assert payment["status"] == "succeeded"
+    return payment

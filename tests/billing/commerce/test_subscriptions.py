@@ -1,0 +1,166 @@
+"""Which plan a subscription gives, and how long credit lasts when its payment is late."""
+
+from dataclasses import replace
+
+import pytest
+from redis.asyncio import Redis
+
+from billing.catalog import publication
+from billing.catalog.catalog import Catalogue
+from billing.commerce.subscriptions import applied, as_stored
+from billing.commerce.waiting import NotYet
+from billing.dodo.budget import CallBudget
+from billing.dodo.wire import DodoSubscription
+from billing.export.events import BOUNDARY_MS
+from billing.ledger.admission import funding_for
+from billing.periodic import Intervals
+from billing.tenants.tenant import LAST_CHARGES_MS, Subscription, SubscriptionStatus, Tenant
+from billing.usage import TenantId
+from tests.support.clock import SteppedClock
+from tests.support.world import CATALOGUE, DAY, MINUTE
+
+NOW = 1_795_000_000_000
+PLAN = Catalogue.model_validate(CATALOGUE).plans["payg"]
+S = SubscriptionStatus
+
+
+def sub(status: SubscriptionStatus, id_: str = "sub_1", grace_ends: int | None = None) -> Subscription:
+    return Subscription(
+        id=id_, plan="payg", status=status, period_start_ms=0, period_end_ms=NOW, past_due_ends_at_ms=grace_ends
+    )
+
+
+def tenant(plan: str = "prepaid", subscription: Subscription | None = None) -> Tenant:
+    return Tenant(id=TenantId("acme"), email="a@example.com", plan=plan, subscription=subscription)
+
+
+@pytest.mark.parametrize(
+    ("status", "plan"),
+    [
+        (S.PENDING, "prepaid"),
+        (S.ACTIVE, "payg"),
+        (S.PAST_DUE, "payg"),
+        (S.ON_HOLD, "payg"),
+        (S.PAUSED, "payg"),
+        (S.CANCELLED, "prepaid"),
+        (S.EXPIRED, "prepaid"),
+        (S.FAILED, "prepaid"),
+    ],
+)
+def test_the_plan_follows_the_status(status: SubscriptionStatus, plan: str) -> None:
+    now = applied(tenant(), sub(status), "prepaid", NOW)
+    assert (now.plan, now.subscription) == (plan, sub(status))
+
+
+@pytest.mark.parametrize("status", [S.CANCELLED, S.EXPIRED, S.FAILED, S.PENDING])
+def test_another_subscription_that_is_not_live_changes_nothing(status: SubscriptionStatus) -> None:
+    before = tenant("payg", sub(S.ACTIVE))
+    assert applied(before, sub(status, "sub_2"), "prepaid", NOW) == before
+
+
+def test_only_one_subscription_may_extend_credit() -> None:
+    with pytest.raises(NotYet, match="sub_1"):
+        applied(tenant("payg", sub(S.ACTIVE)), sub(S.ACTIVE, "sub_2"), "prepaid", NOW)
+    after_grace = tenant("payg", sub(S.PAST_DUE, grace_ends=NOW))
+    replaced = applied(after_grace, sub(S.ACTIVE, "sub_2"), "prepaid", NOW).subscription
+    assert replaced is not None
+    assert replaced.id == "sub_2"
+
+
+def test_a_plan_that_the_operator_chose_outlives_an_ended_subscription() -> None:
+    assert applied(tenant("pro", sub(S.ACTIVE)), sub(S.CANCELLED), "prepaid", NOW).plan == "pro"
+
+
+def test_a_plan_that_was_changed_and_cancelled_before_anything_was_heard_ends_too() -> None:
+    before = tenant("pro", sub(S.ACTIVE).model_copy(update={"plan": "pro"}))
+    assert applied(before, sub(S.CANCELLED), "prepaid", NOW).plan == "prepaid"
+    other = applied(tenant("pro", sub(S.EXPIRED, "sub_0")), sub(S.CANCELLED), "prepaid", NOW)
+    assert other.plan == "pro", "the operator's choice"
+
+
+def past_due(ends_at_ms: int | None = None) -> DodoSubscription:
+    return DodoSubscription("sub_1", "cus", "prd", S.PAST_DUE, 0, NOW, False, ends_at_ms)
+
+
+@pytest.mark.parametrize(
+    ("before", "told_ms", "ends_ms"),
+    [
+        (None, None, NOW + 2 * DAY),
+        (sub(S.ACTIVE), None, NOW + 2 * DAY),
+        (sub(S.PAST_DUE, grace_ends=NOW + DAY), None, NOW + DAY),
+        (sub(S.PAST_DUE, "sub_0", grace_ends=NOW + DAY), None, NOW + 2 * DAY),
+        (None, NOW + MINUTE, NOW + MINUTE),
+        (None, NOW + 9 * DAY, NOW + 2 * DAY),
+    ],
+)
+def test_grace_runs_from_the_first_word_of_it_and_never_beyond_dodos(
+    before: Subscription | None, told_ms: int | None, ends_ms: int
+) -> None:
+    stored = as_stored(past_due(), "payg", PLAN, tenant("payg", before), told_ms, NOW)
+    assert stored.past_due_ends_at_ms == ends_ms
+    assert stored.extends_credit(ends_ms - 1)
+    assert not stored.extends_credit(ends_ms)
+
+
+@pytest.mark.parametrize(
+    ("before", "now_at_dodo", "stored"),
+    [
+        (None, 5, 5),
+        (None, None, None),
+        (5, None, 5),  # it goes on, and until when usage was billed stays known
+        (5, 9, 9),
+    ],
+)
+def test_until_when_a_pause_has_billed_is_remembered(
+    before: int | None, now_at_dodo: int | None, stored: int | None
+) -> None:
+    found = replace(past_due(), status=S.PAUSED if now_at_dodo else S.ACTIVE, paused_at_ms=now_at_dodo)
+    known = sub(S.ACTIVE).model_copy(update={"paused_at_ms": before})
+    assert as_stored(found, "payg", PLAN, tenant("payg", known), None, NOW).paused_at_ms == stored
+    other = known.model_copy(update={"id": "sub_0"})
+    assert as_stored(found, "payg", PLAN, tenant("payg", other), None, NOW).paused_at_ms == now_at_dodo
+
+
+def test_a_last_period_extends_no_credit_that_could_not_be_charged_in_it() -> None:
+    renewing = sub(S.ACTIVE)
+    last = renewing.model_copy(update={"cancel_at_period_end": True})
+    assert renewing.extends_credit(NOW - 1)
+    assert last.extends_credit(NOW - LAST_CHARGES_MS - 1)
+    assert not last.extends_credit(NOW - LAST_CHARGES_MS)
+    assert last.is_live(NOW), "a second subscription must wait until Dodo has ended the first"
+    assert Intervals().flush_s * 1_000 + BOUNDARY_MS <= LAST_CHARGES_MS
+
+
+@pytest.mark.parametrize("ago_ms", [1, LAST_CHARGES_MS])
+def test_a_last_period_s_allowance_lasts_to_its_end_and_its_overage_does_not(ago_ms: int) -> None:
+    last = sub(S.ACTIVE).model_copy(update={"cancel_at_period_end": True, "plan": "pro"})
+    plan = Catalogue.model_validate(CATALOGUE).plans["pro"]
+    funding = funding_for(tenant("pro", last), plan, NOW - ago_ms)
+    assert funding.allowance is not None
+    assert funding.overage_cap == 0
+    assert funding_for(tenant("pro", last), plan, NOW - LAST_CHARGES_MS - 1).overage_cap == plan.overage_cap
+
+
+@pytest.mark.parametrize("per_minute", [1, 5, 6, 7, 60, 240, 1000])
+async def test_no_minute_has_more_calls_than_its_budget(per_minute: int) -> None:
+    clock = SteppedClock()
+    budget = CallBudget(per_minute, clock)
+    taken: list[int] = []
+    for _ in range(3_000):
+        while await budget.take():
+            taken.append(clock())
+        clock.move(100)
+    busiest = max(sum(start <= at < start + MINUTE for at in taken) for start in taken[:: max(1, len(taken) // 200)])
+    assert 0 < busiest <= max(per_minute, 2)
+    assert len(taken) >= 4 * max(1, per_minute - per_minute // 6) - 4, "five minutes' calls may nearly all be used"
+
+
+async def test_the_catalogue_in_force_comes_back_as_it_was_published(redis: Redis) -> None:
+    assert await publication.current(redis) is None
+    catalogue = Catalogue.model_validate(CATALOGUE)
+    hash_ = await publication.publish(redis, catalogue, "gw_1", NOW)
+    assert await publication.current(redis) == catalogue
+    (gateway,) = await publication.gateways(redis)
+    assert (gateway.gateway_id, gateway.hash, gateway.at_ms) == ("gw_1", hash_, NOW)
+    await publication.forget_gateway(redis, "gw_1")
+    assert await publication.gateways(redis) == []

@@ -1,0 +1,261 @@
+"""A payment is credited once, a refund taken back once, a subscription believed only from Dodo itself."""
+
+import asyncio
+import json
+from itertools import permutations
+
+import pytest
+from redis.asyncio import Redis
+
+from billing.commerce.inbox import Outcome
+from billing.commerce.webhooks import Webhooks
+from billing.store.errors import StoreUnavailable
+from billing.store.keys import DODO_IDS, INBOX
+from billing.usage import TenantId, Unit
+from tests.support.world import API_KEY, DAY, HOUR, MINUTE, SECRET, World, delivery
+
+ACME = TenantId("acme")
+USD = 1_000_000_000
+AUTH = {"Authorization": f"Bearer {API_KEY}"}
+
+
+async def balance(world: World) -> int:
+    return (await world.ledger.account(ACME)).balance_nanos
+
+
+async def refund(world: World, payment: dict[str, object], cents: int | None = None) -> dict[str, object]:
+    items = None
+    if cents is not None:
+        lines = (await world.operator.get(f"/payments/{payment['payment_id']}/line-items", headers=AUTH)).json()
+        items = [{"item_id": lines["items"][0]["items_id"], "amount": cents}]
+    asked = {"payment_id": payment["payment_id"], "items": items}
+    made = await world.operator.post("/refunds", json=asked, headers=AUTH)
+    made.raise_for_status()
+    value: dict[str, object] = made.json()
+    return value
+
+
+async def test_a_paid_pack_is_credited_by_product_and_quantity(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small", quantity=3)
+    done = await world.webhooks().receive(*delivery("payment.succeeded", payment))
+    assert done.outcome is Outcome.APPLIED
+    account = await world.ledger.account(ACME)
+    (bucket,) = account.buckets
+    assert (bucket.unit, bucket.remaining, bucket.granted) == (Unit.NANOS, 15 * USD, 15 * USD)
+    assert bucket.id == f"payment:{payment['payment_id']}:{await world.product('pack:small')}"
+    assert bucket.expires_at_ms == world.clock() + 30 * DAY
+
+
+async def test_a_pack_of_requests_fills_a_bucket_of_requests(world: World) -> None:
+    await world.tenant("acme")
+    await world.webhooks().receive(*delivery("payment.succeeded", await world.buy("acme", "pack:calls")))
+    (bucket,) = (await world.ledger.account(ACME)).buckets
+    assert (bucket.unit, bucket.remaining, bucket.adapters) == (Unit.REQUESTS, 1000, ("base",))
+
+
+async def test_the_same_delivery_five_times_and_at_once_credits_once(world: World) -> None:
+    await world.tenant("acme")
+    signed = delivery("payment.succeeded", await world.buy("acme", "pack:small"))
+    webhooks = world.webhooks()
+    await asyncio.gather(*(webhooks.receive(*signed) for _ in range(5)))
+    assert await balance(world) == 5 * USD
+
+
+async def test_the_same_payment_under_another_webhook_id_credits_nothing_more(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    for number in range(3):
+        await world.webhooks().receive(*delivery("payment.succeeded", payment, f"msg_{number}"))
+    assert await balance(world) == 5 * USD
+
+
+async def test_what_a_payment_buys_is_fixed_when_it_is_first_seen(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    await world.webhooks().receive(*delivery("payment.succeeded", payment))
+    pack = world.catalogue.packs["small"]
+    dearer = pack.model_copy(update={"grants": pack.grants.model_copy(update={"usd": 9 * USD})})
+    world.catalogue = world.catalogue.model_copy(update={"packs": {"small": dearer}})
+    again = await world.webhooks().receive(*delivery("payment.succeeded", payment, "msg_2"))
+    assert again.outcome is Outcome.APPLIED
+    assert await balance(world) == 5 * USD
+
+
+async def test_amount_and_metadata_grant_nothing(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    lies = {"total_amount": 9_999_999, "metadata": {"credits": "1000000", "farebox_tenant": "other"}}
+    await world.webhooks().receive(*delivery("payment.succeeded", payment | lies))
+    assert await balance(world) == 5 * USD
+
+
+@pytest.mark.parametrize("kind", ["payment.cancelled", "payment.processing", "credit.added", "made.up", ""])
+async def test_other_types_are_kept_and_move_nothing(world: World, kind: str) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    kept = await world.webhooks().receive(*delivery(kind, payment))
+    assert kept.outcome is Outcome.KEPT
+    assert await balance(world) == 0
+    assert json.loads(str(await world.redis.hget(INBOX, "msg_1")))["type"] == kind
+
+
+async def test_a_payment_that_lacks_its_cart_is_looked_up(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    await world.webhooks().receive(*delivery("payment.succeeded", payment | {"product_cart": None}))
+    assert await balance(world) == 5 * USD
+
+
+async def test_numbers_as_text_nulls_and_unknown_fields_do_no_harm(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    cart = [{"product_id": await world.product("pack:small"), "quantity": "2", "novel": {"a": [1]}}]
+    odd = {"product_cart": cart, "total_amount": "1000", "tax": None, "payment_method": None, "card_last_four": None}
+    odd |= {"created_at": None, "subscription_ids": None, "service_periods": None, "refunds": None, "novel": []}
+    done = await world.webhooks().receive(*delivery("payment.succeeded", payment | odd))
+    assert done.outcome is Outcome.APPLIED
+    assert await balance(world) == 10 * USD
+
+
+async def test_a_payment_of_an_unknown_customer_is_parked_and_counts_later(world: World) -> None:
+    tenant = await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    webhooks = world.webhooks()
+    stranger = payment | {"customer": {"customer_id": "cus_later", "email": "a@example.com", "name": "A"}}
+    parked = await webhooks.receive(*delivery("payment.succeeded", stranger))
+    assert (parked.outcome, await balance(world)) == (Outcome.WAITING, 0)
+    assert "cus_later" in parked.reason
+    assert await webhooks.replay() == 0, "not due yet"
+    await world.tenants.set_customer(tenant.id, "cus_later")
+    world.clock.move(HOUR)
+    assert await webhooks.replay() == 1
+    assert (await balance(world), await webhooks.inbox.parked_count()) == (5 * USD, 0)
+
+
+async def test_a_payment_for_an_unknown_product_is_parked_and_counts_once_the_product_is_known(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    product = await world.product("pack:small")
+    await world.redis.hdel(DODO_IDS, "pack:small")
+    webhooks = world.webhooks()
+    parked = await webhooks.receive(*delivery("payment.succeeded", payment))
+    assert (parked.outcome, await balance(world)) == (Outcome.WAITING, 0)
+    await world.redis.hset(DODO_IDS, "pack:small", product)
+    world.clock.move(HOUR)
+    assert await webhooks.replay() == 1
+    assert await balance(world) == 5 * USD
+
+
+async def test_while_dodo_is_away_what_needs_it_is_parked_and_acknowledged(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    await world.fault("status:500", path="/payments")
+    webhooks = world.webhooks()
+    parked = await webhooks.receive(*delivery("payment.succeeded", payment | {"product_cart": None}))
+    assert parked.reason.startswith("DodoUnavailable")
+    await world.heal()
+    world.clock.move(HOUR)
+    assert await webhooks.replay() == 1
+    assert await balance(world) == 5 * USD
+
+
+async def test_a_store_that_does_not_answer_makes_dodo_send_again(world: World) -> None:
+    away = Redis.from_url("unix:///nowhere/s.sock", decode_responses=True)
+    webhooks = Webhooks(away, world.dodo, world.ledger, world.tenants, _no_catalogue, SECRET, world.clock)
+    with pytest.raises(StoreUnavailable):
+        await webhooks.receive(*delivery("payment.succeeded", {}))
+    await away.aclose()
+
+
+async def _no_catalogue() -> None:
+    return None
+
+
+async def test_a_crash_before_the_end_leaves_a_delivery_that_is_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.tenant("acme")
+    signed = delivery("payment.succeeded", await world.buy("acme", "pack:small"))
+
+    async def dies(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    webhooks = world.webhooks()
+    monkeypatch.setattr(webhooks.inbox, "finish", dies)
+    with pytest.raises(asyncio.CancelledError):
+        await webhooks.receive(*signed)
+    world.clock.move(MINUTE)
+    assert await world.webhooks().replay() == 1
+    assert (await world.webhooks().receive(*signed)).outcome is Outcome.APPLIED
+    assert await balance(world) == 5 * USD
+
+
+async def test_refunds_take_back_their_share_and_never_more_than_was_granted(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("payment.succeeded", payment))
+    for number, (cents, left) in enumerate([(167, 3_330_000_000), (167, 1_660_000_000), (166, 0)]):
+        made = await refund(world, payment, cents)
+        for copy in range(2):
+            await webhooks.receive(*delivery("refund.succeeded", made, f"msg_r{number}_{copy}"))
+        assert await balance(world) == left
+
+
+async def test_a_refund_that_comes_first_leaves_its_payment_nothing_to_give(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("refund.succeeded", await refund(world, payment), "msg_2"))
+    assert await balance(world) == 0
+    await webhooks.receive(*delivery("payment.succeeded", payment, "msg_1"))
+    assert await balance(world) == 0
+
+
+async def test_a_refund_grants_nothing_and_waits_for_its_payment(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    webhooks = world.webhooks()
+    made = await refund(world, payment, 250)
+    for copy in range(2):
+        await webhooks.receive(*delivery("refund.succeeded", made, f"msg_{copy}"))
+        assert (await world.ledger.account(ACME)).buckets == (), "only a payment that succeeded grants"
+    await webhooks.receive(*delivery("payment.succeeded", payment, "msg_2"))
+    assert await balance(world) == 2_500_000_000
+
+
+async def test_a_refund_over_several_lines_is_shared_between_them(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    both = [{"product_id": await world.product(f"pack:{name}"), "quantity": 1} for name in ("small", "calls")]
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("payment.succeeded", payment | {"product_cart": both}))
+    await webhooks.receive(*delivery("refund.succeeded", await refund(world, payment, 250), "msg_2"))
+    left = {bucket.unit: bucket.remaining for bucket in (await world.ledger.account(ACME)).buckets}
+    assert left == {Unit.NANOS: 2_500_000_000, Unit.REQUESTS: 500}
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+async def test_any_order_ends_in_the_same_balance(world: World, order: tuple[int, ...]) -> None:
+    await world.tenant("acme")
+    first, second = await world.buy("acme", "pack:small"), await world.buy("acme", "pack:small", quantity=2)
+    signed = [
+        delivery("payment.succeeded", first, "msg_a"),
+        delivery("payment.succeeded", second, "msg_b"),
+        delivery("refund.succeeded", await refund(world, second, 500), "msg_c"),
+    ]
+    for index in order:
+        await world.webhooks().receive(*signed[index])
+    assert await balance(world) == 10 * USD
+
+
+async def test_finished_deliveries_are_forgotten_after_a_month_and_waiting_ones_never(world: World) -> None:
+    await world.tenant("acme")
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("made.up", {}, "msg_1"))
+    await webhooks.receive(*delivery("payment.succeeded", {"payment_id": "pay_1"}, "msg_2"))
+    assert await webhooks.prune() == 0
+    world.clock.move(31 * DAY)
+    assert await webhooks.prune() == 1
+    assert await webhooks.inbox.get("msg_2") is not None

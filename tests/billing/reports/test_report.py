@@ -1,0 +1,186 @@
+"""The owner's figures: credit is earned when it is used, at what it was bought for, and cost is compute time."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from billing.catalog.catalog import Catalogue
+from billing.money import Nanos
+from billing.pricing.costs import Costs, Speeds, per_compute_second, per_request, suggest
+from billing.pricing.prices import Price
+from billing.reports.report import Report, build
+from billing.reports.worth import Worth
+from billing.tenants.tenant import Subscription, SubscriptionStatus, Tenant
+from billing.usage import NOTHING, OVERAGE, BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
+
+USD, HOUR_MS = 1_000_000_000, 3_600_000
+CATALOGUE = Catalogue.model_validate(
+    {
+        "models": [{"id": "base", "price": {"input_per_1m": "1"}}],
+        "plans": {
+            "prepaid": {"kind": "prepaid"},
+            "pro": {
+                "kind": "subscription",
+                "monthly_price": "100",
+                "allowance": {"requests": 5000},
+                "overage_cap": "9",
+            },
+            "free": {"kind": "free", "allowance": {"usd": "1"}},
+        },
+        "packs": {
+            "bonus": {"price": "50", "grants": {"usd": "55"}},
+            "calls": {"price": "50", "grants": {"requests": 10_000}},
+        },
+        "default_plan": "prepaid",
+    }
+)
+WORTH = Worth(CATALOGUE, {"pdt_bonus": "pack:bonus", "pdt_calls": "pack:calls", "pdt_old": "pack:gone"})
+COSTS = Costs.model_validate({"gpu_hour": "3.60"})
+"""A tenth of a cent per second."""
+
+
+def record(bucket: str, amount: int, unit: Unit = Unit.NANOS, **changes: object) -> UsageRecord:
+    charged = amount if unit is Unit.NANOS else 0
+    made = UsageRecord(
+        record_id="rec_1",
+        request_id=RequestId("req_1"),
+        tenant=TenantId("acme"),
+        key_id="key_1",
+        adapter="pirate@abc",
+        adapter_class="chat",
+        plan="prepaid",
+        price_version="pv_1",
+        usage=Usage(prompt_tokens=10, completion_tokens=50, compute_ms=1_000),
+        status=Status.COMPLETE,
+        occurred_at_ms=5 * HOUR_MS,
+        list_nanos=Nanos(charged),
+        charged_nanos=Nanos(charged),
+        draws=(Draw(BucketId(bucket), unit, amount),),
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("one", "earned"),
+    [
+        (record(OVERAGE, 7), 7),
+        (record("payment:pay_1:pdt_bonus", 11 * USD), 10 * USD),
+        (record("payment:pay_1:pdt_bonus", 1), 1),
+        (record("payment:pay_1:pdt_calls", 1, Unit.REQUESTS), 5_000_000),
+        (record("payment:pay_1:pdt_old", 9), 0),
+        (record("payment:pay_1:pdt_unknown", 9), 0),
+        (record("operator:gift", 9), 0),
+        (record("allowance:free:2026-11", 9, plan="free"), 0),
+        (record("allowance:sub_1:0", 1, Unit.REQUESTS, plan="pro"), 20_000_000),
+        (record("allowance:sub_1:0", 1, Unit.REQUESTS, plan="gone"), 0),
+    ],
+)
+def test_credit_is_worth_what_it_was_bought_for(one: UsageRecord, earned: int) -> None:
+    assert WORTH.revenue(one) == earned
+
+
+def report(
+    records: Sequence[UsageRecord],
+    before: Iterable[str] = (),
+    tenants: Sequence[Tenant] = (),
+    costs: Costs | None = COSTS,
+) -> Report:
+    seen = frozenset(TenantId(name) for name in before)
+    return build(records, seen, tenants, WORTH, costs, (0, 24 * HOUR_MS), 24 * HOUR_MS)
+
+
+def test_nothing_sold_is_a_report_of_zeros() -> None:
+    found = report([])
+    assert (found.total.revenue_nanos, found.total.margin_percent, found.churn_percent) == (0, None, None)
+
+
+def test_sums_stand_by_plan_adapter_and_tenant_largest_first() -> None:
+    records = [
+        record(OVERAGE, 10_000_000),
+        record(OVERAGE, 30_000_000, tenant=TenantId("globex"), adapter="yaml@1", plan="pro"),
+        record(OVERAGE, 5_000_000, adapter="pirate@newer", status=Status.CANCELLED),
+    ]
+    found = report(records)
+    assert [(line.name, line.revenue_nanos) for line in found.by_adapter] == [
+        ("yaml", 30_000_000),
+        ("pirate", 15_000_000),
+    ]
+    assert [(line.name, line.records) for line in found.by_tenant] == [("globex", 1), ("acme", 2)]
+    assert [line.name for line in found.by_plan] == ["pro", "prepaid"]
+    assert found.total.revenue_nanos == 45_000_000
+    assert found.by_status == {"complete": 2, "cancelled": 1, "failed": 0, "expired": 0}
+    assert found.by_hour[5] == 3
+    assert sum(found.by_hour) == 3
+
+
+def test_margin_is_what_is_left_of_the_revenue_and_below_cost_is_marked() -> None:
+    earns = record(OVERAGE, 4_000_000)
+    loses = record(OVERAGE, 999_999, adapter="yaml@1")
+    lines = {line.name: line for line in report([earns, loses]).by_adapter}
+    assert (lines["pirate"].cost_nanos, lines["pirate"].margin_percent, lines["pirate"].is_below_cost) == (
+        1_000_000,
+        75,
+        False,
+    )
+    assert (lines["yaml"].margin_percent, lines["yaml"].is_below_cost) == (-1, True)
+    assert lines["pirate"].completion_per_compute_second == 50
+    assert [line.cost_nanos for line in report([earns], costs=None).by_adapter] == [None]
+
+
+def subscribed(name: str, status: SubscriptionStatus, ends_ms: int) -> Tenant:
+    one = Subscription(id=f"sub_{name}", plan="pro", status=status, period_start_ms=0, period_end_ms=ends_ms)
+    return Tenant(id=TenantId(name), email="a@example.com", plan="pro", subscription=one)
+
+
+def test_recurring_revenue_counts_live_subscriptions_and_churn_those_who_stopped() -> None:
+    tenants = [
+        subscribed("acme", SubscriptionStatus.ACTIVE, 99 * HOUR_MS),
+        subscribed("globex", SubscriptionStatus.CANCELLED, 3 * HOUR_MS),
+        subscribed("initech", SubscriptionStatus.CANCELLED, 24 * HOUR_MS),
+        subscribed("hooli", SubscriptionStatus.PAUSED, 99 * HOUR_MS),
+    ]
+    found = report([record(OVERAGE, 1)], {"acme", "globex", "hooli"}, tenants)
+    assert (found.recurring_nanos, found.live_subscriptions, found.ended_subscriptions) == (100 * USD, 1, 1)
+    assert (found.lost, found.churn_percent) == ({"globex", "hooli"}, 66)
+
+
+def test_who_got_nothing_is_lost_like_who_asked_for_nothing() -> None:
+    found = report([record(OVERAGE, 0, usage=NOTHING, draws=(), status=Status.FAILED)], {"acme"})
+    assert (found.active, found.lost, found.churn_percent) == (set(), {"acme"}, 100)
+
+
+def test_who_came_after_the_stretch_is_in_no_arm_of_it() -> None:
+    experiment = {"id": "raise", "arms": [{"id": "control"}, {"id": "raised"}]}
+    pricing = CATALOGUE.pricing.model_validate({"experiments": [experiment]})
+    worth = replace(WORTH, catalogue=CATALOGUE.model_copy(update={"pricing": pricing}))
+    tenants = [
+        Tenant(id=TenantId(f"t{n}"), email="a@example.com", plan="pro", created_at_ms=n * HOUR_MS) for n in range(48)
+    ]
+    found = build([], frozenset(), tenants, worth, None, (0, 24 * HOUR_MS), 48 * HOUR_MS)
+    assert sum(arm.tenants for arm in found.arms) == 24
+
+
+def test_a_suggested_price_leaves_the_wanted_margin() -> None:
+    rates = suggest(COSTS, Speeds(completion_per_s=1_000, prompt_per_s=10_000), margin_percent=60)
+    assert (rates.output_per_1m, rates.input_per_1m) == (2_500_000_000, 250_000_000)
+    assert rates.cached_input_per_1m == 25_000_000
+    hour = Usage(completion_tokens=3_600_000, requests=0)
+    assert rates.charge(hour) == 9 * USD, "an hour that costs 3.60 and leaves 60 %"
+    half = suggest(COSTS, Speeds(1_000, 10_000, busy_percent=50), margin_percent=60)
+    assert half.output_per_1m == 2 * rates.output_per_1m
+    assert per_request(rates, 400, 200) == 600_000
+    assert per_compute_second(COSTS, 60) == 2_500_000
+    assert Price.model_validate_json(rates.model_dump_json()) == rates, "what is suggested can be configured"
+
+
+@pytest.mark.parametrize("bad", [(0, 1, 100), (1, 0, 100), (1, 1, 0), (1, 1, 101)])
+def test_absurd_speeds_are_refused(bad: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Speeds(*bad)
+
+
+@pytest.mark.parametrize("margin", [-1, 100])
+def test_an_absurd_margin_is_refused(margin: int) -> None:
+    with pytest.raises(ValueError, match="between 0 and 99"):
+        suggest(COSTS, Speeds(1, 1), margin)

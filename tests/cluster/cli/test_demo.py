@@ -1,0 +1,21 @@
+"""``farebox demo year`` shows every step whole, on a narrow screen too, and leaves nothing behind."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli.main import app
+from cluster.demo.year import SCRIPT
+
+
+@pytest.mark.timeout(180)
+def test_the_year_is_shown_step_by_step_and_its_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = CliRunner().invoke(app, ["demo", "year"])
+    assert shown.exit_code == 0, shown.output
+    assert all(step.what in shown.output for step in SCRIPT)
+    assert "no difference" in " ".join(shown.output.split())
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,96 @@
+"""``farebox report`` and ``farebox price``: tables for people, JSON for programs, and a reason where there is none."""
+
+import asyncio
+import json
+
+import pytest
+from redis.asyncio import Redis
+from typer.testing import CliRunner
+
+from billing.catalog import publication
+from billing.catalog.catalog import Catalogue
+from cluster.cli.main import app
+from tests.cluster.cli.test_books import farebox
+from tests.support.world import CATALOGUE
+
+__all__ = ["farebox"]
+runner = CliRunner()
+
+
+def publish(store_url: str, **more: object) -> None:
+    async def tell() -> None:
+        redis = Redis.from_url(store_url, decode_responses=True)
+        await publication.publish(redis, Catalogue.model_validate(CATALOGUE | more), "gateway-1", 0)
+        await redis.aclose()
+
+    asyncio.run(tell())
+
+
+def test_a_report_adds_up_what_was_used(farebox: str) -> None:
+    publish(farebox, costs={"gpu_hour": "2.00"})
+    usage = json.loads(runner.invoke(app, ["usage", "--json"]).stdout)
+    done = runner.invoke(app, ["report", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["total"]["requests"] == sum(row["requests"] for row in usage) > 0
+    assert found["gpu_hour_usd"] == "2.000000"
+    assert found["active_tenants"]
+    shown = runner.invoke(app, ["report"])
+    assert shown.exit_code == 0
+    assert "recurring a month" in shown.output
+    assert "requests by hour" in shown.output
+
+
+def test_a_report_shows_an_experiments_arms_and_says_where_tenants_are_too_few(farebox: str) -> None:
+    arms = [{"id": "control"}, {"id": "raised", "multiplier": "1.2"}]
+    publish(farebox, pricing={"experiments": [{"id": "raise", "arms": arms}]})
+    found = json.loads(runner.invoke(app, ["report", "--json"]).stdout)
+    assert [(one["experiment"], one["arm"]) for one in found["experiments"]] == [
+        ("raise", "control"),
+        ("raise", "raised"),
+    ]
+    assert sum(one["requests"] for one in found["experiments"]) == found["total"]["requests"] > 0
+    assert [one["usd_per_tenant"] for one in found["experiments"]] == [None, None]
+    shown = runner.invoke(app, ["report"]).output
+    assert "too few" in shown
+    assert "experiment" in shown
+
+
+def test_a_report_without_experiments_has_no_table_of_them(farebox: str) -> None:
+    publish(farebox)
+    assert json.loads(runner.invoke(app, ["report", "--json"]).stdout)["experiments"] == []
+    assert "experiment" not in runner.invoke(app, ["report"]).output
+
+
+def test_a_report_without_a_catalogue_says_what_to_do(farebox: str) -> None:
+    done = runner.invoke(app, ["report"])
+    assert done.exit_code == 1
+    assert "deploy a configuration" in done.output
+
+
+def test_prices_are_suggested_from_a_gpus_price_and_speed() -> None:
+    asked = ["price", "--gpu-hour", "3.60", "--tokens-per-second", "1000", "--margin", "60", "--busy", "100"]
+    done = runner.invoke(app, [*asked, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["output_per_1m"] == "2.500000"
+    assert "60 % margin" in runner.invoke(app, asked).output
+
+
+@pytest.mark.parametrize(
+    ("asked", "word"),
+    [
+        (["--gpu-hour", "cheap"], "dollars"),
+        (["--margin", "100", "--gpu-hour", "1", "--tokens-per-second", "5"], "equal to 99"),
+    ],
+)
+def test_a_bad_question_about_prices_says_what_is_wrong(asked: list[str], word: str) -> None:
+    done = runner.invoke(app, ["price", *asked])
+    assert done.exit_code == 2
+    assert word in done.output
+
+
+def test_prices_need_somebody_to_say_what_a_gpu_costs(farebox: str) -> None:
+    publish(farebox)
+    done = runner.invoke(app, ["price", "--tokens-per-second", "1000"])
+    assert done.exit_code == 1
+    assert "--gpu-hour" in done.output

@@ -1,0 +1,182 @@
+"""Tenants and keys from the command line, on the books of a real store."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from billing.catalog import publication
+from billing.store.connection import connect
+from billing.tenants.directory import Tenants
+from billing.tenants.errors import InvalidKey
+from billing.tenants.tenant import Principal, Quarantine
+from cluster.cli.main import app
+from tests.billing.ledger.test_admission import CATALOGUE
+from tests.support.cli import tell
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def farebox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A running farebox that sells something to nobody yet."""
+    monkeypatch.setenv("FAREBOX_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "300")
+    tell(store_url)
+
+    async def stock() -> None:
+        redis = await connect(store_url)
+        await redis.flushall()
+        await publication.publish(redis, CATALOGUE, "gateway-1", 0)
+        await redis.aclose()
+
+    asyncio.run(stock())
+    return store_url
+
+
+def call(*words: str) -> Result:
+    return runner.invoke(app, list(words))
+
+
+def told(*words: str) -> dict[str, object]:
+    result = call(*words, "--json")
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
+
+
+def refused(*words: str) -> str:
+    result = call(*words)
+    assert result.exit_code in (1, 2), result.output
+    return result.output
+
+
+def principal(store_url: str, secret: object) -> Principal:
+    async def ask() -> Principal:
+        redis = await connect(store_url)
+        try:
+            return await Tenants(redis).principal(str(secret))
+        finally:
+            await redis.aclose()
+
+    return asyncio.run(ask())
+
+
+def test_a_tenant_is_made_shown_suspended_and_resumed(farebox: str) -> None:
+    made = told("tenants", "create", "acme", "--email", "it@acme.example")
+    assert (made["id"], made["plan"], made["suspended"]) == ("acme", "prepaid", False)
+    assert told("tenants", "suspend", "acme")["suspended"] is True
+    assert "suspended" in call("tenants", "list").output
+    assert "farebox tenants resume acme" in call("tenants", "show", "acme").output
+    assert told("tenants", "resume", "acme")["suspended"] is False
+    assert json.loads(call("tenants", "list", "--json").stdout)[0]["email"] == "it@acme.example"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("acme", "--email", "nowhere"), "it@acme.example"),
+        (("Acme!", "--email", "it@acme.example"), "lower case"),
+        (("acme", "--email", "it@acme.example", "--plan", "gold"), "free, payg, prepaid, pro"),
+    ],
+)
+def test_what_no_tenant_can_have_is_refused_with_what_to_write(farebox: str, words: tuple[str, ...], says: str) -> None:
+    assert says in refused("tenants", "create", *words)
+
+
+def test_a_tenant_is_one_customer_s_for_ever(farebox: str) -> None:
+    told("tenants", "create", "acme", "--email", "it@acme.example")
+    assert "exists already" in refused("tenants", "create", "acme", "--email", "other@acme.example")
+    assert "does not exist" in refused("tenants", "show", "globex")
+
+
+def test_credit_is_given_once_per_source(farebox: str) -> None:
+    told("tenants", "create", "acme", "--email", "it@acme.example")
+    given = ("tenants", "grant", "acme", "--source", "mail-7", "--usd", "12.50")
+    assert told(*given)["granted"] is True
+    assert told(*given)["granted"] is False
+    assert "granted before" in call(*given).output
+    told("tenants", "grant", "acme", "--source", "mail-8", "--requests", "5", "--adapter", "pirate")
+    shown = told("tenants", "show", "acme")["account"]
+    assert isinstance(shown, dict)
+    assert shown["balance_usd"] == "12.500000"
+    assert [bucket["adapters"] for bucket in shown["buckets"]] == [[], ["pirate"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--source", "a"), "either --usd or --requests"),
+        (("--source", "a", "--usd", "1", "--requests", "1"), "either --usd or --requests"),
+        (("--source", "a", "--usd", "1", "--adapter", "x"), "--adapter only with --requests"),
+        (("--source", "a", "--usd", "a lot"), "12.50"),
+        (("--source", "a", "--usd", "2000000"), "is nothing, or more than the"),
+    ],
+)
+def test_a_grant_says_what_is_wrong_with_it(farebox: str, words: tuple[str, ...], says: str) -> None:
+    told("tenants", "create", "acme", "--email", "it@acme.example")
+    assert says in " ".join(refused("tenants", "grant", "acme", *words).split())
+
+
+def test_a_key_is_shown_once_and_listed_without_its_secret(farebox: str) -> None:
+    told("tenants", "create", "acme", "--email", "it@acme.example")
+    made = told("keys", "create", "acme", "--name", "ci", "--model", "pirate", "--daily-cap", "5", "--burst", "3",
+                "--requests-per-minute", "30", "--expires-days", "7")  # fmt: skip
+    owner = principal(farebox, made["api_key"])
+    assert (owner.tenant.id, owner.key.models, owner.key.daily_cap) == ("acme", ("pirate",), 5_000_000_000)
+    assert (owner.key.limits.requests_per_minute, owner.key.limits.burst) == (30, 3)
+    listed = call("keys", "list", "acme")
+    assert "$5.00" in listed.output
+    assert "requests per minute 30" in listed.output
+    assert str(made["api_key"]) not in listed.output + call("keys", "list", "acme", "--json").output
+
+
+def test_a_rotated_key_works_through_its_grace_and_a_revoked_one_not_at_all(farebox: str) -> None:
+    told("tenants", "create", "acme", "--email", "it@acme.example")
+    old = told("keys", "create", "acme", "--monthly-cap", "9")
+    key = dict(old["key"])["id"]  # type: ignore[call-overload]
+    new = told("keys", "rotate", "acme", key, "--grace-hours", "1")
+    assert principal(farebox, old["api_key"]).key.expires_at_ms is not None
+    fresh = principal(farebox, new["api_key"]).key
+    assert (fresh.counts_as, fresh.monthly_cap) == (key, 9_000_000_000)
+    told("keys", "rotate", "acme", fresh.id, "--grace-hours", "0")
+    with pytest.raises(InvalidKey, match="expired"):
+        principal(farebox, new["api_key"])
+    assert "it has ended" in refused("keys", "rotate", "acme", fresh.id)
+    assert told("keys", "revoke", "acme", key)["revoked_at_ms"]
+    with pytest.raises(InvalidKey, match="revoked"):
+        principal(farebox, old["api_key"])
+    assert "does not exist" in refused("keys", "revoke", "acme", "key_none")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--manages-keys", "--daily-cap", "1"), "takes no model"),
+        (("--burst", "3"), "requests_per_minute"),
+        (("--daily-cap", "lots"), "12.50"),
+        (("--daily-cap", "-1"), "not negative"),
+    ],
+)
+def test_a_key_that_cannot_be_says_why(farebox: str, words: tuple[str, ...], says: str) -> None:
+    told("tenants", "create", "acme", "--email", "it@acme.example")
+    assert says in " ".join(refused("keys", "create", "acme", *words).split())
+
+
+def test_a_key_in_quarantine_is_shown_with_its_reason_and_lifted(farebox: str) -> None:
+    told("tenants", "create", "acme", "--email", "it@acme.example")
+    made = told("keys", "create", "acme")
+    owner = principal(farebox, made["api_key"]).key
+
+    async def put() -> None:
+        redis = await connect(farebox)
+        why = Quarantine(reason="many_addresses", detail="about 120 client addresses this hour", since_ms=1)
+        await Tenants(redis).change_key(owner.tenant, owner.id, lambda one: one.model_copy(update={"quarantine": why}))
+        await redis.aclose()
+
+    asyncio.run(put())
+    assert "about 120 client addresses" in " ".join(call("keys", "list", "acme").output.replace("│", "").split())
+    assert told("keys", "lift", "acme", owner.id)["quarantine"] is None
+    assert principal(farebox, made["api_key"]).key.quarantine is None

@@ -1,0 +1,94 @@
+"""``farebox dodo verify``: the offline Dodo keeps the contract, one that breaks it is named, live mode is refused."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from billing.dodo.client import DodoSettings
+from cluster.cli.main import app
+from cluster.cli.verify import findings_of
+from cluster.dodo_sandbox.server import SandboxServer
+
+KEY = "dodo_test_key"
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FAREBOX_DODO_ENVIRONMENT", "DODO_PAYMENTS_BASE_URL", "DODO_PAYMENTS_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Iterator[SandboxServer]:
+    with SandboxServer(tmp_path / "dodo", KEY) as server:
+        yield server
+
+
+async def order(sandbox: SandboxServer, path: str, /, **order: object) -> None:
+    async with httpx.AsyncClient() as operator:
+        (await operator.post(f"{sandbox.url}/_sandbox/{path}", json=order)).raise_for_status()
+
+
+def test_the_offline_dodo_keeps_all_of_it() -> None:
+    shown = CliRunner().invoke(app, ["dodo", "verify", "--json"])
+    assert shown.exit_code == 0, shown.output
+    findings = json.loads(shown.output)
+    assert len(findings) == 15
+    assert all(one["held"] for one in findings), findings
+
+
+async def test_it_can_be_run_again_on_the_same_dodo_and_leaves_no_endpoint(sandbox: SandboxServer) -> None:
+    for _ in range(2):
+        findings = await findings_of(DodoSettings(KEY, base_url=sandbox.url))
+        assert all(one.has_held for one in findings), findings
+    async with httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}) as merchant:
+        assert (await merchant.get(f"{sandbox.url}/webhooks")).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "differing"),
+    [
+        ("/webhooks", "status:500", ["a webhook endpoint"]),
+        ("/payments", "status:403", ["an unknown payment"]),
+        ("/checkouts", "garbage", ["a checkout takes", "a checkout of an unknown"]),
+        ("/payments", "drop_before", ["an unknown payment"]),
+    ],
+)
+async def test_what_differs_is_named_and_the_rest_still_asked(
+    sandbox: SandboxServer, path: str, kind: str, differing: list[str]
+) -> None:
+    await order(sandbox, "faults", path=path, kinds=[kind])
+    findings = await findings_of(DodoSettings(KEY, base_url=sandbox.url))
+    assert len(findings) == 15
+    named = [one.expectation for one in findings if not one.has_held]
+    assert len(named) == len(differing)
+    assert all(name.startswith(begin) for name, begin in zip(named, differing, strict=True))
+
+
+async def test_a_clock_that_is_wrong_is_found_by_its_refusals(sandbox: SandboxServer) -> None:
+    await order(sandbox, "clock", advance_s=600)
+    findings = await findings_of(DodoSettings(KEY, base_url=sandbox.url))
+    named = [one.expectation for one in findings if not one.has_held]
+    assert named == ["an event of 61 minutes ago is refused, one of 55 minutes ago is taken"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"FAREBOX_DODO_ENVIRONMENT": "live_mode", "DODO_PAYMENTS_API_KEY": "dodo_live_x"}, "refuses live mode"),
+        ({"FAREBOX_DODO_ENVIRONMENT": "test_mode"}, "DODO_PAYMENTS_API_KEY is not set"),
+        ({"FAREBOX_DODO_ENVIRONMENT": "prod", "DODO_PAYMENTS_API_KEY": "x"}, "set it to sandbox"),
+    ],
+)
+def test_live_mode_and_a_missing_key_are_refused(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    shown = CliRunner().invoke(app, ["dodo", "verify"])
+    assert shown.exit_code == 1
+    assert said in " ".join(shown.output.split())

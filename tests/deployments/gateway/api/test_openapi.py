@@ -1,0 +1,144 @@
+"""Every route answers as the OpenAPI document says, whatever is sent: no status and no field that is not in it."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import hypothesis
+import pytest
+import schemathesis
+import uvicorn
+from schemathesis.checks import CHECKS, load_all_checks
+
+from billing.ledger.account import Grant
+from billing.money import MAX_GRANT_NANOS
+from billing.store.connection import connect
+from billing.tenants.tenant import Tenant, new_key
+from billing.usage import TenantId, Unit
+from deployments.config import FareboxArgs
+from deployments.gateway.api.application import make_app, make_routes
+from deployments.gateway.api.document import document_of
+from deployments.gateway.catalog_holder import Shelf
+from deployments.gateway.wiring import build_services
+from deployments.inference.text import Text
+from tests.support.gateway import ADMIN_KEY, USER_CONFIG, memory_folder
+from tests.support.scripted import ScriptedLink
+
+EXAMPLES = 20
+ENVIRON = {
+    "FAREBOX_ADMIN_KEY": ADMIN_KEY,
+    "DODO_PAYMENTS_BASE_URL": "http://127.0.0.1:9",
+    "DODO_PAYMENTS_API_KEY": "key",
+    "DODO_PAYMENTS_WEBHOOK_KEY": "whsec_" + "A" * 32,
+}
+MODELS = ("pirate", "gratis", "acme/private:1", "unpriced")
+TENANTS = ("other", "nobody")
+"""Not the tenant whose key is used: it may be suspended."""
+NEEDS_DODO = ("/v1/checkout", "/v1/portal", "/v1/invoices")
+FOREIGN = ("positive_data_acceptance", "negative_data_rejection", "not_a_server_error")
+"""Checks of what no schema says (a prompt that does not fit) or that we allow (``"5"`` for 5); and one that is stricter
+here, but for the payments provider, which is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """A gateway behind a real HTTP server on a thread of its own, and the keys that open it."""
+
+    url: str
+    api_key: str
+    key_id: str
+    """Of a key that may be revoked."""
+
+
+class _Server(uvicorn.Server):
+    """Also tells when its port is open."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_open = threading.Event()
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().startup(sockets)  # type: ignore[arg-type]
+        self.is_open.set()
+
+
+@pytest.fixture(scope="module")
+def desk(store_url: str, text: Text) -> Iterator[Desk]:
+    made: list[object] = []
+
+    async def serve() -> None:
+        redis = await connect(store_url)
+        await redis.flushall()
+        args = FareboxArgs.model_validate(
+            {"model": {"id": "farebox-base", "path": "-"}, "engine": {"max_context_tokens": 64}, "max_body_kib": 16}
+            | {"spool_dir": str(memory_folder("s"))}
+        )
+        shelf = Shelf()
+        shelf.put(USER_CONFIG)
+        services = build_services(args, text, redis, ScriptedLink(), shelf, ENVIRON, "gw")
+        for name in ("acme", "other"):
+            await services.tenants.create(Tenant(id=TenantId(name), email=f"{name}@example.com", plan="prepaid"))
+        await services.ledger.grant(Grant("test:1", TenantId("acme"), Unit.NANOS, MAX_GRANT_NANOS))
+        secret, key = new_key(TenantId("acme"), 0)
+        _, spare = new_key(TenantId("other"), 0)
+        for one in (key.model_copy(update={"manages_keys": True}), spare):
+            await services.tenants.add_key(one)
+        app = make_app(services)
+        server = _Server(uvicorn.Config(app, port=0, log_level="critical"))
+        made.extend((server, secret, spare.id))
+        await server.serve()
+        await redis.aclose()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    while len(made) < 3:
+        thread.join(0.01)
+        assert thread.is_alive()
+    server, secret, key_id = made
+    assert isinstance(server, _Server)
+    assert server.is_open.wait(20)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield Desk(f"http://127.0.0.1:{port}", str(secret), str(key_id))
+    server.should_exit = True
+    thread.join()
+
+
+schema = schemathesis.openapi.from_dict(dict(document_of(make_routes())))
+
+
+def _checks() -> list[schemathesis.CheckFunction]:
+    load_all_checks()
+    return [check for check in CHECKS.get_all() if check.__name__ not in FOREIGN]
+
+
+def _steer(case: schemathesis.Case, desk: Desk) -> None:
+    """Let some of what is sent name things that exist: at random it never would."""
+    for place, name, known in (
+        (case.path_parameters, "tenant_id", TENANTS),
+        (case.path_parameters, "key_id", (desk.key_id, "key_nobody")),
+        (case.path_parameters, "model_id", MODELS),
+        (case.body, "model", MODELS),
+    ):
+        if isinstance(place, dict) and isinstance(place.get(name), str):
+            place[name] = known[len(repr(case.body) + place[name]) % len(known)]
+    if "Idempotency-Key" in case.headers:
+        case.headers["Idempotency-Key"] += str(len(repr(case.body)))
+
+
+@schema.parametrize()
+@hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+def test_every_route_answers_as_documented(case: schemathesis.Case, desk: Desk) -> None:
+    _steer(case, desk)
+    key = ADMIN_KEY if case.path.startswith("/admin") else desk.api_key
+    reply = case.call_and_validate(base_url=desk.url, headers={"Authorization": f"Bearer {key}"}, checks=_checks())
+    assert reply.status_code < 500 or (case.path in NEEDS_DODO and "payments_unavailable" in reply.text)
+
+
+@schema.parametrize()
+@hypothesis.settings(max_examples=EXAMPLES // 4, deadline=None, derandomize=True)
+def test_nobody_gets_in_without_a_key(case: schemathesis.Case, desk: Desk) -> None:
+    reply = case.call_and_validate(base_url=desk.url, checks=_checks())
+    is_open = case.path in ("/healthz", "/readyz", "/webhooks/dodo")
+    assert reply.status_code < 500
+    assert is_open or reply.status_code in (400, 401, 405, 413)
