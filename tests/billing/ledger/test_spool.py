@@ -133,8 +133,8 @@ async def test_a_killed_process_s_settlements_are_taken_over_and_half_a_line_is_
     program = textwrap.dedent(f"""
         import os, signal
         from pathlib import Path
-        from billing.spool import Spool
-        from tests.billing.samples import settlement
+        from billing.ledger.spool import Spool
+        from tests.support.samples import settlement
         spool = Spool(Path({str(tmp_path)!r}))
         spool.append(settlement("req_1"))
         spool._file.handle.write(b'{{"request_id":"req_2","ten')

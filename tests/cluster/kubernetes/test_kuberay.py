@@ -22,13 +22,13 @@ def laptop(repo: Path) -> dict[str, Tree]:
 
 @pytest.fixture
 def kubernetes(repo: Path) -> dict[str, Tree]:
-    manifest = yaml.safe_load((repo / "cluster" / "kuberay" / "rayservice.yaml").read_text())
+    manifest = yaml.safe_load((repo / "cluster" / "kubernetes" / "rayservice.yaml").read_text())
     return dict(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
 
 
 @pytest.fixture
 def worker(repo: Path) -> dict[str, Tree]:
-    manifest = yaml.safe_load((repo / "cluster" / "kuberay" / "rayservice.yaml").read_text())
+    manifest = yaml.safe_load((repo / "cluster" / "kubernetes" / "rayservice.yaml").read_text())
     return dict(manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"])
 
 
@@ -45,7 +45,7 @@ def test_the_spool_is_on_a_volume_that_the_images_user_may_write(
 
 
 def test_the_image_builds_in_a_folder_of_its_own_user(repo: Path) -> None:
-    lines = (repo / "cluster" / "kuberay" / "Dockerfile").read_text().splitlines()
+    lines = (repo / "cluster" / "kubernetes" / "Dockerfile").read_text().splitlines()
     made, entered = lines.index("RUN install -d -o ray -g users /opt/farebox"), lines.index("WORKDIR /opt/farebox")
     users = [line for line in lines if line.startswith("USER")]
     assert made < entered
@@ -53,7 +53,7 @@ def test_the_image_builds_in_a_folder_of_its_own_user(repo: Path) -> None:
 
 
 def test_the_manifest_says_how_digests_get_there_with_commands_that_exist(repo: Path) -> None:
-    text = (repo / "cluster" / "kuberay" / "rayservice.yaml").read_text()
+    text = (repo / "cluster" / "kubernetes" / "rayservice.yaml").read_text()
     told = CliRunner().invoke(app, ["check", "--help"], env={"COLUMNS": "200"}).output
     assert "farebox check --resolved" in text
     assert "--resolved" in re.sub("\x1b\\[[0-9;]*m", "", told)

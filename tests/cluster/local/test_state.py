@@ -139,7 +139,7 @@ def test_a_child_that_ignores_a_request_to_stop_is_stopped_all_the_same(home: Ho
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
 def test_children_end_when_their_supervisor_is_killed(home: Home) -> None:
     script = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom cluster import children\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom cluster.local import children\n"
         f"home = Path({str(home.path)!r})\n"
         f"command = [sys.executable, '-c', {SLEEPING!r}]\n"
         "child = children.start('c', command, dict(os.environ), home, home / 'c.log')\n"

@@ -15,9 +15,9 @@ def test_every_metric_on_the_dashboard_is_exported(repo: Path) -> None:
     for path in (repo / "deployments").rglob("*.py"):
         exported |= set(COUNTER_OR_GAUGE.findall(path.read_text()))
     plain = {name for name in exported if "{" not in name}
-    engine = (repo / "deployments" / "engine_metrics.py").read_text()
+    engine = (repo / "deployments" / "replica" / "metrics.py").read_text()
     plain |= set(re.findall(r'^    "((?:farebox|vllm)_[a-z_]+)": \(', engine, re.MULTILINE))
-    dashboard = json.loads((repo / "cluster" / "grafana" / "farebox.json").read_text())
+    dashboard = json.loads((repo / "cluster" / "monitoring" / "farebox.json").read_text())
     asked = {
         name for panel in dashboard["panels"] for target in panel["targets"] for name in ASKED.findall(target["expr"])
     }
@@ -36,12 +36,12 @@ MONEY = (
 
 @pytest.mark.parametrize("name", MONEY)
 def test_every_metric_of_money_has_a_panel(repo: Path, name: str) -> None:
-    dashboard = json.loads((repo / "cluster" / "grafana" / "farebox.json").read_text())
+    dashboard = json.loads((repo / "cluster" / "monitoring" / "farebox.json").read_text())
     shown = {n for panel in dashboard["panels"] for target in panel["targets"] for n in ASKED.findall(target["expr"])}
     assert name in shown
 
 
 def test_panels_have_their_own_place_and_id(repo: Path) -> None:
-    panels = json.loads((repo / "cluster" / "grafana" / "farebox.json").read_text())["panels"]
+    panels = json.loads((repo / "cluster" / "monitoring" / "farebox.json").read_text())["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}) == len(panels)

@@ -105,7 +105,7 @@ async def test_a_gateway_that_serve_ends_stops_leaves_the_board_and_lets_the_sto
     async def close() -> None:
         closed.append(True)
 
-    monkeypatch.setattr("deployments.gateway.ingress.board.forget_gateway", forget)
+    monkeypatch.setattr("deployments.gateway.ingress.publication.forget_gateway", forget)
     ingress = GatewayIngress.__new__(GatewayIngress)
     ingress._services, ingress._is_open = house.services, True
     ingress._link = listening = SocketLink(None)  # type: ignore[arg-type]
