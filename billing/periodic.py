@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
-from billing.abuse.addresses import Sightings
-from billing.abuse.enforcer import Warden
+from billing.abuse.addresses import AddressSketches
+from billing.abuse.enforcer import AbuseEnforcer
 from billing.catalog import publication
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.clock import now_ms
 from billing.commerce.auto_refill import Refiller
 from billing.commerce.customers import create_wanted
@@ -48,7 +48,7 @@ LAST_FLUSH_S = 5.0
 log = logging.getLogger("farebox.billing.pump")
 
 
-class PumpLate(Exception):
+class PeriodicTaskLate(Exception):
     """A timer stands still: this process must be replaced."""
 
 
@@ -70,7 +70,7 @@ class Parts:
     watch: Watch
     notices: Notices
     refiller: Refiller
-    warden: Warden
+    warden: AbuseEnforcer
 
     async def close(self) -> None:
         await self.dodo.close()
@@ -84,13 +84,13 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
     budget = SharedBudget(redis, calls_per_minute)
     unasked = Dodo(settings, on_call=budget.spend)
 
-    async def catalogue() -> Catalogue | None:
+    async def catalog() -> Catalog | None:
         return await publication.current(redis)
 
-    webhooks = Webhooks(redis, unasked, ledger, tenants, catalogue, settings.webhook_key)
+    webhooks = Webhooks(redis, unasked, ledger, tenants, catalog, settings.webhook_key)
     exporter = Exporter(redis, dodo, tenants, budget=budget, patience_s=FLUSH_PATIENCE_S)
     notices, counters = Notices(redis), LiveCounters(redis)
-    refiller = Refiller(unasked, ledger, tenants, Refills(redis), webhooks.inbox, webhooks.payments, notices, catalogue)
+    refiller = Refiller(unasked, ledger, tenants, Refills(redis), webhooks.inbox, webhooks.payments, notices, catalog)
     return Parts(
         redis,
         dodo,
@@ -104,7 +104,7 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
         Watch(redis, dodo, budget),
         notices,
         refiller,
-        Warden(tenants, notices, Sightings(redis), counters.habits),
+        AbuseEnforcer(tenants, notices, AddressSketches(redis), counters.habits),
     )
 
 
@@ -127,7 +127,7 @@ class Intervals:
 
 
 @dataclass
-class Chore:
+class PeriodicTask:
     """Something done again and again, and how that goes."""
 
     name: str
@@ -147,14 +147,14 @@ class Chore:
 
 
 @dataclass(frozen=True, slots=True)
-class ChoreStatus:
+class PeriodicTaskStatus:
     name: str
     runs: int
     failures: int
     last_error: str
 
 
-class Pump:
+class PeriodicTasks:
     """Runs every chore on its timer. The store may be away at the start, or any time later."""
 
     def __init__(self, open_parts: Callable[[], Awaitable[Parts]], intervals: Intervals) -> None:
@@ -162,23 +162,23 @@ class Pump:
         self._parts: Parts | None = None
         self._flushing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
-        self.chores = [
-            Chore("flush", intervals.flush_s, self._flush),
-            Chore("expire", intervals.expire_s, lambda parts: parts.ledger.expire()),
-            Chore("customers", intervals.customers_s, _create_customers),
-            Chore("webhooks", intervals.webhooks_s, lambda parts: parts.webhooks.replay()),
-            Chore("counters", intervals.counters_s, lambda parts: parts.counters.catch_up()),
-            Chore("refills", intervals.refills_s, lambda parts: parts.refiller.run_once()),
-            Chore("notices", intervals.notices_s, _tell),
-            Chore("abuse", intervals.abuse_s, _watch_keys),
-            Chore("subscriptions", intervals.subscriptions_s, _refresh_overdue),
-            Chore("prune", intervals.prune_s, lambda parts: parts.webhooks.prune()),
-            Chore("glance", intervals.glance_s, lambda parts: parts.watch.glance()),
-            Chore("examine", intervals.examine_s, lambda parts: parts.watch.examine(), limit_s=EXAMINE_LIMIT_S),
+        self.tasks = [
+            PeriodicTask("flush", intervals.flush_s, self._flush),
+            PeriodicTask("expire", intervals.expire_s, lambda parts: parts.ledger.expire()),
+            PeriodicTask("customers", intervals.customers_s, _create_customers),
+            PeriodicTask("webhooks", intervals.webhooks_s, lambda parts: parts.webhooks.replay()),
+            PeriodicTask("counters", intervals.counters_s, lambda parts: parts.counters.catch_up()),
+            PeriodicTask("refills", intervals.refills_s, lambda parts: parts.refiller.run_once()),
+            PeriodicTask("notices", intervals.notices_s, _tell),
+            PeriodicTask("abuse", intervals.abuse_s, _watch_keys),
+            PeriodicTask("subscriptions", intervals.subscriptions_s, _refresh_overdue),
+            PeriodicTask("prune", intervals.prune_s, lambda parts: parts.webhooks.prune()),
+            PeriodicTask("glance", intervals.glance_s, lambda parts: parts.watch.glance()),
+            PeriodicTask("examine", intervals.examine_s, lambda parts: parts.watch.examine(), limit_s=EXAMINE_LIMIT_S),
         ]
 
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._repeat(chore), name=chore.name) for chore in self.chores]
+        self._tasks = [asyncio.create_task(self._repeat(task), name=task.name) for task in self.tasks]
 
     async def stop(self) -> None:
         """End the timers, flush once more if that goes quickly, let go of the store."""
@@ -216,33 +216,33 @@ class Pump:
     def check(self) -> None:
         """Raises: PumpLate."""
         now = time.monotonic()
-        late = [chore.name for chore in self.chores if chore.is_late(now)]
+        late = [task.name for task in self.tasks if task.is_late(now)]
         ended = [task.get_name() for task in self._tasks if task.done()]
         if late or ended:
-            raise PumpLate(f"timers late: {', '.join(late) or 'none'}; ended: {', '.join(ended) or 'none'}")
+            raise PeriodicTaskLate(f"timers late: {', '.join(late) or 'none'}; ended: {', '.join(ended) or 'none'}")
 
-    def statuses(self) -> tuple[ChoreStatus, ...]:
-        return tuple(ChoreStatus(c.name, c.runs, c.failures, c.last_error) for c in self.chores)
+    def statuses(self) -> tuple[PeriodicTaskStatus, ...]:
+        return tuple(PeriodicTaskStatus(c.name, c.runs, c.failures, c.last_error) for c in self.tasks)
 
     async def _flush(self, parts: Parts) -> FlushReport:
         async with self._flushing:
             return await parts.exporter.flush_once()
 
-    async def _repeat(self, chore: Chore) -> None:
+    async def _repeat(self, task: PeriodicTask) -> None:
         """The outermost loop of this process: whatever fails is logged and counted, and tried again."""
         while True:
-            chore.beat_s = started = time.monotonic()
+            task.beat_s = started = time.monotonic()
             try:
-                async with asyncio.timeout(chore.limit_s):
-                    await chore.run(await self.parts())
+                async with asyncio.timeout(task.limit_s):
+                    await task.run(await self.parts())
             except Exception as error:  # the outermost loop: whatever fails is counted and tried again
-                chore.failures += 1
-                chore.last_error = f"{type(error).__name__}: {error}"
-                log.warning("%s failed %d times in a row: %s", chore.name, chore.failures, chore.last_error)
+                task.failures += 1
+                task.last_error = f"{type(error).__name__}: {error}"
+                log.warning("%s failed %d times in a row: %s", task.name, task.failures, task.last_error)
             else:
-                chore.failures, chore.last_error = 0, ""
-            chore.runs += 1
-            pause_s = min(chore.interval_s, RETRY_S) if chore.failures else chore.interval_s
+                task.failures, task.last_error = 0, ""
+            task.runs += 1
+            pause_s = min(task.interval_s, RETRY_S) if task.failures else task.interval_s
             await asyncio.sleep(max(0.01, pause_s - (time.monotonic() - started)))
 
 
@@ -252,11 +252,11 @@ async def _create_customers(parts: Parts) -> int:
 
 async def _tell(parts: Parts) -> int:
     """Tell what should be told of the tenants that used something since the last look. How many notices were new."""
-    catalogue, told = await publication.current(parts.redis), 0
-    if catalogue is None:
+    catalog, told = await publication.current(parts.redis), 0
+    if catalog is None:
         return 0
     for tenant in await parts.tenants.many(parts.counters.take_active()):
-        plan, now = plan_of(tenant, catalogue), now_ms()
+        plan, now = plan_of(tenant, catalog), now_ms()
         account = await parts.ledger.account(tenant.id, funding_for(tenant, plan, now))
         for notice in notices_for(tenant, plan, account, now):
             told += await parts.notices.tell(notice)
@@ -264,8 +264,8 @@ async def _tell(parts: Parts) -> int:
 
 
 async def _watch_keys(parts: Parts) -> int:
-    catalogue = await publication.current(parts.redis)
-    return 0 if catalogue is None else await parts.warden.run_once(catalogue.abuse)
+    catalog = await publication.current(parts.redis)
+    return 0 if catalog is None else await parts.warden.run_once(catalog.abuse)
 
 
 async def _refresh_overdue(parts: Parts) -> int:

@@ -16,9 +16,9 @@ from billing.archive.files import Archive
 from billing.clock import now_ms
 from billing.dodo.client import DodoSettings
 from billing.export.exporter import FlushReport
-from billing.export.outbox import Backlog, PumpState, Sums
-from billing.notices.dispatcher import Herald, Receiver
-from billing.periodic import Chore, ChoreStatus, Intervals, Parts, Pump, assemble
+from billing.export.outbox import Backlog, ExporterState, Sums
+from billing.notices.dispatcher import NoticeDispatcher, Receiver
+from billing.periodic import Intervals, Parts, PeriodicTask, PeriodicTasks, PeriodicTaskStatus, assemble
 from billing.reconcile import proof_state
 from billing.reports.counters import Counters
 from billing.reports.unsettled import unsettled
@@ -36,13 +36,13 @@ HERALD_INTERVAL_S = 5.0
 class BillingStatus:
     """How billing stands, from the store and this process."""
 
-    pump: PumpState
+    pump: ExporterState
     backlog: Backlog
     sums: Sums
     cursors: Mapping[int, str]
     """By shard, the stream id up to which everything is sealed; shards without entries are left out."""
     parked_webhooks: int
-    chores: tuple[ChoreStatus, ...]
+    tasks: tuple[PeriodicTaskStatus, ...]
     pid: int
 
 
@@ -62,15 +62,15 @@ class BillingActor:
             return assemble(redis, settings, args.requests_per_minute)
 
         eager_s = min(args.flush_interval_s, 5.0)
-        self._pump = Pump(
+        self._pump = PeriodicTasks(
             open_parts, Intervals(flush_s=args.flush_interval_s, expire_s=args.expire_interval_s, customers_s=eager_s)
         )
         self._metrics = MoneyMetrics()
-        self._pump.chores.append(Chore("metrics", 10.0, self._measure))
+        self._pump.tasks.append(PeriodicTask("metrics", 10.0, self._measure))
         if args.archive_url:
-            self._pump.chores.append(Chore("archive", ARCHIVE_INTERVAL_S, partial(_archive, args.archive_url)))
+            self._pump.tasks.append(PeriodicTask("archive", ARCHIVE_INTERVAL_S, partial(_archive, args.archive_url)))
         if receiver := Receiver.from_env():
-            self._pump.chores.append(Chore("herald", HERALD_INTERVAL_S, partial(_send_notices, receiver)))
+            self._pump.tasks.append(PeriodicTask("herald", HERALD_INTERVAL_S, partial(_send_notices, receiver)))
         self._pump.start()
         self._is_open = True
 
@@ -89,7 +89,7 @@ class BillingActor:
             sums=await outbox.sums(),
             cursors={shard: at for shard, at in (await outbox.cursors()).items() if at != "0-0"},
             parked_webhooks=await parts.webhooks.inbox.parked_count(),
-            chores=self._pump.statuses(),
+            tasks=self._pump.statuses(),
             pid=os.getpid(),
         )
 
@@ -127,4 +127,4 @@ async def _archive(url: str, parts: Parts) -> ArchiveReport:
 
 async def _send_notices(receiver: Receiver, parts: Parts) -> int:
     async with httpx.AsyncClient() as client:
-        return await Herald(parts.notices, receiver, client).run_once()
+        return await NoticeDispatcher(parts.notices, receiver, client).run_once()

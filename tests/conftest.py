@@ -14,6 +14,8 @@ from cluster import valkey
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, by whomever
 
+os.environ["COLUMNS"] = "200"  # tables that commands print are not cut, whatever terminal runs the tests
+
 settings.register_profile("farebox", deadline=None)  # a busy machine is no bug
 settings.load_profile("farebox")
 

@@ -28,7 +28,7 @@ Sighting = tuple[TenantId, str, int, str]
 """Tenant, key, hour and a digest of the address."""
 
 
-class Sightings:
+class AddressSketches:
     def __init__(self, redis: Redis, clock: Clock = now_ms) -> None:
         self._redis, self._clock = redis, clock
         self._known: set[Sighting] = set()
@@ -55,7 +55,7 @@ class Sightings:
             async with guarded(BULK_DEADLINE_S):
                 pipe = self._redis.pipeline(transaction=False)
                 for tenant, key_id, hour, digest in writing:
-                    name = shard_for(tenant).sightings(tenant, key_id, hour)
+                    name = shard_for(tenant).address_sketches(tenant, key_id, hour)
                     pipe.pfadd(name, digest)
                     pipe.expire(name, KEPT_S)
                 await pipe.execute()
@@ -78,6 +78,6 @@ class Sightings:
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             for tenant, key_id in keys:
-                pipe.pfcount(shard_for(tenant).sightings(tenant, key_id, hour))
+                pipe.pfcount(shard_for(tenant).address_sketches(tenant, key_id, hour))
             found = await pipe.execute() if keys else []
         return dict(zip(keys, found, strict=True))

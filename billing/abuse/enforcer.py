@@ -5,7 +5,7 @@ Safe to repeat: a key is put there once, and its notice told once.
 
 from dataclasses import dataclass
 
-from billing.abuse.addresses import Sightings
+from billing.abuse.addresses import AddressSketches
 from billing.abuse.rules import Habits, Verdict
 from billing.catalog.abuse import Abuse
 from billing.clock import Clock, now_ms
@@ -13,17 +13,17 @@ from billing.notices.log import Notices
 from billing.notices.notice import Notice, NoticeKind
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import UnknownKey
-from billing.tenants.tenant import ApiKey, Quarantine
+from billing.tenants.tenant import ApiKey, Throttle
 
 REST_MS = 24 * 3_600_000
 """How long a key that a person lifted is not put back."""
 
 
 @dataclass(frozen=True, slots=True)
-class Warden:
+class AbuseEnforcer:
     tenants: Tenants
     notices: Notices
-    sightings: Sightings
+    address_sketches: AddressSketches
     habits: Habits
     clock: Clock = now_ms
 
@@ -33,25 +33,25 @@ class Warden:
         self.habits.forget(now)
         if not abuse.watch:
             return 0
-        addresses = await self.sightings.counts(self.habits.used_in(now))
+        addresses = await self.address_sketches.counts(self.habits.used_in(now))
         for verdict in self.habits.verdicts(abuse, addresses, now):
             told += await self._put(verdict, now)
         return told
 
     async def _put(self, verdict: Verdict, now: int) -> bool:
-        def quarantined(key: ApiKey) -> ApiKey:
-            is_left_alone = key.revoked_at_ms or key.quarantine or now < key.lifted_at_ms + REST_MS
-            reason = Quarantine(reason=verdict.reason.value, detail=verdict.detail, since_ms=now)
-            return key if is_left_alone else key.model_copy(update={"quarantine": reason})
+        def throttled(key: ApiKey) -> ApiKey:
+            is_left_alone = key.revoked_at_ms or key.throttled or now < key.lifted_at_ms + REST_MS
+            reason = Throttle(reason=verdict.reason.value, detail=verdict.detail, since_ms=now)
+            return key if is_left_alone else key.model_copy(update={"throttled": reason})
 
         try:
-            key = await self.tenants.change_key(verdict.tenant, verdict.key_id, quarantined)
+            key = await self.tenants.change_key(verdict.tenant, verdict.key_id, throttled)
         except UnknownKey:
             return False
-        return key.quarantine is not None and await self.notices.tell(_notice(key, key.quarantine))
+        return key.throttled is not None and await self.notices.tell(_notice(key, key.throttled))
 
 
-def _notice(key: ApiKey, why: Quarantine) -> Notice:
+def _notice(key: ApiKey, why: Throttle) -> Notice:
     facts = {
         "key": key.id,
         "name": key.name,

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from billing.catalog.abuse import Abuse
 from billing.catalog.errors import ModelNotAllowed, UnknownModel
@@ -49,7 +49,7 @@ class Model(BaseModel):
         return self.tenants is None or tenant in self.tenants
 
 
-class Quarantined(BaseModel):
+class RejectedEntry(BaseModel):
     """A configured entry that is not served, and why."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,7 +59,7 @@ class Quarantined(BaseModel):
     reason: str
 
 
-class Catalogue(BaseModel):
+class Catalog(BaseModel):
     """Models, plans and packs in force. Equal content has an equal hash."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,7 +73,7 @@ class Catalogue(BaseModel):
     costs: Costs | None = None
     """What the owner pays for a replica; only its own reports show it."""
     abuse: Abuse = Abuse()
-    quarantined: tuple[Quarantined, ...] = ()
+    rejected: tuple[RejectedEntry, ...] = Field(default=(), validation_alias=AliasChoices("rejected", "quarantined"))
     retired: dict[Name, Plan] = Field(default_factory=dict, exclude=True)
     """Plans that were in force once: who is on one stays, nobody else gets it. Not of the content, nor of its hash."""
 

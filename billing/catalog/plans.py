@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from billing.money import MAX_GRANT_NANOS, Nanos
 from billing.pricing.prices import Usd
@@ -98,8 +98,9 @@ class Plan(_Configured):
 
     kind: PlanKind
     allowance: Quota | None = None
-    overage_cap: Usd = Nanos(0)
-    """Most nanos of unpaid postpaid use; 0 where the plan extends no credit."""
+    credit_limit: Usd = Field(default=Nanos(0), validation_alias=AliasChoices("credit_limit", "overage_cap"))
+    """Most nanos of unpaid postpaid use; 0 where the plan extends no credit. Read as ``overage_cap`` too, its name
+    before 0.2."""
     monthly_price: Usd = Nanos(0)
     """The subscription's fixed price; Dodo charges it, farebox only creates the product."""
     limits: Limits = Limits()
@@ -118,10 +119,10 @@ class Plan(_Configured):
         wants_allowance = self.kind in (PlanKind.FREE, PlanKind.SUBSCRIPTION)
         if wants_allowance != (self.allowance is not None):
             raise ValueError(f"a {self.kind} plan {'needs' if wants_allowance else 'has no'} `allowance`")
-        if self.kind is PlanKind.PAY_AS_YOU_GO and self.overage_cap == 0:
-            raise ValueError("a pay_as_you_go plan needs `overage_cap`: the most that may stand unpaid")
-        if self.kind in (PlanKind.FREE, PlanKind.PREPAID) and self.overage_cap:
-            raise ValueError(f"a {self.kind} plan extends no credit: remove `overage_cap`")
+        if self.kind is PlanKind.PAY_AS_YOU_GO and self.credit_limit == 0:
+            raise ValueError("a pay_as_you_go plan needs `credit_limit`: the most that may stand unpaid")
+        if self.kind in (PlanKind.FREE, PlanKind.PREPAID) and self.credit_limit:
+            raise ValueError(f"a {self.kind} plan extends no credit: remove `credit_limit`")
         return self
 
     @property

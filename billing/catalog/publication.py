@@ -1,4 +1,4 @@
-"""The catalogue in force, kept in the store by its content hash, and which gateway serves which.
+"""The catalog in force, kept in the store by its content hash, and which gateway serves which.
 
 Knows where it lies; what is valid in it was decided before.
 """
@@ -11,11 +11,11 @@ from typing import cast
 from pydantic import ValidationError
 from redis.asyncio import Redis
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Plan
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
-from billing.store.keys import CATALOGUE_CURRENT, GATEWAYS, PLANS, catalogue
+from billing.store.keys import CATALOG_CURRENT, GATEWAYS, PLANS, catalog
 
 logger = logging.getLogger(__name__)
 
@@ -26,39 +26,39 @@ class GatewayState:
 
     gateway_id: str
     hash: str
-    """Content hash of the catalogue it serves."""
-    quarantined: tuple[str, ...]
+    """Content hash of the catalog it serves."""
+    rejected: tuple[str, ...]
     """``kind id: reason`` of every entry that it does not serve."""
     at_ms: int
 
 
-async def publish(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> str:
-    """Put a validated catalogue in force and say that this gateway serves it. Returns its hash."""
+async def publish(redis: Redis, value: Catalog, gateway_id: str, at_ms: int) -> str:
+    """Put a validated catalog in force and say that this gateway serves it. Returns its hash."""
     hash_ = value.content_hash
     plans = {name: plan.model_dump_json() for name, plan in value.plans.items()}
     async with guarded(BULK_DEADLINE_S):
-        # Before the catalogue that they stand in: a plan in force is never forgotten.
+        # Before the catalog that they stand in: a plan in force is never forgotten.
         await redis.hset(PLANS, mapping=plans)  # type: ignore[arg-type]
-        await redis.set(catalogue(hash_), value.model_dump_json())
-        await redis.set(CATALOGUE_CURRENT, hash_)
+        await redis.set(catalog(hash_), value.model_dump_json())
+        await redis.set(CATALOG_CURRENT, hash_)
     await renew(redis, value, gateway_id, at_ms)
     return hash_
 
 
-async def renew(redis: Redis, value: Catalogue, gateway_id: str, at_ms: int) -> None:
-    """Say that this gateway lives and serves that catalogue; what is in force stays as it is."""
-    quarantined = [f"{entry.kind} {entry.id}: {entry.reason}" for entry in value.quarantined]
-    said = json.dumps({"hash": value.content_hash, "quarantined": quarantined, "at_ms": at_ms})
+async def renew(redis: Redis, value: Catalog, gateway_id: str, at_ms: int) -> None:
+    """Say that this gateway lives and serves that catalog; what is in force stays as it is."""
+    rejected = [f"{entry.kind} {entry.id}: {entry.reason}" for entry in value.rejected]
+    said = json.dumps({"hash": value.content_hash, "quarantined": rejected, "at_ms": at_ms})
     async with guarded(BULK_DEADLINE_S):
         await redis.hset(GATEWAYS, gateway_id, said)
 
 
-async def current(redis: Redis) -> Catalogue | None:
-    """The catalogue in force, with the plans that went before; ``None`` until a gateway published one."""
+async def current(redis: Redis) -> Catalog | None:
+    """The catalog in force, with the plans that went before; ``None`` until a gateway published one."""
     async with guarded(BULK_DEADLINE_S):
-        hash_ = cast(str | None, await redis.get(CATALOGUE_CURRENT))
-        text = await redis.get(catalogue(hash_)) if hash_ else None
-    return Catalogue.model_validate_json(text).remembering(await plans_ever(redis)) if text else None
+        hash_ = cast(str | None, await redis.get(CATALOG_CURRENT))
+        text = await redis.get(catalog(hash_)) if hash_ else None
+    return Catalog.model_validate_json(text).remembering(await plans_ever(redis)) if text else None
 
 
 async def plans_ever(redis: Redis) -> dict[str, Plan]:

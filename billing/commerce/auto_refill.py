@@ -16,7 +16,7 @@ from billing.commerce.inbox import Inbox
 from billing.commerce.payments import Payments
 from billing.commerce.refill import Attempt, AttemptState, Refill
 from billing.commerce.refill_store import Refills
-from billing.commerce.waiting import CatalogueSource
+from billing.commerce.waiting import CatalogSource
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.dodo.wire import Payment
@@ -49,7 +49,7 @@ class Refiller:
     inbox: Inbox
     payments: Payments
     notices: Notices
-    catalogue: CatalogueSource
+    catalog: CatalogSource
     clock: Clock = now_ms
 
     async def run_once(self) -> int:
@@ -68,15 +68,15 @@ class Refiller:
         return begun
 
     async def _begin(self, tenant: Tenant, refill: Refill) -> bool:
-        catalogue = await self.catalogue()
-        pack = catalogue.packs.get(refill.pack) if catalogue else None
+        catalog = await self.catalog()
+        pack = catalog.packs.get(refill.pack) if catalog else None
         product_id = await self._product(refill.pack)
-        if catalogue is None or pack is None or not product_id or not tenant.dodo_customer_id or tenant.suspended:
+        if catalog is None or pack is None or not product_id or not tenant.dodo_customer_id or tenant.suspended:
             return False
         now, cents = self.clock(), divide_up(pack.price, NANOS_PER_CENT)
         rests = tenant.subscription is not None and tenant.subscription.is_resting(now)
         # A pause is no reason to charge a card: the allowance that rests with it counts as if it were there.
-        funding = None if rests else funding_for(tenant, plan_of(tenant, catalogue), now)
+        funding = None if rests else funding_for(tenant, plan_of(tenant, catalog), now)
         balance = (await self.ledger.account(tenant.id, funding)).balance_nanos
         if not refill.is_due(balance, cents, now, _month_start(now)):
             return False

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from billing.clock import Clock, now_ms
 from billing.commerce.inbox import Inbox
-from billing.commerce.signups import Newcomers
+from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import ATTEMPTS
 from billing.commerce.waiting import NotYet
 from billing.dodo.client import Dodo
@@ -29,7 +29,7 @@ class Licences:
     dodo: Dodo
     tenants: Tenants
     inbox: Inbox
-    newcomers: Newcomers
+    signups: Signups
     clock: Clock = now_ms
 
     async def refresh(self, entitlement_id: str, customer_id: str) -> bool:
@@ -43,7 +43,7 @@ class Licences:
         """
         if (await self.inbox.names()).get(entitlement_id) != ENTITLEMENT:
             return False
-        tenant = await self.newcomers.tenant_of(customer_id)
+        tenant = await self.signups.tenant_of(customer_id)
         for _ in range(ATTEMPTS):
             before = await self.tenants.keys(tenant.id)
             await self._align(tenant, await self.dodo.licence_grants(entitlement_id, customer_id))

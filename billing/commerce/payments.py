@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 from billing.clock import Clock, now_ms
 from billing.commerce.inbox import CHARGE_METER, Inbox, Term
-from billing.commerce.signups import Newcomers
+from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
-from billing.commerce.waiting import CatalogueSource, NotYet
+from billing.commerce.waiting import CatalogSource, NotYet
 from billing.dodo.client import Dodo
 from billing.dodo.wire import Payment, Refund, UsagePeriod
 from billing.ledger.account import Clawback, Grant
@@ -32,12 +32,12 @@ class Payments:
         tenants: Tenants,
         inbox: Inbox,
         subscriptions: Subscriptions,
-        catalogue: CatalogueSource,
+        catalog: CatalogSource,
         clock: Clock = now_ms,
     ) -> None:
         self._dodo, self._ledger, self._tenants, self._inbox = dodo, ledger, tenants, inbox
-        self._subscriptions, self._catalogue, self._clock = subscriptions, catalogue, clock
-        self._newcomers = Newcomers(dodo, tenants, catalogue, clock)
+        self._subscriptions, self._catalog, self._clock = subscriptions, catalog, clock
+        self._signups = Signups(dodo, tenants, catalog, clock)
 
     async def succeeded(self, payment: Payment) -> None:
         """Grant what the cart buys, and take invoiced usage off the exposure."""
@@ -56,7 +56,7 @@ class Payments:
         if known is not None:
             return known
         if await self._fixed_terms(payment):
-            return await self._newcomers.tenant_of(payment.customer_id)
+            return await self._signups.tenant_of(payment.customer_id)
         for subscription_id in payment.subscription_ids:
             await self._subscriptions.refresh(subscription_id)
         return await self._tenant(payment.customer_id)
@@ -81,17 +81,17 @@ class Payments:
         quantities: dict[str, int] = {}
         for line in lines:
             quantities[line.product_id] = quantities.get(line.product_id, 0) + line.quantity
-        names, catalogue = await self._inbox.names(), await self._catalogue()
+        names, catalog = await self._inbox.names(), await self._catalog()
         terms: list[Term] = []
         for product_id, quantity in sorted(quantities.items()):
             kind, _, name = names.get(product_id, "").partition(":")
             if kind == "plan":
                 continue
-            if kind != "pack" or catalogue is None or name not in catalogue.packs:
+            if kind != "pack" or catalog is None or name not in catalog.packs:
                 raise NotYet(f"product {product_id} of payment {payment.id} is no pack of ours")
             if quantity < 1:
                 raise NotYet(f"payment {payment.id} has {quantity} of {product_id}")
-            pack = catalogue.packs[name]
+            pack = catalog.packs[name]
             paid_at = payment.created_at_ms if payment.created_at_ms is not None else self._clock()
             expires = None if pack.expires_days is None else paid_at + pack.expires_days * DAY_MS
             source = f"payment:{payment.id}:{product_id}"

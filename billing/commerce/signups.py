@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from billing.clock import Clock, now_ms
-from billing.commerce.waiting import CatalogueSource, NotYet
+from billing.commerce.waiting import CatalogSource, NotYet
 from billing.dodo.client import Dodo
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant
@@ -19,10 +19,10 @@ ID_LENGTH_MAX = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Newcomers:
+class Signups:
     dodo: Dodo
     tenants: Tenants
-    catalogue: CatalogueSource
+    catalog: CatalogSource
     clock: Clock = now_ms
 
     async def tenant_of(self, customer_id: str) -> Tenant:
@@ -35,14 +35,14 @@ class Newcomers:
         known = await self.tenants.by_customer(customer_id)
         if known is not None:
             return known
-        catalogue = await self.catalogue()
-        if catalogue is None:
-            raise NotYet(f"customer {customer_id} bought before a catalogue was in force")
+        catalog = await self.catalog()
+        if catalog is None:
+            raise NotYet(f"customer {customer_id} bought before a catalog was in force")
         customer = await self.dodo.retrieve_customer(customer_id)
         made = Tenant(
             id=tenant_id_for(customer.email, customer.id),
             email=customer.email,
-            plan=catalogue.default_plan,
+            plan=catalog.default_plan,
             name=customer.name,
             dodo_customer_id=customer.id,
             created_at_ms=0,

@@ -3,12 +3,12 @@
 Knows which plan a subscription carries and when it counts; moves no money.
 """
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Plan
 from billing.clock import Clock, now_ms
 from billing.commerce.inbox import Inbox
-from billing.commerce.signups import Newcomers
-from billing.commerce.waiting import CatalogueSource, NotYet
+from billing.commerce.signups import Signups
+from billing.commerce.waiting import CatalogSource, NotYet
 from billing.dodo.client import Dodo
 from billing.dodo.wire import DodoSubscription
 from billing.tenants.directory import Tenants
@@ -24,11 +24,11 @@ class _Raced(Exception):
 
 class Subscriptions:
     def __init__(
-        self, dodo: Dodo, tenants: Tenants, inbox: Inbox, catalogue: CatalogueSource, clock: Clock = now_ms
+        self, dodo: Dodo, tenants: Tenants, inbox: Inbox, catalog: CatalogSource, clock: Clock = now_ms
     ) -> None:
         self._dodo, self._tenants, self._inbox = dodo, tenants, inbox
-        self._catalogue, self._clock = catalogue, clock
-        self._newcomers = Newcomers(dodo, tenants, catalogue, clock)
+        self._catalog, self._clock = catalog, clock
+        self._signups = Signups(dodo, tenants, catalog, clock)
 
     async def refresh(self, subscription_id: str, past_due_ends_at_ms: int | None = None) -> Tenant:
         """Ask Dodo for this subscription and store what it says now.
@@ -48,25 +48,25 @@ class Subscriptions:
         """What was stored must still be stored when the answer is written: answers never overtake each other."""
         first = await self._dodo.retrieve_subscription(subscription_id)
         await self._plan_of(first)
-        before = await self._newcomers.tenant_of(first.customer_id)
+        before = await self._signups.tenant_of(first.customer_id)
         found = await self._dodo.retrieve_subscription(subscription_id)
-        plan_name, plan, catalogue = await self._plan_of(found)
+        plan_name, plan, catalog = await self._plan_of(found)
 
         def change(tenant: Tenant) -> Tenant:
             if tenant.subscription != before.subscription:
                 raise _Raced
             stored = as_stored(found, plan_name, plan, tenant, past_due_ends_at_ms, self._clock())
-            return applied(tenant, stored, catalogue.default_plan, self._clock())
+            return applied(tenant, stored, catalog.default_plan, self._clock())
 
         return await self._tenants.update(before.id, change)
 
-    async def _plan_of(self, found: DodoSubscription) -> tuple[str, Plan, Catalogue]:
-        catalogue = await self._catalogue()
+    async def _plan_of(self, found: DodoSubscription) -> tuple[str, Plan, Catalog]:
+        catalog = await self._catalog()
         kind, _, name = (await self._inbox.names()).get(found.product_id, "").partition(":")
-        plan = catalogue.plan_named(name) if catalogue is not None and kind == "plan" else None
-        if catalogue is None or plan is None:
+        plan = catalog.plan_named(name) if catalog is not None and kind == "plan" else None
+        if catalog is None or plan is None:
             raise NotYet(f"product {found.product_id} is no plan of ours")
-        return name, plan, catalogue
+        return name, plan, catalog
 
 
 def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_ms: int) -> Tenant:

@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from dodopayments.types.price_param import OneTimePrice, PriceParam, UsageBasedPrice
 from redis.asyncio import Redis
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.dodo_ids import all_ids, keep_ids
 from billing.commerce.inbox import CHARGE_METER
 from billing.commerce.licences import ENTITLEMENT
@@ -88,18 +88,18 @@ class _Wanted:
                 yield Drift(self.name, what, ours, theirs)
 
 
-async def plan(dodo: Dodo, redis: Redis, catalogue: Catalogue, webhook_url: str = "") -> SyncReport:
+async def plan(dodo: Dodo, redis: Redis, catalog: Catalog, webhook_url: str = "") -> SyncReport:
     """What ``sync`` would make and what it would find; changes nothing, here or there. Raises as ``sync``."""
-    return await _Sync(dodo, is_dry=True).run(redis, catalogue, webhook_url)
+    return await _Sync(dodo, is_dry=True).run(redis, catalog, webhook_url)
 
 
-async def sync(dodo: Dodo, redis: Redis, catalogue: Catalogue, webhook_url: str = "") -> SyncReport:
-    """Bring Dodo in line with the catalogue; with ``webhook_url`` also have its events sent there.
+async def sync(dodo: Dodo, redis: Redis, catalog: Catalog, webhook_url: str = "") -> SyncReport:
+    """Bring Dodo in line with the catalog; with ``webhook_url`` also have its events sent there.
 
     Raises:
         DodoUnavailable, DodoRefused: run it again; what was made until then is found.
     """
-    return await _Sync(dodo, is_dry=False).run(redis, catalogue, webhook_url)
+    return await _Sync(dodo, is_dry=False).run(redis, catalog, webhook_url)
 
 
 @dataclass
@@ -113,13 +113,13 @@ class _Sync:
     ids: dict[str, str] = field(default_factory=dict)
     """Dodo's id by our name; empty for what a dry pass would make."""
 
-    async def run(self, redis: Redis, catalogue: Catalogue, webhook_url: str) -> SyncReport:
+    async def run(self, redis: Redis, catalog: Catalog, webhook_url: str) -> SyncReport:
         known = await all_ids(redis)
         await self._meter(known)
-        sold = [pack.licence_key for pack in catalogue.packs.values()]
-        if any([*sold, *(plan.licence_key for plan in catalogue.plans.values())]):
+        sold = [pack.licence_key for pack in catalog.packs.values()]
+        if any([*sold, *(plan.licence_key for plan in catalog.plans.values())]):
             await self._entitlement()
-        await self._products(known, catalogue)
+        await self._products(known, catalog)
         secret = await self._webhook(webhook_url) if webhook_url else ""
         if not self.is_dry:
             await keep_ids(redis, self.ids)
@@ -143,9 +143,9 @@ class _Sync:
                 found = await self.dodo.create_licence_entitlement(ENTITLEMENT, "Farebox API key")
         self.ids[ENTITLEMENT] = found
 
-    async def _products(self, known: Mapping[str, str], catalogue: Catalogue) -> None:
+    async def _products(self, known: Mapping[str, str], catalog: Catalog) -> None:
         by_id, by_tag = _index(await self.dodo.products())
-        for wanted in _wanted(catalogue, self.ids[CHARGE_METER]):
+        for wanted in _wanted(catalog, self.ids[CHARGE_METER]):
             product = by_id.get(known.get(wanted.name, "")) or by_tag.get(wanted.name)
             if product is not None:
                 self.drift += wanted.drift(await self.dodo.retrieve_product(product.id))
@@ -168,16 +168,16 @@ class _Sync:
         return await self.dodo.webhook_secret(endpoint) if endpoint else ""
 
 
-def _wanted(catalogue: Catalogue, meter_id: str) -> list[_Wanted]:
+def _wanted(catalog: Catalog, meter_id: str) -> list[_Wanted]:
     packs = [
         _Wanted(f"pack:{name}", f"Credit pack {name}", divide_up(pack.price, NANOS_PER_CENT), None, pack.licence_key)
-        for name, pack in catalogue.packs.items()
+        for name, pack in catalog.packs.items()
     ]
     plans = [
         _Wanted(
             f"plan:{name}", f"Plan {name}", divide_up(plan.monthly_price, NANOS_PER_CENT), meter_id, plan.licence_key
         )
-        for name, plan in catalogue.plans.items()
+        for name, plan in catalog.plans.items()
         if plan.is_postpaid
     ]
     return packs + plans

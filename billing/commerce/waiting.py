@@ -1,10 +1,10 @@
-"""What everything that applies Dodo's news shares: where the catalogue comes from, and how to say "not yet"."""
+"""What everything that applies Dodo's news shares: where the catalog comes from, and how to say "not yet"."""
 
 from collections.abc import Awaitable, Callable
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 
-CatalogueSource = Callable[[], Awaitable[Catalogue | None]]
+CatalogSource = Callable[[], Awaitable[Catalog | None]]
 
 
 class NotYet(Exception):

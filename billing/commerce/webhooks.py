@@ -17,9 +17,9 @@ from billing.commerce.alerts import Alerts
 from billing.commerce.inbox import Delivery, Inbox, Outcome
 from billing.commerce.licences import Licences
 from billing.commerce.payments import Payments
-from billing.commerce.signups import Newcomers
+from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
-from billing.commerce.waiting import CatalogueSource, NotYet
+from billing.commerce.waiting import CatalogSource, NotYet
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused, DodoUnavailable, WebhookRejected
 from billing.dodo.fields import Wire, WireError, inner, moment_ms, read_json, text
@@ -49,15 +49,15 @@ class Webhooks:
         dodo: Dodo,
         ledger: Ledger,
         tenants: Tenants,
-        catalogue_source: CatalogueSource,
+        catalog_source: CatalogSource,
         secret: str,
         clock: Clock = now_ms,
     ) -> None:
         self.inbox = Inbox(redis)
-        self._subscriptions = Subscriptions(dodo, tenants, self.inbox, catalogue_source, clock)
-        self.payments = Payments(dodo, ledger, tenants, self.inbox, self._subscriptions, catalogue_source, clock)
-        newcomers = Newcomers(dodo, tenants, catalogue_source, clock)
-        self._licences = Licences(dodo, tenants, self.inbox, newcomers, clock)
+        self._subscriptions = Subscriptions(dodo, tenants, self.inbox, catalog_source, clock)
+        self.payments = Payments(dodo, ledger, tenants, self.inbox, self._subscriptions, catalog_source, clock)
+        signups = Signups(dodo, tenants, catalog_source, clock)
+        self._licences = Licences(dodo, tenants, self.inbox, signups, clock)
         self._alerts = Alerts(tenants, Notices(redis), clock)
         self._secret, self._clock = secret, clock
         self._asked_ms: dict[str, int] = {}

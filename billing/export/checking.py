@@ -56,7 +56,7 @@ class Withheld:
 
 
 @dataclass
-class Sifted:
+class CheckedEntries:
     """A window's entries, judged one by one."""
 
     reached: dict[TenantId, Reached]
@@ -64,11 +64,11 @@ class Sifted:
     withheld: list[Withheld] = field(default_factory=list)
 
 
-def sift(entries: Iterable[Entry], reached: Mapping[TenantId, Reached]) -> Sifted:
+def check_entries(entries: Iterable[Entry], reached: Mapping[TenantId, Reached]) -> CheckedEntries:
     """Judge entries in their order. A tenant that is not in ``reached`` begins at its first entry, or, where its first
     ones were sealed before digests were looked at, at whatever stands here.
     """
-    sifted = Sifted({})
+    sifted = CheckedEntries({})
     for entry in entries:
         known = sifted.reached.get(entry.tenant) or reached.get(entry.tenant)
         before = known or Reached()

@@ -20,9 +20,9 @@ from billing.clock import Clock, now_ms
 from billing.dodo.budget import PER_MINUTE, Budget, CallBudget
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused, DodoUnavailable
-from billing.export.checking import Withheld, sift
+from billing.export.checking import Withheld, check_entries
 from billing.export.events import CHARGE, Destination, SealedEvent, fold
-from billing.export.outbox import Outbox, PumpState
+from billing.export.outbox import ExporterState, Outbox
 from billing.export.sending import BudgetSpent, Sender, Tally
 from billing.ledger.journal import Entry, Stream, UnreadableEntry
 from billing.notices.log import Notices
@@ -80,7 +80,7 @@ class Exporter:
         self._stream, self._tenants, self._clock, self._jitter = Stream(redis), tenants, clock, jitter
         self._notices = Notices(redis)
         self._sender = Sender(self.outbox, dodo, budget or CallBudget(PER_MINUTE, clock), clock, patience_s)
-        self._state = PumpState()
+        self._state = ExporterState()
         self._failing_since_ms: int | None = None
         self._sealed_at_ms = 0
         self._unreadable = ""
@@ -134,7 +134,7 @@ class Exporter:
         return sealed
 
     async def _seal_window(self, shard: Shard, start: str, entries: list[Entry]) -> int:
-        sifted = sift(entries, await self.outbox.reached({entry.tenant for entry in entries}))
+        sifted = check_entries(entries, await self.outbox.reached({entry.tenant for entry in entries}))
         events = self._fold(shard, start, entries[-1].id, sifted.sound)
         return len(events) if await self.outbox.seal(shard, start, entries[-1].id, sifted, events) else 0
 

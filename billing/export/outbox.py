@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, fields
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from billing.export.checking import Reached, Sifted, Withheld
+from billing.export.checking import CheckedEntries, Reached, Withheld
 from billing.export.events import SealedEvent
 from billing.ledger.journal import order
 from billing.store.connection import guarded, replicated
 from billing.store.guard import BULK_DEADLINE_S
-from billing.store.keys import ALL_SHARDS, PUMP, Shard, shard_for
+from billing.store.keys import ALL_SHARDS, EXPORTER, Shard, shard_for
 from billing.store.scripts import source
 from billing.usage import TenantId
 
@@ -53,7 +53,7 @@ class Backlog:
 
 
 @dataclass(frozen=True, slots=True)
-class PumpState:
+class ExporterState:
     """The exporter's state as it last said it, for people."""
 
     state: str = "starting"
@@ -109,7 +109,9 @@ class Outbox:
             found = await pipe.execute()
         return {tenant: Reached.from_text(text) for tenant, text in zip(asked, found, strict=True) if text}
 
-    async def seal(self, shard: Shard, start: str, end: str, sifted: Sifted, events: Sequence[SealedEvent]) -> bool:
+    async def seal(
+        self, shard: Shard, start: str, end: str, sifted: CheckedEntries, events: Sequence[SealedEvent]
+    ) -> bool:
         """Move the cursor from ``start`` to ``end``, keep the events and what is withheld; ``False`` if it stood
         elsewhere.
         """
@@ -228,17 +230,17 @@ class Outbox:
             outbox, dead, withheld = outbox + in_outbox, dead + in_dead, withheld + in_withheld
         return Backlog(unsealed, outbox, dead, withheld)
 
-    async def show(self, state: PumpState) -> None:
+    async def show(self, state: ExporterState) -> None:
         """Write the pump's state where the admin API reads it."""
         async with guarded(BULK_DEADLINE_S):
-            await self._redis.hset(PUMP, mapping=asdict(state))  # type: ignore[arg-type]
+            await self._redis.hset(EXPORTER, mapping=asdict(state))  # type: ignore[arg-type]
 
-    async def shown(self) -> PumpState:
+    async def shown(self) -> ExporterState:
         async with guarded(BULK_DEADLINE_S):
-            raw = await self._redis.hgetall(PUMP)
-        known = {f.name: f.type for f in fields(PumpState)}
+            raw = await self._redis.hgetall(EXPORTER)
+        known = {f.name: f.type for f in fields(ExporterState)}
         values = {name: value if known[name] is str else int(value) for name, value in raw.items() if name in known}
-        return PumpState(**values)  # type: ignore[arg-type]
+        return ExporterState(**values)  # type: ignore[arg-type]
 
 
 def _amounts(events: Sequence[SealedEvent]) -> tuple[int, int, int]:

@@ -60,7 +60,7 @@ class Funding:
 
     allowance: Bucket | None = None
     """The current period's allowance: put in place of another period's by the same step that draws."""
-    overage_cap: Nanos = Nanos(0)
+    credit_limit: Nanos = Nanos(0)
     """0 where no subscription stands behind the credit."""
 
 
@@ -72,7 +72,7 @@ class HoldRequest:
     tenant: TenantId
     key_id: str
     model: str
-    """The catalogue's id, which requests buckets and private scopes name."""
+    """The catalog's id, which requests buckets and private scopes name."""
     adapter: str
     adapter_class: str
     plan: str
@@ -146,7 +146,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class HoldSnapshot:
     """What a settle charges against where the store has lost the hold."""
 
     head: str
@@ -156,7 +156,7 @@ class Origin:
     """The first that the hold drew on: it owes what is not there any more. Empty for what is free."""
     held: int
     """Nanos, or 1 request: the most that is charged."""
-    overage_cap: Nanos
+    credit_limit: Nanos
     held_at_ms: int
     """By the store's clock; not later than any settle of it."""
     counted_key: str = ""
@@ -174,9 +174,9 @@ class Settlement:
     usage: Usage
     list_nanos: Nanos
     status: Status
-    origin: Origin | None = None
+    origin: HoldSnapshot | None = None
     """Without it, a settle whose hold is lost is refused."""
-    is_withdrawn: bool = False
+    is_undelivered: bool = False
     """For what was not delivered, after attempts without a reply: what one of them charged is given back."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from billing.catalog.abuse import Abuse
-from billing.catalog.catalog import Catalogue, Model
+from billing.catalog.catalog import Catalog, Model
 from billing.catalog.plans import Limits, Plan, PlanKind, month_of
 from billing.clock import Clock, now_ms
 from billing.errors import Refusal
@@ -74,7 +74,7 @@ class Admission:
         self,
         principal: Principal,
         model: Model,
-        catalogue: Catalogue,
+        catalog: Catalog,
         request_id: RequestId,
         prompt_tokens: int,
         max_tokens: int,
@@ -85,22 +85,22 @@ class Admission:
             RateLimited, InsufficientCredits, CreditOnHold, SpendCapReached, DuplicateRequest: it may not run.
             StoreUnavailable: nobody can say, so it may not run.
         """
-        request = await self._request(principal, model, catalogue, request_id, prompt_tokens, max_tokens)
+        request = await self._request(principal, model, catalog, request_id, prompt_tokens, max_tokens)
         try:
             return await self._ledger.hold(request)
         except InsufficientCredits as refusal:
-            raise _explained(refusal, plan_of(principal.tenant, catalogue), request.funding) from None
+            raise _explained(refusal, plan_of(principal.tenant, catalog), request.funding) from None
 
     async def quote(
-        self, principal: Principal, model: Model, catalogue: Catalogue, prompt_tokens: int, max_tokens: int
+        self, principal: Principal, model: Model, catalog: Catalog, prompt_tokens: int, max_tokens: int
     ) -> Quote:
         """What ``admit`` would do now; changes nothing. Raises StoreUnavailable."""
-        request = await self._request(principal, model, catalogue, _NO_REQUEST, prompt_tokens, max_tokens)
+        request = await self._request(principal, model, catalog, _NO_REQUEST, prompt_tokens, max_tokens)
         cost, why_so_much = worst_case(request), (request.modifiers, request.price.version)
         try:
             hold = await self._ledger.preview(request)
         except InsufficientCredits as refusal:
-            why = _explained(refusal, plan_of(principal.tenant, catalogue), request.funding)
+            why = _explained(refusal, plan_of(principal.tenant, catalog), request.funding)
             return Quote(cost, refusal.max_affordable_tokens, False, why, *why_so_much)
         except Refusal as refusal:
             return Quote(cost, 0, False, refusal, *why_so_much)
@@ -116,14 +116,14 @@ class Admission:
         self,
         principal: Principal,
         model: Model,
-        catalogue: Catalogue,
+        catalog: Catalog,
         request_id: RequestId,
         prompt_tokens: int,
         max_tokens: int,
     ) -> HoldRequest:
         tenant, key = principal.tenant, principal.key
-        plan, now = plan_of(tenant, catalogue), self._clock()
-        priced = await self._price(tenant, model, catalogue.pricing, now)
+        plan, now = plan_of(tenant, catalog), self._clock()
+        priced = await self._price(tenant, model, catalog.pricing, now)
         return HoldRequest(
             request_id=request_id,
             tenant=tenant.id,
@@ -134,12 +134,12 @@ class Admission:
             plan=tenant.plan,
             price=priced.price,
             modifiers=priced.modifiers,
-            month_start_ms=_month_start(now) if catalogue.pricing.volume_tiers else 0,
+            month_start_ms=_month_start(now) if catalog.pricing.volume_tiers else 0,
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             funding=funding_for(tenant, plan, now),
-            limits=_limits_of(key, plan, catalogue.abuse),
-            caps=caps_of(key, catalogue.abuse.hourly_cap, now),
+            limits=_limits_of(key, plan, catalog.abuse),
+            caps=caps_of(key, catalog.abuse.hourly_cap, now),
             counts_as=key.counts_as,
             lease_ms=self._lease_ms,
             step_tokens=self._step_tokens,
@@ -150,16 +150,16 @@ class Admission:
 
 def _limits_of(key: ApiKey, plan: Plan, abuse: Abuse) -> Limits:
     limits = plan.limits.lowered_to(key.limits)
-    return limits.lowered_to(abuse.limits) if key.quarantine else limits
+    return limits.lowered_to(abuse.limits) if key.throttled else limits
 
 
 def _month_start(now_ms: int) -> int:
     return int(month_of(datetime.fromtimestamp(now_ms // 1000, UTC))[0].timestamp()) * 1000
 
 
-def plan_of(tenant: Tenant, catalogue: Catalogue) -> Plan:
+def plan_of(tenant: Tenant, catalog: Catalog) -> Plan:
     """The tenant's plan, though it be retired; the default one where there never was such a plan."""
-    return catalogue.plan_named(tenant.plan) or catalogue.plans[catalogue.default_plan]
+    return catalog.plan_named(tenant.plan) or catalog.plans[catalog.default_plan]
 
 
 def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
@@ -171,11 +171,11 @@ def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
     is_carried = subscription is not None and subscription.plan == tenant.plan and subscription.is_live(now_ms)
     if not plan.is_postpaid or subscription is None or not is_carried:
         return Funding()
-    overage_cap = plan.overage_cap if subscription.extends_credit(now_ms) else Nanos(0)
+    credit_limit = plan.credit_limit if subscription.extends_credit(now_ms) else Nanos(0)
     if plan.allowance is None or now_ms >= subscription.period_end_ms:
-        return Funding(overage_cap=overage_cap)
+        return Funding(credit_limit=credit_limit)
     allowance_id = f"allowance:{subscription.id}:{subscription.period_start_ms}"
-    return Funding(_allowance(plan, allowance_id, subscription.period_end_ms), overage_cap)
+    return Funding(_allowance(plan, allowance_id, subscription.period_end_ms), credit_limit)
 
 
 def _allowance(plan: Plan, bucket_id: str, ends_at_ms: int) -> Bucket:
@@ -194,6 +194,6 @@ def _allowance(plan: Plan, bucket_id: str, ends_at_ms: int) -> Bucket:
 
 def _explained(refusal: InsufficientCredits, plan: Plan, funding: Funding) -> InsufficientCredits:
     """Say so where credit would be extended, were there a subscription that carries it."""
-    if not plan.is_postpaid or funding.overage_cap or not plan.overage_cap:
+    if not plan.is_postpaid or funding.credit_limit or not plan.credit_limit:
         return refusal
     return replace(refusal, limit_source="subscription")

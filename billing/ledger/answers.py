@@ -12,7 +12,7 @@ from typing import cast
 from redis.asyncio import Redis
 
 from billing.ledger.errors import AnswerIncomplete, AnswerTooLarge, IdempotencyKeyInUse, IdempotencyKeyReused
-from billing.ledger.ledger import MARKER_STRETCH_MS
+from billing.ledger.ledger import MARKER_WINDOW_MS
 from billing.store.connection import guarded
 from billing.store.keys import shard_for
 from billing.store.scripts import source
@@ -49,10 +49,10 @@ class Answers:
     """The idempotency keys of all tenants. Every method may be called again after a lost reply."""
 
     def __init__(
-        self, redis: Redis, lease_ms: int, kept_ms: int = KEPT_MS, marker_stretch_ms: int = MARKER_STRETCH_MS
+        self, redis: Redis, lease_ms: int, kept_ms: int = KEPT_MS, marker_window_ms: int = MARKER_WINDOW_MS
     ) -> None:
         """``lease_ms``: how long a claim stands before its hold is made; then it stands as long as the hold."""
-        self._lease_ms, self._kept_ms, self._stretch_ms = lease_ms, kept_ms, marker_stretch_ms
+        self._lease_ms, self._kept_ms, self._window_ms = lease_ms, kept_ms, marker_window_ms
         self._claim = redis.register_script(source("ledger/claim"))
         self._stage = redis.register_script(source("ledger/stage"))
         self._conclude = redis.register_script(source("ledger/conclude"))
@@ -67,7 +67,7 @@ class Answers:
             StoreUnavailable: nothing may run.
         """
         arguments = [asked.request_id, asked.body, "1" if asked.is_streamed else "0"]
-        arguments += [str(self._lease_ms), str(self._kept_ms), str(self._stretch_ms)]
+        arguments += [str(self._lease_ms), str(self._kept_ms), str(self._window_ms)]
         async with guarded():
             reply = cast(list[str], await self._claim(keys=_keys(asked), args=arguments))
         return _read(reply)
@@ -96,7 +96,7 @@ class Answers:
 
     async def conclude(self, asked: Asked) -> None:
         """After the request ended, however it did: keep what was charged, free the key where nothing was."""
-        arguments = [asked.request_id, str(self._kept_ms), str(self._stretch_ms)]
+        arguments = [asked.request_id, str(self._kept_ms), str(self._window_ms)]
         async with guarded():
             await self._conclude(keys=_keys(asked), args=arguments)
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from billing.errors import BillingError
-from billing.ledger.account import Account, Bucket, Hold, HoldRequest, LimitsLeft, Origin, Settlement
+from billing.ledger.account import Account, Bucket, Hold, HoldRequest, HoldSnapshot, LimitsLeft, Settlement
 from billing.ledger.errors import (
     CreditOnHold,
     DuplicateRequest,
@@ -20,7 +20,7 @@ from billing.ledger.errors import (
     UnknownHold,
 )
 from billing.money import MAX_BALANCE_NANOS, Nanos
-from billing.store.errors import ClockAstray
+from billing.store.errors import ClockSkewError
 from billing.tenants.spend_caps import SpendCap, Window, end_ms
 from billing.usage import BucketId, Draw, RequestId, Status, TenantId, Unit, Usage
 
@@ -121,7 +121,7 @@ def pack_caps(caps: Iterable[SpendCap]) -> str:
     return ",".join(f"{cap.window}|{cap.start_ms}|{cap.nanos}" for cap in caps)
 
 
-def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_preview: bool) -> list[str]:
+def pack_hold(request: HoldRequest, calendar_ms: int, window_ms: int, is_preview: bool) -> list[str]:
     """The arguments of ``hold.lua``, in its order."""
     allowance, limits = request.funding.allowance, request.limits
     return [
@@ -139,10 +139,10 @@ def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_previe
             request.model,
             request.lease_ms,
             calendar_ms,
-            stretch_ms,
+            window_ms,
             allowance.id if allowance else "",
             pack_bucket(allowance) if allowance else "",
-            request.funding.overage_cap,
+            request.funding.credit_limit,
             limits.requests_per_minute or 0,
             limits.tokens_per_minute or 0,
             limits.concurrent_requests or 0,
@@ -155,16 +155,16 @@ def pack_hold(request: HoldRequest, calendar_ms: int, stretch_ms: int, is_previe
     ]
 
 
-def origin_of(hold: Hold, held_nanos: Nanos) -> Origin:
+def snapshot_of(hold: Hold, held_nanos: Nanos) -> HoldSnapshot:
     """What a settle needs to know of its hold, should the store lose it. ``held_nanos``: with all extensions."""
     first = hold.draws[0] if hold.draws else None
     is_covered = hold.covered_by_requests
-    return Origin(
+    return HoldSnapshot(
         head=_head(hold.request),
         unit=Unit.REQUESTS if is_covered else Unit.NANOS,
         bucket=first.bucket if first else BucketId(""),
         held=1 if is_covered else held_nanos,
-        overage_cap=hold.request.funding.overage_cap,
+        credit_limit=hold.request.funding.credit_limit,
         held_at_ms=hold.lease_ends_at_ms - hold.request.lease_ms,
         counted_key=hold.request.counted_key,
         caps=hold.request.caps,
@@ -185,18 +185,18 @@ def unpack_settlement(text: str) -> Settlement:
         usage=Usage(**raw["usage"]),
         list_nanos=Nanos(int(raw["list_nanos"])),
         status=Status(raw["status"]),
-        origin=_unpack_origin(raw["origin"]) if raw.get("origin") else None,
-        is_withdrawn=bool(raw.get("is_withdrawn", False)),
+        origin=_unpack_snapshot(raw["origin"]) if raw.get("origin") else None,
+        is_undelivered=bool(raw.get("is_undelivered", raw.get("is_withdrawn", False))),
     )
 
 
-def _unpack_origin(raw: Mapping[str, Any]) -> Origin:
-    return Origin(
+def _unpack_snapshot(raw: Mapping[str, Any]) -> HoldSnapshot:
+    return HoldSnapshot(
         head=raw["head"],
         unit=Unit(raw["unit"]),
         bucket=BucketId(raw["bucket"]),
         held=int(raw["held"]),
-        overage_cap=Nanos(int(raw["overage_cap"])),
+        credit_limit=Nanos(int(raw["credit_limit"] if "credit_limit" in raw else raw["overage_cap"])),
         held_at_ms=int(raw["held_at_ms"]),
         counted_key=str(raw.get("counted_key", "")),
         caps=tuple(
@@ -272,7 +272,7 @@ def _refusal(request: HoldRequest, reply: Sequence[str], calendar_ms: int) -> Bi
     if reply[0] == "duplicate":
         return DuplicateRequest(request.request_id)
     if reply[0] == "astray":
-        return ClockAstray(int(reply[1]))
+        return ClockSkewError(int(reply[1]))
     if reply[0] == "limited":
         kind, limit, wait_ms, reset_ms = reply[1], *(int(word) for word in reply[2:5])
         at_once = request.limits.requests_at_once if kind == "requests" else limit
@@ -317,7 +317,7 @@ def _short_of_credit(request: HoldRequest, reply: Sequence[str], needed: Nanos, 
         balance_nanos=Nanos(balance),
         required_nanos=worst_case(request),
         max_affordable_tokens=max(0, _tokens_paid(request, available)),
-        limit_source="overage_cap" if request.funding.overage_cap else "balance",
+        limit_source="overage_cap" if request.funding.credit_limit else "balance",
     )
 
 

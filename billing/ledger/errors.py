@@ -64,7 +64,7 @@ class SpendCapReached(Refusal):
 
 
 _PER = {
-    "hour": "an hour while it is in quarantine (GET /v1/account says why, the operator lifts it)",
+    "hour": "an hour while it is throttled (GET /v1/account says why, the operator lifts it)",
     "day": "a day (UTC)",
     "month": "a month (UTC)",
 }
@@ -164,11 +164,11 @@ class SourceReused(Refusal):
 
 
 @dataclass(eq=False)
-class Quarantined(BillingError):
+class UnresolvedSettlement(BillingError):
     """The store has lost a hold and nobody can be sure that it was not charged: a person decides."""
 
     request_id: str
     reason: str
 
     def __str__(self) -> str:
-        return f"the record of {self.request_id} is kept for its operator (`farebox quarantine`): {self.reason}"
+        return f"the record of {self.request_id} is kept for its operator (`farebox unresolved`): {self.reason}"

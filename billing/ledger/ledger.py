@@ -40,14 +40,14 @@ from billing.ledger.codec import (
     unpack_hold,
 )
 from billing.ledger.errors import DuplicateRequest, GrantRefused, SourceReused, UnknownHold
-from billing.ledger.recovery import Orphans
+from billing.ledger.recovery import Recovery
 from billing.money import MAX_BALANCE_NANOS, MAX_GRANT_NANOS, Nanos
 from billing.store.connection import guarded, replicated
 from billing.store.keys import ALL_SHARDS, Shard, shard_for, shard_of
 from billing.store.scripts import source
 from billing.usage import NOTHING, RequestId, Status, TenantId, UsageRecord
 
-MARKER_STRETCH_MS = 3_600_000
+MARKER_WINDOW_MS = 3_600_000
 """A settled request id is remembered for at least two of these."""
 MOVEMENT_TTL_MS = 400 * 24 * 3_600_000
 """How long a payment's or refund's id is remembered: longer than Dodo could send it again."""
@@ -62,7 +62,7 @@ class Ledger:
         self,
         redis: Redis,
         clock: Clock = now_ms,
-        marker_stretch_ms: int = MARKER_STRETCH_MS,
+        marker_window_ms: int = MARKER_WINDOW_MS,
         on_done: Callable[[Movement], None] | None = None,
         clocks_may_differ_ms: int = 0,
     ) -> None:
@@ -72,9 +72,9 @@ class Ledger:
         """
         self._redis = redis
         self._on_done = on_done
-        self.orphans = Orphans(redis, clock, marker_stretch_ms)
+        self.recovery = Recovery(redis, clock, marker_window_ms)
         self._clock = clock
-        self._stretch_ms, self._may_differ_ms = marker_stretch_ms, clocks_may_differ_ms
+        self._window_ms, self._may_differ_ms = marker_window_ms, clocks_may_differ_ms
         self._hold = redis.register_script(source("ledger/hold"))
         self._extend = redis.register_script(source("ledger/extend"))
         self._settle = redis.register_script(source("ledger/settle"))
@@ -111,7 +111,7 @@ class Ledger:
         names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.holds, shard.leases]
         names += [shard.limits(tenant), shard.slots(tenant, request.counted_key), *shard.settled]
         calendar_ms = self._clock()
-        arguments = [*pack_hold(request, calendar_ms, self._stretch_ms, is_preview), str(self._may_differ_ms)]
+        arguments = [*pack_hold(request, calendar_ms, self._window_ms, is_preview), str(self._may_differ_ms)]
         async with guarded():
             reply = cast(list[str], await self._hold(keys=names, args=arguments))
         return unpack_hold(request, reply, calendar_ms)
@@ -165,7 +165,7 @@ class Ledger:
         """
         receipt = await self._settle_known(settlement)
         if receipt is None:
-            receipt = await self.orphans.settle(settlement) or await self._settle_known(settlement)
+            receipt = await self.recovery.settle(settlement) or await self._settle_known(settlement)
         if receipt is None:
             raise UnknownHold(settlement.request_id)
         await self._acknowledge(settlement)
@@ -174,7 +174,7 @@ class Ledger:
     async def _settle_known(self, settlement: Settlement) -> Receipt | None:
         shard, tenant = shard_for(settlement.tenant), settlement.tenant
         arguments: list[str | int] = [settlement.request_id, tenant, settlement.status]
-        arguments += [pack_usage(settlement.usage), settlement.list_nanos, self._clock(), self._stretch_ms]
+        arguments += [pack_usage(settlement.usage), settlement.list_nanos, self._clock(), self._window_ms]
         arguments += [settlement.origin.held if settlement.origin else 0]
         async with guarded():
             reply = cast(list[str], await self._settle(keys=shard.settling(tenant), args=arguments))
@@ -198,7 +198,7 @@ class Ledger:
         """Bill the last checkpoint of up to ``limit`` holds whose lease has ended; how many. Any process may."""
         expired = 0
         for shard, request_id, tenant in await self._overdue(limit):
-            arguments: list[str | int] = [request_id, self._clock(), self._stretch_ms]
+            arguments: list[str | int] = [request_id, self._clock(), self._window_ms]
             async with guarded():
                 expired += int(await self._expire(keys=shard.settling(tenant), args=arguments))
         return expired

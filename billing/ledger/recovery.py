@@ -10,9 +10,9 @@ from typing import cast
 from redis.asyncio import Redis
 
 from billing.clock import Clock
-from billing.ledger.account import Origin, Receipt, Settlement
+from billing.ledger.account import HoldSnapshot, Receipt, Settlement
 from billing.ledger.codec import letter_of, pack_caps, pack_settlement, pack_usage, unpack_settlement
-from billing.ledger.errors import DuplicateRequest, Quarantined, UnknownHold
+from billing.ledger.errors import DuplicateRequest, UnknownHold, UnresolvedSettlement
 from billing.store.connection import guarded
 from billing.store.keys import ALL_SHARDS, shard_for
 from billing.store.scripts import source
@@ -31,11 +31,11 @@ class Kept:
     """When it came here, by the store's clock."""
 
 
-class Orphans:
+class Recovery:
     """Orphans of all tenants."""
 
-    def __init__(self, redis: Redis, clock: Clock, stretch_ms: int) -> None:
-        self._redis, self._clock, self._stretch_ms = redis, clock, stretch_ms
+    def __init__(self, redis: Redis, clock: Clock, window_ms: int) -> None:
+        self._redis, self._clock, self._window_ms = redis, clock, window_ms
         self._orphan = redis.register_script(source("ledger/orphan"))
 
     async def settle(self, settlement: Settlement, is_sure: bool = False) -> Receipt | None:
@@ -57,15 +57,15 @@ class Orphans:
             reply = cast(
                 list[str],
                 await self._orphan(
-                    keys=[*names, shard.quarantine, *shard.settled],
+                    keys=[*names, shard.unresolved, *shard.settled],
                     args=self._arguments(settlement, origin, is_sure),
                 ),
             )
         if reply[0] == "kept":
-            raise Quarantined(settlement.request_id, reply[1])
+            raise UnresolvedSettlement(settlement.request_id, reply[1])
         return Receipt(UsageRecord.from_json(reply[1])) if reply[0] == "settled" else None
 
-    def _arguments(self, settlement: Settlement, origin: Origin, is_sure: bool) -> list[str | int]:
+    def _arguments(self, settlement: Settlement, origin: HoldSnapshot, is_sure: bool) -> list[str | int]:
         return [
             settlement.request_id,
             settlement.tenant,
@@ -73,12 +73,12 @@ class Orphans:
             pack_usage(settlement.usage),
             settlement.list_nanos,
             self._clock(),
-            self._stretch_ms,
+            self._window_ms,
             origin.head,
             letter_of(origin.unit),
             origin.bucket,
             origin.held,
-            origin.overage_cap,
+            origin.credit_limit,
             origin.held_at_ms,
             int(is_sure),
             pack_settlement(settlement),
@@ -92,7 +92,7 @@ class Orphans:
         async with guarded(LIST_SILENCE_S):
             pipe = self._redis.pipeline(transaction=False)
             for shard in ALL_SHARDS:
-                pipe.hvals(shard.quarantine)
+                pipe.hvals(shard.unresolved)
             found = [json.loads(text) for texts in await pipe.execute() for text in texts]
         kept = [Kept(unpack_settlement(raw["settlement"]), raw["reason"], int(raw["at"])) for raw in found]
         return sorted(kept, key=lambda one: (one.at_ms, one.settlement.request_id))
@@ -115,7 +115,7 @@ class Orphans:
         """Forget one of the quarantine: somebody found out that it was charged. Raises UnknownHold."""
         settlement = await self._find(request_id)
         async with guarded():
-            await self._redis.hdel(shard_for(settlement.tenant).quarantine, request_id)
+            await self._redis.hdel(shard_for(settlement.tenant).unresolved, request_id)
         return settlement
 
     async def _find(self, request_id: RequestId) -> Settlement:

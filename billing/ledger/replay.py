@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import assert_never
 
 from billing.ledger.account import Adjustment, Clawback, Grant, Movement, Repayment, Restoration, Settlement
-from billing.ledger.errors import DuplicateRequest, GrantRefused, Quarantined, SourceReused, UnknownHold
+from billing.ledger.errors import DuplicateRequest, GrantRefused, SourceReused, UnknownHold, UnresolvedSettlement
 from billing.ledger.ledger import Ledger
 from billing.store.errors import StoreRefused, StoreUnavailable
 
@@ -23,7 +23,7 @@ MOST = 50_000
 
 Verify = Callable[[], Awaitable[None]]
 Identify = Callable[[], Awaitable[frozenset[str]]]
-_REFUSALS = (Quarantined, UnknownHold, DuplicateRequest, GrantRefused, SourceReused)
+_REFUSALS = (UnresolvedSettlement, UnknownHold, DuplicateRequest, GrantRefused, SourceReused)
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Recent:
         return sorted(taken, key=lambda movement: isinstance(movement, Settlement | Repayment))
 
 
-class Redo:
+class Replay:
     """Watches the store on behalf of one process."""
 
     def __init__(

@@ -19,7 +19,7 @@ from uuid import uuid4
 from billing.errors import BillingError
 from billing.ledger.account import Adjustment, Settlement
 from billing.ledger.codec import pack_settlement, unpack_settlement
-from billing.ledger.errors import DuplicateRequest, GrantRefused, Quarantined, SourceReused, UnknownHold
+from billing.ledger.errors import DuplicateRequest, GrantRefused, SourceReused, UnknownHold, UnresolvedSettlement
 from billing.ledger.ledger import Ledger
 from billing.usage import Unit, UsageRecord
 
@@ -110,9 +110,9 @@ class Spool:
         try:
             settlement = unpack_settlement(line)
             receipt = await ledger.settle(settlement)
-            if settlement.is_withdrawn and receipt.is_repeat:
+            if settlement.is_undelivered and receipt.is_repeat:
                 await _give_back(ledger, receipt.record)
-        except Quarantined as error:
+        except UnresolvedSettlement as error:
             logger.warning("%s", error)
         except (
             UnknownHold,

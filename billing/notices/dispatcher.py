@@ -29,7 +29,7 @@ ATTEMPTS = 24
 log = logging.getLogger("farebox.billing.herald")
 
 
-class HeraldMisconfigured(BillingError):
+class NoticeReceiverMisconfigured(BillingError):
     """The environment names a receiver and no usable secret, or the other way round."""
 
 
@@ -51,15 +51,15 @@ class Receiver:
         if not url and not secret:
             return None
         if not url.startswith(("http://", "https://")):
-            raise HeraldMisconfigured("FAREBOX_NOTICES_URL must be an http or https address")
+            raise NoticeReceiverMisconfigured("FAREBOX_NOTICES_URL must be an http or https address")
         try:
             Webhook(secret)
         except (ValueError, EmptyWebhookSecretError):
-            raise HeraldMisconfigured("FAREBOX_NOTICES_SECRET must be whsec_ followed by base64") from None
+            raise NoticeReceiverMisconfigured("FAREBOX_NOTICES_SECRET must be whsec_ followed by base64") from None
         return cls(url, secret)
 
 
-class Herald:
+class NoticeDispatcher:
     def __init__(self, notices: Notices, receiver: Receiver, client: httpx.AsyncClient, clock: Clock = now_ms) -> None:
         self._notices, self._receiver, self._client, self._clock = notices, receiver, client, clock
 

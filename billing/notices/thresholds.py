@@ -36,12 +36,12 @@ def _of_allowance(tenant: Tenant, account: Account, now_ms: int) -> Iterator[Not
 
 def _of_overage(tenant: Tenant, plan: Plan, account: Account, now_ms: int) -> Iterator[Notice]:
     subscription = tenant.subscription
-    if subscription is None or not plan.overage_cap:
+    if subscription is None or not plan.credit_limit:
         return
     for mark in MARKS:
-        if account.overage_nanos * PERCENT >= mark * plan.overage_cap:
+        if account.overage_nanos * PERCENT >= mark * plan.credit_limit:
             once = f"overage:{subscription.id}:{subscription.period_start_ms}:{mark}"
-            facts = {"percent": str(mark), "cap_usd": format_usd(plan.overage_cap, 2)}
+            facts = {"percent": str(mark), "cap_usd": format_usd(plan.credit_limit, 2)}
             yield Notice(NoticeKind.OVERAGE, tenant.id, once, now_ms, facts)
 
 

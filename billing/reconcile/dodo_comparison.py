@@ -11,7 +11,7 @@ from billing.clock import Clock
 from billing.dodo.wire import DodoEvent
 from billing.reconcile.books import ShardState
 from billing.reconcile.dodo_ledger import SETTLED_MS, DodoLedger
-from billing.reconcile.dodo_proofs import Frozen, ShardTold, TenantAtDodo, prove_events, prove_periods
+from billing.reconcile.dodo_proofs import Frozen, ShardExport, TenantAtDodo, prove_events, prove_periods
 from billing.reconcile.proofs import Row
 from billing.reconcile.shard_books import ShardBooks
 from billing.tenants.tenant import Tenant
@@ -54,7 +54,7 @@ class DodoComparison:
             await ledger.load(self.clock() - SETTLED_MS)
 
     async def _compare(
-        self, ledger: DodoLedger, meter_id: str, at: ShardTold, number: int, events: Mapping[str, Sequence[DodoEvent]]
+        self, ledger: DodoLedger, meter_id: str, at: ShardExport, number: int, events: Mapping[str, Sequence[DodoEvent]]
     ) -> list[Row]:
         mark, rows = self.books[number].mark, list[Row]()
         until_ms = day_start(self.clock() - SETTLED_MS)

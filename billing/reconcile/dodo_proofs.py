@@ -24,7 +24,7 @@ NANOS_PER_CENT = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class ShardTold:
+class ShardExport:
     """What one shard's export said at one moment."""
 
     cursor: Place
@@ -39,12 +39,12 @@ class ShardTold:
         return event.id not in self.waiting and (event.until is None or event.until <= self.cursor)
 
 
-def told(state: ShardState, folds: Mapping[TenantId, Fold]) -> ShardTold:
+def told(state: ShardState, folds: Mapping[TenantId, Fold]) -> ShardExport:
     amounts = {tenant: {name: one.sealed[name] for name in AMOUNT} for tenant, one in folds.items()}
     for event in (*state.outbox, *state.dead):
         if event.tenant in amounts and event.name in AMOUNT:
             amounts[event.tenant][event.name] -= nanos_of([event], event.name)
-    return ShardTold(
+    return ShardExport(
         cursor=order(state.cursor),
         waiting=frozenset(event.id for event in state.outbox),
         dead=frozenset(event.id for event in state.dead),
@@ -100,7 +100,7 @@ class TenantAtDodo:
         }
         return Frozen(dict(nanos), periods)
 
-    def may_freeze(self, at: ShardTold, until_ms: int) -> bool:
+    def may_freeze(self, at: ShardExport, until_ms: int) -> bool:
         """An event that is dated before and was not acknowledged would be seen by nobody later."""
         return all(at.counts(event) for event in self.events if event.at_ms < until_ms)
 
@@ -109,7 +109,7 @@ KEPT_MS = 100 * 24 * 3_600_000
 """How long after its end a billing period's sum is kept."""
 
 
-def prove_events(at: ShardTold, tenant: TenantId, dodo: TenantAtDodo) -> list[Row]:
+def prove_events(at: ShardExport, tenant: TenantId, dodo: TenantAtDodo) -> list[Row]:
     """Dodo's own sums = what it acknowledged."""
     counted = [event for event in dodo.events if at.counts(event)]
     acknowledged = at.acknowledged.get(tenant, {})

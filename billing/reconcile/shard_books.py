@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from billing.archive.files import Archive
 from billing.ledger.journal import Entry, order
 from billing.reconcile.books import OpenHold, ShardReader, ShardState
-from billing.reconcile.dodo_proofs import ShardTold, told
+from billing.reconcile.dodo_proofs import ShardExport, told
 from billing.reconcile.export_proofs import prove_export
 from billing.reconcile.fold import Fold
 from billing.reconcile.proofs import Row, prove_tenant
@@ -73,7 +73,7 @@ class ShardBooks:
             rows += prove_tenant(tenant, account, self.folds[tenant], holds[tenant])
         return rows + prove_export(state, self.folds.values())
 
-    def told(self, state: ShardState) -> ShardTold:
+    def told(self, state: ShardState) -> ShardExport:
         return told(state, self.folds)
 
     def closed(self, state: ShardState) -> tuple[str, dict[TenantId, str]]:

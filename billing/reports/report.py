@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.money import Nanos
 from billing.pricing.costs import PERCENT, Costs
 from billing.reports.experiments import ArmResult, results
@@ -132,8 +132,8 @@ def build(
         by_tenant=sums["tenant"].costed(costs),
         by_status={status.value: statuses[status.value] for status in Status},
         by_hour=hours,
-        arms=results(worth.catalogue.pricing.experiments, records, there, worth, span_ms),
-        recurring_nanos=_recurring(live, worth.catalogue),
+        arms=results(worth.catalog.pricing.experiments, records, there, worth, span_ms),
+        recurring_nanos=_recurring(live, worth.catalog),
         live_subscriptions=len(live),
         ended_subscriptions=sum(_has_ended(tenant, span_ms) for tenant in tenants),
         active=active,
@@ -142,8 +142,8 @@ def build(
     )
 
 
-def _recurring(plans: Iterable[str], catalogue: Catalogue) -> Nanos:
-    found = (catalogue.plan_named(name) for name in plans)
+def _recurring(plans: Iterable[str], catalog: Catalog) -> Nanos:
+    found = (catalog.plan_named(name) for name in plans)
     return Nanos(sum(plan.monthly_price for plan in found if plan is not None))
 
 

@@ -28,7 +28,7 @@ class Unsettled:
     """What open holds have set aside: the amount that is not settled."""
     oldest_unsealed_s: int = 0
     """Since the first record that no export window has."""
-    quarantined: int = 0
+    unresolved: int = 0
     """Settles that a person must look at: whether they were ever charged nobody can be sure of."""
 
 
@@ -40,7 +40,7 @@ async def unsettled(redis: Redis) -> Unsettled:
         for shard in ALL_SHARDS:
             pipe.hvals(shard.holds)
             pipe.xrange(shard.stream, min=f"({cursors[shard.number]}", count=1)
-            pipe.hlen(shard.quarantine)
+            pipe.hlen(shard.unresolved)
         found = await pipe.execute()
         seconds, _ = await redis.time()
     holds = [json.loads(text) for texts in found[::3] for text in texts]
@@ -51,7 +51,7 @@ async def unsettled(redis: Redis) -> Unsettled:
         oldest_hold_s=_age_s(int(seconds), [int(hold["since"]) for hold in holds]),
         held_nanos=sum(draw.amount for draw in draws if draw.unit is Unit.NANOS),
         oldest_unsealed_s=_age_s(int(seconds), unsealed),
-        quarantined=sum(found[2::3]),
+        unresolved=sum(found[2::3]),
     )
 
 

@@ -6,7 +6,7 @@ Knows how buckets are named; knows no record's total.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.catalog.plans import PlanKind
 from billing.money import Nanos, divide_up
 from billing.usage import OVERAGE, Draw, UsageRecord
@@ -14,9 +14,9 @@ from billing.usage import OVERAGE, Draw, UsageRecord
 
 @dataclass(frozen=True, slots=True)
 class Worth:
-    """Values draws by today's catalogue; a pack or plan that is gone from it is worth nothing."""
+    """Values draws by today's catalog; a pack or plan that is gone from it is worth nothing."""
 
-    catalogue: Catalogue
+    catalog: Catalog
     products: Mapping[str, str]
     """Dodo's product id to our name, such as ``pack:small``."""
 
@@ -36,11 +36,11 @@ class Worth:
 
     def _of_pack(self, amount: int, product_id: str) -> int:
         name = self.products.get(product_id, "").removeprefix("pack:")
-        pack = self.catalogue.packs.get(name)
+        pack = self.catalog.packs.get(name)
         return 0 if pack is None else divide_up(amount * pack.price, pack.grants.amount)
 
     def _of_allowance(self, amount: int, plan_name: str) -> int:
-        plan = self.catalogue.plan_named(plan_name)
+        plan = self.catalog.plan_named(plan_name)
         if plan is None or plan.kind is not PlanKind.SUBSCRIPTION or plan.allowance is None:
             return 0
         return divide_up(amount * plan.monthly_price, plan.allowance.amount)

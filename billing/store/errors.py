@@ -13,7 +13,7 @@ class StoreUnavailable(BillingError):
 
 
 @dataclass(eq=False)
-class ClockAstray(StoreUnavailable):
+class ClockSkewError(StoreUnavailable):
     """This process and the store do not agree on the time: what expires, and in which period, nobody can say."""
 
     ahead_ms: int

@@ -11,7 +11,7 @@ from billing.usage import TenantId
 SHARDS = 64
 """Fixed for ever: a tenant's shard is part of every one of its keys. Verified at start."""
 
-SETTLED_STRETCHES = 4
+SETTLED_WINDOWS = 4
 """A settled id is remembered for its stretch and the two after it; the fourth is being emptied."""
 
 META = "fb:meta"
@@ -22,12 +22,12 @@ CUSTOMERS_WANTED = "fb:customers:wanted"
 """Set of tenant ids that have no Dodo customer yet."""
 CUSTOMER_TENANTS = "fb:customers"
 """Hash: Dodo customer id to tenant id."""
-CATALOGUE_CURRENT = "fb:catalogue:current"
-"""String: content hash of the catalogue in force."""
+CATALOG_CURRENT = "fb:catalogue:current"
+"""String: content hash of the catalog in force."""
 PLANS = "fb:plans"
 """Hash: name of every plan that was ever in force to JSON of what it last was."""
 GATEWAYS = "fb:gateways"
-"""Hash: gateway id to JSON with the catalogue hash it serves and when it said so."""
+"""Hash: gateway id to JSON with the catalog hash it serves and when it said so."""
 DODO_IDS = "fb:dodo:ids"
 """Hash: name in our config (``pack:small``, ``plan:pro``, ``meter:charge``) to Dodo's id."""
 INBOX = "fb:inbox"
@@ -44,7 +44,7 @@ NOTICES_SENT = "fb:{notices}:sent"
 """Hash: how far the outgoing webhook has come."""
 REFILLS = "fb:refills"
 """Set: tenants that have set up auto-refill."""
-PUMP = "fb:pump"
+EXPORTER = "fb:pump"
 """Hash: the exporter's state for people: last flush, last error, stopped or not."""
 
 CALL_BUDGET = "fb:dodo:budget"
@@ -61,7 +61,7 @@ def api_key(key_hash: str) -> str:
     return f"fb:key:{key_hash}"
 
 
-def catalogue(content_hash: str) -> str:
+def catalog(content_hash: str) -> str:
     return f"fb:catalogue:{content_hash}"
 
 
@@ -126,7 +126,7 @@ class Shard:
         return f"{self.tag}:dead"
 
     @property
-    def quarantine(self) -> str:
+    def unresolved(self) -> str:
         """Hash: request id to JSON of a settle that nobody can be sure about, with the reason."""
         return f"{self.tag}:quarantine"
 
@@ -138,7 +138,7 @@ class Shard:
     @property
     def settled(self) -> tuple[str, ...]:
         """Hashes, one per stretch of time in turn: request ids settled in it, so that a repeat is recognised."""
-        return tuple(f"{self.tag}:settled:{turn}" for turn in range(SETTLED_STRETCHES))
+        return tuple(f"{self.tag}:settled:{turn}" for turn in range(SETTLED_WINDOWS))
 
     def account(self, tenant: TenantId) -> str:
         """Hash: a tenant's last record number, open holds, exposure settled and held, spend counted under caps, and
@@ -182,7 +182,7 @@ class Shard:
         """String: the tenant's auto-refill as JSON."""
         return f"{self.tag}:refill:{tenant}"
 
-    def sightings(self, tenant: TenantId, key_id: str, hour: int) -> str:
+    def address_sketches(self, tenant: TenantId, key_id: str, hour: int) -> str:
         """HyperLogLog: from how many client addresses a key was used in one hour."""
         return f"{self.tag}:sightings:{tenant}:{key_id}:{hour}"
 

@@ -193,10 +193,10 @@ class Tenants:
         return secret, made
 
     async def lift_key(self, tenant_id: TenantId, key_id: str) -> ApiKey:
-        """Take a key out of quarantine; it is not put back for a day. Raises UnknownKey."""
-        lifted = {"quarantine": None, "lifted_at_ms": self._clock()}
+        """Lift a key's throttle; it is not throttled again for a day. Raises UnknownKey."""
+        lifted = {"throttled": None, "lifted_at_ms": self._clock()}
         return await self.change_key(
-            tenant_id, key_id, lambda key: key.model_copy(update=lifted) if key.quarantine else key
+            tenant_id, key_id, lambda key: key.model_copy(update=lifted) if key.throttled else key
         )
 
     async def change_key(self, tenant_id: TenantId, key_id: str, change: Callable[[ApiKey], ApiKey]) -> ApiKey:

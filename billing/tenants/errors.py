@@ -71,6 +71,6 @@ class KeysNotManaged(Refusal):
 
     def __str__(self) -> str:
         return (
-            "this key may not manage keys, or is in quarantine: use one that was made with `manages_keys`, "
+            "this key may not manage keys, or is throttled: use one that was made with `manages_keys`, "
             "or ask the operator"
         )

@@ -29,8 +29,8 @@ class SpendCap:
 
 def caps_of(key: ApiKey, hourly: Nanos, now_ms: int) -> tuple[SpendCap, ...]:
     """What a key may spend in the windows that ``now_ms`` lies in; ``hourly``: while it is in quarantine."""
-    in_quarantine = hourly if key.quarantine else None
-    caps = ((Window.HOUR, in_quarantine), (Window.DAY, key.daily_cap), (Window.MONTH, key.monthly_cap))
+    while_throttled = hourly if key.throttled else None
+    caps = ((Window.HOUR, while_throttled), (Window.DAY, key.daily_cap), (Window.MONTH, key.monthly_cap))
     return tuple(cap_at(window, nanos, now_ms) for window, nanos in caps if nanos is not None)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from billing.catalog.plans import NO_LIMITS, Limits
 from billing.pricing.prices import Usd
@@ -109,7 +109,7 @@ class Tenant(_Stored):
         return frozenset({self.plan} if one is None or one.status in ENDED else {self.plan, one.plan})
 
 
-class Quarantine(_Stored):
+class Throttle(_Stored):
     """Why a key may do little for now."""
 
     reason: str
@@ -138,9 +138,9 @@ class ApiKey(_Stored):
     monthly_cap: Usd | None = None
     manages_keys: bool = False
     """It may make, rotate and revoke its tenant's keys."""
-    quarantine: Quarantine | None = None
+    throttled: Throttle | None = Field(default=None, validation_alias=AliasChoices("throttled", "quarantine"))
     lifted_at_ms: int = 0
-    """When a person last took it out of quarantine."""
+    """When a person last lifted its throttle."""
     counts_as: str = ""
     """The key that it replaced: it goes on under that one's limits and caps."""
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel
+from pydantic.fields import FieldInfo
 
 from cluster.checking.document import Place
 
@@ -51,13 +52,20 @@ def unknown_keys(value: object, schema: object, place: Place = ()) -> Iterator[U
 
 
 def _unknown_in_model(value: Mapping[object, object], model: type[BaseModel], place: Place) -> Iterator[UnknownKey]:
-    fields = {alias: field for name, field in model.model_fields.items() for alias in (name, field.alias) if alias}
+    fields = {name: field for field_name, field in model.model_fields.items() for name in _names(field_name, field)}
     for key, item in value.items():
         here = (*place, str(key))
         if key not in fields:
             yield UnknownKey(here, tuple(sorted(fields)))
         else:
             yield from unknown_keys(item, fields[str(key)].annotation, here)
+
+
+def _names(field_name: str, field: FieldInfo) -> Iterator[str]:
+    """A field's name and every alias under which it is read."""
+    yield field_name
+    alias = field.validation_alias
+    yield from (str(choice) for choice in (alias.choices if isinstance(alias, AliasChoices) else (alias,)) if choice)
 
 
 def _choices(schema: object) -> Iterator[object]:

@@ -104,12 +104,12 @@ def rotate(
 
 @app.command()
 def lift(tenant: TenantArgument, key: KeyArgument, as_json: JsonOption = False) -> None:
-    """Take a key out of quarantine. It is not put back for a day: revoke or rotate one that leaked."""
+    """Lift a key's throttle. It is not throttled again for a day: revoke or rotate one that leaked."""
     lifted = ask(lambda standing: _lift(standing, tenant, key))
     if as_json:
         print(json.dumps(_json(lifted), indent=2))
     else:
-        out.print(f"{lifted.id} is in no quarantine", highlight=False)
+        out.print(f"{lifted.id} is not throttled", highlight=False)
 
 
 async def _lift(standing: Standing, tenant: str, key: str) -> ApiKey:
@@ -200,7 +200,7 @@ def _state(key: ApiKey) -> str:
         return f"revoked {_day(key.revoked_at_ms)}"
     if not key.is_usable(now_ms()):
         return "expired"
-    if key.quarantine is not None:
-        return f"[red]in quarantine[/] since {_day(key.quarantine.since_ms)}: {key.quarantine.detail}"
+    if key.throttled is not None:
+        return f"[red]throttled[/] since {_day(key.throttled.since_ms)}: {key.throttled.detail}"
     word = "works, may manage keys" if key.manages_keys else "works"
     return word if key.expires_at_ms is None else f"{word} until {_day(key.expires_at_ms)}"

@@ -44,7 +44,8 @@ dodo = typer.Typer(no_args_is_help=True, help="What Dodo Payments knows of this 
 app.add_typer(dodo, name="dodo")
 app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(demo.app, name="demo")
-app.add_typer(unresolved.app, name="quarantine")
+app.add_typer(unresolved.app, name="unresolved")
+app.add_typer(unresolved.app, name="quarantine", hidden=True)  # its name before 0.2
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(keys.app, name="keys")
 dodo.command()(dead_letters.dead)
@@ -96,13 +97,13 @@ def up(
         ensure_models(settings)
         if detach:
             _start_detached(settings, timeout)
-            panel.show_newcomer(out, settings, sandbox)
+            panel.show_welcome(out, settings, sandbox)
             return
         with panel.steps(out) as say:
 
             def ready(_: str) -> None:
                 say("running; Ctrl-C stops it")
-                panel.show_newcomer(out, settings, sandbox)
+                panel.show_welcome(out, settings, sandbox)
 
             supervise(settings, say, ready, timeout)
 
@@ -167,8 +168,8 @@ def deploy(
     """Check a file, apply it, and return when every gateway serves it."""
     with _refusals():
         with panel.steps(out) as say:
-            catalogue = operate.deploy(Settings.from_env(), file, say, may_retire_plans=retire_plans)
-        out.print(f"in force: {', '.join(model.identity for model in catalogue.models)}", highlight=False)
+            catalog = operate.deploy(Settings.from_env(), file, say, may_retire_plans=retire_plans)
+        out.print(f"in force: {', '.join(model.identity for model in catalog.models)}", highlight=False)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.catalog.publication import GatewayState, current, gateways
 from billing.clock import now_ms
 from billing.commerce.offers import left_behind
@@ -127,7 +127,7 @@ def status(settings: Settings) -> Status:
     return Status(run.phase, problem, run, applications, _billing(running))
 
 
-def deploy(settings: Settings, file: Path, say: Say, may_retire_plans: bool = False) -> Catalogue:
+def deploy(settings: Settings, file: Path, say: Say, may_retire_plans: bool = False) -> Catalog:
     """Check a file, apply it, and return when every gateway serves what it says.
 
     ``may_retire_plans``: a plan that the file lacks may have tenants; they stay on it as it was.
@@ -144,17 +144,17 @@ def deploy(settings: Settings, file: Path, say: Say, may_retire_plans: bool = Fa
     config = commerce.resolved(wanted)
     api = running.api()
     launch.refuse_losses(config, api.applications())
-    catalogue, store = commerce.catalogue_of(config), (running.run.store_url, launch.store_terms(config))
+    catalog, store = commerce.catalog_of(config), (running.run.store_url, launch.store_terms(config))
     if not may_retire_plans:
-        asyncio.run(refuse_lost_plans(store, catalogue))
+        asyncio.run(refuse_lost_plans(store, catalog))
     if dodo_environment() == SANDBOX:
         commerce.register(config, running.environment())
     say("applying")
     write_private(running.home.deployed, json.dumps(config, indent=2))
     launch.put(api, config)
-    asyncio.run(_wait_served(store, catalogue, lambda: launch.running(api, GATEWAY)))
+    asyncio.run(_wait_served(store, catalog, lambda: launch.running(api, GATEWAY)))
     launch.wait_healthy(api, running.run.api_url, say)
-    return catalogue
+    return catalog
 
 
 def scale(settings: Settings, replicas: int | None, say: Say) -> int:
@@ -174,7 +174,7 @@ def scale(settings: Settings, replicas: int | None, say: Say) -> int:
     return launch.wait_scaled(api, replicas, say)
 
 
-async def refuse_lost_plans(store: tuple[str, launch.StoreTerms], wanted: Catalogue) -> None:
+async def refuse_lost_plans(store: tuple[str, launch.StoreTerms], wanted: Catalog) -> None:
     """Raises LaunchError where tenants are on a plan that ``wanted`` drops or renames."""
     redis = await connect(store[0], **store[1])
     try:
@@ -196,18 +196,18 @@ def _told(plan: str, tenants: list[TenantId]) -> str:
     return f"{plan} ({len(tenants)} tenant{'' if len(tenants) == 1 else 's'}: {names}{more})"
 
 
-async def _wait_served(store: tuple[str, launch.StoreTerms], catalogue: Catalogue, running: Callable[[], int]) -> None:
-    """Wait until every living gateway announces this catalogue's hash."""
+async def _wait_served(store: tuple[str, launch.StoreTerms], catalog: Catalog, running: Callable[[], int]) -> None:
+    """Wait until every living gateway announces this catalog's hash."""
     redis = await connect(store[0], **store[1])
     loop = asyncio.get_running_loop()
     deadline = loop.time() + CATALOGUE_TIMEOUT_S
     try:
         while True:
             alive = [g for g in await gateways(redis) if now_ms() - g.at_ms < GATEWAY_ALIVE_MS]
-            if len(alive) >= running() > 0 and _all_serve(alive, catalogue):
+            if len(alive) >= running() > 0 and _all_serve(alive, catalog):
                 return
             if loop.time() > deadline:
-                behind = [g.gateway_id for g in alive if g.hash != catalogue.content_hash]
+                behind = [g.gateway_id for g in alive if g.hash != catalog.content_hash]
                 raise LaunchError(
                     f"after {CATALOGUE_TIMEOUT_S:g} s {len(alive)} of {running()} gateways answer, and these still "
                     f"serve what they served before: {', '.join(behind) or 'none'}; `farebox logs` shows why, and "
@@ -218,8 +218,8 @@ async def _wait_served(store: tuple[str, launch.StoreTerms], catalogue: Catalogu
         await redis.aclose()
 
 
-def _all_serve(alive: list[GatewayState], catalogue: Catalogue) -> bool:
-    return all(gateway.hash == catalogue.content_hash for gateway in alive)
+def _all_serve(alive: list[GatewayState], catalog: Catalog) -> bool:
+    return all(gateway.hash == catalog.content_hash for gateway in alive)
 
 
 def _billing(running: Running) -> dict[str, object]:

@@ -34,7 +34,7 @@ def steps(console: Console) -> Iterator[Say]:
         yield lambda text: spinner.update(text)
 
 
-def show_newcomer(console: Console, settings: Settings, sandbox: bool) -> None:
+def show_welcome(console: Console, settings: Settings, sandbox: bool) -> None:
     """Print all that somebody who has just started their first farebox needs, and one line that works."""
     home = Home(settings.home)
     rows = [("API", f"{settings.api_url}/v1"), ("Ray dashboard", f"{settings.dashboard_url}  (`farebox token`)")]
@@ -102,7 +102,7 @@ def money_lines(billing: Mapping[str, object]) -> Iterator[str]:
         "withheld records": "withheld_records",
         "parked webhooks": "parked_webhooks",
         "spooled settles": "unsettled_on_this_gateway",
-        "quarantined settles": "quarantined_settles",
+        "unresolved settles": "quarantined_settles",
         "refused settles": "refused_settles",
     }
     yield "needs a look: " + ", ".join(f"{billing.get(key, 0)} {name}" for name, key in waiting.items())

@@ -102,17 +102,17 @@ async def _report(standing: Standing, span_ms: tuple[int, int], costs: Costs | N
     """The report, and what a replica was taken to cost."""
     start, end = span_ms
     async with store(standing) as redis:
-        catalogue = await publication.current(redis)
-        if catalogue is None:
+        catalog = await publication.current(redis)
+        if catalog is None:
             raise BillingError("no gateway has said yet what is for sale: start one, or deploy a configuration")
-        costs = costs or catalogue.costs
+        costs = costs or catalog.costs
         before = {
             record.tenant
             async for record in history.of_everybody(redis, start - (end - start), start)
             if record.usage != NOTHING
         }
         records = [record async for record in history.of_everybody(redis, start, end)]
-        worth = Worth(catalogue, await Inbox(redis).names())
+        worth = Worth(catalog, await Inbox(redis).names())
         tenants = await Tenants(redis).list()
     return build(records, frozenset(before), tenants, worth, costs, span_ms, now_ms()), costs
 

@@ -146,13 +146,13 @@ async def _create(standing: Standing, tenant: str, email: str, name: str, plan: 
     _check("tenant's id: lower case letters, digits, - and _, at most 63", TypeAdapter(TenantName), tenant)
     _check("address: write it as it@acme.example", TypeAdapter(Email), email)
     async with store(standing) as redis:
-        catalogue = await publication.current(redis)
-        if catalogue is None:
+        catalog = await publication.current(redis)
+        if catalog is None:
             raise SettingsError("nothing is for sale yet: `farebox deploy` a configuration first")
-        if plan and plan not in catalogue.plans:
-            raise SettingsError(f"plan {plan!r} is not one of {', '.join(sorted(catalogue.plans))}")
+        if plan and plan not in catalog.plans:
+            raise SettingsError(f"plan {plan!r} is not one of {', '.join(sorted(catalog.plans))}")
         made = Tenant(
-            id=TenantId(tenant), email=email, name=name, plan=plan or catalogue.default_plan, created_at_ms=now_ms()
+            id=TenantId(tenant), email=email, name=name, plan=plan or catalog.default_plan, created_at_ms=now_ms()
         )
         return await Tenants(redis).create(made)
 
@@ -164,8 +164,8 @@ async def _list(standing: Standing) -> list[Tenant]:
 
 async def _show(standing: Standing, tenant: str) -> tuple[Tenant, Account]:
     async with store(standing) as redis:
-        found, catalogue = await Tenants(redis).get(TenantId(tenant)), await publication.current(redis)
-        funding = funding_for(found, plan_of(found, catalogue), now_ms()) if catalogue else None
+        found, catalog = await Tenants(redis).get(TenantId(tenant)), await publication.current(redis)
+        funding = funding_for(found, plan_of(found, catalog), now_ms()) if catalog else None
         return found, await Ledger(redis).account(found.id, funding)
 
 

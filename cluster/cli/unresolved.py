@@ -1,4 +1,4 @@
-"""``farebox quarantine``: settles whose hold the store has lost and that nobody can be sure were never charged.
+"""``farebox unresolved``: settles whose hold the store has lost and that nobody can be sure were never charged.
 
 Knows options and tables; what charging means is the ledger's.
 """
@@ -18,7 +18,7 @@ from cluster.cli.books import JsonOption, ask, out, store
 from cluster.cli.standing import Standing
 
 app = typer.Typer(no_args_is_help=True, help="Records that only a person can decide about, after a lost store.")
-Id = Annotated[str, typer.Argument(metavar="REQUEST", help="as `farebox quarantine list` shows it")]
+Id = Annotated[str, typer.Argument(metavar="REQUEST", help="as `farebox unresolved list` shows it")]
 
 
 @app.command("list")
@@ -52,17 +52,17 @@ def drop(request: Id) -> None:
 
 async def _kept(standing: Standing) -> list[Kept]:
     async with store(standing) as redis:
-        return await Ledger(redis).orphans.kept()
+        return await Ledger(redis).recovery.kept()
 
 
 async def _charge(standing: Standing, request: str) -> str:
     async with store(standing) as redis:
-        return (await Ledger(redis).orphans.charge(RequestId(request))).record.record_id
+        return (await Ledger(redis).recovery.charge(RequestId(request))).record.record_id
 
 
 async def _drop(standing: Standing, request: str) -> None:
     async with store(standing) as redis:
-        await Ledger(redis).orphans.drop(RequestId(request))
+        await Ledger(redis).recovery.drop(RequestId(request))
 
 
 def _kept_json(one: Kept) -> dict[str, object]:

@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request, Response
 from redis.asyncio import Redis
 
 from billing.catalog import publication
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.auto_refill import Refiller
 from billing.commerce.dodo_ids import id_of
 from billing.commerce.refill_store import Refills
@@ -98,7 +98,7 @@ class Stage:
     operator: httpx.AsyncClient
     """On the sandbox, with the merchant's key."""
     calendar: Calendar
-    catalogue: Catalogue
+    catalog: Catalog
     secret: str
     _numbers: "count[int]" = field(default_factory=count)
 
@@ -117,7 +117,7 @@ class Stage:
             self.notices, self._current, self.calendar,
         )  # fmt: skip
 
-    async def _current(self) -> Catalogue | None:
+    async def _current(self) -> Catalog | None:
         return await publication.current(self.redis)
 
     async def join(self, name: str, plan: str) -> Principal:
@@ -141,7 +141,7 @@ class Stage:
         await self._refiller.run_once()
         await self._hear()
         for tenant in await self.tenants.list():
-            plan, now = plan_of(tenant, self.catalogue), self.calendar()
+            plan, now = plan_of(tenant, self.catalog), self.calendar()
             account = await self.ledger.account(tenant.id, funding_for(tenant, plan, now))
             for notice in notices_for(tenant, plan, account, now):
                 await self.notices.tell(notice)
@@ -165,12 +165,12 @@ class Stage:
         """Run so many requests one after the other; each that is admitted is settled with this usage."""
         admitted, whys = 0, []
         principal = Principal(who.key, await self.tenants.get(who.tenant.id))
-        offered = self.catalogue.find(model, who.tenant.id, None)
+        offered = self.catalog.find(model, who.tenant.id, None)
         for _ in range(times):
             id_ = RequestId(f"story-{next(self._numbers)}")
             try:
                 hold = await self._admission.admit(
-                    principal, offered, self.catalogue, id_, usage.prompt_tokens, usage.completion_tokens
+                    principal, offered, self.catalog, id_, usage.prompt_tokens, usage.completion_tokens
                 )
             except Refusal as refusal:
                 source = getattr(refusal, "limit_source", "")
@@ -231,8 +231,8 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(folder: Path, catalogue: Catalogue, start: datetime) -> AsyncIterator[Stage]:
-    """Everything started in ``folder``, the catalogue in force and known to Dodo; all of it ends with the block."""
+async def stage(folder: Path, catalog: Catalog, start: datetime) -> AsyncIterator[Stage]:
+    """Everything started in ``folder``, the catalog in force and known to Dodo; all of it ends with the block."""
     calendar, secret = Calendar(start), generated_secret()
     store = valkey.start(folder / "store")
     try:
@@ -241,10 +241,10 @@ async def stage(folder: Path, catalogue: Catalogue, start: datetime) -> AsyncIte
             dodo = Dodo(DodoSettings(API_KEY, secret, base_url=sandbox.url))
             bearer = {"Authorization": f"Bearer {API_KEY}"}
             async with httpx.AsyncClient(base_url=sandbox.url, headers=bearer, trust_env=False) as operator:
-                there = Stage(redis, dodo, operator, calendar, catalogue, secret)
+                there = Stage(redis, dodo, operator, calendar, catalog, secret)
                 async with _door(there.webhooks) as url:
-                    await publication.publish(redis, catalogue, "story", calendar())
-                    await sync(dodo, redis, catalogue, url)
+                    await publication.publish(redis, catalog, "story", calendar())
+                    await sync(dodo, redis, catalog, url)
                     yield there
             await dodo.close()
         await redis.aclose()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.refill import Refill
 from billing.money import NANOS_PER_CENT, format_usd
 from billing.reconcile.reconciler import Report
@@ -19,17 +19,17 @@ from cluster.demo.stage import Calls, Stage, stage
 
 MODEL = "adapter"
 CALL = Usage(prompt_tokens=25_000, completion_tokens=250)
-"""At the catalogue's rates: 25 cents for what is read and 25 for what is written."""
-CATALOGUE = {
+"""At the catalog's rates: 25 cents for what is read and 25 for what is written."""
+CATALOG = {
     "models": [{"id": MODEL, "price": {"input_per_1m": "10", "output_per_1m": "1000"}}],
     "plans": {
         "free": {"kind": "free", "allowance": {"usd": "2"}},
-        "pro": {"kind": "subscription", "monthly_price": "20", "allowance": {"usd": "25"}, "overage_cap": "10"},
+        "pro": {"kind": "subscription", "monthly_price": "20", "allowance": {"usd": "25"}, "credit_limit": "10"},
         "team": {
             "kind": "subscription",
             "monthly_price": "50",
             "allowance": {"usd": "70"},
-            "overage_cap": "30",
+            "credit_limit": "30",
             "grace_days": 3,
         },
     },
@@ -220,7 +220,7 @@ async def play(folder: Path, show: Callable[[Row], None] = lambda _: None) -> Ye
         StoryStuck: Dodo's news did not come through.
     """
     rows: list[Row] = []
-    async with stage(folder, Catalogue.model_validate(CATALOGUE), SCRIPT[0].at) as there:
+    async with stage(folder, Catalog.model_validate(CATALOG), SCRIPT[0].at) as there:
         await there.order("settings", **RECOVERY)
         customer = Customer(there, await there.join("acme", "free"))
         for step in SCRIPT:

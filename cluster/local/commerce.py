@@ -1,4 +1,4 @@
-"""The steps of a start that are about selling: the catalogue, the store's fitness, Dodo's products, the demo's tenants.
+"""The steps of a start that are about selling: the catalog, the store's fitness, Dodo's products, the demo's tenants.
 
 Knows which part of billing does each; decides nothing about money.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.sync import SyncReport, plan, sync
 from billing.dodo.call_budget import SharedBudget
 from billing.dodo.client import Dodo, DodoSettings
@@ -32,7 +32,7 @@ from cluster.local.settings import Settings, SettingsError
 from cluster.local.state import Home, Secrets, write_private
 from cluster.serve_api import ServeConfig, ServeUnavailable
 from cluster.valkey import StoreError
-from deployments.gateway.catalog_holder import read_catalogue
+from deployments.gateway.catalog_holder import read_catalog
 
 FAILURES = (Obstacle, SettingsError, CheckFailed, LaunchError, StoreError, ServeUnavailable, SeedFailed, BillingError)
 """All that can keep a farebox from starting or make it end, each saying what to do."""
@@ -92,9 +92,9 @@ def at_home(config: ServeConfig, home: Home) -> ServeConfig:
     return changed
 
 
-def catalogue_of(config: ServeConfig) -> Catalogue:
+def catalog_of(config: ServeConfig) -> Catalog:
     """What a resolved configuration sells, as every gateway will read it."""
-    return read_catalogue(user_config(config))
+    return read_catalog(user_config(config))
 
 
 def verify_store(url: str, terms: StoreTerms) -> None:
@@ -141,7 +141,7 @@ def register(config: ServeConfig, env: Mapping[str, str], is_dry: bool = False) 
         redis = await connect(env["REDIS_URL"], **store_terms(config))
         dodo = Dodo(DodoSettings.from_env(env), on_call=SharedBudget(redis).spend)
         try:
-            return await bring(dodo, redis, catalogue_of(config), f"{env['FAREBOX_PUBLIC_URL']}/webhooks/dodo")
+            return await bring(dodo, redis, catalog_of(config), f"{env['FAREBOX_PUBLIC_URL']}/webhooks/dodo")
         finally:
             await redis.aclose()
             await dodo.close()

@@ -1,6 +1,6 @@
 """Brings a configuration into force on a running cluster, and says when it is or why it is not.
 
-Knows Serve's REST API, the API's readiness and the catalogue that each gateway announces.
+Knows Serve's REST API, the API's readiness and the catalog that each gateway announces.
 Starts no process.
 """
 

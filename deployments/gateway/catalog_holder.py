@@ -11,7 +11,7 @@ from typing import TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from billing.catalog.abuse import Abuse
-from billing.catalog.catalog import Catalogue, Model, Quarantined
+from billing.catalog.catalog import Catalog, Model, RejectedEntry
 from billing.catalog.plans import Pack, Plan, PlanKind
 from billing.errors import BillingError
 from billing.pricing.costs import Costs
@@ -27,68 +27,68 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class NotConfigured(BillingError):
-    """No catalogue has reached this process yet."""
+    """No catalog has reached this process yet."""
 
     def __str__(self) -> str:
         return "nothing is for sale yet: this gateway waits for its configuration"
 
 
-class Shelf:
-    """The catalogue in force in this process, swapped whole."""
+class CatalogHolder:
+    """The catalog in force in this process, swapped whole."""
 
     def __init__(self) -> None:
-        self._catalogue: Catalogue | None = None
+        self._catalog: Catalog | None = None
         self._plans: dict[str, Plan] = {}
         """Every plan that was in force, as it last was."""
 
     @property
     def is_stocked(self) -> bool:
-        return self._catalogue is not None
+        return self._catalog is not None
 
     @property
-    def current(self) -> Catalogue:
+    def current(self) -> Catalog:
         """Raises NotConfigured before the first one came."""
-        if self._catalogue is None:
+        if self._catalog is None:
             raise NotConfigured
-        return self._catalogue
+        return self._catalog
 
-    def put(self, raw: object) -> Catalogue:
+    def put(self, raw: object) -> Catalog:
         """Read and swap; what is bad leaves the last good version of the same entry in force.
 
         A plan that is gone stays with the tenants who are on it.
         """
-        found = read_catalogue(raw, self._catalogue)
+        found = read_catalog(raw, self._catalog)
         self._plans |= found.plans
-        self._catalogue = found.remembering(self._plans)
-        return self._catalogue
+        self._catalog = found.remembering(self._plans)
+        return self._catalog
 
     def remember(self, plans: Mapping[str, Plan]) -> None:
         """Plans that were in force before this process, or that it never saw."""
         self._plans |= plans
-        if self._catalogue is not None:
-            self._catalogue = self._catalogue.remembering(self._plans)
+        if self._catalog is not None:
+            self._catalog = self._catalog.remembering(self._plans)
 
 
-def read_catalogue(raw: object, last_good: Catalogue | None = None) -> Catalogue:
-    """Build a catalogue from a ``user_config``, each entry judged alone; never raises on bad input.
+def read_catalog(raw: object, last_good: Catalog | None = None) -> Catalog:
+    """Build a catalog from a ``user_config``, each entry judged alone; never raises on bad input.
 
     An entry that does not validate is quarantined with its reason; where ``last_good`` still has
     that entry, the old version stays in force.
     """
-    aside: list[Quarantined] = []
+    aside: list[RejectedEntry] = []
     config = raw if isinstance(raw, Mapping) else {}
     if not config:
-        aside.append(Quarantined(kind="config", id="user_config", reason="must be a mapping, and not an empty one"))
+        aside.append(RejectedEntry(kind="config", id="user_config", reason="must be a mapping, and not an empty one"))
     aside += [
-        Quarantined(kind="config", id=str(key), reason="unknown key: check its spelling")
+        RejectedEntry(kind="config", id=str(key), reason="unknown key: check its spelling")
         for key in config
         if key not in GatewayUserConfig.model_fields
     ]
-    old = last_good or Catalogue(models=(), plans=NO_PLANS, default_plan="prepaid")
+    old = last_good or Catalog(models=(), plans=NO_PLANS, default_plan="prepaid")
     if not config:
-        return _with_quarantine(old, aside)
+        return _with_rejected(old, aside)
     plans = _named(config.get("plans"), Plan, "plan", old.plans, aside) or dict(old.plans)
-    return Catalogue(
+    return Catalog(
         models=tuple(_models(config, old, aside)),
         plans=plans,
         packs=_named(config.get("packs", {}), Pack, "pack", old.packs, aside),
@@ -96,22 +96,22 @@ def read_catalogue(raw: object, last_good: Catalogue | None = None) -> Catalogue
         pricing=_one(config, "pricing", Pricing, aside) or old.pricing,
         costs=_one(config, "costs", Costs, aside) or (old.costs if "costs" in config else None),
         abuse=_one(config, "abuse", Abuse, aside) or old.abuse,
-        quarantined=tuple(aside),
+        rejected=tuple(aside),
     )
 
 
-def _with_quarantine(catalogue: Catalogue, aside: list[Quarantined]) -> Catalogue:
-    return catalogue.model_copy(update={"quarantined": tuple(aside)})
+def _with_rejected(catalog: Catalog, aside: list[RejectedEntry]) -> Catalog:
+    return catalog.model_copy(update={"rejected": tuple(aside)})
 
 
-def _models(config: Mapping[object, object], old: Catalogue, aside: list[Quarantined]) -> Iterator[Model]:
+def _models(config: Mapping[object, object], old: Catalog, aside: list[RejectedEntry]) -> Iterator[Model]:
     taken: set[str] = set()
     last = old.by_id()
     for place, kind, raw in _entries(config, aside):
         name = _id_of(raw, place)
         model, reason = _judge(kind, raw, name in taken)
         if reason:
-            aside.append(Quarantined(kind=kind, id=name, reason=reason))
+            aside.append(RejectedEntry(kind=kind, id=name, reason=reason))
         if model is None and name not in taken:
             model = last.get(name) or (_base_of(old) if kind == "base" else None)
         if model is not None:
@@ -119,15 +119,15 @@ def _models(config: Mapping[object, object], old: Catalogue, aside: list[Quarant
             yield model
 
 
-def _base_of(old: Catalogue) -> Model | None:
+def _base_of(old: Catalog) -> Model | None:
     return next((model for model in old.models if not model.is_adapter), None)
 
 
-def _entries(config: Mapping[object, object], aside: list[Quarantined]) -> Iterator[tuple[str, str, object]]:
+def _entries(config: Mapping[object, object], aside: list[RejectedEntry]) -> Iterator[tuple[str, str, object]]:
     yield "base", "base", config.get("base")
     adapters = config.get("adapters", [])
     if not isinstance(adapters, list | tuple):
-        aside.append(Quarantined(kind="config", id="adapters", reason="must be a list"))
+        aside.append(RejectedEntry(kind="config", id="adapters", reason="must be a list"))
         return
     for number, raw in enumerate(adapters):
         yield f"adapters[{number}]", "adapter", raw
@@ -168,35 +168,35 @@ def _is_digest(text: str) -> bool:
     return len(text) == 64 and not set(text) - set("0123456789abcdef")
 
 
-def _named(raw: object, shape: type[T], kind: str, old: Mapping[str, T], aside: list[Quarantined]) -> dict[str, T]:
+def _named(raw: object, shape: type[T], kind: str, old: Mapping[str, T], aside: list[RejectedEntry]) -> dict[str, T]:
     if not isinstance(raw, Mapping):
-        aside.append(Quarantined(kind="config", id=f"{kind}s", reason="must be a mapping of names"))
+        aside.append(RejectedEntry(kind="config", id=f"{kind}s", reason="must be a mapping of names"))
         return dict(old)
     good: dict[str, T] = {}
     for name, value in raw.items():
         try:
             good[_NAME.validate_python(name)] = shape.model_validate(value)
         except ValidationError as error:
-            aside.append(Quarantined(kind=kind, id=str(name), reason=explain(error)))
+            aside.append(RejectedEntry(kind=kind, id=str(name), reason=explain(error)))
             if name in old:
                 good[str(name)] = old[str(name)]
     return good
 
 
-def _one(config: Mapping[object, object], name: str, shape: type[T], aside: list[Quarantined]) -> T | None:
+def _one(config: Mapping[object, object], name: str, shape: type[T], aside: list[RejectedEntry]) -> T | None:
     """What stands under ``name``, its defaults where nothing does; nothing where it is bad or has none."""
     try:
         return shape.model_validate(config.get(name, {}))
     except ValidationError as error:
         if name in config:
-            aside.append(Quarantined(kind="config", id=name, reason=explain(error)))
+            aside.append(RejectedEntry(kind="config", id=name, reason=explain(error)))
         return None
 
 
-def _default_plan(raw: object, plans: Mapping[str, Plan], old: Catalogue, aside: list[Quarantined]) -> str:
+def _default_plan(raw: object, plans: Mapping[str, Plan], old: Catalog, aside: list[RejectedEntry]) -> str:
     if isinstance(raw, str) and raw in plans:
         return raw
-    aside.append(Quarantined(kind="config", id="default_plan", reason=f"{raw!r} is not one of the plans"))
+    aside.append(RejectedEntry(kind="config", id="default_plan", reason=f"{raw!r} is not one of the plans"))
     return old.default_plan if old.default_plan in plans else min(plans)
 
 
@@ -210,9 +210,10 @@ def explain(error: ValidationError) -> str:
     return "; ".join(parts)
 
 
-def as_json(catalogue: Catalogue) -> dict[str, object]:
-    """The catalogue as plain JSON values, with its hash, each model's price version and the plans that are no more."""
-    plain: dict[str, object] = json.loads(catalogue.model_dump_json())
-    versions = {model.id: model.price.version for model in catalogue.models}
-    retired = sorted(catalogue.retired)
-    return plain | {"hash": catalogue.content_hash, "price_versions": versions, "retired_plans": retired}
+def as_json(catalog: Catalog) -> dict[str, object]:
+    """The catalog as plain JSON values, with its hash, each model's price version and the plans that are no more."""
+    plain: dict[str, object] = json.loads(catalog.model_dump_json())
+    versions = {model.id: model.price.version for model in catalog.models}
+    retired = sorted(catalog.retired)
+    plain["quarantined"] = plain["rejected"]
+    return plain | {"hash": catalog.content_hash, "price_versions": versions, "retired_plans": retired}

@@ -7,19 +7,19 @@ import asyncio
 import logging
 from dataclasses import dataclass, replace
 
-from billing.abuse.addresses import Sightings
+from billing.abuse.addresses import AddressSketches
 from billing.catalog.catalog import Model
 from billing.ledger.account import Hold
 from billing.ledger.admission import Admission, Quote
 from billing.ledger.leases import Leases
 from billing.ledger.ledger import Ledger
-from billing.ledger.replay import Redo
+from billing.ledger.replay import Replay
 from billing.ledger.spool import Spool
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import InvalidKey
 from billing.tenants.tenant import Principal
 from billing.usage import RequestId
-from deployments.gateway.catalog_holder import Shelf
+from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.gateway.load import LoadMeter
 from deployments.gateway.metrics import GatewayMetrics
 from deployments.gateway.request_state import Run, Surroundings
@@ -68,30 +68,30 @@ class Gateway:
     def __init__(
         self,
         *,
-        shelf: Shelf,
+        catalog_holder: CatalogHolder,
         text: Text,
         tenants: Tenants,
         ledger: Ledger,
         admission: Admission,
         spool: Spool,
-        redo: Redo,
+        replay: Replay,
         link: ReplicaLink,
         load: LoadMeter,
-        sightings: Sightings,
+        address_sketches: AddressSketches,
         metrics: GatewayMetrics,
         max_context_tokens: int,
         lease_s: float,
         checkpoint_s: float,
         answer_timeout_s: float,
     ) -> None:
-        self.shelf, self.text, self.link, self.metrics, self._load = shelf, text, link, metrics, load
+        self.catalog_holder, self.text, self.link, self.metrics, self._load = catalog_holder, text, link, metrics, load
         self._tenants, self._ledger, self._admission = tenants, ledger, admission
-        self.sightings = sightings
+        self.address_sketches = address_sketches
         self._max_context_tokens, self._lease_s, self._checkpoint_s = max_context_tokens, lease_s, checkpoint_s
         self._answer_timeout_s = answer_timeout_s
         self.leases = Leases(ledger, self.lose, checkpoint_s)
         self.settler = Settler(ledger, spool, metrics)
-        self._redo = redo
+        self._redo = replay
         self._surroundings = Surroundings(link, ledger, self.leases, self.settler, metrics, self._untrack)
         self._runs: dict[RequestId, Run] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -110,10 +110,10 @@ class Gateway:
         """Hold the first step and wait for the first piece. Raises any Refusal, StoreUnavailable or EngineError."""
         self._redo.check()
         priced = await self.price(principal, ask)
-        catalogue = self.shelf.current
+        catalog = self.catalog_holder.current
         admitting = self.settler.keep(
             self._admission.admit(
-                principal, priced.model, catalogue, request_id, len(priced.prompt_token_ids), priced.max_tokens
+                principal, priced.model, catalog, request_id, len(priced.prompt_token_ids), priced.max_tokens
             )
         )
         try:
@@ -131,7 +131,7 @@ class Gateway:
 
     async def price(self, principal: Principal, ask: Ask) -> Priced:
         """Find the model and encode the prompt. Raises UnknownModel, ModelNotAllowed, ContextTooLong."""
-        model = self.shelf.current.find(ask.model, principal.tenant.id, principal.key.models)
+        model = self.catalog_holder.current.find(ask.model, principal.tenant.id, principal.key.models)
         prompt = await self._encode(ask.prompt)
         room = self._max_context_tokens - len(prompt)
         if not prompt:
@@ -147,7 +147,7 @@ class Gateway:
         """What a request would hold and whether it would be admitted; changes nothing."""
         priced = await self.price(principal, ask)
         quote = await self._admission.quote(
-            principal, priced.model, self.shelf.current, len(priced.prompt_token_ids), priced.max_tokens
+            principal, priced.model, self.catalog_holder.current, len(priced.prompt_token_ids), priced.max_tokens
         )
         return priced, quote
 
@@ -159,7 +159,7 @@ class Gateway:
             asyncio.create_task(self.settler.replay_for_ever()),
             asyncio.create_task(self._redo.run()),
             asyncio.create_task(self._load.run()),
-            asyncio.create_task(self.sightings.run()),
+            asyncio.create_task(self.address_sketches.run()),
         ]
 
     async def stop(self) -> None:
@@ -212,7 +212,7 @@ class Gateway:
             sampling=replace(ask.sampling, max_tokens=max(1, hold.max_tokens // ask.sampling.n)),
             adapter=AdapterRef(model.id, model.digest, model.path) if model.is_adapter else None,
             fairness_key=hold.request.tenant,
-            fairness_weight=plan.weight if (plan := self.shelf.current.plan_named(hold.request.plan)) else 1,
+            fairness_weight=plan.weight if (plan := self.catalog_holder.current.plan_named(hold.request.plan)) else 1,
             time_to_live_s=self._lease_s,
         )
 

@@ -23,7 +23,7 @@ from billing.store.connection import connect
 from billing.store.errors import StoreRefused, StoreUnavailable
 from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app
-from deployments.gateway.catalog_holder import Shelf
+from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.gateway.wiring import build_services
 from deployments.inference.text import Text
 from deployments.replica import artifacts
@@ -47,13 +47,15 @@ class GatewayIngress:
     async def __init__(  # type: ignore[misc]
         self, args: FareboxArgs, handle: "DeploymentHandle[object]"
     ) -> None:
-        self._shelf = Shelf()
+        self._catalog_holder = CatalogHolder()
         redis = await connect_patiently(store_url(os.environ), args)
-        self._shelf.remember(await publication.plans_ever(redis))
+        self._catalog_holder.remember(await publication.plans_ever(redis))
         cache = Path(args.adapter_cache_dir)
         base = await asyncio.to_thread(artifacts.fetch, args.model.path, cache, without_weights=True)
         self._link = await open_link(handle, args.token_transport)
-        self._services = build_services(args, Text(base), redis, self._link, self._shelf, os.environ, _replica_name())
+        self._services = build_services(
+            args, Text(base), redis, self._link, self._catalog_holder, os.environ, _replica_name()
+        )
         self._changed = asyncio.Event()
         self._publishing = asyncio.create_task(self._publish_for_ever())
         self._is_open = True
@@ -62,10 +64,10 @@ class GatewayIngress:
         return make_app(self._services)
 
     async def reconfigure(self, user_config: object) -> None:
-        """Swap the catalogue. Never raises, never waits: Serve would end or stall this replica."""
-        catalogue = self._shelf.put(user_config)
-        for entry in catalogue.quarantined:
-            logger.warning("quarantined %s %s: %s", entry.kind, entry.id, entry.reason)
+        """Swap the catalog. Never raises, never waits: Serve would end or stall this replica."""
+        catalog = self._catalog_holder.put(user_config)
+        for entry in catalog.rejected:
+            logger.warning("rejected %s %s: %s", entry.kind, entry.id, entry.reason)
         self._changed.set()
 
     async def check_health(self) -> None:
@@ -94,18 +96,18 @@ class GatewayIngress:
         while True:
             is_published = is_published and not self._changed.is_set()
             self._changed.clear()
-            if self._shelf.is_stocked:
+            if self._catalog_holder.is_stocked:
                 tell = publication.renew if is_published else publication.publish
                 try:
-                    await tell(redis, self._shelf.current, gateway_id, now_ms())
+                    await tell(redis, self._catalog_holder.current, gateway_id, now_ms())
                     if not is_published:
-                        self._shelf.remember(await publication.plans_ever(redis))
+                        self._catalog_holder.remember(await publication.plans_ever(redis))
                     is_published = True
                 except StoreUnavailable as error:
-                    logger.warning("the catalogue could not be published: %s", error)
+                    logger.warning("the catalog could not be published: %s", error)
                 except Exception:
                     is_published = False
-                    logger.exception("the catalogue could not be published")
+                    logger.exception("the catalog could not be published")
             with suppress(TimeoutError):
                 async with asyncio.timeout(PUBLISH_INTERVAL_S if is_published else RETRY_INTERVAL_S):
                     await self._changed.wait()

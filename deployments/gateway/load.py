@@ -1,13 +1,13 @@
 """How busy the replicas are, as a share of what they can run at once: what a price may depend on.
 
-Knows the link to the replicas and asks it only while the catalogue prices load.
+Knows the link to the replicas and asks it only while the catalog prices load.
 """
 
 import asyncio
 import logging
 
 from billing.pricing.modifiers import UNIT
-from deployments.gateway.catalog_holder import Shelf
+from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.token_stream.link import ReplicaLink
 
 INTERVAL_S = 2.0
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 class LoadMeter:
     """One gateway's last look at all replicas."""
 
-    def __init__(self, link: ReplicaLink, shelf: Shelf, max_running: int) -> None:
-        self._link, self._shelf, self._max_running = link, shelf, max_running
+    def __init__(self, link: ReplicaLink, catalog_holder: CatalogHolder, max_running: int) -> None:
+        self._link, self._catalog_holder, self._max_running = link, catalog_holder, max_running
         self._load = 0
 
     def __call__(self) -> int:
@@ -28,7 +28,7 @@ class LoadMeter:
 
     async def look(self) -> None:
         """Ask the replicas. Those that do not answer count for nothing, neither work nor capacity."""
-        is_priced = self._shelf.is_stocked and self._shelf.current.pricing.load is not None
+        is_priced = self._catalog_holder.is_stocked and self._catalog_holder.current.pricing.load is not None
         found = list((await self._link.stats()).values()) if is_priced else []
         busy = sum(one.running + one.waiting for one in found)
         self._load = busy * UNIT // (len(found) * self._max_running) if found else 0

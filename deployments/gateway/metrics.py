@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from billing.export.outbox import Backlog, PumpState
+from billing.export.outbox import Backlog, ExporterState
 from billing.reconcile.proof_state import ProofState
 from billing.reports.unsettled import Unsettled
 from billing.usage import UsageRecord
@@ -76,7 +76,7 @@ class MoneyMetrics:
         self._holds = Gauge("farebox_ledger_open_holds", "Holds of all gateways that are not settled")
         self._hold_age = Gauge("farebox_ledger_oldest_hold_seconds", "Age of the oldest open hold")
         self._held = Gauge("farebox_ledger_unsettled_nanos", "Nanos of a US dollar that open holds have set aside")
-        self._quarantined = Gauge("farebox_quarantine_settles", "Settles that a person must charge or drop")
+        self._unresolved = Gauge("farebox_quarantine_settles", "Settles that a person must charge or drop")
         self._unsealed = Gauge("farebox_billing_unsealed_entries", "Stream entries not yet sealed for export")
         self._outbox = Gauge("farebox_billing_outbox_events", "Sealed events that Dodo has not acknowledged")
         self._held_events = Gauge("farebox_billing_held_events", "Sealed events whose tenant has no Dodo customer yet")
@@ -93,14 +93,14 @@ class MoneyMetrics:
         self._unproven = Gauge("farebox_reconcile_unproven", "1 where a proof could not be made", **labelled)
         self._proved = Gauge("farebox_reconcile_last_run_seconds", "Unix time of the last pass", **labelled)
 
-    def ledger(self, open_: Unsettled, pump: PumpState, now_ms: int) -> None:
+    def ledger(self, open_: Unsettled, pump: ExporterState, now_ms: int) -> None:
         self._holds.set(open_.open_holds)
         self._hold_age.set(open_.oldest_hold_s)
         self._held.set(open_.held_nanos)
-        self._quarantined.set(open_.quarantined)
+        self._unresolved.set(open_.unresolved)
         self._age.set(max(open_.oldest_unsealed_s, pump.waiting_s(now_ms)))
 
-    def export(self, pump: PumpState, backlog: Backlog) -> None:
+    def export(self, pump: ExporterState, backlog: Backlog) -> None:
         self._unsealed.set(backlog.unsealed_entries)
         self._outbox.set(backlog.outbox_events)
         self._held_events.set(pump.held_events)

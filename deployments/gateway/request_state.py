@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from billing.catalog.catalog import Model
 from billing.errors import BillingError
 from billing.ledger.account import Hold, Progress, Receipt, Settlement
-from billing.ledger.codec import origin_of, worst_case
+from billing.ledger.codec import snapshot_of, worst_case
 from billing.ledger.errors import InsufficientCredits, UnknownHold
 from billing.ledger.extension import GrowingHold
 from billing.ledger.leases import Leases
@@ -266,7 +266,7 @@ class Run:
     async def _close(self, status: Status, usage: Usage, free_if_away: bool) -> Receipt:
         if self._deadline is not None:
             self._deadline.cancel()
-        origin = origin_of(self.hold, self._credit.held_nanos)
+        origin = snapshot_of(self.hold, self._credit.held_nanos)
         settlement = Settlement(self.request_id, self.hold.request.tenant, usage, self._price(usage), status, origin)
         try:
             await self._stop_engine()

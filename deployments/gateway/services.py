@@ -68,7 +68,7 @@ async def authenticated(request: Request, _: Annotated[object, Security(API_KEY)
     services = services_of(request)
     principal = await services.gateway.authenticate(request.headers.get("authorization", ""))
     if address := client_address(request.headers.getlist("x-forwarded-for"), services.trusted_proxies):
-        services.gateway.sightings.note(principal.tenant.id, principal.key.id, address)
+        services.gateway.address_sketches.note(principal.tenant.id, principal.key.id, address)
     return principal
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from billing.errors import BillingError
 from billing.ledger.account import Receipt, Settlement
-from billing.ledger.errors import Quarantined
+from billing.ledger.errors import UnresolvedSettlement
 from billing.ledger.ledger import Ledger
 from billing.ledger.spool import Spool, SpoolFull
 from billing.money import Nanos
@@ -55,15 +55,15 @@ class Settler:
         """
         try:
             receipt = await self._settle(settlement)
-        except Quarantined as error:
+        except UnresolvedSettlement as error:
             if free_if_away:
                 with suppress(BillingError):  # then a person may still drop it
-                    await self._ledger.orphans.drop(settlement.request_id)
+                    await self._ledger.recovery.drop(settlement.request_id)
             raise MeteringUnavailable(str(error)) from error
         except StoreUnavailable as error:
             if free_if_away:
                 nothing = replace(settlement, usage=NOTHING, list_nanos=Nanos(0), status=Status.FAILED)
-                settlement = replace(nothing, is_withdrawn=not is_kept)
+                settlement = replace(nothing, is_undelivered=not is_kept)
             await self._spool_away(settlement)
             raise MeteringUnavailable("the record of this request waits for the metering store") from error
         self._metrics.settled(model, receipt.record)

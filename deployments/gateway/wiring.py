@@ -6,8 +6,8 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
-from billing.abuse.addresses import Sightings
-from billing.catalog.catalog import Catalogue
+from billing.abuse.addresses import AddressSketches
+from billing.catalog.catalog import Catalog
 from billing.clock import TOLERANCE_MS
 from billing.commerce.webhooks import Webhooks
 from billing.dodo.call_budget import SharedBudget
@@ -15,12 +15,12 @@ from billing.dodo.client import Dodo, DodoSettings
 from billing.ledger.admission import Admission
 from billing.ledger.answers import Answers
 from billing.ledger.ledger import Ledger
-from billing.ledger.replay import Recent, Redo
+from billing.ledger.replay import Recent, Replay
 from billing.ledger.spool import Spool
 from billing.store.connection import identity, verify
 from billing.tenants.directory import Tenants
 from deployments.config import FareboxArgs
-from deployments.gateway.catalog_holder import Shelf
+from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.load import LoadMeter
 from deployments.gateway.metrics import GatewayMetrics
@@ -36,16 +36,16 @@ def build_services(
     text: Text,
     redis: Redis,
     link: ReplicaLink,
-    shelf: Shelf,
+    catalog_holder: CatalogHolder,
     environ: Mapping[str, str],
     gateway_id: str,
 ) -> Services:
     """Wire one gateway. Raises DodoMisconfigured where payments are half configured."""
     recent, tenants = Recent(), Tenants(redis)
     ledger = Ledger(redis, on_done=recent.note, clocks_may_differ_ms=TOLERANCE_MS)
-    load = LoadMeter(link, shelf, args.engine.max_running)
+    load = LoadMeter(link, catalog_holder, args.engine.max_running)
     gateway = Gateway(
-        shelf=shelf,
+        catalog_holder=catalog_holder,
         text=text,
         tenants=tenants,
         ledger=ledger,
@@ -57,10 +57,10 @@ def build_services(
             load=load,
         ),
         spool=Spool(Path(args.spool_dir)),
-        redo=Redo(ledger, recent, partial(identity, redis), partial(verify, redis, args.durability)),
+        replay=Replay(ledger, recent, partial(identity, redis), partial(verify, redis, args.durability)),
         link=link,
         load=load,
-        sightings=Sightings(redis),
+        address_sketches=AddressSketches(redis),
         metrics=GatewayMetrics(),
         max_context_tokens=args.engine.max_context_tokens,
         lease_s=args.lease_s,
@@ -68,8 +68,8 @@ def build_services(
         answer_timeout_s=args.answer_timeout_s,
     )
 
-    async def in_force() -> Catalogue | None:
-        return shelf.current if shelf.is_stocked else None
+    async def in_force() -> Catalog | None:
+        return catalog_holder.current if catalog_holder.is_stocked else None
 
     dodo = Dodo(settings, on_call=SharedBudget(redis).spend) if (settings := payments(environ)) else None
     webhook_key = environ.get("DODO_PAYMENTS_WEBHOOK_KEY", "")

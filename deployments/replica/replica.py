@@ -178,12 +178,12 @@ class LoraReplica:
             await self._follow_pins()
 
     async def _follow_pins(self) -> None:
-        """Keep in their slots the adapters that the catalogue in force pins."""
+        """Keep in their slots the adapters that the catalog in force pins."""
         try:
             if self._store is None and self._store_url:
                 self._store = await reach(self._store_url)
-            catalogue = await publication.current(self._store) if self._store is not None else None
-            wanted = tuple(model for model in catalogue.models if model.pinned) if catalogue else ()
+            catalog = await publication.current(self._store) if self._store is not None else None
+            wanted = tuple(model for model in catalog.models if model.pinned) if catalog else ()
             if wanted != self._pinned:
                 self._engine.pin([ref for model in wanted if (ref := await self._local(_ref_of(model)))])
                 self._pinned = wanted

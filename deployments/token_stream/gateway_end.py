@@ -44,7 +44,7 @@ LAST_PIECE_PATIENCE_S = 5.0
 logger = logging.getLogger(__name__)
 
 
-class Inflow:
+class TokenStream:
     """Pieces of one request on their way to its reader: the first at once, then what has queued for ``pace_s()``."""
 
     def __init__(self, most_tokens: int, pace_s: Callable[[], float], on_overflow: Callable[[], None]) -> None:
@@ -125,7 +125,7 @@ class Listener:
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(SECRET_BYTES)
-        self._inflows: dict[str, Inflow] = {}
+        self._inflows: dict[str, TokenStream] = {}
         self._lines: dict[asyncio.StreamWriter, asyncio.Task[object] | None] = {}
         self._proven: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -144,7 +144,7 @@ class Listener:
         assert self._address is not None, "nothing is sent before the listener listens"
         return self._address
 
-    def open(self, request_id: str, inflow: Inflow) -> None:
+    def open(self, request_id: str, inflow: TokenStream) -> None:
         self._inflows[request_id] = inflow
 
     def pace_s(self) -> float:
@@ -251,7 +251,7 @@ class SocketLink(ServeLink):
 
     async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
         call = self._handle.options(multiplexed_model_id=identity_of(job)).run.remote(job, self._listener.address)
-        inflow = Inflow(self._most_waiting_tokens, self._listener.pace_s, call.cancel)
+        inflow = TokenStream(self._most_waiting_tokens, self._listener.pace_s, call.cancel)
         self._listener.open(job.request_id, inflow)
         self._watch(call, inflow)
         is_over = False
@@ -275,14 +275,14 @@ class SocketLink(ServeLink):
         for watching in self._calls:
             watching.cancel()
 
-    def _watch(self, call: DeploymentResponse[object], inflow: Inflow) -> None:
+    def _watch(self, call: DeploymentResponse[object], inflow: TokenStream) -> None:
         """The call's end is kept in sight for as long as it takes, also after the last piece."""
         watching = asyncio.get_running_loop().create_task(_follow(call, inflow))
         self._calls.add(watching)
         watching.add_done_callback(self._calls.discard)
 
 
-async def _follow(call: DeploymentResponse[object], inflow: Inflow) -> None:
+async def _follow(call: DeploymentResponse[object], inflow: TokenStream) -> None:
     """Tell the reader how the call ended, where the pieces do not say it."""
     try:
         answer = await call

@@ -24,7 +24,7 @@ from deployments.gateway.ingress import open_link
 from deployments.inference.request import GenerateRequest, SamplingParams, Tokens
 from deployments.replica.replica import LoraReplica
 from deployments.token_stream import pieces
-from deployments.token_stream.gateway_end import Inflow
+from deployments.token_stream.gateway_end import TokenStream
 from deployments.token_stream.replica_end import Lines
 from tests.support.clockwork import ClockworkEngine
 
@@ -54,11 +54,11 @@ class InProcess:
         self._engine = ClockworkEngine(step_s=STEP_S)
         self._engine.start()
         self._loop = asyncio.get_running_loop()
-        self._unsent: deque[tuple[Inflow, Tokens]] = deque()
+        self._unsent: deque[tuple[TokenStream, Tokens]] = deque()
         self._is_due = False
 
     async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
-        inflow = Inflow(4096, lambda: 0.0, lambda: None)
+        inflow = TokenStream(4096, lambda: 0.0, lambda: None)
         self._engine.submit(job, partial(self._put, inflow))
         while True:
             piece = await inflow.next()
@@ -66,7 +66,7 @@ class InProcess:
             if piece.finish_reason is not None:
                 return
 
-    def _put(self, inflow: Inflow, piece: Tokens) -> None:
+    def _put(self, inflow: TokenStream, piece: Tokens) -> None:
         self._unsent.append((inflow, piece))
         if not self._is_due:
             self._is_due = True

@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.catalog import publication
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.sync import sync
 from billing.dodo.client import Dodo, DodoSettings
 from billing.ledger.ledger import Ledger
@@ -17,7 +17,7 @@ from cluster import valkey
 from cluster.dodo_sandbox.server import SandboxServer
 from tests.support.clock import SteppedClock
 from tests.support.servers import SYSTEM_REDIS
-from tests.support.world import API_KEY, CATALOGUE, SECRET, World
+from tests.support.world import API_KEY, CATALOG, SECRET, World
 
 
 def _servers() -> list[Path | None]:
@@ -67,9 +67,9 @@ async def dodo(sandbox: SandboxServer) -> AsyncIterator[Dodo]:
 
 @pytest.fixture
 async def world(redis: Redis, sandbox: SandboxServer, dodo: Dodo, clock: SteppedClock) -> AsyncIterator[World]:
-    """Everything made at Dodo, the catalogue in force, nobody there yet."""
+    """Everything made at Dodo, the catalog in force, nobody there yet."""
     async with httpx.AsyncClient(base_url=sandbox.url, trust_env=False, timeout=30) as operator:
-        catalogue = Catalogue.model_validate(CATALOGUE)
-        await publication.publish(redis, catalogue, "gateway-1", clock())
-        await sync(dodo, redis, catalogue)
-        yield World(redis, dodo, operator, clock, catalogue)
+        catalog = Catalog.model_validate(CATALOG)
+        await publication.publish(redis, catalog, "gateway-1", clock())
+        await sync(dodo, redis, catalog)
+        yield World(redis, dodo, operator, clock, catalog)

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from billing.dodo.client import DodoSettings
 from billing.export.outbox import Outbox
-from billing.periodic import LATE_S, LIMIT_S, Intervals, Parts, Pump, PumpLate, assemble
+from billing.periodic import LATE_S, LIMIT_S, Intervals, Parts, PeriodicTaskLate, PeriodicTasks, assemble
 from billing.store.connection import connect
 from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
@@ -39,17 +39,17 @@ async def until(is_so: Callable[[], object], wait_s: float = WAIT_S) -> None:
 
 
 @pytest.fixture
-async def pump(store_url: str, sandbox: SandboxServer) -> AsyncIterator[Pump]:
+async def pump(store_url: str, sandbox: SandboxServer) -> AsyncIterator[PeriodicTasks]:
     async def open_parts() -> Parts:
         return assemble(await connect(store_url), DodoSettings(API_KEY, SECRET, base_url=sandbox.url), 60_000)
 
-    made = Pump(open_parts, FAST)
+    made = PeriodicTasks(open_parts, FAST)
     made.start()
     yield made
     await made.stop()
 
 
-async def test_a_new_tenant_gets_a_customer_and_its_usage_reaches_dodo(world: World, pump: Pump) -> None:
+async def test_a_new_tenant_gets_a_customer_and_its_usage_reaches_dodo(world: World, pump: PeriodicTasks) -> None:
     await world.tenant("acme", has_customer=False)
     await world.use("acme", overage=40)
 
@@ -62,7 +62,7 @@ async def test_a_new_tenant_gets_a_customer_and_its_usage_reaches_dodo(world: Wo
     pump.check()
 
 
-async def test_a_tenant_that_dodo_refuses_keeps_nobody_waiting(world: World, pump: Pump) -> None:
+async def test_a_tenant_that_dodo_refuses_keeps_nobody_waiting(world: World, pump: PeriodicTasks) -> None:
     await world.tenants.create(Tenant(id=TenantId("bad"), email="no address", plan="prepaid"))
     await world.tenant("good", has_customer=False)
 
@@ -74,7 +74,7 @@ async def test_a_tenant_that_dodo_refuses_keeps_nobody_waiting(world: World, pum
     assert await world.tenants.customers_wanted() == ["bad"]
 
 
-async def test_parked_webhooks_are_applied_when_they_can_be(world: World, pump: Pump) -> None:
+async def test_parked_webhooks_are_applied_when_they_can_be(world: World, pump: PeriodicTasks) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     await world.fault("status:500", path="/payments")
@@ -94,16 +94,16 @@ async def test_the_last_flush_happens_at_the_end(world: World, store_url: str, s
     async def open_parts() -> Parts:
         return assemble(await connect(store_url), DodoSettings(API_KEY, SECRET, base_url=sandbox.url), 60_000)
 
-    slow = Pump(open_parts, Intervals(flush_s=3600))
+    slow = PeriodicTasks(open_parts, Intervals(flush_s=3600))
     slow.start()
-    await until(lambda: all(chore.runs for chore in slow.chores))
+    await until(lambda: all(task.runs for task in slow.tasks))
     await world.tenant("acme")
     await world.use("acme")
     await slow.stop()
     assert_same(await world.told(), world.sums)
 
 
-async def test_a_manual_flush_and_the_timer_do_no_harm_to_each_other(world: World, pump: Pump) -> None:
+async def test_a_manual_flush_and_the_timer_do_no_harm_to_each_other(world: World, pump: PeriodicTasks) -> None:
     await world.tenant("acme")
     for _ in range(10):
         await world.use("acme", overage=1)
@@ -120,7 +120,7 @@ async def test_a_store_that_is_away_is_waited_for_and_the_status_says_so(
     async def open_parts() -> Parts:
         return assemble(await connect(url), DodoSettings(API_KEY, SECRET, base_url=sandbox.url), 60_000)
 
-    pump = Pump(open_parts, FAST)
+    pump = PeriodicTasks(open_parts, FAST)
     pump.start()
     await until(lambda: all(status.failures for status in pump.statuses()))
     assert all("StoreUnavailable" in status.last_error for status in pump.statuses())
@@ -134,17 +134,17 @@ async def test_a_store_that_is_away_is_waited_for_and_the_status_says_so(
     await pump.stop()
 
 
-async def test_a_timer_that_stands_still_is_unhealthy(pump: Pump) -> None:
+async def test_a_timer_that_stands_still_is_unhealthy(pump: PeriodicTasks) -> None:
     pump.check()
-    pump.chores[0].beat_s -= pump.chores[0].interval_s + LIMIT_S + LATE_S + 1
-    with pytest.raises(PumpLate, match="flush"):
+    pump.tasks[0].beat_s -= pump.tasks[0].interval_s + LIMIT_S + LATE_S + 1
+    with pytest.raises(PeriodicTaskLate, match="flush"):
         pump.check()
 
 
-async def test_an_ended_timer_is_unhealthy(pump: Pump) -> None:
+async def test_an_ended_timer_is_unhealthy(pump: PeriodicTasks) -> None:
     pump._tasks[1].cancel()
     await asyncio.sleep(0.01)
-    with pytest.raises(PumpLate, match="expire"):
+    with pytest.raises(PeriodicTaskLate, match="expire"):
         pump.check()
 
 
@@ -196,7 +196,7 @@ async def test_the_actor_survives_a_kill_and_tells_everything_once(
         outbox = Outbox(world.redis)
         await until(lambda: _is_clear(outbox))
         before = await handle.status.remote()
-        assert (before.sums.dead_events, [c.last_error for c in before.chores]) == (0, [""] * len(before.chores))
+        assert (before.sums.dead_events, [c.last_error for c in before.tasks]) == (0, [""] * len(before.tasks))
         os.kill(before.pid, signal.SIGKILL)
         await world.use("acme", overage=2)
         await until(lambda: _is_clear(outbox), 90)
@@ -226,7 +226,7 @@ async def test_the_actor_is_an_ordinary_class_that_needs_its_environment(
     status = await actor.status()
     assert (is_clear(status.backlog), len(status.cursors)) == (True, 1)
     assert (await actor.counters())[TenantId("acme")].overage_nanos == 5
-    await until(lambda: all(chore.runs for chore in actor._pump.chores))
-    assert [chore.last_error for chore in actor._pump.chores] == [""] * len(actor._pump.chores)
+    await until(lambda: all(task.runs for task in actor._pump.tasks))
+    assert [task.last_error for task in actor._pump.tasks] == [""] * len(actor._pump.tasks)
     await actor.close()
     assert actor.__del__() is None, "nothing is left to close"

@@ -25,7 +25,7 @@ TENANTS = tuple(TenantId(f"tenant-{number}") for number in range(8))
 CREDIT = 2_000_000
 """Less than a tenant uses: the rest becomes overage, which is the kind that Dodo invoices."""
 PRICE = Price.model_validate({"input_per_1m": "333.333333", "output_per_1m": "1777.777777"})
-CAP = Funding(overage_cap=Nanos(10**12))
+CAP = Funding(credit_limit=Nanos(10**12))
 PAUSE_S = 0.01
 SEED = 20_261_127
 

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from billing import periodic
 from billing.dodo.client import Dodo, DodoSettings, Event
 from billing.export import exporter
-from billing.export.checking import Sifted
+from billing.export.checking import CheckedEntries
 from billing.export.events import SealedEvent
 from billing.export.outbox import Outbox
 from billing.store.keys import Shard, shard_for
@@ -38,7 +38,9 @@ class DyingOutbox(Outbox):
         super().__init__(redis)
         self._fuse = fuse
 
-    async def seal(self, shard: Shard, start: str, end: str, sifted: Sifted, events: Sequence[SealedEvent]) -> bool:
+    async def seal(
+        self, shard: Shard, start: str, end: str, sifted: CheckedEntries, events: Sequence[SealedEvent]
+    ) -> bool:
         self._fuse.reach(BEFORE_SEAL)
         is_ours = await super().seal(shard, start, end, sifted, events)
         self._fuse.reach(AFTER_SEAL)

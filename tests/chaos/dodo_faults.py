@@ -121,7 +121,7 @@ def _request(request_id: str, chance: random.Random) -> HoldRequest:
         price=PRICE,
         prompt_tokens=chance.randint(1, 9_000),
         max_tokens=chance.randint(1, 9_000),
-        funding=Funding(overage_cap=Nanos(10**15)),
+        funding=Funding(credit_limit=Nanos(10**15)),
     )
 
 

@@ -23,7 +23,7 @@ from billing.usage import RequestId
 from deployments.config import FareboxArgs
 from deployments.gateway import wiring
 from deployments.gateway.api.application import make_app
-from deployments.gateway.catalog_holder import Shelf
+from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.inference.request import GenerateRequest, Tokens
 from deployments.inference.text import Text
 from tests.chaos.fuse import Fuse
@@ -110,8 +110,8 @@ def serve(spec: GatewaySpec, listener: socket.socket) -> None:
 
 async def _serve(spec: GatewaySpec, listener: socket.socket) -> None:
     wiring.Ledger = partial(DyingLedger, spec.fuse, spec.journal)  # type: ignore[misc, assignment]
-    shelf = Shelf()
-    shelf.put(spec.user_config)
+    catalog_holder = CatalogHolder()
+    catalog_holder.put(spec.user_config)
     args = FareboxArgs.model_validate(
         {
             "model": {"id": "farebox-base", "path": "unused"},
@@ -122,7 +122,7 @@ async def _serve(spec: GatewaySpec, listener: socket.socket) -> None:
         }
     )
     redis, text, link = await connect(spec.store_url), Text(spec.folder / "model"), DyingLink(spec)
-    services = wiring.build_services(args, text, redis, link, shelf, spec.environ, f"gw_{os.getpid()}")
+    services = wiring.build_services(args, text, redis, link, catalog_holder, spec.environ, f"gw_{os.getpid()}")
     config = uvicorn.Config(make_app(services), lifespan="on", log_level="warning", access_log=False, ws="none")
     await uvicorn.Server(config).serve(sockets=[listener])
     await redis.aclose()

@@ -28,7 +28,7 @@ from billing.tenants.tenant import new_key
 from billing.usage import TenantId, Unit
 from cluster import valkey
 from cluster.dodo_sandbox.server import SandboxServer, listen
-from deployments.gateway.catalog_holder import read_catalogue
+from deployments.gateway.catalog_holder import read_catalog
 from tests.support.world import API_KEY, SECRET, World
 
 USER_CONFIG: dict[str, object] = {
@@ -97,11 +97,11 @@ async def world(
     """Everything for sale is made at Dodo; nobody is there yet. ``http_client`` sees every call to Dodo."""
     redis = await connect(house.store_url)
     dodo = Dodo(DodoSettings(API_KEY, SECRET, base_url=house.dodo_url), http_client)
-    catalogue = read_catalogue(USER_CONFIG)
+    catalog = read_catalog(USER_CONFIG)
     async with httpx.AsyncClient(base_url=house.dodo_url, trust_env=False, timeout=30) as operator:
-        await publication.publish(redis, catalogue, "gateway-1", clock())
-        await sync(dodo, redis, catalogue)
-        yield World(redis, dodo, operator, clock, catalogue)  # type: ignore[arg-type]
+        await publication.publish(redis, catalog, "gateway-1", clock())
+        await sync(dodo, redis, catalog)
+        yield World(redis, dodo, operator, clock, catalog)  # type: ignore[arg-type]
     await dodo.close()
     await redis.aclose()
 

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.crc import key_slot
 
 from billing.ledger.ledger import Ledger
-from billing.ledger.replay import Recent, Redo
+from billing.ledger.replay import Recent, Replay
 from billing.store.connection import connect, identity, verify
 from billing.store.errors import StoreUnavailable
 from billing.store.keys import shard_for
@@ -40,14 +40,14 @@ class Gateway:
 
     redis: Redis
     ledger: Ledger
-    redo: Redo
+    replay: Replay
     load: Load
 
     @classmethod
     async def open(cls, url: str, load: Load) -> "Gateway":
         redis, recent = await connect(url), Recent()
         ledger = Ledger(redis, on_done=recent.note)
-        return cls(redis, ledger, Redo(ledger, recent, partial(identity, redis), partial(verify, redis)), load)
+        return cls(redis, ledger, Replay(ledger, recent, partial(identity, redis), partial(verify, redis)), load)
 
 
 @dataclass
@@ -107,7 +107,7 @@ async def _fail_over(fleet: Fleet, pair: Pair, name: str, fits: Callable[[Tenant
     gateways = [await Gateway.open(fleet.url, load) for load in loads]
     for gateway in gateways:
         await gateway.load.open(gateway.ledger)
-        await gateway.redo.watch_once()
+        await gateway.replay.watch_once()
     await asyncio.to_thread(wait_until, pair.in_step, "a replica in step")
     using = [asyncio.create_task(gateway.load.run(gateway.ledger)) for gateway in gateways]
     for load in loads:
@@ -121,7 +121,7 @@ async def _fail_over(fleet: Fleet, pair: Pair, name: str, fits: Callable[[Tenant
         pair.primary.send(signal.SIGCONT)
     for gateway in gateways:
         await gateway.load.finish(gateway.ledger)
-        assert await _sent_again(gateway.redo), "another store answers, and nothing was sent again"
+        assert await _sent_again(gateway.replay), "another store answers, and nothing was sent again"
     if not pair.is_killed:
         await _use_beside(pair.primary, gateways)
     found = [await gateway.load.audit(gateway.redis, gateway.ledger) for gateway in gateways]
@@ -135,11 +135,11 @@ async def _served(gateway: Gateway) -> None:
         await until_served(gateway.ledger, tenant)
 
 
-async def _sent_again(redo: Redo) -> int:
+async def _sent_again(replay: Replay) -> int:
     deadline = asyncio.get_running_loop().time() + PATIENCE_S
     while True:
         try:
-            return await redo.watch_once()
+            return await replay.watch_once()
         except StoreUnavailable:
             assert asyncio.get_running_loop().time() < deadline, "the store did not come back"
             await asyncio.sleep(0.05)

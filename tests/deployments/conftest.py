@@ -16,7 +16,7 @@ from billing.store.connection import connect
 from cluster import valkey
 from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app
-from deployments.gateway.catalog_holder import Shelf
+from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.gateway.services import Services
 from deployments.gateway.wiring import build_services
 from deployments.inference.adapters import digest_adapter
@@ -81,9 +81,11 @@ def args(tmp_path: Path) -> FareboxArgs:
 @pytest.fixture
 def make_services(text: Text, args: FareboxArgs) -> MakeServices:
     def make(redis: Redis, link: ScriptedLink, environ: Mapping[str, str] = MappingProxyType({})) -> Services:
-        shelf = Shelf()
-        shelf.put(USER_CONFIG)
-        return build_services(args, text, redis, link, shelf, {"FAREBOX_ADMIN_KEY": ADMIN_KEY, **environ}, "gw_test")
+        catalog_holder = CatalogHolder()
+        catalog_holder.put(USER_CONFIG)
+        return build_services(
+            args, text, redis, link, catalog_holder, {"FAREBOX_ADMIN_KEY": ADMIN_KEY, **environ}, "gw_test"
+        )
 
     return make
 

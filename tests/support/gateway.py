@@ -50,7 +50,7 @@ USER_CONFIG: dict[str, object] = {
     "plans": {
         "free": {"kind": "free", "allowance": {"usd": "1.00"}, "limits": {"requests_per_minute": 3}},
         "prepaid": {"kind": "prepaid"},
-        "payg": {"kind": "pay_as_you_go", "overage_cap": "5.00", "weight": 3},
+        "payg": {"kind": "pay_as_you_go", "credit_limit": "5.00", "weight": 3},
     },
     "packs": {"small": {"price": "5.00", "grants": {"usd": "5.00"}}},
     "default_plan": "prepaid",

@@ -58,8 +58,8 @@ class House:
             await self.serve(request_id)
         await self.serve("req_money", tokens=20)
         await self.serve("req_allowed", funding=Funding(ALLOWANCE))
-        await self.serve("req_overage", ZETA, 20, funding=Funding(overage_cap=Nanos(500_000)))
-        await self.serve("req_more_overage", ZETA, 20, funding=Funding(overage_cap=Nanos(500_000)))
+        await self.serve("req_overage", ZETA, 20, funding=Funding(credit_limit=Nanos(500_000)))
+        await self.serve("req_more_overage", ZETA, 20, funding=Funding(credit_limit=Nanos(500_000)))
         await self.serve("req_free", ZETA, price=PER_TOKEN.model_copy(update={"free": True}))
         await ledger.repay_overage("payment:4", ZETA, 10_000)
         await ledger.adjust(Adjustment("adjustment:1", ACME, Unit.NANOS, 5_000, "billed twice"))
@@ -76,7 +76,7 @@ class House:
         await ledger.settle(settlement("req_gone", 3))
         await ledger.hold(request("req_open"))
         await ledger.extend(request("req_open"), Nanos(70_000), Nanos(0))
-        await ledger.hold(request("req_open_zeta", tenant=ZETA, funding=Funding(overage_cap=Nanos(500_000))))
+        await ledger.hold(request("req_open_zeta", tenant=ZETA, funding=Funding(credit_limit=Nanos(500_000))))
 
     async def refund(self) -> None:
         """Take credit back that was spent, so that a later payment pays a debt."""

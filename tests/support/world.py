@@ -11,7 +11,7 @@ import httpx
 from redis.asyncio import Redis
 from standardwebhooks import Webhook
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.webhooks import Webhooks
 from billing.dodo.budget import CallBudget
 from billing.dodo.client import Dodo
@@ -30,15 +30,15 @@ API_KEY = "dodo_test_key"
 SECRET = "whsec_" + "c2VjcmV0" * 4
 SECOND, MINUTE, HOUR, DAY = 1_000, 60_000, 3_600_000, 86_400_000
 
-CATALOGUE = {
+CATALOG = {
     "models": [{"id": "base", "price": {"input_per_1m": "1"}}],
     "plans": {
         "prepaid": {"kind": "prepaid"},
-        "payg": {"kind": "pay_as_you_go", "overage_cap": "25", "grace_days": 2},
+        "payg": {"kind": "pay_as_you_go", "credit_limit": "25", "grace_days": 2},
         "pro": {
             "kind": "subscription",
             "allowance": {"usd": "10"},
-            "overage_cap": "50",
+            "credit_limit": "50",
             "monthly_price": "20",
         },
     },
@@ -57,7 +57,7 @@ class World:
     operator: httpx.AsyncClient
     """On the sandbox's admin routes."""
     clock: SteppedClock
-    catalogue: Catalogue
+    catalog: Catalog
     sums: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     """What the ledger says Dodo must be told: by tenant and metadata key."""
     _numbers: "count[int]" = field(default_factory=count)
@@ -72,10 +72,10 @@ class World:
         return Exporter(self.redis, self.dodo, self.tenants, self.clock, budget, jitter=lambda: 0.0)
 
     def webhooks(self) -> Webhooks:
-        async def catalogue() -> Catalogue | None:
-            return self.catalogue
+        async def catalog() -> Catalog | None:
+            return self.catalog
 
-        return Webhooks(self.redis, self.dodo, self.ledger, self.tenants, catalogue, SECRET, self.clock)
+        return Webhooks(self.redis, self.dodo, self.ledger, self.tenants, catalog, SECRET, self.clock)
 
     async def tenant(self, name: str, plan: str = "prepaid", has_customer: bool = True) -> Tenant:
         made = await self.tenants.create(Tenant(id=TenantId(name), email=f"{name}@example.com", plan=plan))

@@ -30,14 +30,14 @@ Json = dict[str, object]
 
 @router.get("/v1/account", response_model=AccountBody)
 async def account(parts: Parts, caller: Caller) -> JSONResponse:
-    why = caller.key.quarantine
-    quarantine = {"quarantine": None if why is None else why.model_dump(mode="json")}
-    return JSONResponse(await account_json(parts, caller.tenant) | quarantine)
+    why = caller.key.throttled
+    throttle = None if why is None else why.model_dump(mode="json")
+    return JSONResponse(await account_json(parts, caller.tenant) | {"throttled": throttle, "quarantine": throttle})
 
 
 async def account_json(parts: Services, tenant: Tenant) -> Json:
     """The account as its owner reads it, and as a hold would find it now."""
-    plan = plan_of(tenant, parts.gateway.shelf.current)
+    plan = plan_of(tenant, parts.gateway.catalog_holder.current)
     funding = funding_for(tenant, plan, now_ms())
     account = await parts.ledger.account(tenant.id, funding)
     kept = next((b for b in account.buckets if b.is_allowance), None)
@@ -51,7 +51,7 @@ async def account_json(parts: Services, tenant: Tenant) -> Json:
         "held_usd": format_usd(account.held_nanos),
         "held_requests": account.held_requests,
         "overage_usd": format_usd(account.overage_nanos),
-        "overage_cap_usd": format_usd(funding.overage_cap),
+        "overage_cap_usd": format_usd(funding.credit_limit),
         "allowance": None if kept is None else _bucket_json(kept),
         "packs": [_bucket_json(bucket) for bucket in account.buckets if not bucket.is_allowance],
         "open_holds": account.open_holds,

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 
 from billing.catalog import publication
 from billing.catalog.plans import Plan
+from billing.catalog.publication import GatewayState
 from billing.clock import now_ms
 from billing.commerce.inbox import Inbox
 from billing.export.outbox import Outbox
@@ -20,14 +21,14 @@ from billing.money import NANOS_PER_USD, AmountError, parse_usd
 from billing.notices.log import Notices
 from billing.pricing.prices import Usd
 from billing.reconcile import proof_state
-from billing.reports.unsettled import unsettled
+from billing.reports.unsettled import Unsettled, unsettled
 from billing.tenants.tenant import Email, Tenant, TenantName
 from billing.usage import TenantId, Unit
 from deployments.gateway.api.account import account_json
 from deployments.gateway.api.admin_bodies import (
     AdjustmentBody,
     BillingBody,
-    CatalogueBody,
+    CatalogBody,
     DeadLetter,
     EngineBody,
     GatewayList,
@@ -71,7 +72,7 @@ class NewTenant(_Asked):
     email: Email
     name: str = ""
     plan: str = ""
-    """Empty takes the catalogue's default plan."""
+    """Empty takes the catalog's default plan."""
 
 
 class TenantChange(_Asked):
@@ -122,8 +123,8 @@ class NewAdjustment(_Asked):
 
 @router.post("/tenants", status_code=201, response_model=TenantBody, responses=refusals(400, 404, 409, 413))
 async def create_tenant(asked: NewTenant, parts: Parts) -> JSONResponse:
-    plan = asked.plan or parts.gateway.shelf.current.default_plan
-    _check_plan(parts.gateway.shelf.current.plans, plan)
+    plan = asked.plan or parts.gateway.catalog_holder.current.default_plan
+    _check_plan(parts.gateway.catalog_holder.current.plans, plan)
     tenant = Tenant(id=TenantId(asked.id), email=asked.email, plan=plan, name=asked.name, created_at_ms=now_ms())
     return JSONResponse(_tenant(await parts.tenants.create(tenant)), 201)
 
@@ -143,7 +144,7 @@ async def get_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
 async def change_tenant(tenant_id: TenantId, asked: TenantChange, parts: Parts) -> JSONResponse:
     changes = asked.model_dump(exclude_none=True)
     if asked.plan is not None:
-        _check_plan(parts.gateway.shelf.current.plans, asked.plan)
+        _check_plan(parts.gateway.catalog_holder.current.plans, asked.plan)
     changed = await parts.tenants.update(tenant_id, lambda tenant: tenant.model_copy(update=changes))
     return JSONResponse(_tenant(changed))
 
@@ -179,17 +180,17 @@ async def adjust(tenant_id: TenantId, asked: NewAdjustment, parts: Parts) -> JSO
     return JSONResponse({"adjusted": is_new, "source": made.source, "unit": made.unit.value, "amount": made.amount})
 
 
-@router.get("/catalogue", response_model=CatalogueBody)
-async def catalogue(parts: Parts) -> JSONResponse:
+@router.get("/catalogue", response_model=CatalogBody)
+async def catalog(parts: Parts) -> JSONResponse:
     """What this gateway sells, and the entries it set aside with their reasons."""
-    return JSONResponse(as_json(parts.gateway.shelf.current) | {"gateway": parts.gateway_id})
+    return JSONResponse(as_json(parts.gateway.catalog_holder.current) | {"gateway": parts.gateway_id})
 
 
 @router.get("/gateways", response_model=GatewayList)
 async def gateways(parts: Parts) -> JSONResponse:
-    """Every gateway's own word: the hash of the catalogue it serves, and when it last said so."""
+    """Every gateway's own word: the hash of the catalog it serves, and when it last said so."""
     return JSONResponse(
-        {"object": "list", "data": [asdict(state) for state in await publication.gateways(parts.redis)]}
+        {"object": "list", "data": [_gateway_json(state) for state in await publication.gateways(parts.redis)]}
     )
 
 
@@ -206,7 +207,7 @@ async def billing(parts: Parts) -> JSONResponse:
             "sums": asdict(sums),
             "backlog": backlog.unsealed_entries + backlog.outbox_events,
             "open_holds": await parts.ledger.open_holds(),
-            "money": asdict(open_) | {"backlog_age_s": max(open_.oldest_unsealed_s, state.waiting_s(now_ms()))},
+            "money": _money_json(open_, max(open_.oldest_unsealed_s, state.waiting_s(now_ms()))),
             "books": {kind: asdict(proof) for kind, proof in (await proof_state.shown(parts.redis)).items()},
             "parked_webhooks": await Inbox(parts.redis).parked_count(),
             "unsealed_entries": backlog.unsealed_entries,
@@ -215,7 +216,7 @@ async def billing(parts: Parts) -> JSONResponse:
             "withheld_records": backlog.withheld_records,
             "cursors": {str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
             "unsettled_on_this_gateway": parts.gateway.settler.spooled,
-            "quarantined_settles": len(await parts.ledger.orphans.kept()),
+            "quarantined_settles": len(await parts.ledger.recovery.kept()),
             "refused_settles": await parts.gateway.settler.refused(),
         }
     )
@@ -249,3 +250,11 @@ def _check_plan(plans: Mapping[str, Plan], plan: str) -> None:
 
 def _tenant(tenant: Tenant) -> Json:
     return {"object": "tenant", **tenant.model_dump(mode="json")}
+
+
+def _gateway_json(state: GatewayState) -> Json:
+    return {**asdict(state), "quarantined": state.rejected}
+
+
+def _money_json(open_: Unsettled, backlog_age_s: int) -> Json:
+    return {**asdict(open_), "quarantined": open_.unresolved, "backlog_age_s": backlog_age_s}

@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog, RejectedEntry
 from billing.catalog.publication import GatewayState
-from billing.export.outbox import PumpState, Sums
+from billing.export.outbox import ExporterState, Sums
 from billing.notices.notice import NoticeKind
 from billing.tenants.tenant import Tenant
 from deployments.gateway.api.bodies import AccountBody, Body, Listing
@@ -34,7 +34,9 @@ class AdjustmentBody(Body):
     amount: int
 
 
-class CatalogueBody(Catalogue):
+class CatalogBody(Catalog):
+    quarantined: list[RejectedEntry]
+    """The same as ``rejected``, under its name before 0.2."""
     hash: str
     price_versions: dict[str, str]
     retired_plans: list[str]
@@ -46,7 +48,7 @@ class BillingBody(BaseModel):
     """More may be told from one version to the next."""
 
     object: Literal["billing"]
-    pump: PumpState
+    pump: ExporterState
     sums: Sums
     backlog: int
     open_holds: int

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from billing.catalog.plans import Limits
 from billing.pricing.prices import Price
-from billing.tenants.tenant import Quarantine, Subscription
+from billing.tenants.tenant import Subscription, Throttle
 from billing.usage import Status, Usage
 
 T = TypeVar("T")
@@ -224,7 +224,9 @@ class AccountBody(Body):
     open_holds: int
     limits: Limits
     subscription: Subscription | None
-    quarantine: Quarantine | None = None
+    throttled: Throttle | None = None
+    quarantine: Throttle | None = None
+    """The same, under its name before 0.2."""
     """Why the key that asks may do little for now."""
 
 
@@ -285,7 +287,7 @@ class Alive(Body):
 
 class Checks(Body):
     store: bool
-    catalogue: bool
+    catalog: bool
     replica: bool
 
 

@@ -34,7 +34,7 @@ from billing.ledger.errors import (
 )
 from billing.ledger.spool import SpoolFull
 from billing.money import format_usd
-from billing.store.errors import ClockAstray, StoreRefused, StoreUnavailable
+from billing.store.errors import ClockSkewError, StoreRefused, StoreUnavailable
 from billing.tenants.errors import (
     CustomerTaken,
     InvalidKey,
@@ -239,7 +239,7 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     services.gateway.metrics.refused(answer.code)
     if answer.code == "internal_error":
         logger.exception("unexpected error on %s %s", request.method, request.url.path, exc_info=error)
-    elif isinstance(error, ClockAstray):
+    elif isinstance(error, ClockSkewError):
         logger.critical("new requests are refused: %s", error)
     return Problem(body_of(error, services.top_up_url), answer.status, headers_of(error))
 

@@ -18,10 +18,10 @@ async def healthz() -> JSONResponse:
 
 @router.get("/readyz", response_model=Ready, responses={503: {"model": Ready, "description": "Not ready"}})
 async def readyz(parts: Parts) -> JSONResponse:
-    """Ready when the store answers, a catalogue is in force and a replica answers."""
+    """Ready when the store answers, a catalog is in force and a replica answers."""
     checks = {
         "store": await _store_answers(parts),
-        "catalogue": parts.gateway.shelf.is_stocked,
+        "catalogue": parts.gateway.catalog_holder.is_stocked,
         "replica": await parts.gateway.link.is_ready(),
     }
     is_ready = all(checks.values())

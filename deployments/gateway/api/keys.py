@@ -13,7 +13,7 @@ from billing.catalog.plans import Limits
 from billing.clock import now_ms
 from billing.pricing.prices import Usd
 from billing.tenants.errors import KeysNotManaged
-from billing.tenants.tenant import ApiKey, Principal, Quarantine, new_key
+from billing.tenants.tenant import ApiKey, Principal, Throttle, new_key
 from billing.usage import TenantId
 from deployments.gateway.api.admin import DAY_MS, operator
 from deployments.gateway.api.bodies import Body, Dollars, Listing
@@ -37,7 +37,9 @@ class KeyBody(Body):
     daily_cap: Dollars | None
     monthly_cap: Dollars | None
     manages_keys: bool
-    quarantine: Quarantine | None
+    throttled: Throttle | None
+    quarantine: Throttle | None
+    """The same, under its name before 0.2."""
     lifted_at_ms: int
     counts_as: str
     created_at_ms: int
@@ -93,7 +95,7 @@ class Rotation(Sent):
 
 async def managing(caller: Caller) -> Principal:
     """Raises KeysNotManaged."""
-    if not caller.key.manages_keys or caller.key.quarantine:
+    if not caller.key.manages_keys or caller.key.throttled:
         raise KeysNotManaged
     return caller
 
@@ -156,7 +158,7 @@ async def rotate_key(tenant_id: TenantId, key_id: str, asked: Rotation, parts: P
 
 @operators.post("/{key_id}/lift", response_model=KeyBody)
 async def lift_key(tenant_id: TenantId, key_id: str, parts: Parts) -> JSONResponse:
-    """Take it out of quarantine; it is not put back for a day."""
+    """Lift its throttle; it is not throttled again for a day."""
     return JSONResponse(key_json(await parts.tenants.lift_key(tenant_id, key_id)))
 
 
@@ -175,4 +177,5 @@ async def _rotated(parts: Services, tenant: TenantId, key_id: str, asked: Rotati
 
 
 def key_json(key: ApiKey) -> Json:
-    return {"object": "api_key", **key.model_dump(mode="json", exclude={"hash"})}
+    shown = key.model_dump(mode="json", exclude={"hash"})
+    return {"object": "api_key", **shown, "quarantine": shown["throttled"]}

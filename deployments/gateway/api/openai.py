@@ -229,13 +229,13 @@ async def quote(asked: Annotated[QuoteRequest, Body()], parts: Parts, caller: Ca
 
 @router.get("/v1/models", response_model=Listing[ModelBody])
 async def list_models(parts: Parts, caller: Caller) -> JSONResponse:
-    models = parts.gateway.shelf.current.open_to(caller.tenant.id, caller.key.models)
+    models = parts.gateway.catalog_holder.current.open_to(caller.tenant.id, caller.key.models)
     return JSONResponse({"object": "list", "data": [_model(model, parts.base_model) for model in models]})
 
 
 @router.get("/v1/models/{model_id:path}", response_model=ModelBody, responses=refusals(404))
 async def get_model(model_id: str, parts: Parts, caller: Caller) -> JSONResponse:
-    models = parts.gateway.shelf.current.open_to(caller.tenant.id, caller.key.models)
+    models = parts.gateway.catalog_holder.current.open_to(caller.tenant.id, caller.key.models)
     found = next((model for model in models if model.id == model_id), None)
     if found is None:
         raise UnknownModel(model_id)

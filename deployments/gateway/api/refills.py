@@ -61,7 +61,7 @@ async def put_refill(asked: RefillRequest, parts: Parts, caller: Caller) -> JSON
         threshold_nanos=asked.threshold_usd,
         monthly_cap_cents=asked.monthly_cap_usd // NANOS_PER_CENT,
     )
-    if refusal := refusal_of(wanted, offers_to(caller.tenant.id, parts.gateway.shelf.current, now_ms()).packs):
+    if refusal := refusal_of(wanted, offers_to(caller.tenant.id, parts.gateway.catalog_holder.current, now_ms()).packs):
         raise BadRequest(refusal, "pack")
     return JSONResponse(_refill_json(await Refills(parts.redis).put(caller.tenant.id, wanted)))
 

@@ -49,7 +49,7 @@ async def offers(parts: Parts, caller: Caller) -> JSONResponse:
 
 
 def _offers(parts: Services, caller: Principal) -> Offers:
-    return offers_to(caller.tenant.id, parts.gateway.shelf.current, now_ms())
+    return offers_to(caller.tenant.id, parts.gateway.catalog_holder.current, now_ms())
 
 
 def _subscribed_to(tenant: Tenant) -> str:
@@ -74,7 +74,7 @@ def _plan_json(name: str, plan: Plan, url: str) -> Json:
         "kind": plan.kind.value,
         "monthly_price_usd": format_usd(plan.monthly_price),
         "grants": None if plan.allowance is None else _quota_json(plan.allowance),
-        "overage_cap_usd": format_usd(plan.overage_cap),
+        "overage_cap_usd": format_usd(plan.credit_limit),
         "limits": plan.limits.model_dump(mode="json"),
         "licence_key": plan.licence_key,
         "buy": {"method": "POST", "url": url, "body": {"plan": name}},

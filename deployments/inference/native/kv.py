@@ -26,7 +26,7 @@ class KvRows(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Remains:
+class CachedPrefix:
     """What an ended sequence left in its slot."""
 
     owner: tuple[str, str]
@@ -42,7 +42,7 @@ class KvTable:
         self._rows = rows
         self._prefix_cache = prefix_cache
         self._held: dict[int, Sequence] = {}
-        self._free: dict[int, Remains | None] = dict.fromkeys(range(count))
+        self._free: dict[int, CachedPrefix | None] = dict.fromkeys(range(count))
         """Longest free first."""
 
     @property
@@ -79,7 +79,9 @@ class KvTable:
         if not sound:
             self._rows.clear(slot)
         kept = sound and self._prefix_cache
-        self._free[slot] = Remains(self._owner(sequence), sequence.token_ids[: sequence.computed]) if kept else None
+        self._free[slot] = (
+            CachedPrefix(self._owner(sequence), sequence.token_ids[: sequence.computed]) if kept else None
+        )
         sequence.kv_slot = -1
         assert len(self._free) + len(self._held) == self.count
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from redis.asyncio import Redis
 
-from billing.abuse.addresses import Sightings
-from billing.abuse.enforcer import REST_MS, Warden
+from billing.abuse.addresses import AddressSketches
+from billing.abuse.enforcer import REST_MS, AbuseEnforcer
 from billing.abuse.rules import HOUR_MS, Habits, Reason, UsedKey
 from billing.catalog.abuse import Abuse
 from billing.ledger.admission import Admission
@@ -19,7 +19,7 @@ from billing.notices.notice import NoticeKind
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Principal, Tenant, new_key
 from billing.usage import RequestId, Status, TenantId, Usage, UsageRecord
-from tests.billing.ledger.test_admission import CATALOGUE, PIRATE
+from tests.billing.ledger.test_admission import CATALOG, PIRATE
 from tests.support.clock import SteppedClock
 from tests.support.samples import ACME, money, settlement
 
@@ -123,11 +123,11 @@ async def tenants(store: Redis, clock: SteppedClock) -> Tenants:
     return tenants
 
 
-def warden(tenants: Tenants, store: Redis, clock: SteppedClock, *records: UsageRecord) -> Warden:
+def warden(tenants: Tenants, store: Redis, clock: SteppedClock, *records: UsageRecord) -> AbuseEnforcer:
     habits = Habits()
     for one in records:
         habits.note(one)
-    return Warden(tenants, Notices(store), Sightings(store, clock), habits, clock)
+    return AbuseEnforcer(tenants, Notices(store), AddressSketches(store, clock), habits, clock)
 
 
 async def test_a_key_is_quarantined_and_its_owner_told_once(
@@ -143,30 +143,30 @@ async def test_a_key_is_quarantined_and_its_owner_told_once(
     )
     assert "$500.00 this hour" in notice.facts["detail"]
     assert "farebox keys lift acme key_1" in notice.facts["remedy"]
-    why = (await tenants.key(ACME, "key_1")).quarantine
+    why = (await tenants.key(ACME, "key_1")).throttled
     assert why is not None
     assert (why.reason, why.since_ms) == ("unusual_spend", NOW)
 
 
 async def test_a_lifted_key_is_left_alone_for_a_day(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
     await warden(tenants, store, clock, *USUAL, record(0, usd=500)).run_once(ABUSE)
-    assert (await tenants.lift_key(ACME, "key_1")).quarantine is None
+    assert (await tenants.lift_key(ACME, "key_1")).throttled is None
     for later, is_put_back in ((REST_MS - 1, False), (REST_MS, True)):
         clock.now_ms = NOW + later
         again = replace(record(0, usd=500), occurred_at_ms=clock.now_ms)
         await warden(tenants, store, clock, *USUAL, again).run_once(ABUSE)
-        assert ((await tenants.key(ACME, "key_1")).quarantine is not None) == is_put_back
+        assert ((await tenants.key(ACME, "key_1")).throttled is not None) == is_put_back
 
 
 async def test_nothing_is_watched_where_the_owner_says_so(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
     guard = warden(tenants, store, clock, *USUAL, record(0, usd=500), record(0, usd=500, key_id="key_gone"))
     assert await guard.run_once(ABUSE.model_copy(update={"watch": False})) == 0
-    assert (await tenants.key(ACME, "key_1")).quarantine is None
+    assert (await tenants.key(ACME, "key_1")).throttled is None
     assert await guard.run_once(ABUSE) == 1, "and a key that nobody has is nobody's concern"
 
 
 async def test_addresses_are_estimated_and_none_is_kept(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
-    gateways = [Sightings(store, clock) for _ in range(2)]
+    gateways = [AddressSketches(store, clock) for _ in range(2)]
     for number in range(8):
         for gateway in gateways:
             gateway.note(ACME, "key_1", f"192.0.2.{number}")
@@ -186,7 +186,7 @@ async def test_in_quarantine_a_key_may_do_little_and_the_others_all(
     await ledger.grant(money(10_000_000))
     await warden(tenants, store, clock, *USUAL, record(0, usd=500)).run_once(ABUSE)
     key, tenant = await tenants.key(ACME, "key_1"), await tenants.get(TenantId("acme"))
-    little = CATALOGUE.model_copy(update={"abuse": Abuse(hourly_cap="0.00002", requests_per_minute=2)})
+    little = CATALOG.model_copy(update={"abuse": Abuse(hourly_cap="0.00002", requests_per_minute=2)})
     gate = Admission(ledger, clock)
 
     async def admit(request_id: str, who: Principal) -> None:
@@ -195,7 +195,7 @@ async def test_in_quarantine_a_key_may_do_little_and_the_others_all(
     held = Principal(key, tenant)
     await admit("req_1", held)
     await ledger.settle(settlement("req_1", completion=5))
-    with pytest.raises(SpendCapReached, match="quarantine"):
+    with pytest.raises(SpendCapReached, match="throttled"):
         await admit("req_2", held)
     await admit("req_3", Principal(new_key(ACME, 0)[1], tenant))
     clock.now_ms += HOUR_MS

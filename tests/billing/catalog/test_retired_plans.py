@@ -6,16 +6,16 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.catalog import publication
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Plan
 from billing.ledger.admission import plan_of
 from billing.store import keys
 from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
-from tests.billing.commerce.test_offers import CATALOGUE, NOON
+from tests.billing.commerce.test_offers import CATALOG, NOON
 
-OLD = Catalogue.model_validate(CATALOGUE)
-NEW = Catalogue.model_validate(CATALOGUE | {"plans": {"prepaid": {"kind": "prepaid"}}})
+OLD = Catalog.model_validate(CATALOG)
+NEW = Catalog.model_validate(CATALOG | {"plans": {"prepaid": {"kind": "prepaid"}}})
 
 
 async def test_the_board_tells_of_plans_that_are_gone(redis: Redis) -> None:
@@ -30,11 +30,11 @@ async def test_the_board_tells_of_plans_that_are_gone(redis: Redis) -> None:
 
 
 async def test_a_plan_is_remembered_as_it_last_was(redis: Redis) -> None:
-    dearer = CATALOGUE | {"plans": CATALOGUE["plans"] | {"club": {"kind": "pay_as_you_go", "overage_cap": "3"}}}  # type: ignore[operator]
-    for catalogue in (OLD, Catalogue.model_validate(dearer), NEW):
-        await publication.publish(redis, catalogue, "gw", NOON)
+    dearer = CATALOG | {"plans": CATALOG["plans"] | {"club": {"kind": "pay_as_you_go", "credit_limit": "3"}}}  # type: ignore[operator]
+    for catalog in (OLD, Catalog.model_validate(dearer), NEW):
+        await publication.publish(redis, catalog, "gw", NOON)
     plan = (await publication.plans_ever(redis))["club"]
-    assert plan == Plan.model_validate({"kind": "pay_as_you_go", "overage_cap": "3"})
+    assert plan == Plan.model_validate({"kind": "pay_as_you_go", "credit_limit": "3"})
 
 
 async def test_a_plan_that_another_version_wrote_is_told_and_left_out(

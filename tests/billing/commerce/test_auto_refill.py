@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.auto_refill import LOST_MS, Refiller, refusal_of
 from billing.commerce.refill import COOLDOWN_MS, AttemptState, Refill
 from billing.commerce.refill_store import Refills
@@ -24,12 +24,12 @@ SMALL = Refill(pack="small", threshold_nanos=USD, monthly_cap_cents=1_500)
 
 
 def refiller(world: World) -> Refiller:
-    async def catalogue() -> Catalogue | None:
-        return world.catalogue
+    async def catalog() -> Catalog | None:
+        return world.catalog
 
     webhooks = world.webhooks()
     parts = (Refills(world.redis), webhooks.inbox, webhooks.payments, Notices(world.redis))
-    return Refiller(world.dodo, world.ledger, world.tenants, *parts, catalogue, world.clock)
+    return Refiller(world.dodo, world.ledger, world.tenants, *parts, catalog, world.clock)
 
 
 async def low(world: World, refill: Refill = SMALL) -> Refills:
@@ -180,8 +180,8 @@ async def test_nothing_is_asked_while_there_is_enough(world: World) -> None:
     ],
 )
 async def test_an_absurd_refill_is_refused(world: World, change: dict[str, object], word: str) -> None:
-    assert refusal_of(SMALL, world.catalogue.packs) == ""
-    assert word in refusal_of(SMALL.model_copy(update=change), world.catalogue.packs)
+    assert refusal_of(SMALL, world.catalog.packs) == ""
+    assert word in refusal_of(SMALL.model_copy(update=change), world.catalog.packs)
 
 
 @pytest.mark.parametrize("status", [SubscriptionStatus.PAUSED, SubscriptionStatus.ON_HOLD])
@@ -199,7 +199,7 @@ async def test_a_subscription_that_rests_with_its_allowance_charges_no_card(
     tenant = await world.tenants.update(
         ACME, lambda t: t.model_copy(update={"subscription": subscription, "plan": "pro"})
     )
-    funding = funding_for(tenant, plan_of(tenant, world.catalogue), world.clock())
+    funding = funding_for(tenant, plan_of(tenant, world.catalog), world.clock())
     await world.ledger.hold(request(funding=funding))
     assert await refiller(world).run_once() == 0
     rests = subscription.model_copy(update={"status": status})

@@ -13,7 +13,7 @@ import pytest
 from dodopayments.types.webhook_event_type import WebhookEventType
 
 from billing.catalog import publication
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.inbox import Outcome
 from billing.commerce.licences import ENTITLEMENT
 from billing.commerce.sync import sync
@@ -22,7 +22,7 @@ from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
 from tests.billing.commerce.test_licences import buy_as_stranger
 from tests.billing.commerce.test_webhooks import AUTH
-from tests.support.world import CATALOGUE, HOUR, World, delivery
+from tests.support.world import CATALOG, HOUR, World, delivery
 
 TYPES: tuple[str, ...] = get_args(WebhookEventType)
 USD = 1_000_000_000
@@ -30,8 +30,8 @@ AT_ONCE = 8
 COPIES = 2
 PLANS = {
     "prepaid": {"kind": "prepaid"},
-    "payg": {"kind": "pay_as_you_go", "overage_cap": "25", "grace_days": 2, "licence_key": True},
-    "pro": {"kind": "subscription", "allowance": {"usd": "10"}, "overage_cap": "50", "monthly_price": "20"},
+    "payg": {"kind": "pay_as_you_go", "credit_limit": "25", "grace_days": 2, "licence_key": True},
+    "pro": {"kind": "subscription", "allowance": {"usd": "10"}, "credit_limit": "50", "monthly_price": "20"},
 }
 PACKS = {
     "small": {"price": "5", "grants": {"usd": "5"}, "expires_days": 30},
@@ -169,12 +169,12 @@ def _about(type_: str, about: dict[str, list[dict[str, object]]]) -> Iterator[di
 
 @pytest.fixture
 async def shop(world: World) -> World:
-    world.catalogue = Catalogue.model_validate(CATALOGUE | {"plans": PLANS, "packs": PACKS})
+    world.catalog = Catalog.model_validate(CATALOG | {"plans": PLANS, "packs": PACKS})
     await world.redis.flushall()
     for product in (await world.operator.get("/products?page_size=100", headers=AUTH)).json()["items"]:
         (await world.operator.delete(f"/products/{product['product_id']}", headers=AUTH)).raise_for_status()
-    await publication.publish(world.redis, world.catalogue, "gateway-1", world.clock())
-    await sync(world.dodo, world.redis, world.catalogue)
+    await publication.publish(world.redis, world.catalog, "gateway-1", world.clock())
+    await sync(world.dodo, world.redis, world.catalog)
     return world
 
 

@@ -5,7 +5,7 @@ import random
 import httpx
 import pytest
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.inbox import Outcome
 from billing.commerce.licences import ENTITLEMENT, ROTATION_GRACE_MS
 from billing.commerce.signups import tenant_id_for
@@ -16,11 +16,11 @@ from billing.tenants.errors import InvalidKey
 from billing.tenants.tenant import ApiKey
 from billing.usage import TenantId
 from tests.billing.commerce.test_webhooks import AUTH
-from tests.support.world import CATALOGUE, World, delivery
+from tests.support.world import CATALOG, World, delivery
 
 USD = 1_000_000_000
-WITH_KEYS = CATALOGUE | {
-    "plans": {name: plan | {"licence_key": plan["kind"] != "prepaid"} for name, plan in CATALOGUE["plans"].items()},  # type: ignore[attr-defined]
+WITH_KEYS = CATALOG | {
+    "plans": {name: plan | {"licence_key": plan["kind"] != "prepaid"} for name, plan in CATALOG["plans"].items()},  # type: ignore[attr-defined]
     "packs": {"keyed": {"price": "5", "grants": {"usd": "5"}, "licence_key": True}},
 }
 
@@ -28,11 +28,11 @@ WITH_KEYS = CATALOGUE | {
 @pytest.fixture
 async def keyed(world: World) -> World:
     """A shop whose products hand out licence keys."""
-    world.catalogue = Catalogue.model_validate(WITH_KEYS)
+    world.catalog = Catalog.model_validate(WITH_KEYS)
     await world.redis.flushall()
     for product in (await world.operator.get("/products?page_size=100", headers=AUTH)).json()["items"]:
         (await world.operator.delete(f"/products/{product['product_id']}", headers=AUTH)).raise_for_status()
-    await sync(world.dodo, world.redis, world.catalogue)
+    await sync(world.dodo, world.redis, world.catalog)
     return world
 
 

@@ -2,19 +2,19 @@
 
 import pytest
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.offers import left_behind, offers_to
 from billing.tenants.tenant import Subscription, SubscriptionStatus, Tenant
 from billing.usage import TenantId
 
 NOON = 1_796_040_000_000
 """2026-11-30T12:00:00Z."""
-CATALOGUE = {
+CATALOG = {
     "models": [{"id": "base", "price": {"input_per_1m": "1"}}],
     "plans": {
         "prepaid": {"kind": "prepaid"},
-        "payg": {"kind": "pay_as_you_go", "overage_cap": "5"},
-        "club": {"kind": "pay_as_you_go", "overage_cap": "9", "visibility": "hidden"},
+        "payg": {"kind": "pay_as_you_go", "credit_limit": "5"},
+        "club": {"kind": "pay_as_you_go", "credit_limit": "9", "visibility": "hidden"},
     },
     "packs": {
         "small": {"price": "5", "grants": {"usd": "5"}},
@@ -35,27 +35,27 @@ TENANTS = [TenantId(f"tenant-{number}") for number in range(50)]
 
 
 def test_each_tenant_is_offered_what_its_arm_says() -> None:
-    catalogue = Catalogue.model_validate(CATALOGUE)
-    [experiment] = catalogue.pricing.experiments
+    catalog = Catalog.model_validate(CATALOG)
+    [experiment] = catalog.pricing.experiments
     arms = {tenant: experiment.arm_of(tenant).id for tenant in TENANTS}
     assert set(arms.values()) == {"control", "trial"}
     for tenant, arm in arms.items():
-        found = offers_to(tenant, catalogue, NOON)
+        found = offers_to(tenant, catalog, NOON)
         assert set(found.packs) == ({"small", "trial"} if arm == "trial" else {"small"})
         assert set(found.plans) == ({"payg", "club"} if arm == "trial" else {"payg"})
 
 
 def test_what_an_experiment_offers_ends_with_it() -> None:
-    catalogue = Catalogue.model_validate(CATALOGUE)
+    catalog = Catalog.model_validate(CATALOG)
     for tenant in TENANTS:
-        found = offers_to(tenant, catalogue, NOON + 86_400_000)
+        found = offers_to(tenant, catalog, NOON + 86_400_000)
         assert (set(found.packs), set(found.plans)) == ({"small"}, {"payg"})
 
 
 def test_an_arm_offers_nothing_that_the_catalogue_lacks() -> None:
     arm = {"packs": ["gone"], "plans": ["gone", "prepaid"]}
     pricing = {"experiments": [{"id": "x", "arms": [{"id": "a", **arm}, {"id": "b", **arm}]}]}
-    found = offers_to(TENANTS[0], Catalogue.model_validate(CATALOGUE | {"pricing": pricing}), NOON)
+    found = offers_to(TENANTS[0], Catalog.model_validate(CATALOG | {"pricing": pricing}), NOON)
     assert (set(found.packs), set(found.plans)) == ({"small"}, {"payg"})
 
 
@@ -74,8 +74,8 @@ def test_an_arm_offers_nothing_that_the_catalogue_lacks() -> None:
 def test_a_dropped_plan_names_who_is_on_it(
     plan: str, carried: str, status: SubscriptionStatus | None, expected: set[str]
 ) -> None:
-    old = Catalogue.model_validate(CATALOGUE)
-    new = Catalogue.model_validate(CATALOGUE | {"plans": {"prepaid": {"kind": "prepaid"}}})
+    old = Catalog.model_validate(CATALOG)
+    new = Catalog.model_validate(CATALOG | {"plans": {"prepaid": {"kind": "prepaid"}}})
     subscription = (
         Subscription(id="s", plan=carried, status=status, period_start_ms=0, period_end_ms=1) if status else None
     )
@@ -86,12 +86,12 @@ def test_a_dropped_plan_names_who_is_on_it(
 
 
 def test_retired_plans_are_no_part_of_the_content() -> None:
-    old = Catalogue.model_validate(CATALOGUE)
-    new = Catalogue.model_validate(CATALOGUE | {"plans": {"prepaid": {"kind": "prepaid"}}})
+    old = Catalog.model_validate(CATALOG)
+    new = Catalog.model_validate(CATALOG | {"plans": {"prepaid": {"kind": "prepaid"}}})
     told = new.remembering(old.plans)
     assert told.content_hash == new.content_hash
     assert set(told.retired) == {"payg", "club"}
     assert told.plan_named("payg") == old.plans["payg"]
     assert told.plan_named("prepaid") == new.plans["prepaid"]
     assert told.plan_named("never-was") is None
-    assert Catalogue.model_validate_json(told.model_dump_json()) == new
+    assert Catalog.model_validate_json(told.model_dump_json()) == new

@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.catalog import publication
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.subscriptions import applied, as_stored
 from billing.commerce.waiting import NotYet
 from billing.dodo.budget import CallBudget
@@ -17,10 +17,10 @@ from billing.periodic import Intervals
 from billing.tenants.tenant import LAST_CHARGES_MS, Subscription, SubscriptionStatus, Tenant
 from billing.usage import TenantId
 from tests.support.clock import SteppedClock
-from tests.support.world import CATALOGUE, DAY, MINUTE
+from tests.support.world import CATALOG, DAY, MINUTE
 
 NOW = 1_795_000_000_000
-PLAN = Catalogue.model_validate(CATALOGUE).plans["payg"]
+PLAN = Catalog.model_validate(CATALOG).plans["payg"]
 S = SubscriptionStatus
 
 
@@ -134,11 +134,11 @@ def test_a_last_period_extends_no_credit_that_could_not_be_charged_in_it() -> No
 @pytest.mark.parametrize("ago_ms", [1, LAST_CHARGES_MS])
 def test_a_last_period_s_allowance_lasts_to_its_end_and_its_overage_does_not(ago_ms: int) -> None:
     last = sub(S.ACTIVE).model_copy(update={"cancel_at_period_end": True, "plan": "pro"})
-    plan = Catalogue.model_validate(CATALOGUE).plans["pro"]
+    plan = Catalog.model_validate(CATALOG).plans["pro"]
     funding = funding_for(tenant("pro", last), plan, NOW - ago_ms)
     assert funding.allowance is not None
-    assert funding.overage_cap == 0
-    assert funding_for(tenant("pro", last), plan, NOW - LAST_CHARGES_MS - 1).overage_cap == plan.overage_cap
+    assert funding.credit_limit == 0
+    assert funding_for(tenant("pro", last), plan, NOW - LAST_CHARGES_MS - 1).credit_limit == plan.credit_limit
 
 
 @pytest.mark.parametrize("per_minute", [1, 5, 6, 7, 60, 240, 1000])
@@ -157,9 +157,9 @@ async def test_no_minute_has_more_calls_than_its_budget(per_minute: int) -> None
 
 async def test_the_catalogue_in_force_comes_back_as_it_was_published(redis: Redis) -> None:
     assert await publication.current(redis) is None
-    catalogue = Catalogue.model_validate(CATALOGUE)
-    hash_ = await publication.publish(redis, catalogue, "gw_1", NOW)
-    assert await publication.current(redis) == catalogue
+    catalog = Catalog.model_validate(CATALOG)
+    hash_ = await publication.publish(redis, catalog, "gw_1", NOW)
+    assert await publication.current(redis) == catalog
     (gateway,) = await publication.gateways(redis)
     assert (gateway.gateway_id, gateway.hash, gateway.at_ms) == ("gw_1", hash_, NOW)
     await publication.forget_gateway(redis, "gw_1")

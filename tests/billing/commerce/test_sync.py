@@ -4,15 +4,15 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.commerce.sync import plan, sync
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoUnavailable
 from billing.store.keys import DODO_IDS
 from cluster.dodo_sandbox.server import SandboxServer
-from tests.support.world import CATALOGUE, SECRET, World
+from tests.support.world import CATALOG, SECRET, World
 
-CATALOGUE_NOW = Catalogue.model_validate(CATALOGUE)
+CATALOGUE_NOW = Catalog.model_validate(CATALOG)
 EVERYTHING = {"meter:charge", "pack:small", "pack:calls", "plan:payg", "plan:pro", "webhook"}
 URL = "http://127.0.0.1:8000/webhooks/dodo"
 

@@ -74,9 +74,9 @@ async def test_what_a_payment_buys_is_fixed_when_it_is_first_seen(world: World) 
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     await world.webhooks().receive(*delivery("payment.succeeded", payment))
-    pack = world.catalogue.packs["small"]
+    pack = world.catalog.packs["small"]
     dearer = pack.model_copy(update={"grants": pack.grants.model_copy(update={"usd": 9 * USD})})
-    world.catalogue = world.catalogue.model_copy(update={"packs": {"small": dearer}})
+    world.catalog = world.catalog.model_copy(update={"packs": {"small": dearer}})
     again = await world.webhooks().receive(*delivery("payment.succeeded", payment, "msg_2"))
     assert again.outcome is Outcome.APPLIED
     assert await balance(world) == 5 * USD
@@ -162,13 +162,13 @@ async def test_while_dodo_is_away_what_needs_it_is_parked_and_acknowledged(world
 
 async def test_a_store_that_does_not_answer_makes_dodo_send_again(world: World) -> None:
     away = Redis.from_url("unix:///nowhere/s.sock", decode_responses=True)
-    webhooks = Webhooks(away, world.dodo, world.ledger, world.tenants, _no_catalogue, SECRET, world.clock)
+    webhooks = Webhooks(away, world.dodo, world.ledger, world.tenants, _no_catalog, SECRET, world.clock)
     with pytest.raises(StoreUnavailable):
         await webhooks.receive(*delivery("payment.succeeded", {}))
     await away.aclose()
 
 
-async def _no_catalogue() -> None:
+async def _no_catalog() -> None:
     return None
 
 

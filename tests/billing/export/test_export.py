@@ -7,7 +7,7 @@ import pytest
 
 from billing.dodo.client import Dodo, DodoSettings, Event
 from billing.dodo.errors import DodoUnavailable
-from billing.export.checking import Sifted
+from billing.export.checking import CheckedEntries
 from billing.export.events import SealedEvent
 from billing.export.exporter import Exporter
 from billing.export.outbox import Outbox
@@ -273,7 +273,7 @@ async def test_a_call_carries_at_most_a_thousand_events(world: World, monkeypatc
     for number, name in enumerate(names):
         event = SealedEvent(name, tenant.id, "farebox.usage", world.clock(), number, 0, 1, {"covered_nanos": 1})
         shard = shard_for(tenant.id)
-        await outbox.seal(shard, f"{number}-0", f"{number + 1}-0", Sifted({}), [event])
+        await outbox.seal(shard, f"{number}-0", f"{number + 1}-0", CheckedEntries({}), [event])
     assert (await world.exporter().flush_once()).sent == 1_001
     assert sizes == [1_000, 1]
 

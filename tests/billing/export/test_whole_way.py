@@ -14,7 +14,7 @@ from tests.support.world import World, assert_same
 
 ACME = TenantId("acme")
 PRICE = Price.model_validate({"input_per_1m": "1", "output_per_1m": "2"})
-CAP = Funding(overage_cap=Nanos(10**9))
+CAP = Funding(credit_limit=Nanos(10**9))
 
 
 def asks(number: int) -> HoldRequest:

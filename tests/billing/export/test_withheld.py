@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from billing.export.checking import sift
+from billing.export.checking import check_entries
 from billing.export.outbox import Outbox
 from billing.ledger.account import Grant
 from billing.ledger.journal import Stream
@@ -193,10 +193,10 @@ async def test_reconcile_names_what_is_withheld_and_nothing_else(world: World) -
 @pytest.mark.usefixtures("three")
 async def test_a_tenant_whose_first_entries_were_sealed_unchecked_begins_where_it_stands(world: World) -> None:
     entries = [entry for entry in await Stream(world.redis).within(shard_for(ACME)) if entry.tenant == ACME]
-    sifted = sift(entries[1:], {})
+    sifted = check_entries(entries[1:], {})
     assert (sifted.sound, sifted.withheld) == (entries[1:], [])
     altered = replace(entries[2], payload="{}")
-    assert [one.id for one in sift([entries[1], altered], {}).withheld] == [altered.id]
+    assert [one.id for one in check_entries([entries[1], altered], {}).withheld] == [altered.id]
 
 
 async def test_each_window_goes_on_where_the_last_one_ended(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 from redis.asyncio import Redis
 
-from billing.catalog.catalog import Catalogue, Model
+from billing.catalog.catalog import Catalog, Model
 from billing.catalog.plans import Plan
 from billing.ledger.account import Funding
 from billing.ledger.admission import Admission, funding_for, plan_of
@@ -19,10 +19,10 @@ from tests.support.samples import ACME, PER_TOKEN, money, settlement
 
 FREE = Plan.model_validate({"kind": "free", "allowance": {"requests": 2}})
 PREPAID = Plan.model_validate({"kind": "prepaid", "limits": {"requests_per_minute": 5}})
-PAYG = Plan.model_validate({"kind": "pay_as_you_go", "overage_cap": "0.001"})
-PRO = Plan.model_validate({"kind": "subscription", "allowance": {"usd": "0.00003"}, "overage_cap": "0.001"})
+PAYG = Plan.model_validate({"kind": "pay_as_you_go", "credit_limit": "0.001"})
+PRO = Plan.model_validate({"kind": "subscription", "allowance": {"usd": "0.00003"}, "credit_limit": "0.001"})
 PIRATE = Model(id="pirate", price=PER_TOKEN, path="/a/pirate", digest="0123456789abcdef" * 4)
-CATALOGUE = Catalogue(
+CATALOG = Catalog(
     models=(PIRATE,), plans={"free": FREE, "prepaid": PREPAID, "payg": PAYG, "pro": PRO}, default_plan="prepaid"
 )
 
@@ -62,7 +62,7 @@ def test_a_subscription_brings_its_period_s_allowance_and_credit() -> None:
     funding = funding_for(tenant("pro", status="active"), PRO, 1_500)
     assert funding.allowance is not None
     assert (funding.allowance.id, funding.allowance.expires_at_ms) == ("allowance:sub_1:1000", 2_000)
-    assert funding.overage_cap == 1_000_000
+    assert funding.credit_limit == 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -83,17 +83,17 @@ def test_credit_is_extended_only_while_a_subscription_carries_it(
     subscription: dict[str, object], now: int, cap: int, has_allowance: bool
 ) -> None:
     funding = funding_for(tenant("pro", **subscription), PRO, now)
-    assert (funding.overage_cap, funding.allowance is not None) == (cap, has_allowance)
+    assert (funding.credit_limit, funding.allowance is not None) == (cap, has_allowance)
 
 
 def test_pay_as_you_go_has_no_allowance_and_prepaid_nothing() -> None:
-    assert funding_for(tenant("payg", status="active"), PAYG, 1_500) == Funding(overage_cap=PAYG.overage_cap)
+    assert funding_for(tenant("payg", status="active"), PAYG, 1_500) == Funding(credit_limit=PAYG.credit_limit)
     assert funding_for(tenant("payg"), PAYG, 1_500) == Funding()
     assert funding_for(tenant("prepaid", status="active"), PREPAID, 1_500) == Funding()
 
 
 def test_a_plan_that_is_no_longer_offered_gives_way_to_the_default() -> None:
-    assert plan_of(tenant("gone"), CATALOGUE) == PREPAID
+    assert plan_of(tenant("gone"), CATALOG) == PREPAID
 
 
 async def test_all_four_plans_are_admitted_each_by_its_own_money(ledger: Ledger, clock: SteppedClock) -> None:
@@ -102,7 +102,7 @@ async def test_all_four_plans_are_admitted_each_by_its_own_money(ledger: Ledger,
     drawn = {}
     for plan in ("free", "pro", "prepaid", "payg"):
         who = principal(plan, **({"status": SubscriptionStatus.ACTIVE} if plan in ("pro", "payg") else {}))
-        hold = await admission.admit(who, PIRATE, CATALOGUE, RequestId(f"req_{plan}"), 10, 20)
+        hold = await admission.admit(who, PIRATE, CATALOG, RequestId(f"req_{plan}"), 10, 20)
         drawn[plan] = [d.bucket for d in hold.draws]
         assert hold.request.adapter == "pirate@0123456789ab"
     assert drawn == {
@@ -127,7 +127,7 @@ async def test_a_refusal_says_what_is_short(
 ) -> None:
     admission, clock.now_ms = Admission(ledger, clock), 1_500
     with pytest.raises(InsufficientCredits) as refused:
-        await admission.admit(principal(plan, **subscription), PIRATE, CATALOGUE, RequestId("r"), 5_000, 20)
+        await admission.admit(principal(plan, **subscription), PIRATE, CATALOG, RequestId("r"), 5_000, 20)
     assert refused.value.limit_source == source
 
 
@@ -135,23 +135,23 @@ async def test_a_plan_s_limits_reach_the_hold(ledger: Ledger) -> None:
     admission, who = Admission(ledger), principal("prepaid")
     await ledger.grant(money(1_000_000))
     for n in range(5):
-        await admission.admit(who, PIRATE, CATALOGUE, RequestId(f"req_{n}"), 10, 20)
+        await admission.admit(who, PIRATE, CATALOG, RequestId(f"req_{n}"), 10, 20)
     with pytest.raises(RateLimited):
-        await admission.admit(who, PIRATE, CATALOGUE, RequestId("req_5"), 10, 20)
+        await admission.admit(who, PIRATE, CATALOG, RequestId("req_5"), 10, 20)
 
 
 async def test_a_quote_says_the_cost_and_the_fate_and_changes_nothing(ledger: Ledger, store: Redis) -> None:
     admission, who = Admission(ledger), principal("prepaid")
-    refused = await admission.quote(who, PIRATE, CATALOGUE, 10, 20)
+    refused = await admission.quote(who, PIRATE, CATALOG, 10, 20)
     assert (refused.cost_nanos, refused.is_admitted, refused.max_tokens) == (50_000, False, 0)
     assert isinstance(refused.refusal, InsufficientCredits)
     await ledger.grant(money(40_000))
     before = await store.dbsize()
     for _ in range(10):
-        clamped = await admission.quote(who, PIRATE, CATALOGUE, 10, 20)
+        clamped = await admission.quote(who, PIRATE, CATALOG, 10, 20)
     assert (clamped.is_admitted, clamped.max_tokens, clamped.cost_nanos) == (True, 15, 50_000)
     assert await store.dbsize() == before
-    hold = await admission.admit(who, PIRATE, CATALOGUE, RequestId("req_1"), 10, 20)
+    hold = await admission.admit(who, PIRATE, CATALOG, RequestId("req_1"), 10, 20)
     assert hold.max_tokens == clamped.max_tokens
 
 
@@ -159,6 +159,6 @@ async def test_compute_is_held_where_a_price_counts_it(ledger: Ledger) -> None:
     admission = Admission(ledger, max_compute_ms=2_000)
     timed = PIRATE.model_copy(update={"price": PER_TOKEN.model_copy(update={"per_compute_second": 1_000_000})})
     await ledger.grant(money(10_000_000))
-    hold = await admission.admit(principal("prepaid"), timed, CATALOGUE, RequestId("req_1"), 10, 20)
+    hold = await admission.admit(principal("prepaid"), timed, CATALOG, RequestId("req_1"), 10, 20)
     assert sum(d.amount for d in hold.draws) == 50_000 + 2_000_000
     assert (await ledger.settle(settlement("req_1"))).record.charged_nanos == 20_000

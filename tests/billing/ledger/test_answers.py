@@ -226,7 +226,7 @@ async def test_a_gateway_that_was_held_up_cannot_charge_what_another_ran_in_its_
 async def test_what_may_have_been_charged_longer_ago_than_is_remembered_is_not_run_again(
     store: Redis, clock: SteppedClock, stream: bool, staged: bool, is_free: bool
 ) -> None:
-    answers = Answers(store, LEASE_MS, marker_stretch_ms=LEASE_MS // 2)
+    answers = Answers(store, LEASE_MS, marker_window_ms=LEASE_MS // 2)
     await answers.claim(asked(stream=stream))
     if staged:
         await answers.stage(asked(stream=stream), "the answer")

@@ -199,7 +199,7 @@ class TestRequestsBuckets:
 
 class TestOverage:
     async def test_exposure_ends_at_the_cap_and_falls_when_paid(self, ledger: Ledger) -> None:
-        postpaid = Funding(overage_cap=Nanos(WORST))
+        postpaid = Funding(credit_limit=Nanos(WORST))
         hold = await ledger.hold(request("req_1", funding=postpaid))
         assert [(d.bucket, d.amount) for d in hold.draws] == [(OVERAGE, WORST)]
         with pytest.raises(CreditOnHold):
@@ -215,14 +215,14 @@ class TestOverage:
         await ledger.hold(request("req_2", funding=postpaid))
 
     async def test_unused_exposure_goes_back(self, ledger: Ledger) -> None:
-        await ledger.hold(request(funding=Funding(overage_cap=Nanos(WORST))))
+        await ledger.hold(request(funding=Funding(credit_limit=Nanos(WORST))))
         assert (await ledger.account(ACME)).held_nanos == WORST
         await ledger.settle(settlement(completion=5))
         account = await ledger.account(ACME)
         assert (account.overage_nanos, account.held_nanos) == (20_000, 0)
 
     async def test_a_payment_lowers_exposure_to_nothing_and_no_further(self, ledger: Ledger) -> None:
-        await ledger.hold(request(funding=Funding(overage_cap=Nanos(WORST))))
+        await ledger.hold(request(funding=Funding(credit_limit=Nanos(WORST))))
         await ledger.settle(settlement(completion=5))
         await ledger.repay_overage("payment:9", ACME, 10**12)
         assert (await ledger.account(ACME)).overage_nanos == 0

@@ -115,7 +115,7 @@ class TestLeases:
         assert record.charged_nanos == 0
 
     async def test_a_late_settle_of_postpaid_use_stays_under_its_cap(self, ledger: Ledger) -> None:
-        funding = Funding(overage_cap=Nanos(WORST))
+        funding = Funding(credit_limit=Nanos(WORST))
         await ledger.hold(request(lease_ms=self.SHORT_MS, funding=funding))
         await asyncio.sleep(2 * self.SHORT_MS / 1000)
         await ledger.expire()

@@ -101,7 +101,7 @@ async def test_each_part_of_many_steps_goes_back_where_it_came_from(ledger: Ledg
 
 
 async def test_credit_that_came_later_is_charged_before_exposure(ledger: Ledger) -> None:
-    await ledger.hold(request(step_tokens=4, funding=Funding(overage_cap=Nanos(100_000))))
+    await ledger.hold(request(step_tokens=4, funding=Funding(credit_limit=Nanos(100_000))))
     await ledger.grant(money(10_000))
     await extend(ledger, 28_000)
     record = (await ledger.settle(settlement(completion=6))).record
@@ -109,7 +109,7 @@ async def test_credit_that_came_later_is_charged_before_exposure(ledger: Ledger)
 
 
 async def test_exposure_grows_to_its_cap_and_no_further(ledger: Ledger) -> None:
-    await ledger.hold(request(step_tokens=4, funding=Funding(overage_cap=Nanos(20_000))))
+    await ledger.hold(request(step_tokens=4, funding=Funding(credit_limit=Nanos(20_000))))
     assert await extend(ledger, 30_000) == 20_000
     with pytest.raises(InsufficientCredits):
         await extend(ledger, 30_000, least=20_001)

@@ -42,7 +42,7 @@ class TestGrantsAndClawbacks:
         assert [await ledger.claw_back(refund) for _ in range(3)] == [WORST, WORST, WORST]
         assert (await ledger.account(ACME)).balance_nanos == -WORST
         with pytest.raises(InsufficientCredits):
-            await ledger.hold(request("req_2", funding=Funding(overage_cap=Nanos(10 * WORST))))
+            await ledger.hold(request("req_2", funding=Funding(credit_limit=Nanos(10 * WORST))))
         await ledger.hold(request("req_3", price=FREE))
 
     async def test_a_new_grant_pays_the_debt_first_even_if_it_expires(

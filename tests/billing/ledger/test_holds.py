@@ -125,26 +125,26 @@ class TestRepeats:
     async def test_a_settled_id_is_known_for_two_stretches_and_then_refused(
         self, store: Redis, clock: SteppedClock
     ) -> None:
-        stretch_ms = 400
-        ledger = Ledger(store, clock, stretch_ms)
+        window_ms = 400
+        ledger = Ledger(store, clock, window_ms)
         await ledger.grant(money(100_000))
-        await _start_of_a_stretch(store, stretch_ms)
+        await _start_of_a_stretch(store, window_ms)
         await ledger.hold(request())
         await ledger.settle(settlement())
-        await _start_of_a_stretch(store, stretch_ms)
+        await _start_of_a_stretch(store, window_ms)
         assert (await ledger.settle(settlement())).is_repeat
-        await asyncio.sleep(stretch_ms / 1000)
+        await asyncio.sleep(window_ms / 1000)
         assert (await ledger.settle(settlement())).is_repeat
-        await asyncio.sleep(1.1 * stretch_ms / 1000)
+        await asyncio.sleep(1.1 * window_ms / 1000)
         with pytest.raises(UnknownHold):
             await ledger.settle(settlement())
-        await asyncio.sleep(stretch_ms / 1000)
+        await asyncio.sleep(window_ms / 1000)
         assert not await store.exists(*shard_for(ACME).settled)
 
 
-async def _start_of_a_stretch(store: Redis, stretch_ms: int) -> None:
+async def _start_of_a_stretch(store: Redis, window_ms: int) -> None:
     seconds, microseconds = await store.time()
-    await asyncio.sleep((stretch_ms - (seconds * 1000 + microseconds // 1000) % stretch_ms + 5) / 1000)
+    await asyncio.sleep((window_ms - (seconds * 1000 + microseconds // 1000) % window_ms + 5) / 1000)
 
 
 class TestCharges:

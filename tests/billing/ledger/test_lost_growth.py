@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.ledger.account import Funding, HoldRequest, Settlement
-from billing.ledger.codec import origin_of
+from billing.ledger.codec import snapshot_of
 from billing.ledger.ledger import Ledger
 from billing.money import Nanos
 from billing.store.keys import shard_for
@@ -29,7 +29,7 @@ async def _grown(store: Redis, ledger: Ledger, asked: HoldRequest, completion: i
         await store.delete(key)
         if fields:
             await store.hset(key, mapping=fields)
-    return replace(settlement(asked.request_id, completion), origin=origin_of(hold, held))
+    return replace(settlement(asked.request_id, completion), origin=snapshot_of(hold, held))
 
 
 @pytest.mark.parametrize(("completion", "charged"), [(2, 14_000), (15, 40_000), (500, 50_000)])
@@ -59,7 +59,7 @@ async def test_lost_growth_that_others_have_drawn_is_owed(store: Redis, ledger: 
 async def test_lost_growth_of_postpaid_use_is_exposure(store: Redis, ledger: Ledger, credit: int) -> None:
     if credit:
         await ledger.grant(money(credit))
-    ended = await _grown(store, ledger, replace(STEPPED, funding=Funding(overage_cap=Nanos(100_000))), 15)
+    ended = await _grown(store, ledger, replace(STEPPED, funding=Funding(credit_limit=Nanos(100_000))), 15)
     receipt = await ledger.settle(ended)
     assert (receipt.record.charged_nanos, receipt.record.overage_nanos) == (40_000, 40_000 - credit)
     account = await ledger.account(ACME)

@@ -11,11 +11,11 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.ledger.account import Adjustment, Clawback, Funding, HoldRequest, Settlement
-from billing.ledger.codec import origin_of, pack_settlement, unpack_settlement
-from billing.ledger.errors import DuplicateRequest, Quarantined, UnknownHold
+from billing.ledger.codec import pack_settlement, snapshot_of, unpack_settlement
+from billing.ledger.errors import DuplicateRequest, UnknownHold, UnresolvedSettlement
 from billing.ledger.ledger import Ledger
-from billing.ledger.recovery import Orphans
-from billing.ledger.replay import Recent, Redo
+from billing.ledger.recovery import Recovery
+from billing.ledger.replay import Recent, Replay
 from billing.ledger.spool import Spool
 from billing.money import Nanos
 from billing.store.connection import connect, identity, replicated, verify
@@ -35,7 +35,7 @@ COST = 20_000
 async def _held(ledger: Ledger, asked: HoldRequest, completion: int = 5) -> Settlement:
     """A settle that knows its hold, as a gateway makes it."""
     hold = await ledger.hold(asked)
-    return replace(settlement(asked.request_id, completion), origin=origin_of(hold, hold.held_nanos))
+    return replace(settlement(asked.request_id, completion), origin=snapshot_of(hold, hold.held_nanos))
 
 
 async def _forget(store: Redis, request_id: str = "req_1") -> None:
@@ -86,7 +86,7 @@ async def test_a_lost_hold_of_requests_takes_its_request(store: Redis, ledger: L
 
 
 async def test_postpaid_use_of_a_lost_hold_is_exposure(store: Redis, ledger: Ledger) -> None:
-    ended = await _held(ledger, request(funding=Funding(overage_cap=Nanos(60_000))))
+    ended = await _held(ledger, request(funding=Funding(credit_limit=Nanos(60_000))))
     await _forget(store)
     assert (await ledger.settle(ended)).record.draws[0].bucket == "overage"
     assert (await ledger.account(ACME)).overage_nanos == COST
@@ -105,18 +105,18 @@ async def test_credit_that_was_lost_as_well_is_waited_for_by_a_person(store: Red
     ended = await _held(ledger, request())
     await store.flushall()
     for _ in range(2):
-        with pytest.raises(Quarantined):
+        with pytest.raises(UnresolvedSettlement):
             await ledger.settle(ended)
-    orphans = Orphans(store, SteppedClock(0), 3_600_000)
-    (kept,) = await orphans.kept()
+    recovery = Recovery(store, SteppedClock(0), 3_600_000)
+    (kept,) = await recovery.kept()
     assert (kept.settlement, "credit" in kept.reason) == (ended, True)
-    with pytest.raises(Quarantined):
-        await orphans.charge(RequestId("req_1"))
+    with pytest.raises(UnresolvedSettlement):
+        await recovery.charge(RequestId("req_1"))
     await ledger.grant(money(100_000))
-    assert (await orphans.charge(RequestId("req_1"))).record.charged_nanos == COST
-    assert await orphans.kept() == []
+    assert (await recovery.charge(RequestId("req_1"))).record.charged_nanos == COST
+    assert await recovery.kept() == []
     with pytest.raises(UnknownHold):
-        await orphans.drop(RequestId("req_1"))
+        await recovery.drop(RequestId("req_1"))
 
 
 async def test_an_orphan_is_charged_while_its_marker_would_be_remembered_and_kept_after(
@@ -140,31 +140,31 @@ async def test_an_orphan_is_charged_while_its_marker_would_be_remembered_and_kep
 async def _fate(ledger: Ledger, ended: Settlement) -> str:
     try:
         receipt = await ledger.settle(ended)
-    except Quarantined:
+    except UnresolvedSettlement:
         return "kept"
     return "repeat" if receipt.is_repeat else "settled"
 
 
 @pytest.mark.parametrize(("age", "fate"), [(0.0, "settled"), (1.9, "settled"), (2.0, "kept"), (2.1, "kept")])
 async def test_the_age_of_an_orphan_decides(store: Redis, clock: SteppedClock, age: float, fate: str) -> None:
-    stretch_ms = 60_000
-    ledger = Ledger(store, clock, stretch_ms)
+    window_ms = 60_000
+    ledger = Ledger(store, clock, window_ms)
     await ledger.grant(money(1_000_000))
     ended = await _held(ledger, request())
     assert ended.origin is not None
     await _forget(store)
-    older = replace(ended.origin, held_at_ms=ended.origin.held_at_ms - int(age * stretch_ms))
+    older = replace(ended.origin, held_at_ms=ended.origin.held_at_ms - int(age * window_ms))
     assert await _fate(ledger, replace(ended, origin=older)) == fate
 
 
 async def test_a_marker_of_a_clock_that_was_ahead_is_found(store: Redis, clock: SteppedClock) -> None:
-    stretch_ms = 3_600_000
-    ledger = Ledger(store, clock, stretch_ms)
+    window_ms = 3_600_000
+    ledger = Ledger(store, clock, window_ms)
     await ledger.grant(money(1_000_000))
     ended = await _held(ledger, request())
     await ledger.settle(ended)
     ring, now_ms = shard_for(ACME).settled, (await store.time())[0] * 1000
-    here = now_ms // stretch_ms
+    here = now_ms // window_ms
     await store.rename(ring[here % 4], ring[(here + 1) % 4])
     assert (await ledger.settle(ended)).is_repeat
 
@@ -179,7 +179,7 @@ async def test_the_spool_hands_an_orphan_on_and_keeps_nothing_of_it(
     spool.append(ended)
     await store.flushall()
     assert await spool.replay(ledger) == 1
-    assert (spool.pending, spool.refused, len(await Orphans(store, SteppedClock(0), 1).kept())) == (0, 0, 1)
+    assert (spool.pending, spool.refused, len(await Recovery(store, SteppedClock(0), 1).kept())) == (0, 0, 1)
     spool.close()
 
 
@@ -188,29 +188,29 @@ async def test_a_store_that_came_back_without_its_last_seconds_gets_them_again(t
     server = valkey.start(tmp_path / "a")
     redis, recent = await connect(server.url), Recent()
     ledger = Ledger(redis, on_done=recent.note)
-    redo = Redo(ledger, recent, partial(identity, redis), partial(verify, redis))
+    replay = Replay(ledger, recent, partial(identity, redis), partial(verify, redis))
     await ledger.grant(money(1_000_000))
-    assert await redo.watch_once() == 0
+    assert await replay.watch_once() == 0
     await redis.bgrewriteaof()
     await asyncio.sleep(0.3)
     server.kill()
     saved = tmp_path / "saved"
     await asyncio.to_thread(_copy, tmp_path / "a", saved)
     server = valkey.start(tmp_path / "a")
-    assert await redo.watch_once() == 1, "started again: the grant was sent again and counted once"
+    assert await replay.watch_once() == 1, "started again: the grant was sent again and counted once"
     for number in range(10):
         await ledger.settle(await _held(ledger, request(f"req_{number}")))
     await ledger.grant(money(1_000, "payment:2"))
     server.kill()
     with pytest.raises(StoreUnavailable):
-        await redo.watch_once()
+        await replay.watch_once()
     await asyncio.to_thread(_copy, saved, tmp_path / "a")
     server = valkey.start(tmp_path / "a")
     assert (await ledger.account(ACME)).balance_nanos == 1_000_000
-    assert await redo.watch_once() == 12
+    assert await replay.watch_once() == 12
     account = await ledger.account(ACME)
     assert (account.balance_nanos, account.seq, account.open_holds) == (1_001_000 - 10 * COST, 12, 0)
-    assert await redo.watch_once() == 0
+    assert await replay.watch_once() == 0
     await redis.aclose()
     server.kill()
 
@@ -228,19 +228,19 @@ async def test_every_kind_of_movement_is_sent_again(store: Redis) -> None:
     async def identify() -> frozenset[str]:
         return next(stores)
 
-    redo = Redo(ledger, recent, identify, partial(verify, store))
-    await redo.watch_once()
+    replay = Replay(ledger, recent, identify, partial(verify, store))
+    await replay.watch_once()
     await ledger.grant(money(100_000))
     await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", 30_000))
     await ledger.restore(Clawback("refund:1", ACME, "payment:1", 30_000))
     await ledger.claw_back(Clawback("refund:2", ACME, "payment:1", 20_000))
     await ledger.adjust(Adjustment("adjustment:1", ACME, Unit.NANOS, -70_000, "a mistake"))
-    postpaid = request(funding=Funding(overage_cap=Nanos(100_000)))
+    postpaid = request(funding=Funding(credit_limit=Nanos(100_000)))
     await ledger.settle(await _held(ledger, postpaid))
     await ledger.repay_overage("payment:2", ACME, 5_000)
     before = await ledger.account(ACME)
     await store.flushall()
-    assert await redo.watch_once() == 7
+    assert await replay.watch_once() == 7
     after = await ledger.account(ACME)
     assert (after.balance_nanos, after.overage_nanos, after.seq) == (0, 5_000, 7)
     assert (before.balance_nanos, before.overage_nanos) == (0, 5_000)
@@ -252,20 +252,20 @@ async def test_a_store_that_took_over_and_is_not_durable_is_refused_until_it_is(
     async def identify() -> frozenset[str]:
         return who[-1]
 
-    redo = Redo(Ledger(store), recent, identify, partial(verify, store))
-    await redo.watch_once()
+    replay = Replay(Ledger(store), recent, identify, partial(verify, store))
+    await replay.watch_once()
     await store.config_set("appendfsync", "everysec")
     try:
-        await redo.watch_once()
-        redo.check()
+        await replay.watch_once()
+        replay.check()
         who.append(frozenset({"b"}))
-        await redo.watch_once()
+        await replay.watch_once()
         with pytest.raises(StoreUnavailable, match="not on disk"):
-            redo.check()
+            replay.check()
     finally:
         await store.config_set("appendfsync", "always")
-    await redo.watch_once()
-    redo.check()
+    await replay.watch_once()
+    replay.check()
 
 
 async def test_what_was_acknowledged_long_before_is_not_sent_again(store: Redis) -> None:
@@ -275,13 +275,13 @@ async def test_what_was_acknowledged_long_before_is_not_sent_again(store: Redis)
         return who[-1]
 
     ledger = Ledger(store, on_done=recent.note)
-    redo = Redo(ledger, recent, identify, partial(verify, store), window_s=0.1)
+    replay = Replay(ledger, recent, identify, partial(verify, store), window_s=0.1)
     await ledger.grant(money(100_000))
-    assert (await redo.watch_once(), len(recent)) == (0, 1)
+    assert (await replay.watch_once(), len(recent)) == (0, 1)
     await asyncio.sleep(0.15)
-    assert (await redo.watch_once(), len(recent)) == (0, 0)
+    assert (await replay.watch_once(), len(recent)) == (0, 0)
     who.append(frozenset({"b"}))
-    assert await redo.watch_once() == 0
+    assert await replay.watch_once() == 0
 
 
 async def test_the_window_is_counted_from_when_the_store_was_last_the_same(store: Redis) -> None:
@@ -294,16 +294,16 @@ async def test_the_window_is_counted_from_when_the_store_was_last_the_same(store
         return frozenset({f"{time.monotonic()}" if len(recent) else "a"})
 
     ledger = Ledger(store, on_done=recent.note)
-    redo = Redo(ledger, recent, identify, partial(verify, store), window_s=0.1)
-    await redo.watch_once()
+    replay = Replay(ledger, recent, identify, partial(verify, store), window_s=0.1)
+    await replay.watch_once()
     await ledger.grant(money(100_000))
     is_away = True
     for _ in range(3):
         await asyncio.sleep(0.1)
         with pytest.raises(StoreUnavailable):
-            await redo.watch_once()
+            await replay.watch_once()
     is_away = False
-    assert await redo.watch_once() == 1
+    assert await replay.watch_once() == 1
 
 
 async def test_what_is_kept_to_be_sent_again_is_bounded() -> None:

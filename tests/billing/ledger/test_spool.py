@@ -42,7 +42,7 @@ async def test_what_waits_is_settled_once_and_forgotten(ledger: Ledger, spool: S
     assert not (tmp_path / "spool" / REFUSED).exists()
 
 
-WITHDRAWN = Settlement(RequestId("req_1"), ACME, NOTHING, Nanos(0), Status.FAILED, is_withdrawn=True)
+WITHDRAWN = Settlement(RequestId("req_1"), ACME, NOTHING, Nanos(0), Status.FAILED, is_undelivered=True)
 """An answer that was not delivered, after a settle whose reply was lost."""
 
 

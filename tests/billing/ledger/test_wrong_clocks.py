@@ -12,7 +12,7 @@ from billing.ledger.account import HoldRequest
 from billing.ledger.errors import SpendCapReached
 from billing.ledger.ledger import Ledger
 from billing.money import Nanos
-from billing.store.errors import ClockAstray
+from billing.store.errors import ClockSkewError
 from billing.store.keys import shard_for
 from billing.tenants.spend_caps import Window, cap_at
 from billing.usage import RequestId
@@ -59,7 +59,7 @@ async def test_a_clock_that_is_far_from_the_store_s_is_refused_and_writes_nothin
     clock.now_ms += ahead_ms
     before = await everything(store)
     for ask in (ledger.hold, ledger.preview):
-        with pytest.raises(ClockAstray, match="ahead of" if ahead_ms > 0 else "behind") as refused:
+        with pytest.raises(ClockSkewError, match="ahead of" if ahead_ms > 0 else "behind") as refused:
             await ask(asked("req_1", clock.now_ms))
         assert abs(refused.value.ahead_ms - ahead_ms) < SLACK_MS
         assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)

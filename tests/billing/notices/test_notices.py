@@ -9,7 +9,14 @@ import pytest
 from redis.asyncio import Redis
 from standardwebhooks import Webhook
 
-from billing.notices.dispatcher import ATTEMPTS, FIRST_RETRY_MS, MAX_RETRY_MS, Herald, HeraldMisconfigured, Receiver
+from billing.notices.dispatcher import (
+    ATTEMPTS,
+    FIRST_RETRY_MS,
+    MAX_RETRY_MS,
+    NoticeDispatcher,
+    NoticeReceiverMisconfigured,
+    Receiver,
+)
 from billing.notices.log import Notices
 from billing.notices.notice import Notice, NoticeKind
 from billing.usage import TenantId
@@ -42,7 +49,7 @@ class Ear:
 
 async def send(redis: Redis, ear: Callable[[httpx.Request], httpx.Response], now_ms: int = 0) -> int:
     async with httpx.AsyncClient(transport=httpx.MockTransport(ear)) as client:
-        return await Herald(Notices(redis), RECEIVER, client, lambda: now_ms).run_once()
+        return await NoticeDispatcher(Notices(redis), RECEIVER, client, lambda: now_ms).run_once()
 
 
 async def test_the_same_is_told_once(redis: Redis) -> None:
@@ -109,7 +116,7 @@ async def test_a_receiver_that_cannot_be_reached_is_tried_again(redis: Redis) ->
     ],
 )
 def test_half_a_receiver_is_refused(environ: dict[str, str]) -> None:
-    with pytest.raises(HeraldMisconfigured, match="FAREBOX_NOTICES"):
+    with pytest.raises(NoticeReceiverMisconfigured, match="FAREBOX_NOTICES"):
         Receiver.from_env(environ)
 
 

@@ -11,7 +11,7 @@ from billing.usage import BucketId, TenantId, Unit
 
 ACME, NOW, USD = TenantId("acme"), 1_000, 1_000_000_000
 PREPAID = Plan.model_validate({"kind": "prepaid", "low_balance": "2"})
-PRO = Plan.model_validate({"kind": "subscription", "allowance": {"requests": 10}, "overage_cap": "10"})
+PRO = Plan.model_validate({"kind": "subscription", "allowance": {"requests": 10}, "credit_limit": "10"})
 SUBSCRIBED = Tenant(
     id=ACME,
     email="a@example.com",

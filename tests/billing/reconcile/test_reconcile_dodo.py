@@ -13,7 +13,7 @@ from billing.export.events import CHARGE, USAGE
 from billing.export.outbox import Outbox
 from billing.ledger.account import Funding
 from billing.money import Nanos
-from billing.reconcile.dodo_proofs import Frozen, ShardTold, TenantAtDodo, prove_events, prove_periods
+from billing.reconcile.dodo_proofs import Frozen, ShardExport, TenantAtDodo, prove_events, prove_periods
 from billing.reconcile.reconciler import Reconciler, Report
 from billing.reconcile.watermark import Watermarks
 from billing.store.keys import shard_for
@@ -22,7 +22,7 @@ from tests.support.samples import request, settlement
 from tests.support.world import DAY, HOUR, World, delivery
 
 ACME = TenantId("acme")
-POSTPAID = Funding(overage_cap=Nanos(10**12))
+POSTPAID = Funding(credit_limit=Nanos(10**12))
 CENT = 10_000_000
 
 
@@ -194,7 +194,7 @@ async def test_every_page_is_asked_for_within_one_budget(subscribed: World) -> N
 
 
 MAY = 1_777_593_600_000
-AT = ShardTold((5, 0), frozenset({"waiting"}), frozenset({"dead"}), {ACME: {CHARGE: 7, USAGE: 0}})
+AT = ShardExport((5, 0), frozenset({"waiting"}), frozenset({"dead"}), {ACME: {CHARGE: 7, USAGE: 0}})
 
 
 def event(id_: str, nanos: int, until: str = "5-0", at_ms: int = MAY) -> DodoEvent:

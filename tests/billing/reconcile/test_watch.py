@@ -100,8 +100,8 @@ async def test_what_is_open_is_counted_with_its_age_and_amount(house: House) -> 
 
 
 async def test_settles_in_quarantine_are_counted(redis: Redis) -> None:
-    await redis.hset(shard_for(ACME).quarantine, "req_1", "{}")
-    assert (await unsettled(redis)).quarantined == 1
+    await redis.hset(shard_for(ACME).unresolved, "req_1", "{}")
+    assert (await unsettled(redis)).unresolved == 1
 
 
 async def test_usage_that_no_window_has_yet_grows_old(redis: Redis) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.money import Nanos
 from billing.pricing.costs import Costs, Speeds, per_compute_second, per_request, suggest
 from billing.pricing.prices import Price
@@ -15,7 +15,7 @@ from billing.tenants.tenant import Subscription, SubscriptionStatus, Tenant
 from billing.usage import NOTHING, OVERAGE, BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
 
 USD, HOUR_MS = 1_000_000_000, 3_600_000
-CATALOGUE = Catalogue.model_validate(
+CATALOG = Catalog.model_validate(
     {
         "models": [{"id": "base", "price": {"input_per_1m": "1"}}],
         "plans": {
@@ -24,7 +24,7 @@ CATALOGUE = Catalogue.model_validate(
                 "kind": "subscription",
                 "monthly_price": "100",
                 "allowance": {"requests": 5000},
-                "overage_cap": "9",
+                "credit_limit": "9",
             },
             "free": {"kind": "free", "allowance": {"usd": "1"}},
         },
@@ -35,7 +35,7 @@ CATALOGUE = Catalogue.model_validate(
         "default_plan": "prepaid",
     }
 )
-WORTH = Worth(CATALOGUE, {"pdt_bonus": "pack:bonus", "pdt_calls": "pack:calls", "pdt_old": "pack:gone"})
+WORTH = Worth(CATALOG, {"pdt_bonus": "pack:bonus", "pdt_calls": "pack:calls", "pdt_old": "pack:gone"})
 COSTS = Costs.model_validate({"gpu_hour": "3.60"})
 """A tenth of a cent per second."""
 
@@ -152,8 +152,8 @@ def test_who_got_nothing_is_lost_like_who_asked_for_nothing() -> None:
 
 def test_who_came_after_the_stretch_is_in_no_arm_of_it() -> None:
     experiment = {"id": "raise", "arms": [{"id": "control"}, {"id": "raised"}]}
-    pricing = CATALOGUE.pricing.model_validate({"experiments": [experiment]})
-    worth = replace(WORTH, catalogue=CATALOGUE.model_copy(update={"pricing": pricing}))
+    pricing = CATALOG.pricing.model_validate({"experiments": [experiment]})
+    worth = replace(WORTH, catalog=CATALOG.model_copy(update={"pricing": pricing}))
     tenants = [
         Tenant(id=TenantId(f"t{n}"), email="a@example.com", plan="pro", created_at_ms=n * HOUR_MS) for n in range(48)
     ]

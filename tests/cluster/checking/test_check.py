@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from cluster.checking.check import check, resolve
 from cluster.checking.findings import CheckFailed, CheckReport
 from cluster.cli.main import app
-from deployments.gateway.catalog_holder import read_catalogue
+from deployments.gateway.catalog_holder import read_catalog
 from deployments.inference.adapters import CONFIG_FILE, WEIGHTS_FILE, digest_adapter
 
 ADAPTERS = ("pirate", "yaml", "support")
@@ -202,7 +202,7 @@ def test_a_misspelt_key_is_refused_at_every_depth(desk: Desk, old: str, new: str
         ),
         ("visibility: public", "visibility: everyone", "pirate > visibility", "'public'"),
         ("kind: pay_as_you_go", "kind: postpaid", "plans > payg > kind", "'pay_as_you_go'"),
-        ('              overage_cap: "25.00"\n', "", "plans > payg", "needs `overage_cap`"),
+        ('              credit_limit: "25.00"\n', "", "plans > payg", "needs `credit_limit`"),
         (
             'allowance: {usd: "1.00"}',
             'allowance: {usd: "1.00", requests: 5}',
@@ -419,10 +419,10 @@ def test_resolve_gives_absolute_paths_and_digests_that_ray_and_the_gateway_accep
     ServeDeploySchema.model_validate(config)
     app = config["applications"][0]
     assert app["args"]["model"]["path"] == str(desk.models / "base")
-    catalogue = read_catalogue(app["deployments"][0]["user_config"])
-    assert catalogue.quarantined == ()
+    catalog = read_catalog(app["deployments"][0]["user_config"])
+    assert catalog.rejected == ()
     for name in ADAPTERS:
-        model = catalogue.by_id()[name]
+        model = catalog.by_id()[name]
         assert model.path == str(desk.models / "adapters" / name)
         assert model.digest == digest_adapter(desk.models / "adapters" / name)
 
@@ -451,7 +451,7 @@ def test_printed_resolved_it_holds_all_and_nothing_relative(desk: Desk) -> None:
     expected = resolve(desk.file)
     expected["applications"][0]["args"] = args
     assert printed == expected
-    assert read_catalogue(printed["applications"][0]["deployments"][0]["user_config"]).quarantined == ()
+    assert read_catalog(printed["applications"][0]["deployments"][0]["user_config"]).rejected == ()
 
 
 def test_what_is_wrong_is_not_printed_resolved(desk: Desk) -> None:

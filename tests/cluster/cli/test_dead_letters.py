@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from billing.export.checking import Sifted
+from billing.export.checking import CheckedEntries
 from billing.export.events import CHARGE, SealedEvent
 from billing.export.outbox import START, Outbox
 from billing.store.connection import connect
@@ -39,7 +39,7 @@ async def _bury(store_url: str) -> None:
     await redis.flushall()
     outbox = Outbox(redis)
     for event in EVENTS:
-        await outbox.seal(shard_for(event.tenant), START, "1-0", Sifted({}), [event])
+        await outbox.seal(shard_for(event.tenant), START, "1-0", CheckedEntries({}), [event])
         await outbox.bury(SealedEvent.from_json(event.to_json().replace('"reason":""', f'"reason":"{REASON}"')))
     await redis.aclose()
 

@@ -4,17 +4,17 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.catalog import publication
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
 from cluster.cli.operate import refuse_lost_plans
 from cluster.local.launch import LaunchError, store_terms
-from tests.billing.commerce.test_offers import CATALOGUE
+from tests.billing.commerce.test_offers import CATALOG
 
 TERMS = store_terms({})
-OLD = Catalogue.model_validate(CATALOGUE)
-NEW = Catalogue.model_validate(CATALOGUE | {"plans": {"prepaid": {"kind": "prepaid"}}})
+OLD = Catalog.model_validate(CATALOG)
+NEW = Catalog.model_validate(CATALOG | {"plans": {"prepaid": {"kind": "prepaid"}}})
 
 
 async def on(redis: Redis, plan: str, *names: str) -> None:
@@ -41,8 +41,8 @@ async def test_a_plan_that_nobody_is_on_may_go(redis: Redis, store_url: str) -> 
 
 async def test_what_was_retired_once_is_not_asked_about_again(redis: Redis, store_url: str) -> None:
     await on(redis, "club", "acme")
-    for catalogue in (OLD, NEW):
-        await publication.publish(redis, catalogue, "gw", 0)
+    for catalog in (OLD, NEW):
+        await publication.publish(redis, catalog, "gw", 0)
     await refuse_lost_plans((store_url, TERMS), NEW)
 
 

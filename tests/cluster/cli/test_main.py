@@ -189,7 +189,7 @@ def test_options_go_before_the_file_in_host_and_port(home: Home) -> None:
 def test_the_printed_line_works_when_copied_from_a_narrow_terminal(home: Home) -> None:
     home.demo.write_text(json.dumps({"tenants": {"prepaid": {"api_key": "fbx_" + "k" * 32}}}))
     printed = StringIO()
-    panel.show_newcomer(Console(file=printed, width=40), Settings.from_env(), sandbox=True)
+    panel.show_welcome(Console(file=printed, width=40), Settings.from_env(), sandbox=True)
     line = printed.getvalue().split("Ask the pirate:")[1].split("Next:")[0]
     words = shlex.split(line)
     assert words[0] == "curl"

@@ -27,7 +27,7 @@ def test_the_money_of_a_status_is_said_in_words() -> None:
         "holds: 3 open with $0.000150, the oldest 12 s",
         "not told to Dodo: 7, the oldest 61 s",
         "needs a look: 1 dead letters, 8 withheld records, 2 parked webhooks, 5 spooled settles, "
-        "6 quarantined settles, 4 refused settles",
+        "6 unresolved settles, 4 refused settles",
         "books (store): every proof holds to the nano",
         "books (dodo): no answer",
     ]

@@ -8,10 +8,10 @@ from redis.asyncio import Redis
 from typer.testing import CliRunner
 
 from billing.catalog import publication
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from cluster.cli.main import app
 from tests.cluster.cli.test_books import farebox
-from tests.support.world import CATALOGUE
+from tests.support.world import CATALOG
 
 __all__ = ["farebox"]
 runner = CliRunner()
@@ -20,7 +20,7 @@ runner = CliRunner()
 def publish(store_url: str, **more: object) -> None:
     async def tell() -> None:
         redis = Redis.from_url(store_url, decode_responses=True)
-        await publication.publish(redis, Catalogue.model_validate(CATALOGUE | more), "gateway-1", 0)
+        await publication.publish(redis, Catalog.model_validate(CATALOG | more), "gateway-1", 0)
         await redis.aclose()
 
     asyncio.run(tell())

@@ -7,7 +7,7 @@ import pytest
 from redis import Redis
 from typer.testing import CliRunner
 
-from billing.catalog.catalog import Catalogue
+from billing.catalog.catalog import Catalog
 from cluster.cli import main
 from cluster.cli.main import app
 from cluster.dodo_sandbox.server import SandboxServer
@@ -16,18 +16,18 @@ from cluster.local.environment import LIVE
 from cluster.local.settings import Settings
 from cluster.local.state import Home
 from tests.support.cli import tell
-from tests.support.world import CATALOGUE
+from tests.support.world import CATALOG
 
 runner = CliRunner()
 
 
 @pytest.fixture
 def sandbox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SandboxServer]:
-    """A farebox that sells a small catalogue; only the reading of its adapters is left out."""
+    """A farebox that sells a small catalog; only the reading of its adapters is left out."""
     monkeypatch.setenv("FAREBOX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(commerce, "resolved", lambda settings: {"applications": []})
-    monkeypatch.setattr(commerce, "catalogue_of", lambda config: Catalogue.model_validate(CATALOGUE))
+    monkeypatch.setattr(commerce, "catalog_of", lambda config: Catalog.model_validate(CATALOG))
     client = Redis.from_url(store_url)
     client.flushall()
     client.close()

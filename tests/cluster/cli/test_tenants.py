@@ -12,9 +12,9 @@ from billing.catalog import publication
 from billing.store.connection import connect
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import InvalidKey
-from billing.tenants.tenant import Principal, Quarantine
+from billing.tenants.tenant import Principal, Throttle
 from cluster.cli.main import app
-from tests.billing.ledger.test_admission import CATALOGUE
+from tests.billing.ledger.test_admission import CATALOG
 from tests.support.cli import tell
 
 runner = CliRunner()
@@ -30,7 +30,7 @@ def farebox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     async def stock() -> None:
         redis = await connect(store_url)
         await redis.flushall()
-        await publication.publish(redis, CATALOGUE, "gateway-1", 0)
+        await publication.publish(redis, CATALOG, "gateway-1", 0)
         await redis.aclose()
 
     asyncio.run(stock())
@@ -172,11 +172,11 @@ def test_a_key_in_quarantine_is_shown_with_its_reason_and_lifted(farebox: str) -
 
     async def put() -> None:
         redis = await connect(farebox)
-        why = Quarantine(reason="many_addresses", detail="about 120 client addresses this hour", since_ms=1)
-        await Tenants(redis).change_key(owner.tenant, owner.id, lambda one: one.model_copy(update={"quarantine": why}))
+        why = Throttle(reason="many_addresses", detail="about 120 client addresses this hour", since_ms=1)
+        await Tenants(redis).change_key(owner.tenant, owner.id, lambda one: one.model_copy(update={"throttled": why}))
         await redis.aclose()
 
     asyncio.run(put())
     assert "about 120 client addresses" in " ".join(call("keys", "list", "acme").output.replace("│", "").split())
-    assert told("keys", "lift", "acme", owner.id)["quarantine"] is None
-    assert principal(farebox, made["api_key"]).key.quarantine is None
+    assert told("keys", "lift", "acme", owner.id)["throttled"] is None
+    assert principal(farebox, made["api_key"]).key.throttled is None

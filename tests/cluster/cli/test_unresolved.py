@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from billing.ledger.codec import origin_of
-from billing.ledger.errors import Quarantined
+from billing.ledger.codec import snapshot_of
+from billing.ledger.errors import UnresolvedSettlement
 from billing.ledger.ledger import Ledger
 from billing.store.connection import connect
 from cluster.cli.main import app
@@ -37,8 +37,8 @@ async def _lose(store_url: str) -> None:
     holds = [await ledger.hold(request(f"req_{number}")) for number in (1, 2)]
     await redis.flushall()
     for hold in holds:
-        ended = replace(settlement(hold.request.request_id), origin=origin_of(hold, hold.held_nanos))
-        with pytest.raises(Quarantined):
+        ended = replace(settlement(hold.request.request_id), origin=snapshot_of(hold, hold.held_nanos))
+        with pytest.raises(UnresolvedSettlement):
             await ledger.settle(ended)
     await ledger.grant(money(200_000))
     await redis.aclose()
@@ -53,18 +53,18 @@ async def _balance(store_url: str) -> int:
 
 
 def _listed() -> list[str]:
-    return [one["request_id"] for one in json.loads(runner.invoke(app, ["quarantine", "list", "--json"]).stdout)]
+    return [one["request_id"] for one in json.loads(runner.invoke(app, ["unresolved", "list", "--json"]).stdout)]
 
 
 def test_a_person_sees_them_and_charges_or_drops_each(farebox: str) -> None:
-    shown = runner.invoke(app, ["quarantine", "list"]).output
+    shown = runner.invoke(app, ["unresolved", "list"]).output
     assert "req_1" in shown
     assert "credit" in shown
     assert _listed() == ["req_1", "req_2"]
-    assert "rec_req_1" in runner.invoke(app, ["quarantine", "charge", "req_1"]).output
-    assert runner.invoke(app, ["quarantine", "drop", "req_2"]).exit_code == 0
+    assert "rec_req_1" in runner.invoke(app, ["unresolved", "charge", "req_1"]).output
+    assert runner.invoke(app, ["unresolved", "drop", "req_2"]).exit_code == 0
     assert (_listed(), asyncio.run(_balance(farebox))) == ([], 180_000)
-    again = runner.invoke(app, ["quarantine", "charge", "req_1"])
+    again = runner.invoke(app, ["unresolved", "charge", "req_1"])
     assert again.exit_code == 1
     assert "req_1" in again.output
     assert asyncio.run(_balance(farebox)) == 180_000

@@ -16,7 +16,7 @@ from billing.catalog import publication
 from billing.clock import now_ms
 from billing.commerce.sync import sync
 from billing.dodo.client import Dodo, DodoSettings
-from billing.periodic import Intervals, Pump, assemble
+from billing.periodic import Intervals, PeriodicTasks, assemble
 from billing.store.connection import connect
 from cluster.demo import tenants
 from cluster.demo.models import Recipe, make_tokenizer
@@ -24,7 +24,7 @@ from cluster.demo.tenants import PLANNED, SeedFailed, seed
 from cluster.dodo_sandbox.server import SandboxServer
 from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app
-from deployments.gateway.catalog_holder import Shelf
+from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.gateway.wiring import build_services
 from deployments.inference.text import Text
 from tests.support.scripted import ScriptedLink
@@ -63,21 +63,21 @@ async def shop(redis: Redis, store_url: str, tmp_path: Path, repo: Path) -> Asyn
             "DODO_PAYMENTS_WEBHOOK_KEY": SECRET,
             "DODO_PAYMENTS_BASE_URL": sandbox.url,
         }
-        settings, shelf, store = DodoSettings.from_env(environ), Shelf(), await connect(store_url)
+        settings, catalog_holder, store = DodoSettings.from_env(environ), CatalogHolder(), await connect(store_url)
         raw = yaml.safe_load((repo / "serve_config.yaml").read_text())
         app, _ = raw["applications"]
-        catalogue = shelf.put(app["deployments"][0]["user_config"])
+        catalog = catalog_holder.put(app["deployments"][0]["user_config"])
         make_tokenizer(Recipe()).save_pretrained(tmp_path / "base")
         args = FareboxArgs.model_validate(app["args"] | {"spool_dir": str(tmp_path / "spool")})
-        services = build_services(args, Text(tmp_path / "base"), store, ScriptedLink(), shelf, environ, "gw")
+        services = build_services(args, Text(tmp_path / "base"), store, ScriptedLink(), catalog_holder, environ, "gw")
         dodo = Dodo(settings)
-        await publication.publish(store, catalogue, "gw", now_ms())
-        await sync(dodo, store, catalogue, f"{url}/webhooks/dodo")
+        await publication.publish(store, catalog, "gw", now_ms())
+        await sync(dodo, store, catalog, f"{url}/webhooks/dodo")
 
         async def open_parts():
             return assemble(await connect(store_url), settings, 10_000)
 
-        pump = Pump(open_parts, Intervals(customers_s=0.1))
+        pump = PeriodicTasks(open_parts, Intervals(customers_s=0.1))
         server = uvicorn.Server(uvicorn.Config(make_app(services), log_level="error", lifespan="off"))
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         services.gateway.start()

@@ -1,4 +1,4 @@
-"""A catalogue is read entry by entry: the bad are named and set aside, the good and the last good serve on."""
+"""A catalog is read entry by entry: the bad are named and set aside, the good and the last good serve on."""
 
 import copy
 from collections.abc import Callable
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billing.catalog.catalog import Catalogue
-from deployments.gateway.catalog_holder import NotConfigured, Shelf, read_catalogue
+from billing.catalog.catalog import Catalog
+from deployments.gateway.catalog_holder import CatalogHolder, NotConfigured, read_catalog
 from tests.support.gateway import DIGEST, USER_CONFIG
 
 
@@ -19,12 +19,12 @@ def config(change: Callable[[dict[str, object]], None] = lambda _: None) -> dict
     return made
 
 
-def aside(catalogue: Catalogue) -> dict[str, str]:
-    return {entry.id: entry.reason for entry in catalogue.quarantined}
+def aside(catalog: Catalog) -> dict[str, str]:
+    return {entry.id: entry.reason for entry in catalog.rejected}
 
 
-def ids(catalogue: Catalogue) -> list[str]:
-    return [model.id for model in catalogue.models]
+def ids(catalog: Catalog) -> list[str]:
+    return [model.id for model in catalog.models]
 
 
 def adapter(raw: dict[str, object], number: int = 0) -> dict[str, object]:
@@ -33,11 +33,11 @@ def adapter(raw: dict[str, object], number: int = 0) -> dict[str, object]:
 
 
 def test_a_right_configuration_is_served_whole() -> None:
-    catalogue = read_catalogue(config())
-    assert ids(catalogue) == ["farebox-base", "pirate", "acme/private:1"]
-    assert catalogue.quarantined == ()
-    assert catalogue.by_id()["acme/private:1"].tenants == ("acme",)
-    assert catalogue.by_id()["pirate"].tenants is None
+    catalog = read_catalog(config())
+    assert ids(catalog) == ["farebox-base", "pirate", "acme/private:1"]
+    assert catalog.rejected == ()
+    assert catalog.by_id()["acme/private:1"].tenants == ("acme",)
+    assert catalog.by_id()["pirate"].tenants is None
 
 
 @pytest.mark.parametrize(
@@ -58,55 +58,55 @@ def test_a_right_configuration_is_served_whole() -> None:
 def test_a_bad_entry_is_set_aside_with_its_reason_and_harms_no_other(
     change: Callable[[dict[str, object]], None], word: str
 ) -> None:
-    catalogue = read_catalogue(config(change))
-    assert ids(catalogue) == ["farebox-base", "acme/private:1"]
-    assert word in aside(catalogue)["pirate"]
+    catalog = read_catalog(config(change))
+    assert ids(catalog) == ["farebox-base", "acme/private:1"]
+    assert word in aside(catalog)["pirate"]
 
 
 def test_a_bad_new_version_leaves_the_last_good_one_in_force() -> None:
-    good = read_catalogue(config())
-    kept = read_catalogue(config(lambda raw: adapter(raw).update(price={})), good)
+    good = read_catalog(config())
+    kept = read_catalog(config(lambda raw: adapter(raw).update(price={})), good)
     assert kept.by_id()["pirate"] == good.by_id()["pirate"]
     assert "pirate" in aside(kept)
-    kept = read_catalogue(config(lambda raw: raw["plans"].update(prepaid={"kind": "x"})), good)  # type: ignore[attr-defined]
+    kept = read_catalog(config(lambda raw: raw["plans"].update(prepaid={"kind": "x"})), good)  # type: ignore[attr-defined]
     assert kept.plans["prepaid"] == good.plans["prepaid"]
     assert "prepaid" in aside(kept)
 
 
 def test_what_is_no_longer_configured_is_no_longer_sold() -> None:
-    good = read_catalogue(config())
-    fewer = read_catalogue(config(lambda raw: raw.update(adapters=[], packs={})), good)
+    good = read_catalog(config())
+    fewer = read_catalog(config(lambda raw: raw.update(adapters=[], packs={})), good)
     assert ids(fewer) == ["farebox-base"]
     assert fewer.packs == {}
 
 
 def test_an_id_used_twice_is_served_once() -> None:
-    catalogue = read_catalogue(config(lambda raw: adapter(raw, 1).update(id="pirate")))
-    assert ids(catalogue) == ["farebox-base", "pirate"]
-    assert "earlier entry" in aside(catalogue)["pirate"]
-    assert catalogue.by_id()["pirate"].tenants is None
+    catalog = read_catalog(config(lambda raw: adapter(raw, 1).update(id="pirate")))
+    assert ids(catalog) == ["farebox-base", "pirate"]
+    assert "earlier entry" in aside(catalog)["pirate"]
+    assert catalog.by_id()["pirate"].tenants is None
 
 
 def test_a_misspelt_key_is_named() -> None:
-    catalogue = read_catalogue(config(lambda raw: raw.update(adaptors=[])))
-    assert "spelling" in aside(catalogue)["adaptors"]
-    assert len(ids(catalogue)) == 3
+    catalog = read_catalog(config(lambda raw: raw.update(adaptors=[])))
+    assert "spelling" in aside(catalog)["adaptors"]
+    assert len(ids(catalog)) == 3
 
 
 def test_a_plan_that_nobody_has_cannot_be_the_default() -> None:
-    catalogue = read_catalogue(config(lambda raw: raw.update(default_plan="gold")))
-    assert catalogue.default_plan in catalogue.plans
-    assert "default_plan" in aside(catalogue)
+    catalog = read_catalog(config(lambda raw: raw.update(default_plan="gold")))
+    assert catalog.default_plan in catalog.plans
+    assert "default_plan" in aside(catalog)
 
 
 @pytest.mark.parametrize("raw", [None, [], "x", 5, {}, {"base": None}, {"plans": []}, {"adapters": {"a": 1}}])
 def test_nonsense_leaves_the_last_good_catalogue(raw: object) -> None:
-    good = read_catalogue(config())
-    kept = read_catalogue(raw, good)
+    good = read_catalog(config())
+    kept = read_catalog(raw, good)
     assert kept.plans == good.plans
-    assert kept.quarantined
+    assert kept.rejected
     assert "farebox-base" in ids(kept)
-    assert isinstance(read_catalogue(raw), Catalogue)
+    assert isinstance(read_catalog(raw), Catalog)
 
 
 junk = st.recursive(
@@ -125,22 +125,22 @@ junk = st.recursive(
 
 @given(junk)
 def test_reading_never_raises(raw: object) -> None:
-    good = read_catalogue(config())
-    assert isinstance(read_catalogue(raw), Catalogue)
-    assert isinstance(read_catalogue(raw, good), Catalogue)
+    good = read_catalog(config())
+    assert isinstance(read_catalog(raw), Catalog)
+    assert isinstance(read_catalog(raw, good), Catalog)
 
 
 def test_equal_configurations_have_equal_hashes() -> None:
-    assert read_catalogue(config()).content_hash == read_catalogue(config()).content_hash
-    changed = read_catalogue(config(lambda raw: adapter(raw).update(digest="cd" * 32)))
-    assert changed.content_hash != read_catalogue(config()).content_hash
+    assert read_catalog(config()).content_hash == read_catalog(config()).content_hash
+    changed = read_catalog(config(lambda raw: adapter(raw).update(digest="cd" * 32)))
+    assert changed.content_hash != read_catalog(config()).content_hash
 
 
 def test_an_empty_shelf_says_so() -> None:
-    shelf = Shelf()
-    assert not shelf.is_stocked
+    catalog_holder = CatalogHolder()
+    assert not catalog_holder.is_stocked
     with pytest.raises(NotConfigured):
-        _ = shelf.current
-    shelf.put(config())
-    assert shelf.is_stocked
-    assert shelf.current.by_id()["pirate"].digest == DIGEST
+        _ = catalog_holder.current
+    catalog_holder.put(config())
+    assert catalog_holder.is_stocked
+    assert catalog_holder.current.by_id()["pirate"].digest == DIGEST

@@ -83,6 +83,6 @@ async def test_what_was_not_delivered_waits_for_no_person_to_charge_it(
     await lose_hold(house, request_id)
     await house.redis.delete(shard_for(TenantId("acme")).buckets(TenantId("acme")))
     reply = await task
-    kept = [one.settlement.request_id for one in await house.services.ledger.orphans.kept()]
+    kept = [one.settlement.request_id for one in await house.services.ledger.recovery.kept()]
     assert "metering_unavailable" in reply.text
     assert kept == ([request_id] if stream else [])

@@ -21,8 +21,8 @@ HALF = {"kind": "time", "multiplier": "0.5"}
 
 
 def sell(house: House, **pricing: object) -> None:
-    catalogue = house.services.gateway.shelf.put(USER_CONFIG | {"pricing": pricing})
-    assert not [one for one in catalogue.quarantined if one.id == "pricing"], catalogue.quarantined
+    catalog = house.services.gateway.catalog_holder.put(USER_CONFIG | {"pricing": pricing})
+    assert not [one for one in catalog.rejected if one.id == "pricing"], catalog.rejected
 
 
 def receipt(reply: object) -> dict[str, object]:
@@ -64,16 +64,16 @@ async def test_a_tier_counts_what_the_month_has_cost_so_far(house: House) -> Non
 
 
 async def test_load_makes_new_requests_dearer_and_open_holds_keep_their_price(house: House, link: ScriptedLink) -> None:
-    shelf = house.services.gateway.shelf
+    catalog_holder = house.services.gateway.catalog_holder
     sell(house, load={"starts_at": "0.5", "ceiling": "3"})
-    meter = LoadMeter(link, shelf, max_running=4)
+    meter = LoadMeter(link, catalog_holder, max_running=4)
     link.busy = EngineStats(running=2, waiting=0)
     await meter.look()
     assert meter() == 5_000
     link.busy = EngineStats(running=4, waiting=8)
     await meter.look()
     assert meter() == 30_000
-    shelf.put(USER_CONFIG)
+    catalog_holder.put(USER_CONFIG)
     await meter.look()
     assert meter() == 0, "nobody asks while load has no price"
 
@@ -82,7 +82,7 @@ async def test_a_price_changed_while_a_request_runs_is_paid_by_the_next_one(hous
     key = await house.tenant()
     admission, gateway = house.services.gateway._admission, house.services.gateway
     principal = await gateway.authenticate(f"Bearer {key}")
-    old = gateway.shelf.current
+    old = gateway.catalog_holder.current
     model = old.find("pirate", TenantId("acme"), None)
     hold = await admission.admit(principal, model, old, request().request_id, 3, 10)
     sell(house, time_of_day=ALL_DAY)
@@ -99,13 +99,15 @@ async def test_a_price_changed_while_a_request_runs_is_paid_by_the_next_one(hous
 
 async def test_a_bad_pricing_leaves_the_last_good_one_and_says_why(house: House) -> None:
     sell(house, time_of_day=ALL_DAY)
-    shelf = house.services.gateway.shelf
-    kept = shelf.put(USER_CONFIG | {"pricing": {"time_of_day": [{"start": "9", "end": "10:00", "multiplier": "1"}]}})
+    catalog_holder = house.services.gateway.catalog_holder
+    kept = catalog_holder.put(
+        USER_CONFIG | {"pricing": {"time_of_day": [{"start": "9", "end": "10:00", "multiplier": "1"}]}}
+    )
     assert kept.pricing.time_of_day
-    assert [(one.id, "time of day" in one.reason) for one in kept.quarantined if one.id == "pricing"] == [
+    assert [(one.id, "time of day" in one.reason) for one in kept.rejected if one.id == "pricing"] == [
         ("pricing", True)
     ]
-    assert not shelf.put(USER_CONFIG).pricing.time_of_day, "left out is taken away"
+    assert not catalog_holder.put(USER_CONFIG).pricing.time_of_day, "left out is taken away"
 
 
 MARCH, APRIL = 1_772_323_200_000, 1_775_001_600_000

@@ -12,7 +12,7 @@ from billing.catalog import publication
 from billing.clock import now_ms
 from billing.store.connection import connect
 from deployments.config import FareboxArgs
-from deployments.gateway.catalog_holder import Shelf
+from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.inference.adapters import digest_adapter
 from deployments.inference.request import AdapterRef, EngineFailed, EngineStats, GenerateRequest, SamplingParams
 from deployments.replica.replica import LoraReplica
@@ -42,11 +42,11 @@ def small(args: FareboxArgs, base_path: Path, store_url: str, monkeypatch: pytes
 
 
 async def publish(redis: Redis, adapters: list[dict[str, object]]) -> None:
-    """As a gateway does with the catalogue that it serves."""
-    shelf = Shelf()
-    catalogue = shelf.put(USER_CONFIG | {"adapters": adapters})
-    assert not catalogue.quarantined
-    await publication.publish(redis, catalogue, "gw_test", now_ms())
+    """As a gateway does with the catalog that it serves."""
+    catalog_holder = CatalogHolder()
+    catalog = catalog_holder.put(USER_CONFIG | {"adapters": adapters})
+    assert not catalog.rejected
+    await publication.publish(redis, catalog, "gw_test", now_ms())
 
 
 def pinned(name: str, path: Path, digest: str = "") -> dict[str, object]:

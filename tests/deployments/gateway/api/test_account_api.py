@@ -230,9 +230,9 @@ async def test_a_plan_can_be_changed_and_takes_effect(house: House) -> None:
 
 
 async def test_the_catalogue_shows_what_was_set_aside(house: House) -> None:
-    catalogue = (await admin(house, "GET", "catalogue")).json()
-    assert catalogue["hash"] == house.services.gateway.shelf.current.content_hash
-    [bad] = catalogue["quarantined"]
+    catalog = (await admin(house, "GET", "catalogue")).json()
+    assert catalog["hash"] == house.services.gateway.catalog_holder.current.content_hash
+    [bad] = catalog["rejected"]
     assert (bad["id"], "price" in bad["reason"]) == ("unpriced", True)
 
 

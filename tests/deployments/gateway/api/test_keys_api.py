@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from billing.tenants.tenant import Quarantine, new_key
+from billing.tenants.tenant import Throttle, new_key
 from billing.usage import TenantId
 from deployments.gateway.services import client_address
 from tests.deployments.gateway.api.test_refusals import check
@@ -137,13 +137,13 @@ async def test_a_key_in_quarantine_sees_why_and_may_manage_no_keys_until_it_is_l
     house: House, manager: str
 ) -> None:
     tenants, key = house.services.tenants, (await house.services.tenants.principal(manager)).key.id
-    why = Quarantine(reason="many_addresses", detail="about 120 client addresses this hour", since_ms=1)
-    await tenants.change_key(TenantId("acme"), key, lambda one: one.model_copy(update={"quarantine": why}))
+    why = Throttle(reason="many_addresses", detail="about 120 client addresses this hour", since_ms=1)
+    await tenants.change_key(TenantId("acme"), key, lambda one: one.model_copy(update={"throttled": why}))
     account = await house.client.get("/v1/account", headers=bearer(manager))
-    assert account.json()["quarantine"] == why.model_dump(mode="json")
+    assert account.json()["throttled"] == why.model_dump(mode="json")
     check(await own(house, manager, "POST", name="x"), 403, "keys_not_managed")
     lifted = await house.client.post(f"/admin/tenants/acme/keys/{key}/lift", headers=bearer(ADMIN_KEY))
-    assert (lifted.status_code, lifted.json()["quarantine"]) == (200, None)
+    assert (lifted.status_code, lifted.json()["throttled"]) == (200, None)
     assert (await own(house, manager, "POST", name="x")).status_code == 201
 
 
@@ -154,7 +154,7 @@ async def test_addresses_are_counted_where_a_proxy_is_trusted(house: House) -> N
     for number in range(3):
         forged = {"x-forwarded-for": f"203.0.113.{number}, 192.0.2.{number % 2}"}
         await house.client.get("/v1/models", headers=bearer(key) | forged)
-    sightings, owner = services.gateway.sightings, await services.tenants.principal(key)
-    await sightings.flush()
+    address_sketches, owner = services.gateway.address_sketches, await services.tenants.principal(key)
+    await address_sketches.flush()
     used = (owner.tenant.id, owner.key.id)
-    assert await sightings.counts([used]) == {used: 2}
+    assert await address_sketches.counts([used]) == {used: 2}

@@ -19,7 +19,7 @@ from billing.usage import TenantId, Unit
 from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app, make_routes
 from deployments.gateway.api.document import document_of
-from deployments.gateway.catalog_holder import Shelf
+from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.gateway.wiring import build_services
 from deployments.inference.text import Text
 from tests.support.gateway import ADMIN_KEY, USER_CONFIG, memory_folder
@@ -74,9 +74,9 @@ def desk(store_url: str, text: Text) -> Iterator[Desk]:
             {"model": {"id": "farebox-base", "path": "-"}, "engine": {"max_context_tokens": 64}, "max_body_kib": 16}
             | {"spool_dir": str(memory_folder("s"))}
         )
-        shelf = Shelf()
-        shelf.put(USER_CONFIG)
-        services = build_services(args, text, redis, ScriptedLink(), shelf, ENVIRON, "gw")
+        catalog_holder = CatalogHolder()
+        catalog_holder.put(USER_CONFIG)
+        services = build_services(args, text, redis, ScriptedLink(), catalog_holder, ENVIRON, "gw")
         for name in ("acme", "other"):
             await services.tenants.create(Tenant(id=TenantId(name), email=f"{name}@example.com", plan="prepaid"))
         await services.ledger.grant(Grant("test:1", TenantId("acme"), Unit.NANOS, MAX_GRANT_NANOS))

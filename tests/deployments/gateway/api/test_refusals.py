@@ -205,7 +205,7 @@ async def test_our_own_bug_says_nothing_of_itself_and_keeps_its_request_id(
     def broken(_: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(house.services.gateway.shelf.__class__, "current", property(broken))
+    monkeypatch.setattr(house.services.gateway.catalog_holder.__class__, "current", property(broken))
     reply = await house.chat(await house.tenant())
     check(reply, 500, "internal_error")
     assert "secret" not in reply.text
@@ -213,7 +213,7 @@ async def test_our_own_bug_says_nothing_of_itself_and_keeps_its_request_id(
 
 async def test_before_its_configuration_came_a_gateway_is_not_ready(house: House) -> None:
     key = await house.tenant()
-    house.services.gateway.shelf._catalogue = None
+    house.services.gateway.catalog_holder._catalog = None
     check(await house.chat(key), 503, "not_ready")
     reply = await house.client.get("/readyz")
     assert reply.status_code == 503

@@ -44,9 +44,9 @@ def sandbox(tmp_path: Path) -> Iterator[SandboxServer]:
 @pytest.fixture
 async def shop(house: House, sandbox: SandboxServer, redis: Redis) -> AsyncIterator[House]:
     """A gateway with hidden offers, and a Dodo that knows all of them."""
-    house.services.gateway.shelf.put(USER_CONFIG | HIDDEN)
+    house.services.gateway.catalog_holder.put(USER_CONFIG | HIDDEN)
     dodo = Dodo(DodoSettings("key", SECRET, base_url=sandbox.url))
-    await sync(dodo, redis, house.services.gateway.shelf.current)
+    await sync(dodo, redis, house.services.gateway.catalog_holder.current)
     use(house, dodo)
     yield house
     await dodo.close()
@@ -68,7 +68,7 @@ async def customer(house: House, name: str = "acme") -> str:
 
 
 def of_arm(house: House, arm: str) -> str:
-    [experiment] = house.services.gateway.shelf.current.pricing.experiments
+    [experiment] = house.services.gateway.catalog_holder.current.pricing.experiments
     return next(name for name in (f"t{n}" for n in range(100)) if experiment.arm_of(TenantId(name)).id == arm)
 
 
@@ -218,21 +218,21 @@ async def test_a_tenant_of_a_dropped_plan_keeps_its_terms(house: House) -> None:
     """It used to fall to the default plan, and its requests to 402, without a word to anybody."""
     key = await house.tenant(usd="0", plan="free")
     plans = {name: plan for name, plan in USER_CONFIG["plans"].items() if name != "free"}  # type: ignore[attr-defined]
-    house.services.gateway.shelf.put(USER_CONFIG | {"plans": plans})
+    house.services.gateway.catalog_holder.put(USER_CONFIG | {"plans": plans})
     account = await get(house, "/v1/account", key)
     assert (account["plan"], account["plan_kind"], account["balance_usd"]) == ("free", "free", "1.000000")
     for _ in range(2):
         assert (await house.chat(key)).status_code == 200
-    assert house.services.gateway.shelf.current.content_hash
-    assert "free" not in house.services.gateway.shelf.current.plans, "nobody new gets it"
+    assert house.services.gateway.catalog_holder.current.content_hash
+    assert "free" not in house.services.gateway.catalog_holder.current.plans, "nobody new gets it"
 
 
 async def test_a_plan_from_before_this_process_is_kept_and_its_return_ends_that(house: House) -> None:
-    shelf = house.services.gateway.shelf
-    gone = shelf.current.plans["free"]
-    shelf.remember({"legacy": gone})
-    assert (shelf.current.plan_named("legacy"), set(shelf.current.retired)) == (gone, {"legacy"})
+    catalog_holder = house.services.gateway.catalog_holder
+    gone = catalog_holder.current.plans["free"]
+    catalog_holder.remember({"legacy": gone})
+    assert (catalog_holder.current.plan_named("legacy"), set(catalog_holder.current.retired)) == (gone, {"legacy"})
     back = {"legacy": {"kind": "prepaid"}}
-    shelf.put(USER_CONFIG | {"plans": USER_CONFIG["plans"] | back})  # type: ignore[operator]
-    assert not shelf.current.retired
-    assert shelf.current.plan_named("legacy") == shelf.current.plans["legacy"]
+    catalog_holder.put(USER_CONFIG | {"plans": USER_CONFIG["plans"] | back})  # type: ignore[operator]
+    assert not catalog_holder.current.retired
+    assert catalog_holder.current.plan_named("legacy") == catalog_holder.current.plans["legacy"]
