@@ -14,7 +14,7 @@ from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant, new_key
 from billing.usage import RequestId, Status, TenantId, Unit, Usage
 from deployments.gateway.edge import new_request_id
-from tests.bench.patience import patiently
+from tests.bench.retries import with_retries
 
 TENANTS = 20_000
 RECORDS = 40_000
@@ -42,8 +42,8 @@ async def weigh(redis: Redis) -> Weights:
     empty = await _used(redis)
     for name in names:
         tenant, key = Tenant(id=name, email=f"{name}@example.com", plan="prepaid"), new_key(name, now_ms=1)[1]
-        await patiently(partial(tenants.create, tenant))
-        await patiently(partial(tenants.add_key, key))
+        await with_retries(partial(tenants.create, tenant))
+        await with_retries(partial(tenants.add_key, key))
     named = await _used(redis)
     for start in range(0, TENANTS, AT_ONCE):
         group = names[start : start + AT_ONCE]
@@ -62,7 +62,7 @@ async def weigh(redis: Redis) -> Weights:
 
 
 async def _grant(ledger: Ledger, tenant: TenantId) -> None:
-    await patiently(lambda: ledger.grant(Grant(PAYMENT, tenant, Unit.NANOS, 10**12)))
+    await with_retries(lambda: ledger.grant(Grant(PAYMENT, tenant, Unit.NANOS, 10**12)))
 
 
 async def _sell(ledger: Ledger, tenant: TenantId) -> None:
@@ -80,9 +80,9 @@ async def _sell(ledger: Ledger, tenant: TenantId) -> None:
         max_tokens=256,
         funding=Funding(),
     )
-    await patiently(lambda: ledger.hold(request))
+    await with_retries(lambda: ledger.hold(request))
     settlement = Settlement(request.request_id, tenant, usage, PRICE.charge(usage), Status.COMPLETE)
-    await patiently(lambda: ledger.settle(settlement))
+    await with_retries(lambda: ledger.settle(settlement))
 
 
 async def _used(redis: Redis) -> int:

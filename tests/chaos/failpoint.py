@@ -1,4 +1,4 @@
-"""Where a process of a scenario kills itself: at a named point of its own course, the n-th time it comes there."""
+"""A failpoint: a named point in the code where a process kills itself, the n-th time that it gets there."""
 
 import os
 import signal
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Fuse:
-    """``point`` empty: it never burns."""
+class Failpoint:
+    """Kills this process at ``point``, on the ``passes``-th call. An empty ``point`` never kills."""
 
     point: str = ""
     passes: int = 1

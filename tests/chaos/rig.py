@@ -1,7 +1,4 @@
-"""The parts around a scenario: a real store, the offline Dodo, a tokenizer, and processes that can be killed.
-
-Knows how to start and end them; what is proved of them stands in ``proof``.
-"""
+"""What a scenario runs on: a real store, the offline Dodo, a tokenizer, and processes that can be killed."""
 
 import asyncio
 import json
@@ -46,14 +43,14 @@ USER_CONFIG: dict[str, object] = {
     "packs": {"small": {"price": "5.00", "grants": {"usd": "5.00"}}},
     "default_plan": "prepaid",
 }
-"""Prices that do not divide evenly, so that a rounding too many would show."""
+"""The prices do not divide evenly, so that a rounding too many would show."""
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
 LIFE_S = 60.0
-"""A process that was to kill itself and lives longer was never brought to its point."""
+"""How long a process may take to reach its failpoint."""
 
 
 @dataclass(frozen=True)
-class House:
+class Rig:
     """A store and an offline Dodo in a folder of their own."""
 
     folder: Path
@@ -62,7 +59,7 @@ class House:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What a process of Farebox is given."""
+        """The environment variables of a Farebox process."""
         return {
             "REDIS_URL": self.store_url,
             "FAREBOX_DODO_ENVIRONMENT": "sandbox",
@@ -77,28 +74,28 @@ class House:
 
 
 @contextmanager
-def house(clock: Clock = now_ms) -> Iterator[House]:
-    """Call from the main thread: the store ends with the thread that started it."""
+def open_rig(clock: Clock = now_ms) -> Iterator[Rig]:
+    """Start a store and an offline Dodo. Call from the main thread: the store ends with the thread that started it."""
     with tempfile.TemporaryDirectory(prefix="chaos") as name:
         folder = Path(name)
         _make_tokenizer(folder / "model")
         server = valkey.start(folder / "v")
         try:
             with SandboxServer(folder / "dodo", API_KEY, webhook_secret=SECRET, clock=clock) as sandbox:
-                yield House(folder, server.url, sandbox.url)
+                yield Rig(folder, server.url, sandbox.url)
         finally:
             server.stop()
 
 
 @asynccontextmanager
-async def world(
-    house: House, clock: Clock = now_ms, http_client: httpx.AsyncClient | None = None
+async def open_world(
+    rig: Rig, clock: Clock = now_ms, http_client: httpx.AsyncClient | None = None
 ) -> AsyncIterator[World]:
-    """Everything for sale is made at Dodo; nobody is there yet. ``http_client`` sees every call to Dodo."""
-    redis = await connect(house.store_url)
-    dodo = Dodo(DodoSettings(API_KEY, SECRET, base_url=house.dodo_url), http_client)
+    """Publish and sync the catalog; there is no tenant yet. Every call to Dodo goes through ``http_client``."""
+    redis = await connect(rig.store_url)
+    dodo = Dodo(DodoSettings(API_KEY, SECRET, base_url=rig.dodo_url), http_client)
     catalog = read_catalog(USER_CONFIG)
-    async with httpx.AsyncClient(base_url=house.dodo_url, trust_env=False, timeout=30) as operator:
+    async with httpx.AsyncClient(base_url=rig.dodo_url, trust_env=False, timeout=30) as operator:
         await publication.publish(redis, catalog, "gateway-1", clock())
         await sync(dodo, redis, catalog)
         yield World(redis, dodo, operator, clock, catalog)  # type: ignore[arg-type]
@@ -107,7 +104,7 @@ async def world(
 
 
 async def tenant_with(world: World, name: str, nanos: int) -> str:
-    """A tenant with a customer at Dodo and that much credit; its API key."""
+    """Create a tenant with a customer at Dodo and that much credit; returns its API key."""
     tenant = await world.tenant(name)
     if nanos:
         await world.ledger.grant(Grant(f"chaos:{name}", tenant.id, Unit.NANOS, nanos))
@@ -118,7 +115,7 @@ async def tenant_with(world: World, name: str, nanos: int) -> str:
 
 @contextmanager
 def listener() -> Iterator[socket.socket]:
-    """A port that stays open while the processes that answer on it die: clients wait, none is refused."""
+    """A listening socket that stays open while the processes that answer on it are killed: no connection is refused."""
     bound = listen("127.0.0.1", 0)
     bound.listen(4096)
     try:
@@ -127,8 +124,8 @@ def listener() -> Iterator[socket.socket]:
         bound.close()
 
 
-class Forks:
-    """Starts processes quickly: each is forked from one that has imported everything and started nothing."""
+class ProcessStarter:
+    """Starts processes quickly: each is forked from a server process that has imported ``module`` already."""
 
     def __init__(self, module: str) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -139,12 +136,15 @@ class Forks:
         process.start()
         return process
 
-    async def live(self, target: Callable[..., None], *args: object) -> None:
-        """One life, ended by its own SIGKILL. Raises AssertionError where it ends otherwise, TimeoutError where not."""
+    async def run_until_killed(self, target: Callable[..., None], *args: object) -> None:
+        """Run one process until it kills itself.
+
+        Raises AssertionError if it ends in another way, and TimeoutError if it does not end.
+        """
         process = self.start(target, *args)
         try:
             async with asyncio.timeout(LIFE_S):
-                while process.exitcode is None:  # noqa: ASYNC110, looked at from this thread only: two may steal the code
+                while process.exitcode is None:  # noqa: ASYNC110, only this thread may reap it
                     await asyncio.sleep(0.02)
             assert process.exitcode == -signal.SIGKILL, f"{target.__name__} ended with {process.exitcode}"
         finally:
@@ -152,7 +152,7 @@ class Forks:
 
 
 def _make_tokenizer(folder: Path) -> None:
-    """Every word, known or not, is one token."""
+    """Make a tokenizer for which every word, known or not, is one token."""
     folder.mkdir()
     words = ["<unk>", "<end>", "<user>", "<system>", "<assistant>"]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
