@@ -9,6 +9,8 @@ from typing import TypeVar
 Found = TypeVar("Found")
 
 POLL_S = 0.01
+SLOWEST_POLL_S = 0.2
+"""The pause of ``eventually`` doubles up to this, because a probe may cost as much as starting a process."""
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
@@ -21,10 +23,11 @@ async def until(condition: Callable[[], object], timeout_s: float = 30.0) -> Non
 
 def eventually(probe: Callable[[], Found], timeout_s: float = 30.0) -> Found:
     """Block until ``probe()`` is true, and return what it returned; raise AssertionError after ``timeout_s``."""
-    deadline = time.monotonic() + timeout_s
+    deadline, pause_s = time.monotonic() + timeout_s, POLL_S
     while not (seen := probe()):
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s; last seen: {seen!r}"
-        time.sleep(POLL_S)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, SLOWEST_POLL_S)
     return seen
 
 
