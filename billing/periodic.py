@@ -191,7 +191,7 @@ class PeriodicTasks:
         try:
             async with asyncio.timeout(LAST_FLUSH_S):
                 await self._flush(self._parts)
-        except Exception as error:  # nothing is lost: the next process starts at the cursor
+        except Exception as error:  # noqa: BLE001, nothing is lost: the next process starts at the cursor
             log.warning("no last flush: %s", error)
         await self._parts.close()
         self._parts = None
@@ -235,7 +235,7 @@ class PeriodicTasks:
             try:
                 async with asyncio.timeout(task.limit_s):
                     await task.run(await self.parts())
-            except Exception as error:  # the outermost loop: whatever fails is counted and tried again
+            except Exception as error:  # noqa: BLE001, the outermost loop: whatever fails is counted and tried again
                 task.failures += 1
                 task.last_error = f"{type(error).__name__}: {error}"
                 log.warning("%s failed %d times in a row: %s", task.name, task.failures, task.last_error)

@@ -289,7 +289,7 @@ async def _follow(call: DeploymentResponse[object], inflow: TokenStream) -> None
     except asyncio.CancelledError as left:  # by Serve, which saw the client leave: the reader is about to know
         inflow.fail(left)
         return
-    except Exception as error:  # whatever it is, the reader waits for an answer
+    except Exception as error:  # noqa: BLE001, whatever it is, the reader waits for an answer
         inflow.fail(as_engine_error(error))
         return
     if isinstance(answer, Refused):

@@ -332,6 +332,7 @@ def drive(
         machine.loop.close()
 
 
+@pytest.mark.slow
 def test_the_ledger_does_what_the_model_says(server: valkey.Valkey) -> None:
     relax(server.url)
     try:

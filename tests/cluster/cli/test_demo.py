@@ -11,6 +11,7 @@ from cluster.demo.year import SCRIPT
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_the_year_is_shown_step_by_step_and_its_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "60")

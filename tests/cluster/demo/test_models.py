@@ -16,8 +16,12 @@ from cluster.demo.training import Course
 from deployments.inference.adapters import digest_adapter, inspect_adapter
 from deployments.inference.native.model import linear_shapes
 from deployments.inference.text import Text
+from tests.support.demo_models import demo_models
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 STYLES = (text.BASE, *text.ADAPTERS)
 BRIEF = Course(rate=1e-3, steps=2, warm_up_steps=1)
@@ -35,10 +39,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def made() -> Path:
-    """The real demo models, made once per checkout (about a minute of CPU) and shared with whatever serves them."""
-    out = Path(__file__).parent.parent.parent.parent / ".farebox" / "models"
-    make_models(out)
-    return out
+    """The real demo models."""
+    return demo_models()
 
 
 @pytest.fixture(scope="session")

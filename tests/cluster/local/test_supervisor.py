@@ -81,7 +81,7 @@ class Probe:
             run = Home(self.settings.home).run()
             assert run is not None
             self.look(run)
-        except BaseException as problem:  # a thread's outermost loop: the test raises it again
+        except BaseException as problem:  # noqa: BLE001, a thread's outermost loop: the test raises it again
             self.problem = problem
         self.asked_at = time.monotonic()
         os.kill(os.getpid(), signal.SIGTERM)

@@ -314,6 +314,7 @@ class TestAnAnswerTooLarge:
         assert len(house.link.jobs) == 1
 
 
+@pytest.mark.prompt
 class TestAStoreThatHangs:
     async def test_takes_no_keyed_request_and_blocks_no_key(self, fragile: Fragile) -> None:
         house = fragile.house

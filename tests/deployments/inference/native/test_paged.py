@@ -14,6 +14,8 @@ from tests.support.models import Oracle
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.8.0")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def paged(settings: EngineSettings) -> Iterator[Engine]:

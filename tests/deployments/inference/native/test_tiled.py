@@ -18,6 +18,8 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from deployments.inference.native.tiled import TiledSteps
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("all8", "attention4", "mixed")
 SIZES = KvSizes(blocks=30, block_tokens=12, context=64)
 PROMPTS = [[(7 * i + 3 * row) % 320 for i in range(5 + 4 * row)] for row in range(4)]
