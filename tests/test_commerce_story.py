@@ -109,6 +109,7 @@ def seen(row: Row) -> tuple[object, ...]:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.slow
 async def test_each_step_of_the_year_is_as_worked_out_by_hand(tmp_path: Path) -> None:
     year = await play(tmp_path)
     assert [seen(row) for row in year.rows] == list(TABLE)

@@ -1,4 +1,4 @@
-"""A gateway on a real store with a scripted link, and engines on a tiny random model and its adapters."""
+"""A gateway with a real store and a scripted engine, and engines with a small random model and its adapters."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ from tests.support.scripted import ScriptedLink
 
 @pytest.fixture(scope="session")
 def store_url() -> Iterator[str]:
-    """The address of a real Valkey that logs every write, as in production, but in memory."""
+    """The address of a real Valkey that syncs its log at every write, as in production, to a folder in memory."""
     folder = memory_folder("v")
     server = valkey.start(folder)
     yield server.url
@@ -41,7 +41,7 @@ def store_url() -> Iterator[str]:
 
 @pytest.fixture
 async def redis(store_url: str) -> AsyncIterator[Redis]:
-    """A client as a gateway has it, of an empty store."""
+    """A client of an empty store, made as a gateway makes it."""
     client = await connect(store_url)
     await client.flushall()
     yield client
@@ -50,7 +50,7 @@ async def redis(store_url: str) -> AsyncIterator[Redis]:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
-    """A tokenizer of whole words: every word, known or not, is one token."""
+    """A tokenizer for which every word, known or not, is one token."""
     folder = tmp_path_factory.mktemp("model")
     words = ["<unk>", "<end>", "<user>", "<system>", "<assistant>", "one", "two", "three"]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
@@ -138,7 +138,7 @@ def settings(base_path: Path) -> EngineSettings:
 
 @pytest.fixture
 def start() -> Iterator[Callable[[EngineSettings], Engine]]:
-    """Starts engines, and stops them at the end."""
+    """Start engines with it; all are stopped at the end of the test."""
     engines: list[Engine] = []
 
     def start_engine(settings: EngineSettings) -> Engine:

@@ -101,6 +101,7 @@ async def test_a_flush_with_patience_waits_for_its_calls(world: World) -> None:
     assert (await exporter.flush_once()).buried == 2
 
 
+@pytest.mark.slow
 async def test_in_a_long_outage_windows_are_wide_and_sums_still_equal(world: World) -> None:
     await world.tenant("acme")
     exporter = world.exporter()
@@ -129,6 +130,7 @@ class Counted:
         return True
 
 
+@pytest.mark.slow
 async def test_a_day_s_outage_drains_in_a_few_calls_and_loses_nothing(world: World) -> None:
     names = [f"tenant-{number}" for number in range(10)]
     for name in names:

@@ -29,6 +29,8 @@ from deployments.gateway.wiring import build_services
 from deployments.inference.text import Text
 from tests.support.scripted import ScriptedLink
 
+pytestmark = pytest.mark.slow
+
 ADMIN_KEY, DODO_KEY = "admin-key-of-the-tests", "dodo_test_key"
 SECRET = "whsec_" + "c2VjcmV0" * 4
 

@@ -25,6 +25,8 @@ from deployments.inference.text import Text
 from tests.support.gateway import ADMIN_KEY, USER_CONFIG, memory_folder
 from tests.support.scripted import ScriptedLink
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 20
 ENVIRON = {
     "FAREBOX_ADMIN_KEY": ADMIN_KEY,
