@@ -1,7 +1,6 @@
 """What a scenario runs on: a real store, the offline Dodo, a tokenizer, and processes that can be killed."""
 
 import asyncio
-import json
 import multiprocessing
 import signal
 import socket
@@ -13,7 +12,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import httpx
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from billing.catalog import publication
 from billing.clock import Clock, now_ms
@@ -26,6 +24,7 @@ from billing.usage import TenantId, Unit
 from cluster import valkey
 from cluster.dodo_sandbox.server import SandboxServer, listen
 from deployments.gateway.catalog_holder import read_catalog
+from tests.support.word_tokenizer import save_word_tokenizer
 from tests.support.world import API_KEY, SECRET, World
 
 USER_CONFIG: dict[str, object] = {
@@ -44,7 +43,6 @@ USER_CONFIG: dict[str, object] = {
     "default_plan": "prepaid",
 }
 """The prices do not divide evenly, so that a rounding too many would show."""
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
 LIFE_S = 60.0
 """How long a process may take to reach its failpoint."""
 
@@ -68,17 +66,14 @@ class Rig:
             "DODO_PAYMENTS_WEBHOOK_KEY": SECRET,
         }
 
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
 
 @contextmanager
 def open_rig(clock: Clock = now_ms) -> Iterator[Rig]:
     """Start a store and an offline Dodo. Call from the main thread: the store ends with the thread that started it."""
     with tempfile.TemporaryDirectory(prefix="chaos") as name:
         folder = Path(name)
-        _make_tokenizer(folder / "model")
+        (folder / "model").mkdir()
+        save_word_tokenizer(folder / "model")
         server = valkey.start(folder / "v")
         try:
             with SandboxServer(folder / "dodo", API_KEY, webhook_secret=SECRET, clock=clock) as sandbox:
@@ -149,13 +144,3 @@ class ProcessStarter:
             assert process.exitcode == -signal.SIGKILL, f"{target.__name__} ended with {process.exitcode}"
         finally:
             process.kill()
-
-
-def _make_tokenizer(folder: Path) -> None:
-    """Make a tokenizer for which every word, known or not, is one token."""
-    folder.mkdir()
-    words = ["<unk>", "<end>", "<user>", "<system>", "<assistant>"]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": CHAT_TEMPLATE}))

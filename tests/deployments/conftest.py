@@ -1,6 +1,5 @@
 """A gateway with a real store and a scripted engine, and engines with a small random model and its adapters."""
 
-import json
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ import httpx
 import pytest
 import torch
 from redis.asyncio import Redis
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from billing.store.connection import connect
 from cluster import valkey
@@ -24,9 +23,10 @@ from deployments.inference.native.loop import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import AdapterRef
 from deployments.inference.text import Text
-from tests.support.gateway import ADMIN_KEY, CHAT_TEMPLATE, USER_CONFIG, House, MakeServices, memory_folder
+from tests.support.gateway import ADMIN_KEY, USER_CONFIG, House, MakeServices, memory_folder
 from tests.support.models import Oracle, make_adapters, make_base, make_oracle, make_tokenizer, small_settings
 from tests.support.scripted import ScriptedLink
+from tests.support.word_tokenizer import save_word_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +52,7 @@ async def redis(store_url: str) -> AsyncIterator[Redis]:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     """A tokenizer for which every word, known or not, is one token."""
     folder = tmp_path_factory.mktemp("model")
-    words = ["<unk>", "<end>", "<user>", "<system>", "<assistant>", "one", "two", "three"]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": CHAT_TEMPLATE}))
+    save_word_tokenizer(folder, ("one", "two", "three"))
     return Text(folder)
 
 

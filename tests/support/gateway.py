@@ -19,7 +19,6 @@ from deployments.gateway.services import Services
 from tests.support.scripted import ScriptedLink
 
 ADMIN_KEY = "admin-key-of-the-tests"
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
 DIGEST = "ab" * 32
 USER_CONFIG: dict[str, object] = {
     "base": {"id": "farebox-base", "price": {"input_per_1m": "1", "output_per_1m": "2"}},
