@@ -5,13 +5,14 @@ imports no torch.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-MOST_CHOICES = 16
-MOST_LOGPROBS = 20
-MOST_BIASES = 1024
-LARGEST_BIAS = 100.0
+MAX_CHOICES = 16
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
 
 
 class EngineError(Exception):
@@ -30,7 +31,7 @@ class AdapterRejected(EngineError):
     """An adapter that will not be loaded; the message names it and says why."""
 
 
-class ModelRefused(EngineError):
+class ModelRejected(EngineError):
     """The base model, or the engine's sizes, cannot be served; the message says why."""
 
 
@@ -46,7 +47,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     """Cancelled, or its deadline passed."""
     ERROR = "error"
-    """The engine failed on this request; ``Tokens.error`` says how."""
+    """The engine failed on this request; ``OutputDelta.error`` says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +103,18 @@ class SamplingParams:
             raise RequestRejected(f"max_tokens must be at least 1, not {self.max_tokens}")
         if self.top_k < 0:
             raise RequestRejected(f"top_k must be 0 (all) or more, not {self.top_k}")
-        if not 1 <= self.n <= MOST_CHOICES:
-            raise RequestRejected(f"n must be between 1 and {MOST_CHOICES}, not {self.n}")
+        if not 1 <= self.n <= MAX_CHOICES:
+            raise RequestRejected(f"n must be between 1 and {MAX_CHOICES}, not {self.n}")
         if self.min_tokens < 0:
             raise RequestRejected(f"min_tokens must be 0 or more, not {self.min_tokens}")
-        if not 0 <= (self.logprobs or 0) <= MOST_LOGPROBS:
-            raise RequestRejected(f"logprobs must be between 0 and {MOST_LOGPROBS}, not {self.logprobs}")
-        if len(self.logit_bias) > MOST_BIASES:
-            raise RequestRejected(f"logit_bias takes at most {MOST_BIASES} tokens, not {len(self.logit_bias)}")
+        if not 0 <= (self.logprobs or 0) <= MAX_LOGPROBS:
+            raise RequestRejected(f"logprobs must be between 0 and {MAX_LOGPROBS}, not {self.logprobs}")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise RequestRejected(f"logit_bias takes at most {MAX_BIASES} tokens, not {len(self.logit_bias)}")
         for token, bias in self.logit_bias:
-            if not (math.isfinite(bias) and abs(bias) <= LARGEST_BIAS and token >= 0):
+            if not (math.isfinite(bias) and abs(bias) <= MAX_BIAS and token >= 0):
                 raise RequestRejected(
-                    f"logit_bias takes token ids and numbers between {-LARGEST_BIAS:g} and {LARGEST_BIAS:g}, "
+                    f"logit_bias takes token ids and numbers between {-MAX_BIAS:g} and {MAX_BIAS:g}, "
                     f"not {bias:g} for {token}"
                 )
         if any(not text for text in self.stop):
@@ -157,7 +158,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class OutputDelta:
     """A piece of one request's output. Counts are totals so far, over all its answers; the prompt counts once.
 
     The request's last piece, and no other, has a finish reason.
@@ -173,15 +174,19 @@ class Tokens:
     compute_ms: int = 0
     finish_reason: FinishReason | None = None
     error: str = ""
-    is_adapter_refused: bool = False
+    is_adapter_rejected: bool = False
     """With ``ERROR``: the adapter cannot be loaded, and nothing was computed."""
     choices: tuple[Choice, ...] = ()
     """What is new of which answer, in order; only for requests with ``n`` above 1 or with ``logprobs``."""
 
     @property
-    def news(self) -> tuple[Choice, ...]:
+    def as_choices(self) -> tuple[Choice, ...]:
         """What is new of which answer, whatever the request asked for."""
         return self.choices or (Choice(0, self.text, finish_reason=self.finish_reason),)
+
+
+Emit = Callable[[OutputDelta], None]
+"""Takes one request's deltas. The engine's thread calls it, so it must return at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 
-from deployments.inference.request import ModelRefused, RequestRejected
+from deployments.inference.request import ModelRejected, RequestRejected
 
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER_TOKENS = 4
@@ -36,13 +36,13 @@ class Text:
     """One model's tokenizer. Encoding is thread-safe.
 
     Raises:
-        ModelRefused: the folder has no ``tokenizer.json``, or its template does not parse.
+        ModelRejected: the folder has no ``tokenizer.json``, or its template does not parse.
     """
 
     def __init__(self, model_path: str | Path) -> None:
         folder = Path(model_path)
         if not (folder / "tokenizer.json").is_file():
-            raise ModelRefused(f"{folder} has no tokenizer.json")
+            raise ModelRejected(f"{folder} has no tokenizer.json")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -188,7 +188,7 @@ def _read_json(path: Path) -> dict[str, object]:
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ModelRefused(f"{path} must hold a JSON object")
+        raise ModelRejected(f"{path} must hold a JSON object")
     return content
 
 
@@ -223,7 +223,7 @@ def _compile(source: str | None) -> Template | None:
     try:
         return environment.from_string(source)
     except TemplateError as error:
-        raise ModelRefused(f"the model's chat template does not parse: {error}") from error
+        raise ModelRejected(f"the model's chat template does not parse: {error}") from error
 
 
 def _to_json(value: object, indent: int | None = None) -> str:

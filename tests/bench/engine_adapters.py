@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from deployments.inference.adapters import local_adapter
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
-from deployments.inference.request import AdapterRef, GenerateRequest, SamplingParams, Tokens
+from deployments.inference.request import AdapterRef, GenerateRequest, OutputDelta, SamplingParams
 from tests.bench import engine_fixture, figures
 from tests.bench.engine_fixture import Fixture
 from tests.bench.engine_peers import Vllm
@@ -84,7 +84,7 @@ class Steady:
         asked = GenerateRequest(f"steady{self._count}", (5, 6, 7), params, fairness_key="steady", time_to_live_s=600)
         self._engine.submit(asked, self._hear)
 
-    def _hear(self, piece: Tokens) -> None:
+    def _hear(self, piece: OutputDelta) -> None:
         now = time.perf_counter()
         if self._last:
             self.gaps.append(now - self._last)
@@ -104,7 +104,7 @@ def load(engine: Engine, refs: list[AdapterRef]) -> None:
     params = SamplingParams(max_tokens=OUT, temperature=0.0, ignore_eos=True)
     failures: list[str] = []
 
-    def hear(piece: Tokens) -> None:
+    def hear(piece: OutputDelta) -> None:
         if piece.finish_reason is not None:
             if piece.error:
                 failures.append(piece.error)

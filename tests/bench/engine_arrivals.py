@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Semaphore
 
-from deployments.inference.request import GenerateRequest, Tokens
+from deployments.inference.request import GenerateRequest, OutputDelta
 from tests.bench import figures
 from tests.bench.engine_fixture import VOCABULARY, Fixture
 from tests.bench.engine_peers import Ours, Vllm, sampling
@@ -31,7 +31,7 @@ class Listener:
     done: Semaphore
     moments: list[float] = field(default_factory=list)
 
-    def __call__(self, piece: Tokens) -> None:
+    def __call__(self, piece: OutputDelta) -> None:
         self.moments += [time.perf_counter() - self.asked_at] * len(piece.token_ids)
         if piece.finish_reason is not None:
             self.done.release()

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from deployments.inference.request import GenerateRequest, Tokens
+from deployments.inference.request import GenerateRequest, OutputDelta
 from tests.bench import engine_fixture, figures
 from tests.bench.engine_fixture import Fixture
 from tests.bench.engine_peers import Ours, Vllm, sampling
@@ -33,7 +33,7 @@ class Race:
             self._done.acquire()
         return self._ended
 
-    def _hear(self, name: str, piece: Tokens) -> None:
+    def _hear(self, name: str, piece: OutputDelta) -> None:
         if piece.finish_reason is not None:
             self._ended.append((name, time.perf_counter()))
             self._done.release()

@@ -2,24 +2,24 @@
 
 import threading
 
-from deployments.inference.native.loop import Engine
-from deployments.inference.request import AdapterRef, GenerateRequest, SamplingParams, Tokens
+from deployments.inference.native.engine import Engine
+from deployments.inference.request import AdapterRef, GenerateRequest, OutputDelta, SamplingParams
 
 
 class Collector:
     """Takes one request's pieces; ``wait`` returns when the last has come."""
 
     def __init__(self) -> None:
-        self.pieces: list[Tokens] = []
+        self.pieces: list[OutputDelta] = []
         self._done = threading.Event()
 
-    def __call__(self, piece: Tokens) -> None:
+    def __call__(self, piece: OutputDelta) -> None:
         assert not self._done.is_set(), "a piece after the last"
         self.pieces.append(piece)
         if piece.finish_reason is not None:
             self._done.set()
 
-    def wait(self, seconds: float = 30) -> Tokens:
+    def wait(self, seconds: float = 30) -> OutputDelta:
         assert self._done.wait(seconds), "no answer"
         return self.pieces[-1]
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from deployments.inference.native.sequence import Span
-from deployments.inference.request import ModelRefused
+from deployments.inference.request import ModelRejected
 
 NAME = "farebox_slots"
 WASTE = 2
@@ -257,12 +257,12 @@ def _attend(
     Returns ``[1, T, heads, dim]``, and no attention weights.
 
     Raises:
-        ModelRefused: the layer wants something that this attention doesn't do.
+        ModelRejected: the layer wants something that this attention doesn't do.
     """
     if kv_step is None:
-        raise ModelRefused("the model does not hand its attention what it was called with")
+        raise ModelRejected("the model does not hand its attention what it was called with")
     if s_aux is not None:
-        raise ModelRefused("the model has attention sinks, which are not supported")
+        raise ModelRejected("the model has attention sinks, which are not supported")
     is_narrow = sliding_window is not None and sliding_window < kv_step.pool.context
     scoring = Scoring(
         scale=query.shape[3] ** -0.5 if scaling is None else scaling,

@@ -23,7 +23,7 @@ from deployments.inference.native.linear import pack
 from deployments.inference.native.lora import LoraPool
 from deployments.inference.native.sequence import Span
 from deployments.inference.native.settings import EngineSettings, KvSizes
-from deployments.inference.request import ModelRefused
+from deployments.inference.request import ModelRejected
 
 if TYPE_CHECKING:
     from deployments.inference.native.tiled import TiledSteps
@@ -49,7 +49,7 @@ class Model:
     """One base model with its KV memory and adapter slots.
 
     Raises:
-        ModelRefused: it cannot be served correctly, and why.
+        ModelRejected: it cannot be served correctly, and why.
     """
 
     def __init__(self, settings: EngineSettings, is_tiled: bool | None = None) -> None:
@@ -126,7 +126,7 @@ class Model:
                 wanted = plain[end - 1]
                 worst = (logits - wanted).abs().max() / (wanted.max() - wanted.min()).clamp(min=1e-6)
                 if not worst <= tolerance:
-                    raise ModelRefused(
+                    raise ModelRejected(
                         f"{type(self._model).__name__} computes other logits in this engine than by itself "
                         f"(by {worst:.2g} of their spread at position {end - 1}): it is not supported"
                     )
@@ -139,7 +139,7 @@ def _tiled_steps(
     try:
         from deployments.inference.native.tiled import TiledSteps
     except ModuleNotFoundError as error:
-        raise ModelRefused(
+        raise ModelRejected(
             f"device cuda needs {error.name}: CUDA builds of torch bring Triton along; otherwise pip install triton"
         ) from error
     steps = TiledSteps(model, kv, sizes, lora, settings.adapter_slots, settings.max_running)
@@ -152,11 +152,11 @@ def _tiled_steps(
 
 
 def read_config(model_path: str | Path) -> PretrainedConfig:
-    """The model's configuration; raises ``ModelRefused`` if the folder has none that transformers knows."""
+    """The model's configuration; raises ``ModelRejected`` if the folder has none that transformers knows."""
     try:
         return AutoConfig.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelRefused(f"{model_path} is no model that transformers can read: {error}") from error
+        raise ModelRejected(f"{model_path} is no model that transformers can read: {error}") from error
 
 
 def linear_shapes(model_path: str | Path) -> Mapping[str, LinearShape]:
@@ -183,9 +183,9 @@ def linear_modules(model: nn.Module) -> dict[str, LinearShape]:
 
 def _device(name: str) -> str:
     if name not in ("auto", "cpu", "cuda"):
-        raise ModelRefused(f"device must be auto, cpu or cuda, not {name!r}")
+        raise ModelRejected(f"device must be auto, cpu or cuda, not {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ModelRefused("device is cuda, but torch sees no GPU")
+        raise ModelRejected("device is cuda, but torch sees no GPU")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
@@ -193,22 +193,24 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise ModelRefused(f"dtype must be auto or one of {', '.join(DTYPES)}, not {name!r}")
+        raise ModelRejected(f"dtype must be auto or one of {', '.join(DTYPES)}, not {name!r}")
     return DTYPES[name]
 
 
 def _check_config(config: PretrainedConfig, settings: EngineSettings) -> Limits:
     """Refuse what the hooks cannot serve, before any weight is read."""
     if config.is_encoder_decoder:
-        raise ModelRefused(f"{config.model_type} is an encoder-decoder model; only decoders are served")
+        raise ModelRejected(f"{config.model_type} is an encoder-decoder model; only decoders are served")
     context = getattr(config, "max_position_embeddings", None) or settings.max_context_tokens
     if settings.max_context_tokens > context:
-        raise ModelRefused(f"max_context_tokens is {settings.max_context_tokens}, but the model's context is {context}")
+        raise ModelRejected(
+            f"max_context_tokens is {settings.max_context_tokens}, but the model's context is {context}"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     original = rope.get("original_max_position_embeddings") or context
     if kind in LENGTH_DEPENDENT_ROPE and settings.max_context_tokens > original:
-        raise ModelRefused(
+        raise ModelRejected(
             f"the model's {kind} positions depend on the longest sequence in the batch; "
             f"set max_context_tokens to {original} or less"
         )
@@ -226,9 +228,9 @@ def _load(model_path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        raise ModelRefused(f"{model_path} cannot be loaded: {error}") from error
+        raise ModelRejected(f"{model_path} cannot be loaded: {error}") from error
     if not getattr(model, "_supports_attention_backend", False):
-        raise ModelRefused(f"{type(model).__name__} does not let its attention be replaced: it is not supported")
+        raise ModelRejected(f"{type(model).__name__} does not let its attention be replaced: it is not supported")
     return model.eval()
 
 

@@ -1,16 +1,13 @@
 """What one request has been told so far: turns sampled tokens into pieces of output and an end."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deployments.inference.native.sequence import Sequence
-from deployments.inference.request import Choice, FinishReason, GenerateRequest, Logprob, Tokens
+from deployments.inference.request import Choice, Emit, FinishReason, GenerateRequest, Logprob, OutputDelta
 from deployments.inference.text import Detokenizer
 
 log = logging.getLogger(__name__)
-
-Emit = Callable[[Tokens], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +96,7 @@ class Output:
         answer: Answer,
         finish_reason: FinishReason | None = None,
         error: str = "",
-        is_adapter_refused: bool = False,
+        is_adapter_rejected: bool = False,
     ) -> bool:
         """Emit what is new of an answer; False if nobody is there to take it any more."""
         sampling = self.request.sampling
@@ -110,7 +107,7 @@ class Output:
             answer.logprobs.clear()
             text = ""
         sequences = [each.sequence for each in self.answers]
-        piece = Tokens(
+        piece = OutputDelta(
             token_ids=answer.unsent(),
             text=text,
             prompt_tokens=sequences[0].prompt_tokens,
@@ -119,7 +116,7 @@ class Output:
             compute_ms=round(sum(sequence.compute_s for sequence in sequences) * 1000),
             finish_reason=finish_reason,
             error=error,
-            is_adapter_refused=is_adapter_refused,
+            is_adapter_rejected=is_adapter_rejected,
             choices=choices,
         )
         try:

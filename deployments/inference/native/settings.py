@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deployments.inference.request import ModelRefused
+from deployments.inference.request import ModelRejected
 
 GPU_BLOCK_TOKENS = 32
 
@@ -30,7 +30,7 @@ class EngineSettings:
     """What one engine runs and how much of it. Tokens, rows and slots are counts.
 
     Raises:
-        ModelRefused: sizes that cannot work together.
+        ModelRejected: sizes that cannot work together.
     """
 
     model_path: str
@@ -77,35 +77,35 @@ class EngineSettings:
     def __post_init__(self) -> None:
         for name in ("max_context_tokens", "max_running", "max_queued", "adapter_slots", "adapter_host_mb"):
             if getattr(self, name) < 1:
-                raise ModelRefused(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ModelRejected(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("kv_block_tokens", "kv_blocks"):
             if getattr(self, name) < 0:
-                raise ModelRefused(f"{name} must be at least 0, not {getattr(self, name)}")
+                raise ModelRejected(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.max_batched_tokens <= self.max_running:
-            raise ModelRefused(
+            raise ModelRejected(
                 f"max_batched_tokens ({self.max_batched_tokens}) must exceed max_running ({self.max_running}): "
                 "each running request decodes one token a step, and prefill needs room beside them"
             )
         if self.max_adapter_rank < 8 or self.max_adapter_rank % 8:
-            raise ModelRefused(f"max_adapter_rank must be a multiple of 8, not {self.max_adapter_rank}")
+            raise ModelRejected(f"max_adapter_rank must be a multiple of 8, not {self.max_adapter_rank}")
         if self.torch_threads < 1:
-            raise ModelRefused(f"torch_threads must be at least 1, not {self.torch_threads}")
+            raise ModelRejected(f"torch_threads must be at least 1, not {self.torch_threads}")
 
     def kv_sizes(self, is_paged: bool) -> KvSizes:
         """Of the KV memory; ``is_paged``: the attention that runs reads block tables.
 
         Raises:
-            ModelRefused: it does not, or the longest request would not fit.
+            ModelRejected: it does not, or the longest request would not fit.
         """
         context, tokens = self.max_context_tokens, self.kv_block_tokens or GPU_BLOCK_TOKENS
         if not is_paged:
             if self.kv_block_tokens or self.kv_blocks:
-                raise ModelRefused("kv_block_tokens and kv_blocks are for a GPU: a CPU's KV memory is not paged")
+                raise ModelRejected("kv_block_tokens and kv_blocks are for a GPU: a CPU's KV memory is not paged")
             return KvSizes(self.max_running, context, context)
         each = -(-context // tokens)
         sizes = KvSizes(self.kv_blocks or self.max_running * each, tokens, context)
         if sizes.blocks < each:
-            raise ModelRefused(
+            raise ModelRejected(
                 f"kv_blocks ({sizes.blocks}) of {tokens} tokens do not hold one request of max_context_tokens "
                 f"({context}): raise kv_blocks to {each} or more, or lower max_context_tokens"
             )

@@ -127,7 +127,9 @@ class Worker:
         log.warning("adapter %s is refused: %s", ref.name, message.error)
         self.slots.failed(ref.digest, message.error, time.monotonic())
         for output in [output for output in self.outputs.values() if output.digest == ref.digest]:
-            self._end(output, FinishReason.ERROR, error=f"adapter {ref.name}: {message.error}", is_adapter_refused=True)
+            self._end(
+                output, FinishReason.ERROR, error=f"adapter {ref.name}: {message.error}", is_adapter_rejected=True
+            )
 
     def _start_loads(self) -> None:
         for load in self.slots.take_loads():
@@ -208,7 +210,7 @@ class Worker:
             self.counts.requests_aborted += 1
         self.inbox.answered(output.request.request_id)
 
-    def _end(self, output: Output, reason: FinishReason, error: str = "", is_adapter_refused: bool = False) -> None:
+    def _end(self, output: Output, reason: FinishReason, error: str = "", is_adapter_rejected: bool = False) -> None:
         """End a request before its time, and say the last word of each of its answers."""
         self._send_late()
         self._close(output, reason)
@@ -216,7 +218,7 @@ class Worker:
         for answer in others:
             answer.finish_reason = reason
             output.send(answer.detokenizer.finish(), answer)
-        output.send(last.detokenizer.finish(), last, reason, error, is_adapter_refused)
+        output.send(last.detokenizer.finish(), last, reason, error, is_adapter_rejected)
 
     def _answer_all(self) -> None:
         """Nothing will be computed any more: tell everybody, those in the inbox too."""

@@ -21,7 +21,7 @@ from deployments.inference.adapters import (
     inspect_adapter,
     read_adapter,
 )
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.lora import stage
 from deployments.inference.native.model import linear_shapes
 from deployments.inference.request import AdapterRef, AdapterRejected, FinishReason

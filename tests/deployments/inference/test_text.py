@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.inference.request import ModelRefused, RequestRejected
+from deployments.inference.request import ModelRejected, RequestRejected
 from deployments.inference.text import StopStrings, Text
 from tests.support.models import VOCABULARY
 
@@ -130,5 +130,5 @@ def test_end_tokens_come_from_every_file_that_names_some(base_path: Path, tmp_pa
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused, match=r"tokenizer\.json"):
+    with pytest.raises(ModelRejected, match=r"tokenizer\.json"):
         Text(tmp_path)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from deployments.inference.adapters import local_adapter
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import AdapterRef, FinishReason, SamplingParams
 from tests.support.engine import Collector, request

@@ -7,7 +7,7 @@ from math import exp
 import pytest
 import torch
 
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import AdapterRef, FinishReason, RequestRejected, SamplingParams
 from tests.support.engine import Collector, request, run
@@ -21,7 +21,7 @@ DRAWN = SamplingParams(max_tokens=12, temperature=1.0, seed=7, ignore_eos=True)
 def _answers(collector: Collector) -> dict[int, str]:
     texts: dict[int, str] = {}
     for piece in collector.pieces:
-        for choice in piece.news:
+        for choice in piece.as_choices:
             texts[choice.index] = texts.get(choice.index, "") + choice.text
     return texts
 
@@ -30,7 +30,7 @@ def _reasons(collector: Collector) -> dict[int, FinishReason]:
     return {
         choice.index: choice.finish_reason
         for piece in collector.pieces
-        for choice in piece.news
+        for choice in piece.as_choices
         if choice.finish_reason is not None
     }
 
@@ -64,7 +64,7 @@ def test_the_first_answer_is_the_one_that_the_seed_gives_alone(engine: Engine, r
 def test_answers_end_one_by_one_and_the_request_with_the_last(engine: Engine) -> None:
     sampling = replace(DRAWN, n=6, max_tokens=40, temperature=1.5, stop=("a", "e", "t"))
     one = run(engine, request("r", PROMPT, sampling=sampling))[0]
-    ends = [i for i, piece in enumerate(one.pieces) for choice in piece.news if choice.finish_reason is not None]
+    ends = [i for i, piece in enumerate(one.pieces) for choice in piece.as_choices if choice.finish_reason is not None]
     assert len(ends) == 6
     assert ends[-1] == len(one.pieces) - 1
     assert len(set(ends)) > 1

@@ -10,7 +10,7 @@ from deployments.inference.native.blocks import KvBlocks
 from deployments.inference.native.kv import owner_of
 from deployments.inference.native.sequence import Sequence
 from deployments.inference.native.settings import EngineSettings, KvSizes
-from deployments.inference.request import AdapterRef, ModelRefused
+from deployments.inference.request import AdapterRef, ModelRejected
 from tests.support.engine import request
 
 SIZES = KvSizes(blocks=8, block_tokens=4, context=32)
@@ -245,9 +245,9 @@ def test_the_longest_request_always_fits_or_the_settings_are_refused_by_name() -
     assert EngineSettings(**settings).kv_sizes(True) == KvSizes(blocks=12, block_tokens=32, context=100)
     assert EngineSettings(**settings, kv_block_tokens=10, kv_blocks=10).kv_sizes(True).each == 10
     assert EngineSettings(**settings).kv_sizes(False) == KvSizes(blocks=3, block_tokens=100, context=100)
-    with pytest.raises(ModelRefused, match="raise kv_blocks to 10 or more, or lower max_context_tokens"):
+    with pytest.raises(ModelRejected, match="raise kv_blocks to 10 or more, or lower max_context_tokens"):
         EngineSettings(**settings, kv_block_tokens=10, kv_blocks=9).kv_sizes(True)
-    with pytest.raises(ModelRefused, match="kv_blocks must be at least 0"):
+    with pytest.raises(ModelRejected, match="kv_blocks must be at least 0"):
         EngineSettings(**settings, kv_blocks=-1)
-    with pytest.raises(ModelRefused, match="are for a GPU"):
+    with pytest.raises(ModelRejected, match="are for a GPU"):
         EngineSettings(**settings, kv_blocks=10).kv_sizes(False)

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import (
     AdapterRef,
     EngineFailed,
     FinishReason,
     GenerateRequest,
+    OutputDelta,
     Overloaded,
     RequestRejected,
     SamplingParams,
-    Tokens,
 )
 from tests.support.engine import Collector, request, run
 from tests.support.models import VOCABULARY
@@ -116,7 +116,7 @@ def test_an_abort_ends_the_answer_within_a_step(engine: Engine) -> None:
     """Aborted from inside the third piece: at most one more token is computed."""
     collector = Collector()
 
-    def emit(piece: Tokens) -> None:
+    def emit(piece: OutputDelta) -> None:
         collector(piece)
         if piece.completion_tokens == 3 and piece.finish_reason is None:
             engine.abort("r")
@@ -172,7 +172,7 @@ def test_a_deadline_moves_when_it_is_extended(engine: Engine) -> None:
     collector = Collector()
     started = threading.Event()
 
-    def emit(piece: Tokens) -> None:
+    def emit(piece: OutputDelta) -> None:
         started.set()
         collector(piece)
 
@@ -325,7 +325,7 @@ def test_a_flood_of_long_answers_is_interrupted_for_another_key_and_goes_on_unha
 
 
 def test_a_listener_that_is_gone_ends_its_own_request_alone(engine: Engine) -> None:
-    def gone(piece: Tokens) -> None:
+    def gone(piece: OutputDelta) -> None:
         raise RuntimeError("Event loop is closed")
 
     engine.submit(request("gone", max_tokens=100), gone)

@@ -33,7 +33,7 @@ from deployments.inference.native.lora import stage
 from deployments.inference.native.model import Model, linear_shapes
 from deployments.inference.native.sequence import Span
 from deployments.inference.native.settings import EngineSettings
-from deployments.inference.request import ModelRefused
+from deployments.inference.request import ModelRejected
 from tests.support.models import VOCABULARY, peft_on_newer_transformers
 
 SIZES = {
@@ -133,7 +133,7 @@ def test_a_model_that_cannot_be_served_right_is_refused(
     config: PretrainedConfig, reason: str, settings: EngineSettings, tmp_path: Path
 ) -> None:
     path = _saved(config, tmp_path)
-    with pytest.raises(ModelRefused, match=reason):
+    with pytest.raises(ModelRejected, match=reason):
         Model(replace(settings, model_path=path))
 
 
@@ -165,24 +165,24 @@ def test_a_wrong_answer_at_start_is_refused(settings: EngineSettings, monkeypatc
 
     right = attention._over_slots
     monkeypatch.setattr(attention, "_over_slots", lambda *args: right(*args) * 1.05)
-    with pytest.raises(ModelRefused, match="computes other logits"):
+    with pytest.raises(ModelRejected, match="computes other logits"):
         Model(settings)
 
 
 def test_what_is_no_decoder_is_refused(settings: EngineSettings, tmp_path: Path) -> None:
     T5Config(vocab_size=VOCABULARY).save_pretrained(tmp_path)
-    with pytest.raises(ModelRefused, match="encoder-decoder"):
+    with pytest.raises(ModelRejected, match="encoder-decoder"):
         Model(replace(settings, model_path=str(tmp_path)))
 
 
 def test_what_is_no_model_is_refused(settings: EngineSettings, base_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused):
+    with pytest.raises(ModelRejected):
         Model(replace(settings, model_path=str(tmp_path / "nowhere")))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelRefused):
+    with pytest.raises(ModelRejected):
         Model(replace(settings, model_path=str(tmp_path)))
     shutil.copy(base_path / "config.json", tmp_path / "config.json")
-    with pytest.raises(ModelRefused):
+    with pytest.raises(ModelRejected):
         Model(replace(settings, model_path=str(tmp_path)))
 
 
@@ -199,7 +199,7 @@ def test_what_is_no_model_is_refused(settings: EngineSettings, base_path: Path, 
     ids=str,
 )
 def test_settings_that_cannot_work_are_refused(settings: EngineSettings, wrong: dict[str, int]) -> None:
-    with pytest.raises(ModelRefused, match=next(iter(wrong))):
+    with pytest.raises(ModelRejected, match=next(iter(wrong))):
         Model(replace(settings, **wrong))
 
 

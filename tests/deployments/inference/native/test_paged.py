@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
-from deployments.inference.request import AdapterRef, ModelRefused, SamplingParams
+from deployments.inference.request import AdapterRef, ModelRejected, SamplingParams
 from tests.deployments.inference.native import parity
 from tests.support.engine import request, run
 from tests.support.models import Oracle
@@ -60,5 +60,5 @@ def test_the_answers_of_one_request_read_its_prompt_and_write_apart(paged: Engin
 
 
 def test_a_cpu_without_the_kernels_refuses_to_page(settings: EngineSettings) -> None:
-    with pytest.raises(ModelRefused, match="kv_block_tokens and kv_blocks are for a GPU"):
+    with pytest.raises(ModelRejected, match="kv_block_tokens and kv_blocks are for a GPU"):
         Engine(replace(settings, kv_block_tokens=16))

@@ -26,7 +26,7 @@ from deployments.inference.native.inbox import Aborted, Extended, Inbox, Pinned
 from deployments.inference.native.kv import KvTable
 from deployments.inference.native.loader import Loader
 from deployments.inference.native.model import Model
-from deployments.inference.native.output import Answer, Emit, Output
+from deployments.inference.native.output import Answer, Output
 from deployments.inference.native.sampler import seed_of
 from deployments.inference.native.scheduler import Scheduler
 from deployments.inference.native.sequence import Sequence
@@ -37,12 +37,13 @@ from deployments.inference.request import (
     AdapterRef,
     AdapterRejected,
     AdapterStats,
+    Emit,
     EngineFailed,
     EngineStats,
     FinishReason,
     GenerateRequest,
+    OutputDelta,
     RequestRejected,
-    Tokens,
 )
 from deployments.inference.text import Text
 
@@ -51,12 +52,12 @@ class Pieces:
     """A request's output as it comes: iterate over it once, or take all of its text."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Tokens] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[OutputDelta] = queue.SimpleQueue()
 
-    def put(self, piece: Tokens) -> None:
+    def put(self, piece: OutputDelta) -> None:
         self._queue.put(piece)
 
-    def __iter__(self) -> Iterator[Tokens]:
+    def __iter__(self) -> Iterator[OutputDelta]:
         is_over = False
         while not is_over:
             piece = self._queue.get()
@@ -73,7 +74,7 @@ class Pieces:
         for piece in self:
             if piece.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                 raise EngineFailed(piece.error or "the request was aborted")
-            text += "".join(choice.text for choice in piece.news if choice.index == 0)
+            text += "".join(choice.text for choice in piece.as_choices if choice.index == 0)
         return text
 
 
@@ -83,7 +84,7 @@ class Engine:
     Construction loads the model and proves it, which takes as long as it takes.
 
     Raises:
-        ModelRefused: the model or the settings cannot be served.
+        ModelRejected: the model or the settings cannot be served.
     """
 
     def __init__(self, config: EngineSettings, is_tiled: bool | None = None) -> None:
@@ -232,12 +233,12 @@ class Engine:
             found.append(AdapterStats(name, digest, tier, active, count - active, pinned))
         return tuple(found)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Tokens]:
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[OutputDelta]:
         """The request's pieces as they come; closing the iterator aborts. Raises as ``submit``."""
         loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[Tokens] = asyncio.Queue()
+        pieces: asyncio.Queue[OutputDelta] = asyncio.Queue()
 
-        def emit(piece: Tokens) -> None:
+        def emit(piece: OutputDelta) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         self.submit(request, emit)
