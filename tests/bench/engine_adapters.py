@@ -84,12 +84,12 @@ class Steady:
         asked = GenerateRequest(f"steady{self._count}", (5, 6, 7), params, fairness_key="steady", time_to_live_s=600)
         self._engine.submit(asked, self._hear)
 
-    def _hear(self, piece: OutputDelta) -> None:
+    def _hear(self, delta: OutputDelta) -> None:
         now = time.perf_counter()
         if self._last:
             self.gaps.append(now - self._last)
         self._last = now
-        if piece.finish_reason is not None and not self.is_over:
+        if delta.finish_reason is not None and not self.is_over:
             self.begin()
 
 
@@ -104,10 +104,10 @@ def load(engine: Engine, refs: list[AdapterRef]) -> None:
     params = SamplingParams(max_tokens=OUT, temperature=0.0, ignore_eos=True)
     failures: list[str] = []
 
-    def hear(piece: OutputDelta) -> None:
-        if piece.finish_reason is not None:
-            if piece.error:
-                failures.append(piece.error)
+    def hear(delta: OutputDelta) -> None:
+        if delta.finish_reason is not None:
+            if delta.error:
+                failures.append(delta.error)
             places.release()
             done.release()
 

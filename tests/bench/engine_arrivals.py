@@ -31,9 +31,9 @@ class Listener:
     done: Semaphore
     moments: list[float] = field(default_factory=list)
 
-    def __call__(self, piece: OutputDelta) -> None:
-        self.moments += [time.perf_counter() - self.asked_at] * len(piece.token_ids)
-        if piece.finish_reason is not None:
+    def __call__(self, delta: OutputDelta) -> None:
+        self.moments += [time.perf_counter() - self.asked_at] * len(delta.token_ids)
+        if delta.finish_reason is not None:
             self.done.release()
 
 

@@ -26,15 +26,15 @@ class Race:
         for name, prompt in zip(names, engine_fixture.prompts(len(names), PROMPT, seed=adapter), strict=True):
             self._asked.append(name)
             asked = GenerateRequest(name, prompt, sampling(OUT), self._ours.refs[adapter], key, time_to_live_s=600)
-            self._ours.engine.submit(asked, lambda piece, name=name: self._hear(name, piece))
+            self._ours.engine.submit(asked, lambda delta, name=name: self._hear(name, delta))
 
     def finish(self) -> list[tuple[str, float]]:
         for _ in self._asked:
             self._done.acquire()
         return self._ended
 
-    def _hear(self, name: str, piece: OutputDelta) -> None:
-        if piece.finish_reason is not None:
+    def _hear(self, name: str, delta: OutputDelta) -> None:
+        if delta.finish_reason is not None:
             self._ended.append((name, time.perf_counter()))
             self._done.release()
 
@@ -70,7 +70,7 @@ def table(fixture: Fixture, vllm: Vllm | None, rounds: int) -> str:
         [f"behind {FLOOD} of their own key", f"{queued_s:.2f} s", ", ".join(map(str, queued)), f"{all_s:.1f} s"]
     )
     ours.engine.stop()
-    slowest = ours.engine.config.max_running + FEW
+    slowest = ours.engine.settings.max_running + FEW
     rows = [
         figures.at_most("rank of the last of the three", ranks[-1], 2 * slowest, "", f"<= {2 * slowest}, two batches"),
         Row("time over alone; a full batch alone is slower than three rows", f"{fair_s / alone_s:.1f} x"),

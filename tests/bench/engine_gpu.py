@@ -208,7 +208,7 @@ def _same_as_plain(model: Model) -> Row:
     for slot, adapter in enumerate(adapters):
         model.lora.write(slot, adapter)
     prompt = [(7919 * i) % 32_000 for i in range(40)]
-    owners, own = (0, 1, -1), model.sizes.own
+    owners, own = (0, 1, -1), model.sizes.blocks_of
     got = [model.forward([Span(i, slot, 0, prompt[:36], True, own(i)) for i, slot in enumerate(owners)]).clone()]
     got += [
         model.forward([Span(i, slot, at, prompt[at : at + 1], True, own(i)) for i, slot in enumerate(owners)]).clone()
@@ -279,7 +279,7 @@ def _times(model: Model, bandwidth: float) -> str:
     for batch in BATCHES:
         for adapters in (count for count in ADAPTERS if count <= batch):
             owners = sorted(i % adapters for i in range(batch)) if adapters else [-1] * batch
-            step = [Span(i, slot, CONTEXT - 1, (5,), True, model.sizes.own(i)) for i, slot in enumerate(owners)]
+            step = [Span(i, slot, CONTEXT - 1, (5,), True, model.sizes.blocks_of(i)) for i, slot in enumerate(owners)]
             took, least = _median_s(lambda step=step: model.forward(step)), floor.seconds(batch, adapters, bandwidth)
             lines.append([str(batch), str(adapters), f"{took * 1e3:.2f}", f"{least * 1e3:.2f}", f"{took / least:.2f}"])
     return figures.table(("batch", "adapters", "ms a step", "floor ms", "over the floor"), lines)

@@ -45,7 +45,7 @@ def sampling(out: int) -> SamplingParams:
 
 
 class Ours:
-    """Our engine, from ``submit`` to the last piece."""
+    """Our engine, from ``submit`` to the last delta."""
 
     def __init__(self, fixture: Fixture, **settings: int) -> None:
         sizes = {"max_context_tokens": 512, "max_running": 16, "max_batched_tokens": 512, "adapter_slots": 16}
@@ -56,13 +56,13 @@ class Ours:
 
     def run(self, prompts: Prompts, adapters: Adapters, out: int) -> Ran:
         started = time.process_time()
-        pieces = [
+        streams = [
             self.engine.submit(
                 GenerateRequest(str(i), prompt, sampling(out), None if adapter is None else self.refs[adapter])
             )
             for i, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True))
         ]
-        tokens = [tuple(token for piece in one for token in piece.token_ids) for one in pieces]
+        tokens = [tuple(token for delta in one for token in delta.token_ids) for one in streams]
         return Ran(time.process_time() - started, tokens)
 
 

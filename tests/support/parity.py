@@ -1,6 +1,6 @@
 """Random mixed requests beside PEFT, one at a time.
 
-``python -m tests.deployments.inference.native.parity --requests 1000``
+``python -m tests.support.parity --requests 1000``
 
 More adapters than slots, prompts longer than a step, shared starts, several tenants, cancels in between. A
 difference counts unless the oracle's two best logits lie closer than rounding can tell apart.
