@@ -1,6 +1,6 @@
-"""Who runs a batch of prompts, each perhaps on an adapter: our engine, transformers and PEFT, vLLM.
+"""The peers of a comparison: the engine, transformers, PEFT and vLLM, each of which runs a batch of prompts.
 
-All greedy, float32, one thread; each tells the CPU time of its process and the tokens.
+All are greedy, in float32 and on one thread. Each returns the CPU time of its process and the tokens.
 """
 
 import json
@@ -67,7 +67,7 @@ class Ours:
 
 
 class Generate:
-    """The base model's own ``generate``: what one has without adapters."""
+    """The base model's own ``generate``."""
 
     def __init__(self, fixture: Fixture) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(fixture.base).eval()

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from deployments.inference.native.blocks import KvBlockAllocator
 from deployments.inference.native.kv import prefix_owner
 from deployments.inference.native.sequence import Sequence
-from deployments.inference.native.settings import EngineSettings, KvSizes
-from deployments.inference.request import AdapterRef, ModelRejected
+from deployments.inference.native.settings import KvSizes
+from deployments.inference.request import AdapterRef
 from tests.support.engine import request
 
 SIZES = KvSizes(blocks=8, block_tokens=4, context=32)
@@ -156,7 +156,7 @@ def test_sequences_bounded_by_rows_of_the_block_table() -> None:
 
 @dataclass
 class Model:
-    """Sequences that write their history wherever they compute, to be found there by whoever reads it."""
+    """Sequences that write their token history where they compute, so that each can check what it reads."""
 
     kv: KvBlockAllocator
     running: list[Sequence] = field(default_factory=list)
@@ -186,9 +186,9 @@ class Model:
             if last is one:
                 return
         for position in range(one.computed_tokens, min(len(one.token_ids), one.computed_tokens + count)):
-            block, place = one.blocks[position // SIZES.block_tokens], position % SIZES.block_tokens
+            block, offset = one.blocks[position // SIZES.block_tokens], position % SIZES.block_tokens
             assert sum(block in other.blocks for other in self.running) == 1, "a shared block is never written"
-            self.written[block, place] = self.history(one, position)
+            self.written[block, offset] = self.history(one, position)
             self.invalid.discard(block)
             one.computed_tokens += 1
         if one.computed_tokens == len(one.token_ids) < SIZES.context - 1:
@@ -209,8 +209,8 @@ class Model:
         for one in self.running:
             assert len(set(one.blocks)) == len(one.blocks)
             for position in range(one.computed_tokens):
-                block, place = one.blocks[position // SIZES.block_tokens], position % SIZES.block_tokens
-                assert self.written[block, place] == self.history(one, position)
+                block, offset = one.blocks[position // SIZES.block_tokens], position % SIZES.block_tokens
+                assert self.written[block, offset] == self.history(one, position)
 
 
 ACTIONS = st.tuples(
@@ -222,7 +222,7 @@ ACTIONS = st.tuples(
 def test_any_sequence_reads_its_own_history_and_writes_to_unshared_blocks(
     actions: list[tuple[str, int, int]],
 ) -> None:
-    """Few tokens and two keys, so that much begins alike; few blocks, so that little fits."""
+    """Few tokens and two keys, so that many prefixes are equal; few blocks, so that few sequences fit."""
     model = Model(blocks())
     for what, which, number in actions:
         one = model.running[which % len(model.running)] if model.running else None
@@ -238,16 +238,3 @@ def test_any_sequence_reads_its_own_history_and_writes_to_unshared_blocks(
     for one in list(model.running):
         model.end(one, is_valid=True)
     assert (model.kv.used, model.kv.available) == (0, model.kv.count)
-
-
-def test_settings_rejected_when_longest_sequence_does_not_fit() -> None:
-    settings = {"model_path": "", "max_context_tokens": 100, "max_running": 3}
-    assert EngineSettings(**settings).kv_sizes(True) == KvSizes(blocks=12, block_tokens=32, context=100)
-    assert EngineSettings(**settings, kv_block_tokens=10, kv_blocks=10).kv_sizes(True).blocks_per_sequence == 10
-    assert EngineSettings(**settings).kv_sizes(False) == KvSizes(blocks=3, block_tokens=100, context=100)
-    with pytest.raises(ModelRejected, match="raise kv_blocks to 10 or more, or lower max_context_tokens"):
-        EngineSettings(**settings, kv_block_tokens=10, kv_blocks=9).kv_sizes(True)
-    with pytest.raises(ModelRejected, match="kv_blocks must be at least 0"):
-        EngineSettings(**settings, kv_blocks=-1)
-    with pytest.raises(ModelRejected, match="are for a GPU"):
-        EngineSettings(**settings, kv_blocks=10).kv_sizes(False)

@@ -18,7 +18,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=12, temperature=1.0, seed=7, ignore_eos=True)
 
 
-def _answers(collector: Collector) -> dict[int, str]:
+def _texts(collector: Collector) -> dict[int, str]:
     texts: dict[int, str] = {}
     for delta in collector.deltas:
         for choice in delta.as_choices:
@@ -38,11 +38,11 @@ def _reasons(collector: Collector) -> dict[int, FinishReason]:
 def test_choices_differ_and_are_counted_together(engine: Engine) -> None:
     one = run(engine, request("r", PROMPT, sampling=replace(DRAWN, n=4)))[0]
     last = one.deltas[-1]
-    assert len(set(_answers(one).values())) == 4
+    assert len(set(_texts(one).values())) == 4
     assert (last.prompt_tokens, last.completion_tokens, len(one.token_ids)) == (10, 48, 48)
     assert _reasons(one) == dict.fromkeys(range(4), FinishReason.LENGTH)
     assert [delta.finish_reason for delta in one.deltas].count(FinishReason.LENGTH) == 1
-    assert last.cached_tokens == 0, "that the answers share the prompt is not a cache hit of the request's"
+    assert last.cached_tokens == 0, "the shared prompt of the choices is not a prefix cache hit"
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.requests_finished) == (0, 0, 0, 1)
 
@@ -57,8 +57,8 @@ def test_first_choice_equals_the_single_choice_of_its_seed(engine: Engine, refs:
     alone = run(engine, request("r", PROMPT, ref, sampling=DRAWN))[0]
     several = replace(DRAWN, n=3)
     many, again = run(engine, *(request(name, PROMPT, ref, sampling=several) for name in "ab"))
-    assert _answers(many) == _answers(again)
-    assert _answers(many)[0] == alone.text
+    assert _texts(many) == _texts(again)
+    assert _texts(many)[0] == alone.text
 
 
 def test_request_ends_with_its_last_choice(engine: Engine) -> None:
@@ -68,7 +68,7 @@ def test_request_ends_with_its_last_choice(engine: Engine) -> None:
     assert len(ends) == 6
     assert ends[-1] == len(one.deltas) - 1
     assert len(set(ends)) > 1
-    assert all(not set("aet") & set(text) for text in _answers(one).values())
+    assert all(not set("aet") & set(text) for text in _texts(one).values())
 
 
 def test_abort_ends_all_choices(engine: Engine) -> None:
@@ -87,7 +87,7 @@ def test_more_choices_than_may_run_all_finish(
 ) -> None:
     engine = start(replace(settings, max_running=2, prefix_cache=False))
     one = run(engine, request("r", PROMPT, sampling=replace(DRAWN, n=5)))[0]
-    assert len(_answers(one)) == 5
+    assert len(_texts(one)) == 5
     assert one.deltas[-1].completion_tokens == 60
 
 
@@ -100,9 +100,9 @@ def test_logprobs_match_peft(engine: Engine, refs: dict[str, AdapterRef], oracle
     oracle.model.set_adapter("all8")
     with torch.inference_mode():
         logits = oracle.model(input_ids=torch.tensor([PROMPT + one.token_ids])).logits[0].log_softmax(-1)
-    for place, logprob in enumerate(reported, start=len(PROMPT) - 1):
-        best = logits[place].topk(5)
-        assert logprob.logprob == pytest.approx(float(logits[place, logprob.token_id]), abs=1e-3)
+    for position, logprob in enumerate(reported, start=len(PROMPT) - 1):
+        best = logits[position].topk(5)
+        assert logprob.logprob == pytest.approx(float(logits[position, logprob.token_id]), abs=1e-3)
         assert [token for token, _ in logprob.top] == best.indices.tolist()
         assert [value for _, value in logprob.top] == pytest.approx(best.values.tolist(), abs=1e-3)
 
@@ -124,7 +124,7 @@ def test_logit_bias_of_100_forces_and_of_minus_100_forbids(engine: Engine) -> No
 
 
 def test_end_token_not_sampled_before_min_tokens(engine: Engine) -> None:
-    """The end token is made certain; it comes as soon as it may."""
+    """A bias makes the end token certain; it is sampled at the first position where it may be."""
     sampling = SamplingParams(max_tokens=20, temperature=0.0, min_tokens=6, logit_bias=((0, 100.0),))
     one = run(engine, request("r", PROMPT, sampling=sampling))[0]
     assert one.token_ids.index(0) == 6

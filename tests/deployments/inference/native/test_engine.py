@@ -154,7 +154,7 @@ def test_a_thousand_aborts_free_everything(engine: Engine, refs: dict[str, Adapt
 
 
 def test_abort_of_unknown_or_finished_request_is_ignored(engine: Engine) -> None:
-    engine.abort("nobody")
+    engine.abort("unknown")
     run(engine, request("r"))
     engine.abort("r")
     run(engine, request("r"))
@@ -178,7 +178,7 @@ def test_extend_moves_the_deadline(engine: Engine) -> None:
 
     engine.submit(request("long", PROMPT, time_to_live_s=60, max_tokens=120), emit)
     assert started.wait(10)
-    engine.extend({"long": -1.0, "nobody": 5.0})
+    engine.extend({"long": -1.0, "unknown": 5.0})
     assert collector.wait().finish_reason is FinishReason.ABORT
 
     kept = Collector()
@@ -244,7 +244,7 @@ def test_adapter_with_infinite_weights_fails_its_own_requests_alone(
         assert "mlp3" in answers[i].deltas[-1].error
     assert [answers[1].token_ids, answers[3].token_ids] == expected
     again = run(engine, *(replace(one, request_id=f"{one.request_id}{i}") for i in range(6) for one in healthy))
-    assert all(answer.token_ids in expected for answer in again), "nothing of it stays in the memory"
+    assert all(answer.token_ids in expected for answer in again), "no NaN stays in the KV cache"
 
 
 def test_prefix_cache_is_per_key_and_adapter(engine: Engine, refs: dict[str, AdapterRef]) -> None:

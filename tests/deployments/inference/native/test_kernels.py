@@ -106,7 +106,7 @@ def test_too_many_tiles_fail_an_assertion() -> None:
 
 
 class Memory:
-    """Keys and values of sequences in scattered blocks, with junk wherever nobody wrote."""
+    """Keys and values of sequences in scattered blocks, with random numbers in the unused ones."""
 
     def __init__(self, lengths: Seq[int], kv_heads: int, dim: int, value_dim: int, block_size: int) -> None:
         torch.manual_seed(0)

@@ -26,10 +26,10 @@ def paged(settings: EngineSettings) -> Iterator[Engine]:
 def test_greedy_tokens_match_peft_when_blocks_run_out(
     paged: Engine, refs: dict[str, AdapterRef], oracle: Oracle
 ) -> None:
-    """Prompts in chunks, shared starts, cancels, two adapters; some are preempted."""
+    """Prompts in chunks, shared starts, aborts, two adapters; some are preempted."""
     found = parity.run(paged, {name: refs[name] for name in ("all8", "mixed")}, oracle, 16)
     assert not found.different
-    assert found.cancelled > 0
+    assert found.aborted > 0
     stats = paged.stats()
     assert stats.preemptions > 0
     assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.kv_blocks_total) == (0, 0, 0, 16)
@@ -40,20 +40,20 @@ def test_prefix_cache_hit_gives_the_same_tokens(paged: Engine, refs: dict[str, A
     for name, ref in ((None, None), ("all8", refs["all8"])):
         run(paged, request("first", start, ref, max_tokens=2))
         prompts = [start, (*start, 99, 98), (*start[:15], 97), (*start[:3], 96)]
-        answers = [run(paged, request("r", prompt, ref, max_tokens=6))[0] for prompt in prompts]
-        assert [answer.deltas[-1].cached_tokens for answer in answers] == [16, 20, 12, 0]
-        for prompt, answer in zip(prompts, answers, strict=True):
+        outputs = [run(paged, request("r", prompt, ref, max_tokens=6))[0] for prompt in prompts]
+        assert [output.deltas[-1].cached_tokens for output in outputs] == [16, 20, 12, 0]
+        for prompt, output in zip(prompts, outputs, strict=True):
             whole = oracle.greedy(name, prompt, 6)
-            assert answer.token_ids[: len(whole)] == whole
+            assert output.token_ids[: len(whole)] == whole
 
 
 def test_choices_share_prompt_blocks_and_write_to_their_own(paged: Engine, oracle: Oracle) -> None:
     prompt = tuple(range(60, 81))
     sampling = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True, n=3)
-    (answer,) = run(paged, request("three", prompt, sampling=sampling))
+    (output,) = run(paged, request("three", prompt, sampling=sampling))
     whole = oracle.greedy(None, prompt, 10)
     for index in range(3):
-        got = [token for delta in answer.deltas for token in delta.token_ids if delta.choices[0].index == index]
+        got = [token for delta in output.deltas for token in delta.token_ids if delta.choices[0].index == index]
         assert tuple(got[: len(whole)]) == whole
 
 

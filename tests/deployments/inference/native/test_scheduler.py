@@ -18,9 +18,9 @@ from tests.support.engine import RecordedRows, request
 
 
 class Simulation:
-    """A scheduler with a loader that takes one step, and a model that answers 1 to everything.
+    """A scheduler, a loader that takes one step for each load, and a model that always generates token 1.
 
-    With ``blocks`` its KV memory is as many blocks of four tokens.
+    With ``blocks`` the KV cache has that many blocks of four tokens; else it has slots.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class Simulation:
     def step(self) -> list[ScheduledSequence]:
         for digest in self._loading:
             self.slots.mark_loaded(digest)
-        plan = self.scheduler.schedule(self.now)
+        batch = self.scheduler.schedule(self.now)
         self._loading = [load.ref.digest for load in self.slots.take_loads()]
-        assert sum(work.count for work in plan) <= self.budget
-        assert all(work.count > 0 for work in plan)
-        completing = [work.sequence for work in plan if work.is_sampled]
-        for work in plan:
-            self.scheduler.mark_computed(work)
-        for sequence in completing:
+        assert sum(one.count for one in batch) <= self.budget
+        assert all(one.count > 0 for one in batch)
+        sampled = [one.sequence for one in batch if one.is_sampled]
+        for one in batch:
+            self.scheduler.mark_computed(one)
+        for sequence in sampled:
             sequence.token_ids.append(1)
             if sequence.completion_tokens == sequence.request.sampling.max_tokens:
                 self.scheduler.remove(sequence)
                 self.finished.append(sequence.request_id)
         self.now += 0.1
-        return plan
+        return batch
 
     def steps(self, count: int) -> None:
         for _ in range(count):
@@ -76,9 +76,9 @@ def test_decodes_are_in_every_step_beside_prefill() -> None:
     sim.step()
     sim.add("long", prompt=100)
     for _ in range(12):
-        plan = sim.step()
-        assert "a" in {work.sequence.request_id for work in plan}
-        assert sum(work.count for work in plan) <= 8
+        batch = sim.step()
+        assert "a" in {one.sequence.request_id for one in batch}
+        assert sum(one.count for one in batch) <= 8
 
 
 def test_long_prompt_is_prefilled_in_chunks() -> None:
@@ -93,7 +93,7 @@ def test_batch_is_sorted_by_adapter_with_base_model_last() -> None:
     for i, adapter in enumerate(["", "x", "y", "", "x", "y"]):
         sim.add(str(i), adapter=adapter)
     sim.steps(3)
-    order = [work.sequence.adapter_slot for work in sim.step()]
+    order = [one.sequence.adapter_slot for one in sim.step()]
     assert order == sorted(order, key=lambda slot: (slot < 0, slot))
     assert set(order) == {-1, 0, 1}
 
@@ -110,7 +110,7 @@ def test_sequence_without_adapter_slot_is_skipped() -> None:
 
 
 def test_starved_adapter_gets_the_slot_with_least_work_left() -> None:
-    """With one slot and an unending stream for one adapter, another one would otherwise never run."""
+    """With one slot and endless requests for one adapter, another one would otherwise never run."""
     sim = Simulation(running=4, slots=1, wait=1.0)
     sim.add("other", adapter="y", out=2)
     sim.steps(4)
@@ -121,11 +121,11 @@ def test_starved_adapter_gets_the_slot_with_least_work_left() -> None:
     sim.steps(30)
     assert "starved" in sim.finished
     sim.steps(500)
-    assert len(sim.finished) == 202, "those that made way ran later"
+    assert len(sim.finished) == 202, "the sequences of the drained adapter ended too"
 
 
 def test_adapter_not_evicted_before_first_use() -> None:
-    """Two adapters and one slot: each load is for somebody, so that loading always leads to an answer."""
+    """Two adapters share one slot. Each load is followed by a request that runs, so all of them end."""
     sim = Simulation(running=4, slots=1)
     for i in range(10):
         sim.add(str(i), adapter="xy"[i % 2], out=2, key=str(i % 3))
@@ -145,7 +145,7 @@ def test_few_requests_do_not_wait_for_a_flood_of_another_key() -> None:
 
 
 def test_keys_share_tokens_not_requests() -> None:
-    """One key asks for four times as long answers: it gets about as many tokens, so a quarter of the requests."""
+    """A key with completions four times as long gets about as many tokens, so a quarter of the requests."""
     sim = Simulation(running=2, budget=16)
     for i in range(200):
         sim.add(f"long{i}", prompt=4, out=16, key="long")
@@ -166,7 +166,7 @@ def test_key_of_twice_the_weight_gets_twice_the_tokens() -> None:
 
 
 def test_waiting_key_preempts_a_key_that_runs_two_more() -> None:
-    """All places are taken by one key's endless answers; the other key's requests still begin and end."""
+    """One key's long completions fill the batch; the other key's requests still run and end."""
     sim = Simulation(running=4, budget=64, preempt=0.3)
     flood = [sim.add(f"a{i}", out=500, key="a") for i in range(10)]
     sim.steps(5)
@@ -177,7 +177,7 @@ def test_waiting_key_preempts_a_key_that_runs_two_more() -> None:
     assert sim.scheduler.preemptions == 2
     sim.steps(2000)
     assert len(sim.finished) == 12
-    assert all(sequence.completion_tokens == 500 for sequence in flood), "what was set back was computed again"
+    assert all(sequence.completion_tokens == 500 for sequence in flood), "preempted sequences end too"
 
 
 def test_no_preemption_when_not_fairer() -> None:
@@ -198,8 +198,8 @@ def test_preempted_sequence_is_charged_once() -> None:
     served = sim.scheduler._counters.served("")
     sim.scheduler._preempt(first, sim.now)
     assert (first.kv_slot, first.adapter_slot, first.computed_tokens) == (-1, -1, 0)
-    plan = sim.step()
-    assert sum(work.count for work in plan) + first.cached_tokens <= len(first.token_ids)
+    batch = sim.step()
+    assert sum(one.count for one in batch) + first.cached_tokens <= len(first.token_ids)
     assert first.cached_tokens == 0
     assert sim.scheduler._counters.served("") == served + 2
 
@@ -213,14 +213,14 @@ def test_drained_adapter_is_preempted_after_patience() -> None:
     assert sim.finished == ["starved"]
     assert sim.scheduler.preemptions >= 1
     sim.steps(5)
-    assert endless in sim.scheduler.running, "it goes on when the other is done"
+    assert endless in sim.scheduler.running, "it is admitted again"
 
 
 def test_last_admitted_is_preempted_when_blocks_run_out() -> None:
     sim = Simulation(running=4, budget=64, blocks=6)
     sequences = [sim.add(name, prompt=4, out=20) for name in "abc"]
     sim.steps(12)
-    assert sim.scheduler.running[0] is sequences[0], "the first goes on"
+    assert sim.scheduler.running[0] is sequences[0], "the first admitted goes on"
     assert sim.scheduler.preemptions >= 1
     sim.steps(100)
     assert sim.finished == ["a", "b", "c"]
@@ -233,9 +233,9 @@ def test_sequence_admitted_when_blocks_for_its_prompt_are_free() -> None:
     sim.add("a", prompt=15, out=5)
     sim.add("b", prompt=9, out=1)
     sim.add("c", prompt=4, out=1)
-    assert [work.sequence.request_id for work in sim.step()] == ["a"]
+    assert [one.sequence.request_id for one in sim.step()] == ["a"]
     sim.steps(4)
-    assert sim.finished == ["a"], "c did not overtake b"
+    assert sim.finished == ["a"], "c does not overtake b"
     sim.steps(1)
     assert sim.finished == ["a", "b", "c"]
 
@@ -266,7 +266,7 @@ def test_waiting_key_preempts_for_blocks() -> None:
 
 @pytest.mark.parametrize("blocks", [0, 12])
 def test_long_prompts_on_one_slot_do_not_livelock(blocks: int) -> None:
-    """Each takes longer to compute than the others wait: whoever runs gets a token before it makes way."""
+    """Each prompt takes longer to prefill than the others wait. A sequence gets a token before it is preempted."""
     sim = Simulation(running=2, slots=1, budget=3, wait=0.3, blocks=blocks)
     for adapter in "xyz":
         sim.add(adapter, prompt=40, out=8, adapter=adapter, key=adapter)
