@@ -11,7 +11,7 @@ from cluster.checking.findings import CheckedModel, show_price
 from deployments.config import FareboxArgs, ModelEntry
 from deployments.inference.adapters import AdapterInfo, LinearShape, inspect_adapter
 from deployments.inference.native.model import linear_shapes, read_config
-from deployments.inference.request import AdapterRejected, ModelRefused
+from deployments.inference.request import AdapterRejected, ModelRejected
 from deployments.replica.artifacts import ArtifactUnavailable, fetch, is_url, local_path
 
 ADAPTER_CACHE = ".farebox/adapters"
@@ -49,7 +49,7 @@ def open_base(args: FareboxArgs, folder: Path) -> Base:
     except ArtifactUnavailable as error:
         hint = f". {DEMO_HINT}" if ".farebox" in path else ""
         raise BaseRefused(f"{error}{hint}") from error
-    except (ModelRefused, ValueError, OSError) as error:
+    except (ModelRejected, ValueError, OSError) as error:
         raise BaseRefused(str(error)) from error
     wanted = args.engine.max_context_tokens
     if context is not None and wanted > context:

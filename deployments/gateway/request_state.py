@@ -28,7 +28,7 @@ from deployments.inference.request import (
     EngineFailed,
     FinishReason,
     GenerateRequest,
-    Tokens,
+    OutputDelta,
 )
 from deployments.token_stream.link import ReplicaLink, ReplicaLost
 
@@ -70,7 +70,7 @@ class Run:
         self._around = around
         self._credit = GrowingHold(around.ledger, hold, around.settler.keep)
         self._pieces = around.link.generate(job)
-        self._first: Tokens | None = None
+        self._first: OutputDelta | None = None
         self._ending: asyncio.Task[Receipt] | None = None
         self._open = set(range(job.sampling.n))
         """Answers that have not ended."""
@@ -106,7 +106,7 @@ class Run:
                 self._fail()
         self._around.metrics.first_token(time.monotonic() - started)
 
-    async def pieces(self) -> AsyncGenerator[Tokens, None]:
+    async def pieces(self) -> AsyncGenerator[OutputDelta, None]:
         """The output as it comes. On an error what was yielded until then is billed, then it is raised."""
         piece = self._first
         try:
@@ -185,7 +185,7 @@ class Run:
     def _price(self, usage: Usage) -> Nanos:
         return self.hold.request.price.charge(usage)
 
-    async def _next(self) -> Tokens:
+    async def _next(self) -> OutputDelta:
         """The next piece that is paid for, with its choices; the last of a request that cannot pay more is empty."""
         piece = await self._read()
         if self._is_lost:
@@ -206,22 +206,22 @@ class Run:
         if self._ending is not None:
             raise self._cut_by
         self.finish_reason = piece.finish_reason
-        if self.shortage is None and any(choice.finish_reason is FinishReason.LENGTH for choice in piece.news):
+        if self.shortage is None and any(choice.finish_reason is FinishReason.LENGTH for choice in piece.as_choices):
             self.shortage = self._clamped()
         if self.finish_reason is not None and self._deadline is not None:
             self._deadline.cancel()
         return replace(piece, choices=self._news(piece))
 
-    def _news(self, piece: Tokens) -> tuple[Choice, ...]:
+    def _news(self, piece: OutputDelta) -> tuple[Choice, ...]:
         """What is new of each answer; where the request ends, those that are still open do."""
-        news = [choice for choice in piece.news if choice.index in self._open]
+        news = [choice for choice in piece.as_choices if choice.index in self._open]
         self._open -= {choice.index for choice in news if choice.finish_reason is not None}
         if piece.finish_reason is not None:
             news += [Choice(index, "", finish_reason=piece.finish_reason) for index in sorted(self._open)]
             self._open.clear()
         return tuple(news)
 
-    def _unpaid(self, piece: Tokens) -> Tokens:
+    def _unpaid(self, piece: OutputDelta) -> OutputDelta:
         """The end in place of a piece beyond the hold."""
         refusal = self._credit.refusal
         if isinstance(refusal, StoreUnavailable):
@@ -240,7 +240,7 @@ class Run:
             return hold.clamped_by
         return InsufficientCredits(hold.balance_nanos, worst_case(hold.request), hold.max_tokens)
 
-    async def _read(self) -> Tokens:
+    async def _read(self) -> OutputDelta:
         if self._ending is not None:
             raise self._cut_by
         self._reader = asyncio.current_task()
@@ -289,9 +289,9 @@ class Run:
             self._reader.cancel()
 
 
-def _refuse_broken(piece: Tokens) -> None:
+def _refuse_broken(piece: OutputDelta) -> None:
     """Raise what the engine says of a piece that is no output."""
-    if piece.is_adapter_refused:
+    if piece.is_adapter_rejected:
         raise AdapterRejected(piece.error)
     if piece.finish_reason is FinishReason.ERROR:
         raise EngineFailed(piece.error or "the engine failed on this request")

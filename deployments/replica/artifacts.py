@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from deployments.inference.adapters import CONFIG_FILE, WEIGHTS_BYTES, WEIGHTS_FILE, digest_adapter
+from deployments.inference.adapters import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, digest_adapter
 from deployments.inference.request import AdapterRejected
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -98,8 +98,8 @@ def _choose(
     files = {PurePosixPath(str(info["name"])).name: info for info in listing if info.get("type") == "file"}
     if CONFIG_FILE in files:
         files = {name: info for name, info in files.items() if name in ADAPTER_FILES}
-        if int(str(files.get(WEIGHTS_FILE, {}).get("size") or 0)) > WEIGHTS_BYTES:
-            raise ArtifactUnavailable(f"{url}: {WEIGHTS_FILE} is larger than {WEIGHTS_BYTES} bytes")
+        if int(str(files.get(WEIGHTS_FILE, {}).get("size") or 0)) > MAX_WEIGHTS_BYTES:
+            raise ArtifactUnavailable(f"{url}: {WEIGHTS_FILE} is larger than {MAX_WEIGHTS_BYTES} bytes")
         return files
     suffixes = tuple(s for s in MODEL_SUFFIXES if not (without_weights and s == ".safetensors"))
     files = {name: info for name, info in files.items() if name.endswith(suffixes)}

@@ -18,7 +18,7 @@ from billing.catalog.catalog import Model
 from billing.store.connection import reach
 from billing.store.errors import StoreUnavailable
 from deployments.config import EngineConfig, FareboxArgs
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import (
     AdapterRef,
@@ -27,8 +27,8 @@ from deployments.inference.request import (
     EngineStats,
     FinishReason,
     GenerateRequest,
+    OutputDelta,
     SamplingParams,
-    Tokens,
 )
 from deployments.replica import artifacts
 from deployments.replica.metrics import EngineMetrics
@@ -79,7 +79,7 @@ class LoraReplica:
             return Refused.of(error)
         return None
 
-    async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens | Refused, None]:
+    async def generate(self, job: GenerateRequest) -> AsyncGenerator[OutputDelta | Refused, None]:
         """The same over Serve's own stream: the first piece at once, then whatever has queued."""
         outbox = Outbox(asyncio.get_running_loop())
         try:

@@ -14,20 +14,20 @@ from typing import TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from deployments.inference.request import Tokens
+from deployments.inference.request import OutputDelta
 
 NONCE_BYTES = PROOF_BYTES = SECRET_BYTES = 32
 LENGTH_BYTES = 4
 MOST_FRAME_BYTES = 4 << 20
 
-Batch = Sequence[tuple[str, Tokens]]
+Batch = Sequence[tuple[str, OutputDelta]]
 """Pieces of several requests, each behind its request id, those of one request in order."""
 Deadlines = Mapping[str, float]
 """Seconds from now, by request id."""
 T = TypeVar("T")
 
-_BATCH: TypeAdapter[tuple[tuple[str, Tokens], ...]] = TypeAdapter(
-    tuple[tuple[str, Tokens], ...],
+_BATCH: TypeAdapter[tuple[tuple[str, OutputDelta], ...]] = TypeAdapter(
+    tuple[tuple[str, OutputDelta], ...],
     config=ConfigDict(ser_json_inf_nan="constants"),  # a token may be impossible: its log-probability is -Infinity
 )
 

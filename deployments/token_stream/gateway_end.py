@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from deployments.inference.request import EngineError, EngineFailed, GenerateRequest, Tokens
+from deployments.inference.request import EngineError, EngineFailed, GenerateRequest, OutputDelta
 from deployments.token_stream.frames import (
     NONCE_BYTES,
     PROOF_BYTES,
@@ -50,7 +50,7 @@ class TokenStream:
     def __init__(self, most_tokens: int, pace_s: Callable[[], float], on_overflow: Callable[[], None]) -> None:
         self._most_tokens, self._pace_s, self._on_overflow = most_tokens, pace_s, on_overflow
         self._loop = asyncio.get_running_loop()
-        self._waiting: list[Tokens] = []
+        self._waiting: list[OutputDelta] = []
         self._waiting_tokens = 0
         self._failure: EngineError | asyncio.CancelledError | None = None
         self._is_whole = False
@@ -68,7 +68,7 @@ class TokenStream:
     def is_whole(self) -> bool:
         return self._is_whole
 
-    def put(self, piece: Tokens) -> None:
+    def put(self, piece: OutputDelta) -> None:
         if self._is_whole or self._failure is not None:
             return
         self._waiting.append(piece)
@@ -88,7 +88,7 @@ class TokenStream:
             self._failure = error
             self._wake()
 
-    async def next(self) -> Tokens:
+    async def next(self) -> OutputDelta:
         while not self._waiting or self._is_early:
             if self._failure is not None and not self._waiting:
                 raise self._failure
@@ -221,7 +221,7 @@ class Listener:
         writer.write(proof(self._secret, "gateway", theirs))
         return True
 
-    def _deliver(self, request_id: str, piece: Tokens, source: object) -> None:
+    def _deliver(self, request_id: str, piece: OutputDelta, source: object) -> None:
         inflow = self._inflows.get(request_id)
         if inflow is None:
             return  # its client left; the engine is being told on the call's own way
@@ -249,7 +249,7 @@ class SocketLink(ServeLink):
         """Listen on this node's address, on a port that the system chooses."""
         await self._listener.start(host)
 
-    async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+    async def generate(self, job: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
         call = self._handle.options(multiplexed_model_id=identity_of(job)).run.remote(job, self._listener.address)
         inflow = TokenStream(self._most_waiting_tokens, self._listener.pace_s, call.cancel)
         self._listener.open(job.request_id, inflow)

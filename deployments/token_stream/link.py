@@ -14,9 +14,9 @@ from deployments.inference.request import (
     EngineFailed,
     EngineStats,
     GenerateRequest,
+    OutputDelta,
     Overloaded,
     RequestRejected,
-    Tokens,
 )
 
 
@@ -64,7 +64,7 @@ class Refused:
 class ReplicaLink(Protocol):
     """Runs jobs somewhere. Closing the iterator of a job aborts it."""
 
-    def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+    def generate(self, job: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
         """Pieces of the job's output; the last one has a finish reason.
 
         Raises:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import replace
 
-from deployments.inference.request import Tokens
+from deployments.inference.request import OutputDelta
 
 SEND_INTERVAL_S = 0.015
 """After the first piece, tokens wait this long for company: each send costs Serve more than a token costs us."""
@@ -19,22 +19,22 @@ class Outbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: list[Tokens] = []
+        self._waiting: list[OutputDelta] = []
         self._arrived = asyncio.Event()
         self._finished = asyncio.Event()
 
-    def put(self, piece: Tokens) -> None:
+    def put(self, piece: OutputDelta) -> None:
         """Called from the engine's thread."""
         with suppress(RuntimeError):  # the loop closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._take, piece)
 
-    def _take(self, piece: Tokens) -> None:
+    def _take(self, piece: OutputDelta) -> None:
         self._waiting.append(piece)
         self._arrived.set()
         if piece.finish_reason is not None:
             self._finished.set()
 
-    async def pieces(self) -> AsyncGenerator[Tokens, None]:
+    async def pieces(self) -> AsyncGenerator[OutputDelta, None]:
         while True:
             await self._arrived.wait()
             piece = join(self._waiting)
@@ -48,7 +48,7 @@ class Outbox:
                     await self._finished.wait()
 
 
-def join(pieces: list[Tokens]) -> Tokens:
+def join(pieces: list[OutputDelta]) -> OutputDelta:
     """Several pieces of one request as one: new tokens and text in order, totals of the last."""
     if len(pieces) == 1:
         return pieces[0]

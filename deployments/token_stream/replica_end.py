@@ -10,8 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from deployments.inference.native.output import Emit
-from deployments.inference.request import GenerateRequest, Tokens
+from deployments.inference.request import Emit, GenerateRequest, OutputDelta
 from deployments.token_stream.frames import (
     NONCE_BYTES,
     PROOF_BYTES,
@@ -49,7 +48,7 @@ class Line:
     def __init__(self, writer: asyncio.StreamWriter, reader: asyncio.StreamReader, extend: Extend) -> None:
         self._loop, self._extend = asyncio.get_running_loop(), extend
         self._writer, self._reader = writer, reader
-        self._unsent: deque[tuple[str, Tokens]] = deque()
+        self._unsent: deque[tuple[str, OutputDelta]] = deque()
         self._is_due = False
         self._open: dict[str, asyncio.Future[None]] = {}
         self._watching = self._loop.create_task(self._watch())
@@ -77,7 +76,7 @@ class Line:
         finally:
             del self._open[job.request_id]
 
-    def put(self, request_id: str, piece: Tokens) -> None:
+    def put(self, request_id: str, piece: OutputDelta) -> None:
         """Called from the engine's thread, once for each row of a step; the first call wakes the event loop."""
         self._unsent.append((request_id, piece))
         if not self._is_due:

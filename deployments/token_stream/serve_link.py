@@ -12,7 +12,14 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.inference.request import EngineError, EngineFailed, EngineStats, GenerateRequest, Overloaded, Tokens
+from deployments.inference.request import (
+    EngineError,
+    EngineFailed,
+    EngineStats,
+    GenerateRequest,
+    OutputDelta,
+    Overloaded,
+)
 from deployments.token_stream.link import Refused, ReplicaLost
 
 READY_TIMEOUT_S = 1.0
@@ -27,7 +34,7 @@ class ServeLink:
     def __init__(self, handle: DeploymentHandle[object]) -> None:
         self._handle = handle
 
-    async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+    async def generate(self, job: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
         call = self._handle.options(stream=True, multiplexed_model_id=identity_of(job)).generate.remote(job)
         is_over = False
         try:

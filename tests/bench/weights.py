@@ -1,4 +1,4 @@
-"""What a tenant and a usage record weigh in the store's memory, by the growth of ``used_memory``."""
+"""Measure the memory that a tenant and a usage record take in the store, by the growth of ``used_memory``."""
 
 import asyncio
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ PRICE = Price.model_validate({"input_per_1m": "1.00", "output_per_1m": "2.00"})
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes."""
+    """Memory of one of each, in bytes."""
 
     identity: float
-    """A tenant's name and one API key, with what lists them."""
+    """A tenant and one API key, with their entries in lists."""
     tenant: float
-    """Its money: account, bucket, the grant's marker and entry."""
+    """A tenant's account and one bucket, with the grant's marker and journal entry."""
     record: float
     marker: float
 
@@ -90,6 +90,6 @@ async def _used(redis: Redis) -> int:
 
 
 async def _of(redis: Redis, kind: str) -> int:
-    """All keys of one kind, over all shards, each weighed whole."""
+    """Memory of all keys of one kind, over all shards."""
     names = [name for shard in ALL_SHARDS for name in ([shard.stream] if kind == "stream" else shard.settled)]
     return sum([int(await redis.memory_usage(name, samples=0) or 0) for name in names])

@@ -24,7 +24,7 @@ from deployments.config import FareboxArgs
 from deployments.gateway import wiring
 from deployments.gateway.api.application import make_app
 from deployments.gateway.catalog_holder import CatalogHolder
-from deployments.inference.request import GenerateRequest, Tokens
+from deployments.inference.request import GenerateRequest, OutputDelta
 from deployments.inference.text import Text
 from tests.chaos.failpoint import Failpoint
 from tests.support.scripted import ScriptedLink
@@ -95,7 +95,7 @@ class FailpointLink(ScriptedLink):
         super().__init__(length=spec.tokens, pause_s=spec.token_s)
         self._failpoint = spec.failpoint
 
-    async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+    async def generate(self, job: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
         async with aclosing(super().generate(job)) as pieces:
             async for piece in pieces:
                 yield piece

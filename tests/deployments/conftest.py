@@ -19,7 +19,7 @@ from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.gateway.services import Services
 from deployments.gateway.wiring import build_services
 from deployments.inference.adapters import digest_adapter
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import AdapterRef
 from deployments.inference.text import Text

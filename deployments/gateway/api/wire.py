@@ -12,7 +12,7 @@ from pydantic.config import JsonDict
 
 from deployments.gateway.api.errors import BadRequest
 from deployments.gateway.gateway import Ask, Prompt
-from deployments.inference.request import MOST_BIASES, MOST_CHOICES, MOST_LOGPROBS, RequestRejected, SamplingParams
+from deployments.inference.request import MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, RequestRejected, SamplingParams
 
 MAX_STOPS = 4
 LONGEST_MODEL_ID = 256
@@ -98,9 +98,9 @@ class Sampled(Sent, ABC):
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    logit_bias: Annotated[dict[int, float], Field(max_length=MOST_BIASES)] | None = None
+    logit_bias: Annotated[dict[int, float], Field(max_length=MAX_BIASES)] | None = None
     best_of: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -170,7 +170,7 @@ class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def wanted_logprobs(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
@@ -187,7 +187,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     model_config = ConfigDict(json_schema_extra={"examples": [TEXT]})
 
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     text: Annotated[str | list[str] | list[int] | list[list[int]], Field(alias="prompt", min_length=1)]
 
     def prompt(self) -> Prompt:

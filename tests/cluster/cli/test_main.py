@@ -149,9 +149,9 @@ def test_of_a_traceback_its_last_line_is_told() -> None:
 \x1b[36mray::ServeReplica\x1b[39m
 RuntimeError: Traceback (most recent call last):
   File "replica.py", line 1, in __init__
-deployments.inference.request.ModelRefused: device is cuda, but torch sees no GPU
+deployments.inference.request.ModelRejected: device is cuda, but torch sees no GPU
 """
-    assert serve_api.cause(message).startswith("deployments.inference.request.ModelRefused: device is cuda")
+    assert serve_api.cause(message).startswith("deployments.inference.request.ModelRejected: device is cuda")
     assert serve_api.cause("waiting for resources: 2 CPUs") == "waiting for resources: 2 CPUs"
 
 

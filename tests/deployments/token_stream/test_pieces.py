@@ -5,16 +5,16 @@ import threading
 import time
 from dataclasses import replace
 
-from deployments.inference.request import Choice, FinishReason, Tokens
+from deployments.inference.request import Choice, FinishReason, OutputDelta
 from deployments.token_stream.pieces import SEND_INTERVAL_S, Outbox, join
 
 
-def token(number: int, last: bool = False) -> Tokens:
+def token(number: int, last: bool = False) -> OutputDelta:
     reason = FinishReason.STOP if last else None
-    return Tokens((number,), f"{number} ", 3, 0, number + 1, compute_ms=number, finish_reason=reason)
+    return OutputDelta((number,), f"{number} ", 3, 0, number + 1, compute_ms=number, finish_reason=reason)
 
 
-async def read(outbox: Outbox) -> list[tuple[float, Tokens]]:
+async def read(outbox: Outbox) -> list[tuple[float, OutputDelta]]:
     return [(time.monotonic(), piece) async for piece in outbox.pieces()]
 
 
@@ -26,8 +26,8 @@ def test_joined_pieces_keep_their_order_and_the_last_totals() -> None:
 
 
 def test_joined_pieces_keep_every_answer_and_every_field_of_the_last() -> None:
-    first = Tokens((1,), "a", 3, 2, 1, choices=(Choice(0, "a"),))
-    last = Tokens((2,), "b", 3, 2, 2, 9, FinishReason.ERROR, "why", True, (Choice(1, "b"),))
+    first = OutputDelta((1,), "a", 3, 2, 1, choices=(Choice(0, "a"),))
+    last = OutputDelta((2,), "b", 3, 2, 2, 9, FinishReason.ERROR, "why", True, (Choice(1, "b"),))
     assert join([first, last]) == replace(last, token_ids=(1, 2), text="ab", choices=(Choice(0, "a"), Choice(1, "b")))
 
 

@@ -1,11 +1,9 @@
-"""Batched low-rank products are each row's own product, however the rows are spread over the slots."""
+"""Batched LoRA on a CPU gives each row the product of its own slot, however the rows are spread over the slots."""
 
 import pytest
 import torch
-from torch import nn
 
-from deployments.inference.native.linear import PackedLinear, pack
-from deployments.inference.native.lora_math import RowPlan, expand, shrink
+from deployments.inference.native.lora import RowPlan, expand, shrink
 
 SLOTS, RANK, MEMBERS, WIDTH, OUT = 7, 16, 3, 24, 40
 SPREADS = {
@@ -21,7 +19,7 @@ SPREADS = {
 
 @pytest.mark.parametrize("rank", [RANK, 8])
 @pytest.mark.parametrize("spread", SPREADS)
-def test_every_row_gets_the_product_of_its_own_slot(spread: str, rank: int) -> None:
+def test_each_row_gets_the_product_of_its_slot(spread: str, rank: int) -> None:
     torch.manual_seed(0)
     rows_by_slot = SPREADS[spread]
     rows = sum(rows_by_slot.values())
@@ -41,24 +39,9 @@ def test_every_row_gets_the_product_of_its_own_slot(spread: str, rank: int) -> N
         assert torch.equal(y[rows:], base[rows:]), "rows of the base model are not touched"
 
 
-def test_slots_are_padded_only_while_that_wastes_little() -> None:
+def test_slots_padded_up_to_max_padding() -> None:
     cpu = torch.device("cpu")
     assert RowPlan.of(SPREADS["one row each"], cpu).gather is None
     assert RowPlan.of(SPREADS["nearly even"], cpu).per_slot == 3
     assert RowPlan.of(SPREADS["one long"], cpu).per_slot == 0
     assert RowPlan.of(SPREADS["far apart"], cpu).per_slot == 0
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 16, 100])
-def test_a_packed_linear_computes_what_the_plain_one_does(rows: int, bias: bool) -> None:
-    plain = nn.Linear(48, 80, bias=bias)
-    x = torch.randn(1, rows, 48)
-    with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear(plain)(x), plain(x), atol=1e-5, rtol=1e-5)
-
-
-def test_only_plain_float32_linears_are_packed() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).to(torch.bfloat16), nn.Embedding(4, 8))
-    pack(model)
-    assert [type(module) for module in model] == [PackedLinear, nn.Linear, nn.Embedding]

@@ -1,9 +1,9 @@
-"""Where steps are computed elsewhere, a token's text is made during the next one, and nobody can tell."""
+"""On a GPU a token is detokenized during the next step; its text is the same."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import AdapterRef, FinishReason, SamplingParams
 from tests.support.engine import Collector, request, run
@@ -16,7 +16,7 @@ def asynchronous(start: Callable[[EngineSettings], Engine], settings: EngineSett
     return engine
 
 
-def test_text_that_is_made_late_is_the_same_text(
+def test_deferred_text_equals_immediate_text(
     start: Callable[[EngineSettings], Engine], settings: EngineSettings, refs: dict[str, AdapterRef]
 ) -> None:
     def answers(engine: Engine) -> list[tuple[object, ...]]:
@@ -24,12 +24,12 @@ def test_text_that_is_made_late_is_the_same_text(
             {}, {"logprobs": 1}, {"stop": ("e",)}, {"n": 2}, {"ignore_eos": True},
         )]  # fmt: skip
         ran = run(engine, *(request(f"r{i}", (5, 6, i), refs["all8"], sampling=s) for i, s in enumerate(samplings)))
-        return [(c.token_ids, c.text, c.pieces[-1].finish_reason, c.pieces[-1].completion_tokens) for c in ran]
+        return [(c.token_ids, c.text, c.deltas[-1].finish_reason, c.deltas[-1].completion_tokens) for c in ran]
 
     assert answers(asynchronous(start, settings)) == answers(start(settings))
 
 
-def test_a_request_that_ends_before_its_time_still_gets_the_text_of_every_token(
+def test_aborted_request_gets_the_text_of_every_token(
     start: Callable[[EngineSettings], Engine], settings: EngineSettings
 ) -> None:
     engine = asynchronous(start, settings)
@@ -43,7 +43,7 @@ def test_a_request_that_ends_before_its_time_still_gets_the_text_of_every_token(
     assert last.completion_tokens == len(collector.token_ids)
 
 
-def test_a_listener_that_is_gone_ends_its_request_alone(
+def test_closed_receiver_aborts_only_its_request(
     start: Callable[[EngineSettings], Engine], settings: EngineSettings
 ) -> None:
     engine = asynchronous(start, replace(settings, max_running=2))
