@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from cluster.demo import models, text
 from cluster.demo.models import Recipe, is_made, make_models
-from cluster.demo.training import Course
+from cluster.demo.training import Schedule
 from deployments.inference.adapters import digest_adapter, inspect_adapter
 from deployments.inference.native.model import linear_shapes
 from deployments.inference.text import Text
@@ -20,7 +20,7 @@ from deployments.inference.text import Text
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 STYLES = (text.BASE, *text.ADAPTERS)
-BRIEF = Course(rate=1e-3, steps=2, warm_up_steps=1)
+BRIEF = Schedule(rate=1e-3, steps=2, warm_up_steps=1)
 TINY = Recipe(hidden=32, layers=1, heads=2, intermediate=32, row_tokens=128, rows=2, base=BRIEF, adapter=BRIEF)
 
 
