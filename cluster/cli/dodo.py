@@ -146,13 +146,13 @@ def _findings() -> Sequence[Finding]:
             "and DODO_PAYMENTS_API_KEY to a test key"
         )
     if environment != SANDBOX or os.environ.get("DODO_PAYMENTS_BASE_URL"):
-        return verify_contract(DodoSettings.from_env(os.environ))
+        return asyncio.run(contract_findings(DodoSettings.from_env(os.environ)))
     with tempfile.TemporaryDirectory() as folder, SandboxServer(Path(folder), "dodo_test_verify") as sandbox:
-        return verify_contract(DodoSettings(sandbox.api_key, base_url=sandbox.url))
+        return asyncio.run(contract_findings(DodoSettings(sandbox.api_key, base_url=sandbox.url)))
 
 
-def verify_contract(settings: DodoSettings) -> Sequence[Finding]:
-    return asyncio.run(Contract(settings, f"farebox-verify-{secrets.token_hex(4)}").verify())
+async def contract_findings(settings: DodoSettings) -> Sequence[Finding]:
+    return await Contract(settings, f"farebox-verify-{secrets.token_hex(4)}").verify()
 
 
 def dodo_sandbox(context: typer.Context) -> None:
