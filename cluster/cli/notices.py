@@ -1,4 +1,4 @@
-"""``farebox notices``: what the owner of a farebox should hear of."""
+"""``farebox notices``: events that the owner of a farebox is notified of."""
 
 import json
 from typing import Annotated

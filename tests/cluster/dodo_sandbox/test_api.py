@@ -1,4 +1,4 @@
-"""The sandbox's resources as the real SDK sees them; the SDK validates every answer."""
+"""The sandbox's resources through Dodo's SDK, which validates every answer."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Money in the sandbox: what a checkout charges and what is given back."""
+"""Checkouts, payments and refunds."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Usage events: Dodo's limits at both sides of each boundary, and what a meter makes of them."""
+"""Usage events: Dodo's limits, on both sides of each boundary, and meters."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""Faults on demand: what the caller sees, and what was done all the same."""
+"""Faults on demand: what the caller gets, and whether the work was done."""
 
 import time
 from collections.abc import Iterator

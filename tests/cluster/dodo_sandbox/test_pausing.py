@@ -1,4 +1,4 @@
-"""A paused subscription: no renewals, its clock stands still, its usage so far is invoiced, its keys rest."""
+"""Paused subscriptions: no renewals, later dates, an invoice for the usage so far, disabled licence keys."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -38,7 +38,7 @@ def totals(there: World, status: str = "succeeded") -> list[int]:
 
 
 def used_and_paused(there: World, declines: bool = False, **settings: object) -> Subscription:
-    """A dollar a month, five dollars used, paused after a minute."""
+    """A subscription at $1 a month with $5 of usage, paused after a minute."""
     there.control("settings", **settings)
     customer = there.customer()
     one = there.subscribe(customer, there.metered(fixed_price=100))
@@ -118,7 +118,7 @@ def test_unpaid_pause_goes_on_hold(there: World, shop: Merchant) -> None:
     there.control(f"customers/{one.customer.customer_id}/card", declines=False)
     there.days(1)
     assert (now(there, one).status, totals(there)) == ("paused", [100, 500])
-    assert [heard.type for heard in shop.wait(3)] == [
+    assert [webhook.type for webhook in shop.wait(3)] == [
         "subscription.paused",
         "subscription.on_hold",
         "subscription.paused",
@@ -189,4 +189,4 @@ def test_licence_keys_are_disabled_while_paused(there: World, shop: Merchant) ->
     set_status(there, one, "active")
     (back,) = there.dodo.entitlements.grants.list(key.id).items
     assert (back.status, back.license_key, back.revoked_at) == ("Delivered", given.license_key, None)
-    assert [heard.type for heard in shop.wait(2)] == ["entitlement_grant.revoked", "entitlement_grant.delivered"]
+    assert [webhook.type for webhook in shop.wait(2)] == ["entitlement_grant.revoked", "entitlement_grant.delivered"]

@@ -1,4 +1,4 @@
-"""A renewal that failed: on hold at once unless there is a grace, charged again on Dodo's schedule, told as dunning."""
+"""Failed renewals: grace period, retries on Dodo's schedule, and dunning."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ def there(tmp_path: Path) -> Iterator[World]:
 
 
 def fail_a_renewal(there: World, **settings: object) -> Subscription:
-    """The clock stands at the moment of the failed renewal, or a few milliseconds after it."""
+    """The clock is at the time of the failed renewal, or a few milliseconds later."""
     there.control("settings", **settings)
     customer = there.customer()
     one = there.subscribe(customer, there.recurring(1000))
@@ -82,8 +82,8 @@ def test_past_due_lasts_for_the_grace_period(there: World, shop: Merchant) -> No
     there.dodo.webhooks.create(url=shop.url, filter_types=["subscription.past_due", "subscription.on_hold"])
     one = fail_a_renewal(there, past_due_grace_days=5)
     assert status(there, one) == "past_due"
-    (told,) = shop.wait(1)
-    assert str(told.data["past_due_ends_at"]) > one.next_billing_date.isoformat()
+    (webhook,) = shop.wait(1)
+    assert str(webhook.data["past_due_ends_at"]) > one.next_billing_date.isoformat()
     there.days(4.9)
     assert status(there, one) == "past_due"
     there.days(0.2)

@@ -1,4 +1,4 @@
-"""The sandbox as a process and as pages: it starts fast, survives a kill and says that no money is real."""
+"""The sandbox as a process, and its pages."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def there(tmp_path: Path) -> Iterator[World]:
 
 @contextmanager
 def process(state: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The server and its address; the key comes from the environment, where ``ps`` does not show it."""
+    """The server and its URL. The key is in the environment, which ``ps`` does not show."""
     child = subprocess.Popen(
         [sys.executable, "-m", "cluster.dodo_sandbox.server", "--port", "0", "--state", str(state), *arguments],
         env=os.environ | {"DODO_PAYMENTS_API_KEY": API_KEY}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -70,7 +70,7 @@ def test_server_names_taken_port_and_missing_key(tmp_path: Path, there: World) -
     assert taken.returncode != 0
     assert f"cannot listen on 127.0.0.1:{port}" in taken.stderr
     keyless = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=30)
-    assert "an API key is needed" in keyless.stderr
+    assert "the API key is missing" in keyless.stderr
 
 
 @pytest.mark.parametrize("secret", ["secret", "whsec_", "whsec_!!!!"])

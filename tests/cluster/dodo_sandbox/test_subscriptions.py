@@ -1,4 +1,4 @@
-"""Subscriptions in the sandbox: what a period costs, how one ends, fails or changes."""
+"""Subscriptions: renewals, usage, cancellation, and plan changes."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -213,7 +213,7 @@ def test_downgrade_credit_pays_next_invoices(there: World, mode: str, due: int, 
         quantity=1,
         proration_billing_mode=mode,  # type: ignore[arg-type]
     )
-    assert there.buy(customer, there.pack(700))["total_amount"] == 700, "a subscription's balance buys nothing else"
+    assert there.buy(customer, there.pack(700))["total_amount"] == 700, "the balance pays only subscriptions"
     for _ in renewals:
         there.control(f"subscriptions/{one.subscription_id}/renew")
     bills = [bill.total_amount for bill in there.dodo.payments.list().items][::-1]

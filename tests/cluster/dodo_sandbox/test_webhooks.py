@@ -1,4 +1,4 @@
-"""Webhooks: signed so that the real SDK accepts them, tried again as Dodo does, disordered on demand."""
+"""Webhooks: signatures, retries, and delivery out of order."""
 
 import json
 from collections.abc import Iterator
@@ -92,31 +92,31 @@ def test_events_are_signed_and_fit_the_sdk(there: World, shop: Merchant) -> None
     there.dodo.refunds.create(payment_id=there.dodo.payments.list(status="succeeded").items[0].payment_id)
     there.dodo.subscriptions.update(one.subscription_id, status="cancelled")
     eventually(lambda: set(shop.types()) == set(SHAPES))
-    for heard in shop.received:
-        there.dodo.webhooks.unwrap(heard.body.decode(), headers=heard.headers, key=SECRET)
-        SHAPES[heard.type].model_validate_json(heard.body)
-        assert heard.data.get("payload_type") in ("Payment", "Subscription", "Refund", None)
+    for webhook in shop.received:
+        there.dodo.webhooks.unwrap(webhook.body.decode(), headers=webhook.headers, key=SECRET)
+        SHAPES[webhook.type].model_validate_json(webhook.body)
+        assert webhook.data.get("payload_type") in ("Payment", "Subscription", "Refund", None)
 
 
 def test_signature_covers_the_body(there: World, shop: Merchant) -> None:
     listen(there, shop)
     there.buy(there.customer(), there.pack())
-    heard = shop.wait(1)[0]
-    for body, key in ((heard.body + b" ", SECRET), (heard.body, "whsec_" + "A" * 32)):
+    webhook = shop.wait(1)[0]
+    for body, key in ((webhook.body + b" ", SECRET), (webhook.body, "whsec_" + "A" * 32)):
         with pytest.raises(Exception, match="signature"):
-            there.dodo.webhooks.unwrap(body.decode(), headers=heard.headers, key=key)
+            there.dodo.webhooks.unwrap(body.decode(), headers=webhook.headers, key=key)
 
 
 def test_payment_webhook_of_a_pack(there: World, shop: Merchant) -> None:
     listen(there, shop)
     customer, pack = there.customer(), there.pack(500)
     paid = there.buy(customer, pack, quantity=2, metadata={"farebox_tenant": "t1"})
-    (heard,) = shop.wait(1)
-    assert heard.type == "payment.succeeded"
-    assert heard.data["payment_id"] == paid["payment_id"]
-    assert heard.data["product_cart"] == [{"product_id": pack.product_id, "quantity": 2}]
-    assert heard.data["metadata"] == {"farebox_tenant": "t1"}
-    assert "lines" not in heard.data
+    (webhook,) = shop.wait(1)
+    assert webhook.type == "payment.succeeded"
+    assert webhook.data["payment_id"] == paid["payment_id"]
+    assert webhook.data["product_cart"] == [{"product_id": pack.product_id, "quantity": 2}]
+    assert webhook.data["metadata"] == {"farebox_tenant": "t1"}
+    assert "lines" not in webhook.data
 
 
 def test_webhooks_of_a_new_subscription(there: World, shop: Merchant) -> None:
@@ -124,7 +124,7 @@ def test_webhooks_of_a_new_subscription(there: World, shop: Merchant) -> None:
     one = there.subscribe(there.customer(), there.metered())
     shop.wait(3)
     assert sorted(shop.types()) == ["payment.succeeded", "subscription.active", "subscription.updated"]
-    active = next(heard for heard in shop.received if heard.type == "subscription.active")
+    active = next(webhook for webhook in shop.received if webhook.type == "subscription.active")
     assert (active.data["subscription_id"], active.data["status"]) == (one.subscription_id, "active")
 
 
@@ -134,9 +134,9 @@ def test_renewal_webhook_has_its_payment(there: World, shop: Merchant) -> None:
     one = there.subscribe(customer, there.metered())
     there.charge(customer, 10**9)
     there.days(32)
-    heard = {each.type: each.data for each in shop.wait(3)}
+    by_type = {webhook.type: webhook.data for webhook in shop.wait(3)}
     renewal = there.dodo.payments.list(subscription_id=one.subscription_id).items[0]
-    assert heard["subscription.renewed"]["payment_id"] == renewal.payment_id
+    assert by_type["subscription.renewed"]["payment_id"] == renewal.payment_id
     bills = [each.data for each in shop.received if each.type == "payment.succeeded"]
     assert {(bill["charge_type"], bill["includes_usage"]) for bill in bills} == {("new", False), ("renewal", True)}
 
@@ -155,8 +155,8 @@ def test_refused_webhook_is_retried_with_its_id(there: World, shop: Merchant, re
     shop.answers = [refusal, refusal, 204]
     listen(there, shop)
     there.buy(there.customer(), there.pack())
-    heard = shop.wait(3)
-    assert len({one.id for one in heard}) == 1
+    attempts = shop.wait(3)
+    assert len({one.id for one in attempts}) == 1
     eventually(lambda: deliveries(there)[0]["state"] == "delivered")
     assert deliveries(there)[0]["attempts"] == 3
 
@@ -203,8 +203,8 @@ def test_payload_is_the_latest(there: World, shop: Merchant) -> None:
     there.control(f"refund/{paid['payment_id']}")
     assert shop.received == []
     there.control("settings", webhooks_paused=False)
-    heard = shop.wait(1)[0]
-    assert (heard.type, heard.data["refund_status"]) == ("payment.succeeded", "full")
+    webhook = shop.wait(1)[0]
+    assert (webhook.type, webhook.data["refund_status"]) == ("payment.succeeded", "full")
 
 
 def test_webhooks_survive_a_restart(tmp_path: Path, shop: Merchant) -> None:
@@ -215,8 +215,8 @@ def test_webhooks_survive_a_restart(tmp_path: Path, shop: Merchant) -> None:
     with world(tmp_path, webhook_secret=SECRET) as after:
         assert [one["state"] for one in deliveries(after)] == ["pending"]
         after.control("settings", webhooks_paused=False)
-        heard = shop.wait(1)[0]
-        after.dodo.webhooks.unwrap(heard.body.decode(), headers=heard.headers, key=SECRET)
+        webhook = shop.wait(1)[0]
+        after.dodo.webhooks.unwrap(webhook.body.decode(), headers=webhook.headers, key=SECRET)
 
 
 def test_new_secret_applies_to_old_endpoints(tmp_path: Path, shop: Merchant) -> None:
@@ -226,17 +226,17 @@ def test_new_secret_applies_to_old_endpoints(tmp_path: Path, shop: Merchant) -> 
     with world(tmp_path, webhook_secret=SECRET) as after:
         assert after.dodo.webhooks.retrieve_secret(endpoint).secret == SECRET
         after.buy(after.customer(), after.pack())
-        heard = shop.wait(1)[0]
-        after.dodo.webhooks.unwrap(heard.body.decode(), headers=heard.headers, key=SECRET)
+        webhook = shop.wait(1)[0]
+        after.dodo.webhooks.unwrap(webhook.body.decode(), headers=webhook.headers, key=SECRET)
 
 
 def test_signatures_use_real_time(there: World, shop: Merchant) -> None:
     there.days(400)
     listen(there, shop)
     there.buy(there.customer(), there.pack())
-    heard = shop.wait(1)[0]
-    there.dodo.webhooks.unwrap(heard.body.decode(), headers=heard.headers, key=SECRET)
-    assert json.loads(heard.body)["timestamp"] > "2027"
+    webhook = shop.wait(1)[0]
+    there.dodo.webhooks.unwrap(webhook.body.decode(), headers=webhook.headers, key=SECRET)
+    assert json.loads(webhook.body)["timestamp"] > "2027"
 
 
 @pytest.mark.parametrize("concurrent", [False, True])

@@ -1,4 +1,4 @@
-"""The Kubernetes manifest is the same product as the shipped configuration, on other hardware."""
+"""The Kubernetes manifest, compared with the shipped configuration."""
 
 import re
 from pathlib import Path
@@ -52,13 +52,13 @@ def test_image_builds_as_its_user(repo: Path) -> None:
 
 def test_manifest_commands_exist(repo: Path) -> None:
     text = (repo / "cluster" / "kubernetes" / "rayservice.yaml").read_text()
-    told = CliRunner().invoke(app, ["check", "--help"], env={"COLUMNS": "200"}).output
+    output = CliRunner().invoke(app, ["check", "--help"], env={"COLUMNS": "200"}).output
     assert "farebox check --resolved" in text
-    assert "--resolved" in re.sub("\x1b\\[[0-9;]*m", "", told)
+    assert "--resolved" in re.sub("\x1b\\[[0-9;]*m", "", output)
 
 
 def shape(tree: Tree, depth: int) -> Tree:
-    """The keys down to ``depth``, without values: what must not drift apart."""
+    """The keys down to ``depth``, without values, which must be the same in both files."""
     if isinstance(tree, dict):
         return {key: shape(value, depth - 1) if depth else None for key, value in tree.items()}
     if isinstance(tree, list) and tree and isinstance(tree[0], dict) and "name" in tree[0]:
@@ -81,7 +81,7 @@ def test_kubernetes_configuration_is_valid(kubernetes: dict[str, Tree]) -> None:
 
 
 def test_replicas_scale_before_the_batch_is_full(laptop: dict[str, Tree], kubernetes: dict[str, Tree]) -> None:
-    """All that an engine may keep have to fit into Ray's open calls, or they wait where no tokens are counted."""
+    """Ray's open calls must fit all requests of an engine; Ray's own queue is not part of the autoscaling metric."""
     for config in (laptop, kubernetes):
         engine, replica = config["applications"][0]["args"]["engine"], config["applications"][0]["deployments"][1]
         scaling = AutoscalingConfig.model_validate(replica["autoscaling_config"])

@@ -1,4 +1,4 @@
-"""The dashboard asks only for metrics that the code exports."""
+"""The dashboard queries only metrics that the code exports."""
 
 import json
 import re
