@@ -12,7 +12,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from billing.errors import BillingError
 from cluster.cli.output import JsonOption, dollars, out, table
 from cluster.cli.target import Running
 from cluster.local.settings import Settings
@@ -73,7 +72,7 @@ def _billing(running: Running) -> dict[str, object]:
     headers = {"Authorization": f"Bearer {running.environment['FAREBOX_ADMIN_KEY']}"}
     try:
         reply = httpx.get(f"{running.run.api_url}/admin/billing", headers=headers, timeout=5)
-    except (httpx.HTTPError, BillingError):
+    except httpx.HTTPError:
         return {}
     return dict(reply.json()) if reply.status_code == httpx.codes.OK else {}
 

@@ -1,6 +1,5 @@
 """``farebox tenants``: tenants created, shown, suspended and given credit."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated
 
@@ -142,8 +141,7 @@ def resume(tenant: TenantArgument, as_json: JsonOption = False) -> None:
 
 
 async def _change(redis: Redis, tenant: str, is_suspended: bool) -> Tenant:
-    changed: Callable[[Tenant], Tenant] = lambda one: one.model_copy(update={"suspended": is_suspended})  # noqa: E731
-    return await Tenants(redis).update(TenantId(tenant), changed)
+    return await Tenants(redis).update(TenantId(tenant), lambda one: one.model_copy(update={"suspended": is_suspended}))
 
 
 @app.command()
