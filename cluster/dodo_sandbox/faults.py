@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.dodo_sandbox.errors import body
-from cluster.dodo_sandbox.state import NOT_DODOS
+from cluster.dodo_sandbox.state import SANDBOX_ONLY_PATHS
 
 ABORT_EXTENSION = "farebox.abort"
 """The ASGI extension with which the application closes a connection without an answer."""
@@ -92,7 +92,7 @@ class FaultGate:
         self._faults = faults
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/" or scope["path"].startswith(NOT_DODOS):
+        if scope["type"] != "http" or scope["path"] == "/" or scope["path"].startswith(SANDBOX_ONLY_PATHS):
             return await self._app(scope, receive, send)
         kind = self._faults.kind_for(scope["method"], scope["path"])
         name, _, value = (kind or "").partition(":")

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.dodo_sandbox.errors import body
-from cluster.dodo_sandbox.state import NOT_DODOS, Sandbox
+from cluster.dodo_sandbox.state import SANDBOX_ONLY_PATHS, Sandbox
 
 _WINDOW_S = 60.0
 
@@ -22,7 +22,7 @@ class Limits:
         self._taken: deque[float] = deque()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/" or scope["path"].startswith(NOT_DODOS):
+        if scope["type"] != "http" or scope["path"] == "/" or scope["path"].startswith(SANDBOX_ONLY_PATHS):
             return await self._app(scope, receive, send)
         refusal = self._refusal(scope)
         return await (refusal or self._app)(scope, receive, send)

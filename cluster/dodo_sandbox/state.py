@@ -16,7 +16,7 @@ from cluster.dodo_sandbox.store import Store
 from cluster.dodo_sandbox.wire import moment, to_ms
 
 _SETTINGS, _CLOCK_OFFSET = "settings", "clock_offset_ms"
-NOT_DODOS = ("/_sandbox", "/checkout/", "/portal/")
+SANDBOX_ONLY_PATHS = ("/_sandbox", "/checkout/", "/portal/")
 """Paths that Dodo's API does not have; limits and faults do not apply to them."""
 
 
