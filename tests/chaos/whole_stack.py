@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from cluster.demo.models import Recipe, make_models
-from cluster.demo.training import Course
+from cluster.demo.training import Schedule
 from tests.chaos.clients import NOT_OURS, Seen, ask_until, nanos_of
 from tests.chaos.table import Row
 from tests.e2e import books
@@ -30,7 +30,7 @@ CLIENTS, STREAMING = 8, 3
 REFUSALS = {NOT_OURS, "replica_lost", "overloaded", "metering_unavailable"}
 BACK_S, FLUSH_S = 90.0, 120.0
 SEED = 20_261_130
-BRIEF = Course(rate=1e-3, steps=2, warm_up_steps=1)
+BRIEF = Schedule(rate=1e-3, steps=2, warm_up_steps=1)
 SMALL = Recipe(hidden=32, layers=1, heads=2, intermediate=32, rows=2, base=BRIEF, adapter=BRIEF)
 """Its answers make no sense, and come as fast as those of a large model on a GPU."""
 

@@ -1,7 +1,7 @@
-"""A whole farebox without its engine, on a throw-away store and sandbox, in a time of its own: for scripted stories.
+"""A farebox without an engine for simulated months: a temporary store and Dodo sandbox, on a clock that is set.
 
-Knows how the parts of billing are wired and how one waits for them; knows no story. Calls are held and settled
-as a gateway does it, with the tokens of a made-up answer.
+Requests are held and settled as a gateway does it, with made-up token counts. Between two moments everything that the
+billing actor does periodically is run until nothing is left to do.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from billing.dodo.budget import CallBudget
 from billing.dodo.client import Dodo, DodoSettings
 from billing.errors import Refusal
 from billing.export.exporter import Exporter
-from billing.ledger.account import Settlement
+from billing.ledger.account import Account, Settlement
 from billing.ledger.admission import Admission, funding_for, plan_of
 from billing.ledger.ledger import Ledger
 from billing.notices.log import Notices
@@ -43,22 +43,23 @@ from billing.usage import RequestId, Status, TenantId, Usage
 from cluster import valkey
 from cluster.dodo_sandbox.endpoints import generated_secret
 from cluster.dodo_sandbox.server import SandboxServer, listen, url_of
+from cluster.errors import ClusterError
 
 Json = dict[str, Any]
-"""An answer of the sandbox, as it came."""
-API_KEY = "dodo_test_story"
+"""A parsed answer of the sandbox."""
+API_KEY = "dodo_test_simulation"
 CALLS_PER_MINUTE = 1_000_000
-"""To the sandbox, which has no limit of its own."""
-PATIENCE_S = 20.0
-"""For the sandbox to have told everything that happened."""
+"""No limit in practice: the sandbox has none."""
+DELIVERY_TIMEOUT_S = 20.0
+"""For the sandbox to deliver all webhooks."""
 
 
-class StoryStuck(Exception):
-    """Dodo's news did not arrive, or could not be applied; the message says which."""
+class SimulationError(ClusterError):
+    """A webhook was not delivered, or could not be applied."""
 
 
-class Calendar:
-    """A clock that stands still until the story goes on."""
+class ManualClock:
+    """A clock that stands still until it is set."""
 
     def __init__(self, start: datetime) -> None:
         self._now_ms = _ms(start)
@@ -66,24 +67,24 @@ class Calendar:
     def __call__(self) -> int:
         return self._now_ms
 
-    def go_to(self, moment: datetime) -> None:
-        assert _ms(moment) >= self._now_ms, "a story goes forward"
+    def set(self, moment: datetime) -> None:
+        assert _ms(moment) >= self._now_ms, "the clock only goes forward"
         self._now_ms = _ms(moment)
 
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What became of some calls at the gate."""
+    """The results of some requests."""
 
     admitted: int = 0
     refused: int = 0
-    why: str = ""
-    """Of the refused ones: the refusal, and what it says was the limit."""
+    refusal: str = ""
+    """Which refusals, each with the limit that it names."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """Dodo's own figures of one customer: sums of usage events in nanos, sums of money in cents."""
+class DodoTotals:
+    """Dodo's figures for one customer, over all time: usage events in nanos, payments and refunds in cents."""
 
     charge_nanos: int
     covered_nanos: int
@@ -92,116 +93,121 @@ class Told:
 
 
 @dataclass
-class Stage:
+class Simulation:
+    """Everything that runs in a simulation; ``simulation`` starts it."""
+
     redis: Redis
     dodo: Dodo
-    operator: httpx.AsyncClient
-    """On the sandbox, with the merchant's key."""
-    calendar: Calendar
+    sandbox: httpx.AsyncClient
+    """With the merchant's API key."""
+    clock: ManualClock
     catalog: Catalog
     secret: str
     _numbers: "count[int]" = field(default_factory=count)
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.redis, self.calendar)
-        self.tenants = Tenants(self.redis, self.calendar)
+        self.ledger = Ledger(self.redis, self.clock)
+        self.tenants = Tenants(self.redis, self.clock)
         self.notices, self.refills = Notices(self.redis), Refills(self.redis)
-        self._admission = Admission(self.ledger, self.calendar)
-        budget = CallBudget(CALLS_PER_MINUTE, self.calendar)
-        self._exporter = Exporter(self.redis, self.dodo, self.tenants, self.calendar, budget)
+        self._admission = Admission(self.ledger, self.clock)
+        budget = CallBudget(CALLS_PER_MINUTE, self.clock)
+        self._exporter = Exporter(self.redis, self.dodo, self.tenants, self.clock, budget)
         self.webhooks = Webhooks(
-            self.redis, self.dodo, self.ledger, self.tenants, self._current, self.secret, self.calendar
+            self.redis, self.dodo, self.ledger, self.tenants, self._current, self.secret, self.clock
         )
         self._refiller = Refiller(
             self.dodo, self.ledger, self.tenants, self.refills, self.webhooks.inbox, self.webhooks.payments,
-            self.notices, self._current, self.calendar,
+            self.notices, self._current, self.clock,
         )  # fmt: skip
 
     async def _current(self) -> Catalog | None:
         return await publication.current(self.redis)
 
-    async def join(self, name: str, plan: str) -> Principal:
-        """A new tenant with a key and a Dodo customer."""
+    async def create_tenant(self, name: str, plan: str) -> Principal:
+        """Create a tenant with an API key and a Dodo customer."""
         made = await self.tenants.create(Tenant(id=TenantId(name), email=f"{name}@example.com", plan=plan))
-        _, key = new_key(made.id, self.calendar())
+        _, key = new_key(made.id, self.clock())
         await self.tenants.add_key(key)
         return Principal(key, await self.tenants.set_customer(made.id, await self.dodo.create_customer(made)))
 
     async def go_to(self, moment: datetime) -> None:
-        """Let time pass: what was used is told first, then Dodo renews, retries and ends what is due."""
-        await self.settle_down()
-        self.calendar.go_to(moment)
-        await self.order("clock", advance_s=0)
-        await self.settle_down()
+        """Set the clock. Usage is exported first; then Dodo renews, retries and ends what is due by then."""
+        await self.run_periodic_tasks()
+        self.clock.set(moment)
+        await self.control("clock", advance_s=0)
+        await self.run_periodic_tasks()
 
-    async def settle_down(self) -> None:
-        """Until the billing process would find nothing more to do."""
-        await self._hear()
+    async def run_periodic_tasks(self) -> None:
+        """Run the billing actor's periodic tasks until none of them finds more to do."""
+        await self._apply_webhooks()
         await self._exporter.flush_once(force=True)
         await self._refiller.run_once()
-        await self._hear()
+        await self._apply_webhooks()
         for tenant in await self.tenants.list():
-            plan, now = plan_of(tenant, self.catalog), self.calendar()
-            account = await self.ledger.account(tenant.id, funding_for(tenant, plan, now))
-            for notice in notices_for(tenant, plan, account, now):
+            plan, account = plan_of(tenant, self.catalog), await self.account(tenant)
+            for notice in notices_for(tenant, plan, account, self.clock()):
                 await self.notices.tell(notice)
 
-    async def _hear(self) -> None:
-        """Until Dodo has told all its news and every one was applied."""
-        deadline = time.monotonic() + PATIENCE_S
+    async def account(self, tenant: Tenant) -> Account:
+        """The account with what the tenant's plan lets it draw on now, as ``GET /v1/account`` shows it."""
+        return await self.ledger.account(tenant.id, funding_for(tenant, plan_of(tenant, self.catalog), self.clock()))
+
+    async def _apply_webhooks(self) -> None:
+        """Wait until Dodo has delivered every webhook, and apply those that wait for another one."""
+        deadline = time.monotonic() + DELIVERY_TIMEOUT_S
         while pending := [one for one in await self._deliveries() if one["state"] != "delivered"]:
             if time.monotonic() > deadline:
-                raise StoryStuck(f"{pending[0]['type']} was not taken: {pending[0]['last_status']}")
+                raise SimulationError(f"the webhook {pending[0]['type']} was refused with {pending[0]['last_status']}")
             await asyncio.sleep(0.01)
         await self.webhooks.replay()
         if parked := await self.webhooks.inbox.parked(2**53, 1):
-            raise StoryStuck(f"{parked[0].type} cannot be applied: {parked[0].reason}")
+            raise SimulationError(f"the webhook {parked[0].type} cannot be applied: {parked[0].reason}")
 
     async def _deliveries(self) -> list[Json]:
         found: list[Json] = (await self.read("/_sandbox/webhooks", limit=10_000))["data"]
         return found
 
     async def call(self, who: Principal, model: str, usage: Usage, times: int) -> Calls:
-        """Run so many requests one after the other; each that is admitted is settled with this usage."""
-        admitted, whys = 0, []
+        """Run ``times`` requests one after the other; each that is admitted is settled with this usage."""
+        admitted, refusals = 0, []
         principal = Principal(who.key, await self.tenants.get(who.tenant.id))
         offered = self.catalog.find(model, who.tenant.id, None)
         for _ in range(times):
-            id_ = RequestId(f"story-{next(self._numbers)}")
+            id_ = RequestId(f"simulated-{next(self._numbers)}")
             try:
                 hold = await self._admission.admit(
                     principal, offered, self.catalog, id_, usage.prompt_tokens, usage.completion_tokens
                 )
             except Refusal as refusal:
                 source = getattr(refusal, "limit_source", "")
-                whys.append(f"{type(refusal).__name__} ({source})" if source else type(refusal).__name__)
+                refusals.append(f"{type(refusal).__name__} ({source})" if source else type(refusal).__name__)
                 continue
             cost = hold.request.price.charge(usage)
             await self.ledger.settle(Settlement(id_, who.tenant.id, usage, cost, Status.COMPLETE))
             admitted += 1
-        return Calls(admitted, len(whys), ", ".join(sorted(set(whys))))
+        return Calls(admitted, len(refusals), ", ".join(sorted(set(refusals))))
 
     async def buy(self, who: Principal, product: str) -> str:
-        """Pay for a product, such as ``pack:small``, on the checkout page; the payment's id."""
+        """Buy a product, such as ``pack:small``, over a checkout session; returns the payment's id."""
         tenant = await self.tenants.get(who.tenant.id)
-        product_id = await id_of(self.redis, product)
+        product_id = await self.product_id(product)
         url = await self.dodo.checkout(tenant, product_id, {}, "http://127.0.0.1/")
-        payment = await self.order(f"pay/{url.rpartition('/')[2]}")
+        payment = await self.control(f"pay/{url.rpartition('/')[2]}")
         return str(payment["payment_id"])
 
     async def set_card(self, who: Principal, declines: bool) -> None:
-        await self.order(f"customers/{who.tenant.dodo_customer_id}/card", declines=declines)
+        await self.control(f"customers/{who.tenant.dodo_customer_id}/card", declines=declines)
 
-    async def product(self, name: str) -> str:
+    async def product_id(self, name: str) -> str:
         return await id_of(self.redis, name)
 
-    async def told(self, who: Principal) -> Told:
-        """Asked from Dodo, not from the ledger."""
+    async def dodo_totals(self, who: Principal) -> DodoTotals:
+        """Read from Dodo, not from the ledger."""
         customer_id = who.tenant.dodo_customer_id
         sums = (await self.read("/_sandbox/sums")).get(customer_id, {})
         paid = (await self.read("/payments", customer_id=customer_id, status="succeeded", page_size=100))["items"]
         back = (await self.read("/refunds", customer_id=customer_id, page_size=100))["items"]
-        return Told(
+        return DodoTotals(
             charge_nanos=sum(by_key.get("charge_nanos", 0) for by_key in sums.values()),
             covered_nanos=sum(by_key.get("covered_nanos", 0) for by_key in sums.values()),
             invoiced_cents=sum(one["total_amount"] for one in paid),
@@ -209,43 +215,43 @@ class Stage:
         )
 
     async def reconcile(self) -> Report:
-        """All books from their beginning, Dodo's too."""
-        budget = CallBudget(CALLS_PER_MINUTE, self.calendar)
-        return await Reconciler(self.redis, self.dodo, None, budget, self.calendar, is_full=True).run()
+        """Reconcile the ledger with the journal and with Dodo, from the beginning."""
+        budget = CallBudget(CALLS_PER_MINUTE, self.clock)
+        return await Reconciler(self.redis, self.dodo, None, budget, self.clock, is_full=True).run()
 
-    async def order(self, path: str, /, **order: object) -> Json:
-        """What somebody at Dodo's other side does: a customer, a bank, the operator of the sandbox."""
-        return await self.ask("POST", f"/_sandbox/{path}", **order)
+    async def control(self, path: str, /, **body: object) -> Json:
+        """Call the sandbox's own routes: what customers, banks and the sandbox's operator do."""
+        return await self.request("POST", f"/_sandbox/{path}", **body)
 
-    async def ask(self, method: str, path: str, /, **body: object) -> Json:
-        answer = await self.operator.request(method, path, json=body)
+    async def request(self, method: str, path: str, /, **body: object) -> Json:
+        answer = await self.sandbox.request(method, path, json=body)
         answer.raise_for_status()
         found: Json = answer.json()
         return found
 
-    async def read(self, path: str, **asked: str | int) -> Json:
-        answer = await self.operator.get(path, params=asked)
+    async def read(self, path: str, **query: str | int) -> Json:
+        answer = await self.sandbox.get(path, params=query)
         answer.raise_for_status()
         found: Json = answer.json()
         return found
 
 
 @asynccontextmanager
-async def stage(folder: Path, catalog: Catalog, start: datetime) -> AsyncIterator[Stage]:
-    """Everything started in ``folder``, the catalog in force and known to Dodo; all of it ends with the block."""
-    calendar, secret = Calendar(start), generated_secret()
+async def simulation(folder: Path, catalog: Catalog, start: datetime) -> AsyncIterator[Simulation]:
+    """Start everything in ``folder``, with the catalog published and its products created at Dodo."""
+    clock, secret = ManualClock(start), generated_secret()
     store = valkey.start(folder / "store")
     try:
         redis = await connect(store.url)
-        with SandboxServer(folder / "dodo", API_KEY, webhook_secret=secret, clock=calendar) as sandbox:
+        with SandboxServer(folder / "dodo", API_KEY, webhook_secret=secret, clock=clock) as sandbox:
             dodo = Dodo(DodoSettings(API_KEY, secret, base_url=sandbox.url))
             bearer = {"Authorization": f"Bearer {API_KEY}"}
-            async with httpx.AsyncClient(base_url=sandbox.url, headers=bearer, trust_env=False) as operator:
-                there = Stage(redis, dodo, operator, calendar, catalog, secret)
-                async with _door(there.webhooks) as url:
-                    await publication.publish(redis, catalog, "story", calendar())
+            async with httpx.AsyncClient(base_url=sandbox.url, headers=bearer, trust_env=False) as client:
+                running = Simulation(redis, dodo, client, clock, catalog, secret)
+                async with _webhook_server(running.webhooks) as url:
+                    await publication.publish(redis, catalog, "simulation", clock())
                     await sync(dodo, redis, catalog, url)
-                    yield there
+                    yield running
             await dodo.close()
         await redis.aclose()
     finally:
@@ -253,7 +259,7 @@ async def stage(folder: Path, catalog: Catalog, start: datetime) -> AsyncIterato
 
 
 class _Server(uvicorn.Server):
-    """Leaves the process's signals to whoever runs the story."""
+    """A server that installs no signal handlers."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -261,12 +267,12 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _door(webhooks: Webhooks) -> AsyncIterator[str]:
-    """Where Dodo delivers: a real HTTP server, as the gateway's."""
+async def _webhook_server(webhooks: Webhooks) -> AsyncIterator[str]:
+    """An HTTP server that receives webhooks as the gateway does; yields the URL of its route."""
     app = FastAPI(openapi_url=None)
 
     @app.post("/webhooks/dodo")
-    async def hear(request: Request) -> Response:
+    async def receive(request: Request) -> Response:
         await webhooks.receive(await request.body(), dict(request.headers))
         return Response()
 

@@ -1,4 +1,4 @@
-"""Commands on the books of a cluster: the environment alone says where its store and its Dodo are."""
+"""The farebox that a command works on: of this folder, or of the environment."""
 
 import json
 import os
@@ -10,15 +10,15 @@ import redis
 import yaml
 from typer.testing import CliRunner
 
-from billing.store.errors import StoreRefused
 from cluster import valkey
 from cluster.cli.main import app
-from cluster.cli.standing import Standing
+from cluster.cli.target import Target
 from cluster.dodo_sandbox.server import SandboxServer
-from cluster.local import commerce, launch
+from cluster.local import configuration
 from cluster.local.settings import Settings
-from cluster.local.state import Home, Run, birth
+from cluster.local.state import Home
 from cluster.serve_api import ServeConfig
+from tests.support.cli import run_of
 
 runner = CliRunner()
 FILE = """
@@ -41,7 +41,7 @@ applications:
 
 @pytest.fixture
 def late_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A store that acknowledges before its log is on disk, as managed ones do."""
+    """A store that acknowledges writes before they are on disk, as managed stores do."""
     server = valkey.start(tmp_path_factory.mktemp("v"))
     client = redis.Redis.from_url(server.url)
     client.config_set("appendfsync", "everysec")
@@ -64,7 +64,7 @@ def write(folder: Path, durability: str) -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_neither_a_run_nor_a_store_is_refused_with_both_ways_out() -> None:
+def test_no_target_names_both_remedies() -> None:
     for words in (["usage"], ["reconcile"], ["dodo", "sync"], ["dodo", "dead"]):
         done = runner.invoke(app, words)
         assert done.exit_code == 1
@@ -73,24 +73,22 @@ def test_neither_a_run_nor_a_store_is_refused_with_both_ways_out() -> None:
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_books_of_a_cluster_are_read_without_a_run(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_target_is_a_cluster(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = redis.Redis.from_url(store_url)
     client.flushall()
     client.close()
     monkeypatch.setenv("REDIS_URL", store_url)
     assert json.loads(runner.invoke(app, ["usage", "--json"]).stdout) == []
     assert json.loads(runner.invoke(app, ["reconcile", "--no-dodo", "--json"]).stdout)["drift"] == []
-    assert not Settings.from_env().home.exists(), "asking makes no folder"
+    assert not Settings.from_env().home.exists(), "reading creates no folder"
 
 
-def test_a_cluster_is_told_to_dodo_without_a_run(
-    folder: Path, store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sync_of_a_cluster(folder: Path, store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(settings: Settings) -> ServeConfig:
         assert settings.config == folder / "cluster.yaml"
         return dict(yaml.safe_load(settings.config.read_text()))
 
-    monkeypatch.setattr(commerce, "resolved", read)
+    monkeypatch.setattr(configuration, "checked", read)
     with SandboxServer(tmp_path / "dodo", "key") as sandbox:
         env = {"REDIS_URL": store_url, "DODO_PAYMENTS_API_KEY": "key", "DODO_PAYMENTS_BASE_URL": sandbox.url}
         for name, value in env.items():
@@ -101,41 +99,33 @@ def test_a_cluster_is_told_to_dodo_without_a_run(
         monkeypatch.setenv("FAREBOX_PUBLIC_URL", "https://api.example.com")
         assert "small" in runner.invoke(app, words).stdout
         again = runner.invoke(app, words).stdout
-        assert "there" in again
-        assert "made" not in again
+        assert "exists" in again
+        assert "created" not in again
 
 
-def test_what_was_deployed_says_how_sure_the_store_must_be_not_the_file_beside_it(folder: Path) -> None:
+def test_store_options_are_those_in_force(folder: Path) -> None:
     settings = Settings.from_env()
-    home, pid = Home.open(settings), os.getpid()
-    home.tell(
-        Run(
-            pid=pid, started=birth(pid) or 0.0, api_url="http://127.0.0.1:8000", dashboard_url="http://127.0.0.1:8265",
-            sandbox_url="http://127.0.0.1:8010", store_url="unix:///s", config=str(settings.config),
-            ports_base=10_240, haproxy=True,
-        )
-    )  # fmt: skip
-    assert Standing.find(settings).terms["durability"] == "trusted"
+    home = Home.open(settings)
+    home.write_run(run_of(os.getpid(), store_url="unix:///s", config=str(settings.config)))
+    assert Target.find(settings).store_options["durability"] == "trusted"
     home.deployed.write_text(json.dumps(yaml.safe_load(FILE % ("strict", "strict"))))
-    assert Standing.find(settings).terms["durability"] == "strict"
-    assert Standing.find(settings).store_url == "unix:///s"
+    assert Target.find(settings).store_options["durability"] == "strict"
+    assert Target.find(settings).store_url == "unix:///s"
 
 
 @pytest.mark.parametrize("text", ["", "[", "applications: 3", "applications: [x, {args: 1}]"])
-def test_a_file_that_says_nothing_of_its_store_is_strict(tmp_path: Path, text: str) -> None:
+def test_store_options_default_to_strict(tmp_path: Path, text: str) -> None:
     (tmp_path / "f").write_text(text)
-    assert launch.store_terms_in(tmp_path / "f") == launch.store_terms_in(tmp_path / "none") == launch.store_terms({})
+    strict = {"durability": "strict", "min_replicas_acked": 0}
+    assert configuration.store_options_in(tmp_path / "f") == strict
+    assert configuration.store_options_in(tmp_path / "none") == strict
 
 
-def test_a_trusted_store_is_taken_by_every_command_and_a_strict_one_by_none(
+def test_trusted_store_is_accepted_only_if_configured(
     folder: Path, late_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REDIS_URL", late_store)
     assert runner.invoke(app, ["usage"]).exit_code == 0
     assert runner.invoke(app, ["dodo", "dead"]).exit_code == 0
-    commerce.verify_store(late_store, launch.store_terms_in(folder / "serve_config.yaml"))
     write(folder, "strict")
-    assert Standing.find(Settings.from_env()).terms["durability"] == "strict"
     assert "appendfsync everysec" in runner.invoke(app, ["usage"]).stderr
-    with pytest.raises(StoreRefused):
-        commerce.verify_store(late_store, launch.store_terms_in(folder / "serve_config.yaml"))
