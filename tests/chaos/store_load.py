@@ -121,7 +121,7 @@ class Load:
                 ended = replace(settlement(asked.request_id, STEP_TOKENS), tenant=asked.tenant)
         assert ended.list_nanos <= held, "a settle above its hold"
         self.expected[asked.request_id] = ended.list_nanos
-        return replace(ended, origin=snapshot_of(hold, held))
+        return replace(ended, snapshot=snapshot_of(hold, held))
 
     def _keep(self, receipt: Receipt) -> None:
         self.acked[receipt.record.request_id] = receipt.record.charged_nanos
