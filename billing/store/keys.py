@@ -173,11 +173,6 @@ class Shard:
         """String: the tenant as JSON."""
         return f"{self.tag}:tenant:{tenant}"
 
-    def settling(self, tenant: TenantId) -> list[str]:
-        """Every key that ending a hold may touch, in the order of ``settle.lua`` and ``expire.lua``."""
-        names = [self.account(tenant), self.buckets(tenant), self.holds, self.leases, self.limits(tenant)]
-        return [*names, self.stream, *self.settled]
-
     def refill(self, tenant: TenantId) -> str:
         """String: the tenant's auto-refill as JSON."""
         return f"{self.tag}:refill:{tenant}"
