@@ -363,7 +363,8 @@ class Model:
     def draw_owed(self, hold: Hold, amount: int) -> dict[str, int]:
         names = list(hold.draws)
         only = names[-1] if hold.unit == CALLS else ""
-        return self.draw(hold.unit, amount, hold.request.credit_limit, self.in_force, names, only, owes=names[-1])
+        allowance = (hold.request.allowance or None) if self.in_force is None else self.in_force
+        return self.draw(hold.unit, amount, hold.request.credit_limit, allowance, names, only, owes=names[-1])
 
     def expire(self, rid: str) -> Charge:
         hold = self.holds[rid]
@@ -391,10 +392,10 @@ class Model:
         due = min(used[MONEY], held) if lost.unit == MONEY else min(1, used[CALLS])
         draws: dict[str, int] = {}
         if due > 0:
-            if lost.request.allowance not in self.buckets:
-                self.put_in_place(lost.request)
-            if lost.draws.keys() - self.buckets.keys() - {LINE}:
+            if lost.draws.keys() - self.buckets.keys() - {LINE, lost.request.allowance}:
                 return Refusal("unresolved")
+            if lost.request.allowance in lost.draws:
+                self.put_in_place(lost.request)
             draws = self.draw_owed(lost, due)
         if lost.request.cap is not None:
             self.begin(lost.request.cap)
@@ -435,17 +436,24 @@ class Model:
             return Refusal("unknown")
         clawback = self.clawbacks[source]
         if clawback.restored is None:
-            clawback.restored = rest = clawback.taken
-            if rest:
+            clawback.restored = given = clawback.taken
+            if given:
                 bucket = self.buckets[clawback.granted_by]
-                bucket.remaining, bucket.granted = bucket.remaining + rest, bucket.granted + rest
-                for payer in sorted(bucket.payers, key=self.rank):
-                    back = min(rest, bucket.payers[payer])
-                    self.pay(clawback.granted_by, payer, -back)
-                    rest -= back
+                bucket.remaining, bucket.granted = bucket.remaining + given, bucket.granted + given
+                self.give_back(clawback.granted_by, given)
                 self.take_waiting(clawback.granted_by)
                 self.pay_debts()
         return clawback.restored
+
+    def give_back(self, name: str, amount: int) -> None:
+        """Of what came back into a bucket, those who paid its debts get theirs, and so on."""
+        payers = self.buckets[name].payers
+        for payer in sorted(payers, key=self.rank):
+            part = min(amount, payers[payer])
+            if part:
+                amount -= part
+                self.pay(name, payer, -part)
+                self.give_back(payer, part)
 
     def repay(self, source: str, nanos: int) -> bool:
         is_new = source not in self.repaid

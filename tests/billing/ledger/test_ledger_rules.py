@@ -1,12 +1,12 @@
 """The ledger's rules where they are easiest to get wrong, each with numbers worked out by hand.
 
-Prices as in ``samples``: 1,000 nanos a prompt token and 2,000 a completion token. A request has 10 prompt tokens, so that
-``cost(n)`` of n completion tokens is 10,000 + n x 2,000: 20,000 for 5, 40,000 for 15 and at most 50,000 for 20.
+Prices as in ``samples``: 1,000 nanos a prompt token and 2,000 a completion token. A request has 10 prompt tokens, so
+that n completion tokens cost 10,000 + n x 2,000: 20,000 for 5, 40,000 for 15 and at most 50,000 for 20.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
@@ -28,7 +28,6 @@ from tests.support.samples import ACME, allowance, calls, money, request, settle
 
 SHARD = shard_for(ACME)
 DAY_MS = 86_400_000
-_SNAPSHOT = "snapshot" if any(f.name == "snapshot" for f in fields(Settlement)) else "origin"
 
 
 def cost(completion: int) -> int:
@@ -38,7 +37,7 @@ def cost(completion: int) -> int:
 def ended(hold: Hold, completion: int, held: int | None = None) -> Settlement:
     """A settle as a gateway sends it: with what was held, in case the store lost it."""
     snapshot = snapshot_of(hold, Nanos(hold.held_nanos if held is None else held))
-    return replace(settlement(hold.request.request_id, completion), **{_SNAPSHOT: snapshot})
+    return replace(settlement(hold.request.request_id, completion), snapshot=snapshot)
 
 
 def void(hold: Hold) -> Settlement:
@@ -137,12 +136,11 @@ async def test_lost_growth_is_billed_by_expiry_as_by_settle(store: Redis, ledger
 
 
 def progress(done: Settlement, held: int) -> Progress:
-    reported = {"held_nanos": Nanos(held)} if any(f.name == "held_nanos" for f in fields(Progress)) else {}
-    return Progress(done.request_id, ACME, done.usage, done.list_nanos, **reported)
+    return Progress(done.request_id, ACME, done.usage, done.list_nanos, Nanos(held))
 
 
 async def test_a_late_settle_lists_what_it_charges(store: Redis, ledger: Ledger) -> None:
-    """The checkpoint lists 40,000 of which the hold covers 18,000: the settle, of a hold that was 50,000, charges 22,000."""
+    """The checkpoint lists 40,000, of which the hold covers 18,000; the hold had grown to 50,000: 22,000 are charged late."""
     await ledger.grant(money(100_000))
     asked, replica = request(step_tokens=4), Replica(store)
     hold = await ledger.hold(asked)
@@ -405,19 +403,16 @@ async def test_a_hold_extends_into_the_next_period(store: Redis, ledger: Ledger,
 async def test_a_damaged_hold_keeps_no_other_from_expiring(
     store: Redis, ledger: Ledger, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two overdue holds; the bucket of the first is gone."""
+    """Two overdue holds; the bucket of the first is gone. The log names it."""
     await ledger.grant(money(100_000))
     await ledger.hold(request("req_1"))
     damaged = json.loads(await store.hget(SHARD.holds, "req_1") or "")
     damaged["draws"] = [["gone", "n", "50000"]]
     await store.hset(SHARD.holds, "req_0", json.dumps(damaged))
     await store.zadd(SHARD.leases, {"req_0": 1, "req_1": 2})
-    try:
-        await ledger.expire()
-    except Exception as error:  # whatever says so may name it
-        caplog.records.append(error)  # type: ignore[arg-type]
+    assert await ledger.expire() == 1
     assert await store.hkeys(SHARD.holds) == ["req_0"]
-    assert "req_0" in caplog.text or any("req_0" in str(record) for record in caplog.records)
+    assert "req_0" in caplog.text
 
 
 async def test_the_record_of_a_lost_hold_of_calls_shows_the_allowance(
@@ -488,7 +483,7 @@ async def test_what_a_lost_hold_had_of_the_credit_line_is_exposure(
 
 
 async def test_what_lost_growth_had_of_the_credit_line_is_exposure(store: Redis, ledger: Ledger) -> None:
-    """A pack of 10,000 and a limit of 30,000: 10,000 + 8,000 held, the growth to 40,000 lost, the rest taken by another.
+    """A pack of 10,000 and a limit of 30,000: 10,000 + 8,000 held, the growth to 40,000 lost, the rest another's.
 
     Of 40,000 delivered 10,000 come from the pack, 30,000 from the line, beside the 22,000 of the other.
     """
