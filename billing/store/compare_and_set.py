@@ -1,0 +1,39 @@
+"""Changes JSON values that several processes write, each only where no other process changed it meanwhile."""
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+from pydantic import BaseModel
+from redis.asyncio import Redis
+
+from billing.store.errors import StoreUnavailable
+from billing.store.guard import guarded
+from billing.store.scripts import source
+
+TRIES = 20
+
+M = TypeVar("M", bound=BaseModel)
+
+
+async def change(
+    redis: Redis, key: str, kind: type[M], update: Callable[[M], M], silence_s: float | None = None
+) -> M | None:
+    """Replace the value at a key by what ``update`` makes of it. ``update`` may be called several times.
+
+    Returns:
+        What is stored then; None where there is no value.
+
+    Raises:
+        StoreUnavailable: the store does not answer, or others kept changing the value.
+    """
+    swap = redis.register_script(source("store/swap"))
+    for _ in range(TRIES):
+        async with guarded(silence_s):
+            text = cast(str | None, await redis.get(key))
+            if text is None:
+                return None
+            old = kind.model_validate_json(text)
+            new = update(old)
+            if new == old or await swap(keys=[key], args=[text, new.model_dump_json()]):
+                return new
+    raise StoreUnavailable(f"{key} is being changed by others: try again")
