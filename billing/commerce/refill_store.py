@@ -9,7 +9,7 @@ from billing.store.connection import guarded
 from billing.store.errors import StoreUnavailable
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import REFILLS, shard_for
-from billing.store.scripts import source
+from billing.store.scripts import Script
 from billing.usage import TenantId
 
 TRIES = 20
@@ -18,7 +18,7 @@ TRIES = 20
 class Refills:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._swap = redis.register_script(source("store/swap"))
+        self._swap = Script(redis, "store/swap")
 
     async def get(self, tenant: TenantId) -> Refill | None:
         async with guarded(BULK_DEADLINE_S):
@@ -45,7 +45,7 @@ class Refills:
             async with guarded(BULK_DEADLINE_S):
                 old = str(await self._redis.get(name))
                 new = change(Refill.model_validate_json(old))
-                if await self._swap(keys=[name], args=[old, new.model_dump_json()]):
+                if await self._swap.number(keys={"value": name}, args={"old": old, "new": new.model_dump_json()}):
                     return new
         raise StoreUnavailable(f"the auto-refill of {tenant} is being changed by others: try again")
 

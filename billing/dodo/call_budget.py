@@ -9,7 +9,7 @@ from billing.dodo.budget import BURST_SHARE
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import CALL_BUDGET
-from billing.store.scripts import source
+from billing.store.scripts import Script
 
 
 class SharedBudget:
@@ -17,7 +17,7 @@ class SharedBudget:
 
     def __init__(self, redis: Redis, per_minute: int = 0) -> None:
         self._per_minute = per_minute
-        self._spend = redis.register_script(source("dodo/spend_call"))
+        self._spend = Script(redis, "dodo/spend_call")
 
     async def take(self) -> bool:
         """Spend one call, if there is one: for everything that can wait."""
@@ -29,4 +29,5 @@ class SharedBudget:
 
     async def _ask(self, must: bool) -> bool:
         async with guarded(BULK_DEADLINE_S):
-            return bool(await self._spend(keys=[CALL_BUDGET], args=[self._per_minute, BURST_SHARE, int(must)]))
+            asked = {"asked_per_minute": self._per_minute, "burst_share": BURST_SHARE, "must": must}
+            return bool(await self._spend.number(keys={"budget": CALL_BUDGET}, args=asked))

@@ -15,7 +15,7 @@ from billing.store import keys as names
 from billing.store.connection import guarded
 from billing.store.errors import StoreUnavailable
 from billing.store.keys import shard_for
-from billing.store.scripts import source
+from billing.store.scripts import Script
 from billing.tenants.errors import (
     CustomerTaken,
     InvalidKey,
@@ -51,7 +51,7 @@ class Tenants:
     def __init__(self, redis: Redis, clock: Clock = now_ms) -> None:
         self._redis = redis
         self._clock = clock
-        self._swap = redis.register_script(source("store/swap"))
+        self._swap = Script(redis, "store/swap")
         self._seen: dict[str, _Seen] = {}
 
     async def create(self, tenant: Tenant) -> Tenant:
@@ -98,7 +98,7 @@ class Tenants:
         new = tenant.model_dump_json()
         name = shard_for(tenant.id).tenant(tenant.id)
         async with guarded():
-            return new == old or bool(await self._swap(keys=[name], args=[old, new]))
+            return new == old or bool(await self._swap.number(keys={"value": name}, args={"old": old, "new": new}))
 
     async def set_customer(self, tenant_id: TenantId, dodo_customer_id: str) -> Tenant:
         """Note which Dodo customer a tenant is.
@@ -220,7 +220,8 @@ class Tenants:
             text = await self._redis.get(name)
             if text is None or ApiKey.model_validate_json(text) != old:
                 return False
-            return bool(await self._swap(keys=[name], args=[text, new.model_dump_json()]))
+            swap = {"old": text, "new": new.model_dump_json()}
+            return bool(await self._swap.number(keys={"value": name}, args=swap))
 
     async def key(self, tenant_id: TenantId, key_id: str) -> ApiKey:
         """Raises UnknownKey."""

@@ -170,17 +170,21 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("a window ahead of every clock stays", "caps.lua", "if known > latest then known = 0 end", "", CLOCKS),
     Mutant("a month ahead of every clock stays", "close.lua", "if counted > latest then counted = 0 end", "", CLOCKS),
     Mutant("a month ahead of every clock begins late", "close.lua", " or month > latest", "", CLOCKS),
-    Mutant("a batch is sealed without a compare", "seal.lua", "~= ARGV[1]", "== 'never'", EXPORT),
+    Mutant("a batch is sealed without a compare", "seal.lua", "~= expected", "== 'never'", EXPORT),
     Mutant(
         "a seal forgets what it has reached",
         "seal.lua",
-        "redis.call('HSET', KEYS[i], 'told', ARGV[3 + i])",
+        'redis.call("HSET", account, "told", reached[i])',
         "",
         WITHHELD,
     ),
     Mutant(
-        "a withheld record is forgotten", "seal.lua", "redis.call('HSET', withheld, ARGV[i], ARGV[i + 1])", "", WITHHELD
+        "a withheld record is forgotten",
+        "seal.lua",
+        'redis.call("HSET", keys.withheld, one.id, one.entry)',
+        "",
+        WITHHELD,
     ),
-    Mutant("a withheld record is sealed twice", "release.lua", "ARGV[1]) == 0 then", "ARGV[1]) == 2 then", WITHHELD),
+    Mutant("a withheld record is sealed twice", "release.lua", "entry) == 0 then", "entry) == 2 then", WITHHELD),
     Mutant("an acknowledgement counts twice", "ack.lua", "== 1 then", ">= 0 then", EXPORT),
 )
