@@ -75,10 +75,8 @@ async def migrate(redis: Redis, is_dry: bool = False, ignore_unnamed: bool = Fal
                 await open_schema(redis)
             return migration
         assert found is not None, "a new store needs no migration"
-        if found.target > SCHEMA or found.is_migrating and found.target != SCHEMA:
-            raise StoreRefused(
-                f"the store's schema is {found}, of a later farebox, and this one migrates to {SCHEMA}: use that version"
-            )
+        if found.target > SCHEMA or (found.is_migrating and found.target != SCHEMA):
+            raise StoreRefused(f"the store has schema {found} and this farebox migrates to {SCHEMA}: use a later one")
         if is_dry:
             return Migration(found, await _rewrite(redis, found, is_dry), await _connected(redis, ignore_unnamed))
         await redis.hset(META, "schema", str(Version(found.schema, SCHEMA)))
@@ -92,7 +90,7 @@ async def migrate(redis: Redis, is_dry: bool = False, ignore_unnamed: bool = Fal
 
 
 async def _connected(redis: Redis, ignore_unnamed: bool) -> tuple[str, ...]:
-    """Describe each other connection of a farebox, or each gateway that reported lately where they may not be listed."""
+    """Describe each other connection of a farebox; where they may not be listed, each gateway that reported lately."""
     found: list[str] = []
     for server in primaries_of(redis).values():
         pipe = server.pipeline(transaction=False)

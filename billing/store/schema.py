@@ -1,35 +1,43 @@
 """Which version of the stored forms the store has, and whether this process may write to it.
 
-``META`` has the version. Each shard has it again, as a fence: every writing script compares it in the same atomic step,
-so that a process of another version that still runs is refused once the store was migrated. A shard without a fence takes
-every version, because gateways send their last movements again to a store that lost everything before they verify it.
+``META`` has the version. Each shard has it again, as a fence: every writing script compares it in the same atomic
+step, so that a process of another version that still runs is refused once the store was migrated. A shard without a
+fence takes every version, because gateways send their last movements again to a store that lost everything, and then
+verify it.
 """
 
 import re
 from dataclasses import dataclass
+from typing import cast
 
 from redis.asyncio import Redis
 
-from billing.store.errors import StoreRefused
-from billing.store.keys import ALL_SHARDS, META, SCHEMA, SHARDS
+from billing.store.errors import StoreRefused, StoreUnavailable
+from billing.store.keys import ALL_SHARDS, META, NOTICES, SCHEMA, SHARDS
 
 CLIENT_NAME = f"farebox:{SCHEMA}"
 """The name of each connection, by which ``CLIENT LIST`` shows who must be stopped before a migration."""
 _TAG = re.compile(r"fb:\{[^}]+\}")
 
 FENCE = f"""\
-local fence = redis.call("GET", table.remove(KEYS))
-if fence and fence ~= "{SCHEMA}" then
-  return redis.error_reply("SCHEMA the store has schema " .. fence .. " and this farebox writes {SCHEMA}")
+do -- the fence is the last key
+  local schema = redis.call("GET", table.remove(KEYS))
+  if schema and schema ~= "{SCHEMA}" then
+    return redis.error_reply("SCHEMA the store has schema " .. schema .. " and this farebox writes {SCHEMA}")
+  end
 end
 """
-"""The beginning of each script that writes to a shard; the fence is its last key."""
+"""The beginning of each script that writes to keys which have a fence."""
 
 
 def fence_of(key: str) -> str | None:
-    """The fence that has the hash tag of a script's key; None for a key of no shard."""
+    """The fence that is on the same cluster node as a script's key; None for a key without a hash tag."""
     tag = _TAG.match(key)
     return f"{tag[0]}:schema" if tag else None
+
+
+FENCES = tuple(f"{tag}:schema" for tag in (*(shard.tag for shard in ALL_SHARDS), NOTICES.rpartition(":")[0]))
+"""Of each shard, and of the notices, which are in none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,7 @@ async def read_version(redis: Redis) -> Version | None:
     Raises:
         StoreRefused: it is not a farebox's store, or has another number of shards.
     """
-    schema, shards = await redis.hmget(META, ["schema", "shards"])
+    schema, shards = cast(list[str | None], await redis.hmget(META, ["schema", "shards"]))
     if shards not in (None, str(SHARDS)):
         raise StoreRefused(
             f"the store has {shards} shards and this farebox needs {SHARDS}: point REDIS_URL at a store of its own"
@@ -99,16 +107,23 @@ async def open_schema(redis: Redis) -> None:
     await raise_fences(redis, only_missing=True)
 
 
+async def refuse_other_schema(redis: Redis) -> None:
+    """Before a write that no fence guards. Raises StoreUnavailable if the store has another version by now."""
+    found = cast(str | None, await redis.hget(META, "schema"))
+    if found not in (None, str(SCHEMA)):
+        raise StoreUnavailable(f"the store has schema {found} and this farebox writes {SCHEMA}")
+
+
 async def raise_fences(redis: Redis, only_missing: bool = False) -> None:
-    """Write the version into each shard. A store that is full and has its fences is not written to."""
+    """Write this version into each fence. A store that is full and has its fences is not written to."""
     pipe = redis.pipeline(transaction=False)
-    for shard in ALL_SHARDS:
-        pipe.get(shard.schema)
+    for fence in FENCES:
+        pipe.get(fence)
     found = await pipe.execute()
-    wrong = [s for s, text in zip(ALL_SHARDS, found, strict=True) if text != str(SCHEMA) and not (only_missing and text)]
+    wrong = [f for f, text in zip(FENCES, found, strict=True) if text != str(SCHEMA) and not (only_missing and text)]
     if not wrong:
         return
     pipe = redis.pipeline(transaction=False)
-    for shard in wrong:
-        pipe.set(shard.schema, str(SCHEMA), nx=only_missing)
+    for fence in wrong:
+        pipe.set(fence, str(SCHEMA), nx=only_missing)
     await pipe.execute()
