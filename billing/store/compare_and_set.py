@@ -19,9 +19,10 @@ M = TypeVar("M", bound=BaseModel)
 async def change(
     redis: Redis, key: str, kind: type[M], update: Callable[[M], M], what: str, silence_s: float | None = None
 ) -> M | None:
-    """Replace the value at a key by what ``update`` makes of it. ``update`` may be called several times.
+    """Replace the value at a key by what ``update`` makes of it.
 
-    ``what`` names the value in an error.
+    ``update`` is called again if another process changed the value, and after a lost reply on its own result, which it
+    must then leave as it is. ``what`` names the value in an error.
 
     Returns:
         What is stored then; None where there is no value.

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from cluster.cli import books, dead_letters, demo, keys, operate, panel, tenants, unresolved, webhooks
 from cluster.cli import report as reports
+from cluster.cli.migrate import migrate
 from cluster.cli.notices import notices
 from cluster.cli.operate import NotRunning, Running
 from cluster.cli.standing import Standing
@@ -56,6 +57,7 @@ app.command()(books.usage)
 app.command()(reports.report)
 app.command()(reports.price)
 app.command()(notices)
+app.command()(migrate)
 out = Console()
 err = Console(stderr=True)
 

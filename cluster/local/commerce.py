@@ -20,13 +20,15 @@ from billing.commerce.sync import SyncReport, plan, sync
 from billing.dodo.call_budget import SharedBudget
 from billing.dodo.client import Dodo, DodoSettings
 from billing.errors import BillingError
-from billing.store.connection import connect
+from billing.store.connection import connect, reach
+from billing.store.keys import SCHEMA
+from billing.store.migrations import Migration, migrate
 from cluster.checking.findings import CheckFailed
 from cluster.demo.tenants import SeedFailed, seed
 from cluster.local import children, ray_node
 from cluster.local.children import Child
 from cluster.local.environment import inherited
-from cluster.local.launch import LaunchError, StoreTerms, addressed, store_terms, user_config
+from cluster.local.launch import LaunchError, Say, StoreTerms, addressed, store_terms, user_config
 from cluster.local.preflight import Obstacle
 from cluster.local.settings import Settings, SettingsError
 from cluster.local.state import Home, Secrets, write_private
@@ -105,6 +107,21 @@ def verify_store(url: str, terms: StoreTerms) -> None:
         await redis.aclose()
 
     asyncio.run(ask())
+
+
+def migrate_store(url: str, say: Say) -> None:
+    """Bring the store that this farebox has just started to its schema. Raises StoreRefused or StoreUnavailable."""
+
+    async def bring() -> Migration:
+        redis = await reach(url)
+        try:
+            return await migrate(redis)
+        finally:
+            await redis.aclose()
+
+    done = asyncio.run(bring())
+    if done.is_needed:
+        say(f"migrated the store from schema {done.found} to {SCHEMA}")
 
 
 def wait_for_sandbox(url: str, child: Child) -> None:

@@ -129,6 +129,7 @@ class Supervisor:
             self._say("starting the store")
             self._store = self._run_store()
             url = self._store.url
+            commerce.migrate_store(url, self._say)
         commerce.verify_store(url, launch.store_terms_in(self._settings.config))
         self._run = replace(self._run, store_url=url)
         self._tell_pids()
