@@ -117,7 +117,8 @@ def _is_farebox(client: Mapping[str, str], ignore_unnamed: bool) -> bool:
 
 def _described(client: Mapping[str, str]) -> str:
     name = client["name"] or "a connection without a name (a farebox before 0.2?)"
-    return f"{name} from {client['addr']}, idle for {client['idle']} s"
+    address = "a unix socket" if "/" in client["addr"] else client["addr"]
+    return f"{name} from {address}, idle for {client['idle']} s"
 
 
 async def _reporting(redis: Redis) -> tuple[str, ...]:

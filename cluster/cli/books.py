@@ -14,6 +14,7 @@ from typing import Annotated, Literal, TypeVar
 import typer
 from redis.asyncio import Redis
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from billing.clock import now_ms
@@ -186,5 +187,5 @@ def ask(question: Callable[[Standing], Coroutine[None, None, T]]) -> T:
     try:
         return asyncio.run(question(Standing.find(Settings.from_env())))
     except (BillingError, NotRunning, SettingsError) as error:
-        err.print(f"[bold red]farebox:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]farebox:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from cluster.cli import books, dead_letters, demo, keys, operate, panel, tenants, unresolved, webhooks
 from cluster.cli import report as reports
@@ -280,7 +281,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except (*commerce.FAILURES, AlreadyRunning, NotRunning) as error:
-        err.print(f"[bold red]farebox:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]farebox:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

@@ -28,8 +28,8 @@ BUS = 10_000
 """Nodes of a cluster connect to each other at their port plus this."""
 SLOTS = 16_384
 SERVICE = "ledger"
-PROMPT_S = 1.0
-"""A call of a silent store fails within 0.3 s, and later on a busy machine; one without a bound waits for 5 s."""
+PROMPT_S = 2.5
+"""A call of a silent store fails within 0.3 s, and later on a busy machine; one that is not bounded waits for 5 s."""
 
 
 @dataclass

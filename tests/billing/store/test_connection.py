@@ -20,9 +20,12 @@ from billing.store.connection import connect, verify, verify_server
 from billing.store.errors import StoreRefused, StoreUnavailable
 from billing.store.guard import guarded
 from cluster import valkey
-from tests.support.fleet import HOST, PROMPT_S, Server, durable, free_port, time_to_fail
+from tests.support.fleet import HOST, Server, durable, free_port, time_to_fail
 from tests.support.samples import ACME, money, request, settlement
 from tests.support.servers import SYSTEM_REDIS
+
+IN_TIME_S = 0.5
+"""A silent store is given up within 0.3 s; the rest is for a busy test machine."""
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ async def test_refused_connection_is_unavailable_in_time(own_server: valkey.Valk
     await ledger.grant(money(100_000))
     own_server.kill()
     for call in (ledger.hold(request()), ledger.settle(settlement()), ledger.account(ACME)):
-        assert await time_to_fail(call) < PROMPT_S
+        assert await time_to_fail(call) < IN_TIME_S
     await redis.aclose()
     with pytest.raises(StoreUnavailable):
         await connect(own_server.url)
@@ -59,7 +62,7 @@ async def test_hung_store_is_unavailable_in_time_and_then_answers_each_call(
         waits = await asyncio.gather(*(time_to_fail(ledger.hold(request(f"req_{n}"))) for n in range(10)))
     finally:
         os.kill(own_server.pid, signal.SIGCONT)
-    assert max(waits) < PROMPT_S
+    assert max(waits) < IN_TIME_S
     holds = await asyncio.gather(*(ledger.hold(request(f"req_{n}")) for n in range(10)))
     assert [h.request.request_id for h in holds] == [f"req_{n}" for n in range(10)]
     account = await ledger.account(ACME)

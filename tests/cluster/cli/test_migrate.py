@@ -1,10 +1,11 @@
-"""``farebox migrate`` shows and does the migration of a store whose gateways are stopped; ``farebox up`` does its own."""
+"""``farebox migrate`` shows or does the migration of a stopped cluster's store; ``farebox up`` does its own."""
 
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from redis import Redis
 from typer.testing import CliRunner
 
 from billing.store.connection import connect, reach
@@ -63,16 +64,12 @@ def test_migrated_store_is_opened(old_store: str) -> None:
 
 
 def test_migration_refused_while_a_gateway_runs(old_store: str) -> None:
-    async def migrate_beside_a_gateway() -> object:
-        gateway = await reach(old_store)
-        await gateway.ping()
-        result = await asyncio.to_thread(runner.invoke, app, ["migrate"])
-        await gateway.aclose()
-        return result
-
-    result = asyncio.run(migrate_beside_a_gateway())
-    assert result.exit_code == 1  # type: ignore[attr-defined]
-    assert "stop these first" in result.output  # type: ignore[attr-defined]
+    gateway = Redis.from_url(old_store, client_name="farebox:1")
+    gateway.ping()
+    result = runner.invoke(app, ["migrate"])
+    gateway.close()
+    assert result.exit_code == 1
+    assert "stop these first, they use the store: farebox:1" in result.output
 
 
 def test_up_migrates_the_store_that_it_starts(old_store: str) -> None:
@@ -83,3 +80,9 @@ def test_up_migrates_the_store_that_it_starts(old_store: str) -> None:
         commerce.migrate_store(old_store, said.append)
     assert said == ["migrated the store from schema 1 to 2"]
     commerce.verify_store(old_store, TERMS)
+
+
+def test_error_with_brackets_is_printed(old_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such an error is no markup of the terminal's."""
+    monkeypatch.setenv("REDIS_URL", "http[/x]://")
+    assert "http[/x]" in runner.invoke(app, ["migrate"]).output
