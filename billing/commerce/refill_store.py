@@ -5,7 +5,7 @@ from collections.abc import Callable
 from redis.asyncio import Redis
 
 from billing.commerce.refill import Refill
-from billing.store import compare_and_set
+from billing.store.compare_and_set import CompareAndSet
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import REFILLS, shard_for
@@ -15,6 +15,7 @@ from billing.usage import TenantId
 class Refills:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._refills = CompareAndSet(redis, Refill, BULK_DEADLINE_S)
 
     async def get(self, tenant: TenantId) -> Refill | None:
         async with guarded(BULK_DEADLINE_S):
@@ -37,8 +38,7 @@ class Refills:
             StoreUnavailable: others kept changing it.
         """
         name = shard_for(tenant).refill(tenant)
-        what = f"the auto-refill of {tenant}"
-        refill = await compare_and_set.change(self._redis, name, Refill, change, what, BULK_DEADLINE_S)
+        refill = await self._refills.change(name, change, f"the auto-refill of {tenant}")
         assert refill is not None, "it was set up before"
         return refill
 

@@ -201,11 +201,6 @@ class Shard:
         """HyperLogLog: client addresses from which an API key was used in one hour."""
         return f"{self.tag}:sightings:{tenant}:{key_id}:{hour}"
 
-    def settling(self, tenant: TenantId) -> list[str]:
-        """Every key that ending a hold may touch, in the order of ``settle.lua`` and ``expire.lua``."""
-        names = [self.account(tenant), self.buckets(tenant), self.holds, self.leases, self.limits(tenant)]
-        return [*names, self.stream, *self.settled]
-
 
 def shard_for(tenant: TenantId) -> Shard:
     return Shard(shard_of(tenant))

@@ -35,16 +35,6 @@ _READ_AS = {"": "ARGV[{}]", "flag": 'ARGV[{}] == "1"', **dict.fromkeys(("nanos",
 _DECLARED = re.compile(rf"-- ({'|'.join(_DECLARATIONS)}): (.*)")
 _NAME = re.compile(r"(?P<name>\w+)(?:(?P<list>\[(?P<fields>[^\]]*)\])|:(?P<kind>\w+))?")
 
-_BUILDS_ON = {
-    "ledger/hold": ("ledger/caps", "ledger/draw"),
-    "ledger/extend": ("ledger/caps", "ledger/draw"),
-    "ledger/settle": ("ledger/caps", "ledger/close"),
-    "ledger/expire": ("ledger/caps", "ledger/close"),
-    "ledger/orphan": ("ledger/caps", "ledger/close"),
-    "ledger/claim": ("ledger/outcome",),
-    "ledger/conclude": ("ledger/outcome",),
-}
-
 Word = str | int
 Argument = Word | Sequence[Word] | Sequence[Sequence[Word]]
 
@@ -134,8 +124,6 @@ def path(name: str) -> Path:
 @cache
 def source(name: str) -> str:
     """The whole text of one script. A script's SHA-1 is its name in the store: equal text is loaded once."""
-    if name.startswith("ledger/"):
-        return "\n".join(path(part).read_text() for part in ("store/common", *_BUILDS_ON.get(name, ()), name))
     parts = [path(part).read_text() for part in _included(name)]
     return "\n".join([*parts, _locals(header_of(name)), path(name).read_text()])
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from redis.asyncio import Redis
 
 from billing.clock import Clock, now_ms
-from billing.store import compare_and_set
 from billing.store import keys as names
+from billing.store.compare_and_set import CompareAndSet
 from billing.store.connection import guarded
 from billing.store.keys import shard_for
 from billing.tenants.errors import (
@@ -49,6 +49,7 @@ class Tenants:
     def __init__(self, redis: Redis, clock: Clock = now_ms) -> None:
         self._redis = redis
         self._clock = clock
+        self._tenants, self._keys = CompareAndSet(redis, Tenant), CompareAndSet(redis, ApiKey)
         self._seen: dict[str, _Seen] = {}
 
     async def create(self, tenant: Tenant) -> Tenant:
@@ -89,7 +90,7 @@ class Tenants:
             return new
 
         name = shard_for(tenant_id).tenant(tenant_id)
-        tenant = await compare_and_set.change(self._redis, name, Tenant, keeping_its_id, f"tenant {tenant_id}")
+        tenant = await self._tenants.change(name, keeping_its_id, f"tenant {tenant_id}")
         if tenant is None:
             raise UnknownTenant(tenant_id)
         return tenant
@@ -209,7 +210,7 @@ class Tenants:
         found = await self.key(tenant_id, key_id)
         name = names.api_key(found.hash)
         self._seen.pop(found.hash, None)
-        key = await compare_and_set.change(self._redis, name, ApiKey, keeping_its_identity, f"key {key_id}")
+        key = await self._keys.change(name, keeping_its_identity, f"key {key_id}")
         self._seen.pop(found.hash, None)
         if key is None:
             raise UnknownKey(key_id)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from billing.catalog.catalog import Model
 from billing.errors import BillingError
 from billing.ledger.account import Hold, Progress, Receipt, Settlement
-from billing.ledger.codec import snapshot_of, worst_case
+from billing.ledger.codec import max_cost, snapshot_of
 from billing.ledger.errors import InsufficientCredits, UnknownHold
 from billing.ledger.extension import GrowingHold
 from billing.ledger.leases import Leases
@@ -180,7 +180,8 @@ class Run:
     @property
     def progress(self) -> Progress:
         """What is billed if this gateway dies now: what was yielded to a stream, nothing of an answer on its way."""
-        return Progress(self.request_id, self.hold.request.tenant, self._delivered, self._price(self._delivered))
+        cost, held_nanos = self._price(self._delivered), self._credit.held_nanos
+        return Progress(self.request_id, self.hold.request.tenant, self._delivered, cost, held_nanos)
 
     def _price(self, usage: Usage) -> Nanos:
         return self.hold.request.price.charge(usage)
@@ -238,7 +239,7 @@ class Run:
             return None
         if hold.clamped_by is not None:
             return hold.clamped_by
-        return InsufficientCredits(hold.balance_nanos, worst_case(hold.request), hold.max_tokens)
+        return InsufficientCredits(hold.balance_nanos, max_cost(hold.request), hold.max_tokens)
 
     async def _read(self) -> Tokens:
         if self._ending is not None:
@@ -266,8 +267,8 @@ class Run:
     async def _close(self, status: Status, usage: Usage, free_if_away: bool) -> Receipt:
         if self._deadline is not None:
             self._deadline.cancel()
-        origin = snapshot_of(self.hold, self._credit.held_nanos)
-        settlement = Settlement(self.request_id, self.hold.request.tenant, usage, self._price(usage), status, origin)
+        snapshot = snapshot_of(self.hold, self._credit.held_nanos)
+        settlement = Settlement(self.request_id, self.hold.request.tenant, usage, self._price(usage), status, snapshot)
         try:
             await self._stop_engine()
         finally:

@@ -118,7 +118,7 @@ class Load:
                 ended = replace(settlement(asked.request_id, STEP_TOKENS), tenant=asked.tenant)
         assert ended.list_nanos <= held, "this load stays below what it held"
         self.expected[asked.request_id] = ended.list_nanos
-        return replace(ended, origin=snapshot_of(hold, held))
+        return replace(ended, snapshot=snapshot_of(hold, held))
 
     def _told(self, receipt: Receipt) -> None:
         self.acked[receipt.record.request_id] = receipt.record.charged_nanos

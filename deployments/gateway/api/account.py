@@ -40,7 +40,6 @@ async def account_json(parts: Services, tenant: Tenant) -> Json:
     plan = plan_of(tenant, parts.gateway.catalog_holder.current)
     funding = funding_for(tenant, plan, now_ms())
     account = await parts.ledger.account(tenant.id, funding)
-    kept = next((b for b in account.buckets if b.is_allowance), None)
     return {
         "object": "account",
         "tenant": tenant.id,
@@ -52,7 +51,7 @@ async def account_json(parts: Services, tenant: Tenant) -> Json:
         "held_requests": account.held_requests,
         "overage_usd": format_usd(account.overage_nanos),
         "overage_cap_usd": format_usd(funding.credit_limit),
-        "allowance": None if kept is None else _bucket_json(kept),
+        "allowance": None if account.allowance is None else _bucket_json(account.allowance),
         "packs": [_bucket_json(bucket) for bucket in account.buckets if not bucket.is_allowance],
         "open_holds": account.open_holds,
         "limits": plan.limits.model_dump(mode="json"),

@@ -82,6 +82,7 @@ async def test_hung_node_is_unavailable_to_its_own_tenants_only(nodes: Fleet, st
     ledger = Ledger(store)
     for number, tenant in enumerate(TENANTS):
         await ledger.grant(replace(money(100_000, f"payment:{number}"), tenant=tenant))
+    await asyncio.gather(*(ledger.account(tenant) for tenant in TENANTS for _ in range(5)))
     nodes.servers[0].send(signal.SIGSTOP)
     try:
         waits = await asyncio.gather(*(answered(ledger.account(tenant)) for tenant in TENANTS for _ in range(5)))

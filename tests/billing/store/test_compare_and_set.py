@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from billing.store import compare_and_set
+from billing.store.compare_and_set import CompareAndSet
 from billing.store.errors import StoreUnavailable
 from billing.store.keys import shard_for
 from billing.tenants.tenant import Tenant
@@ -21,20 +21,20 @@ def grown(tenant: Tenant) -> Tenant:
 
 async def test_concurrent_equal_changes_all_count(store: Redis) -> None:
     await store.set(KEY, STORED.model_dump_json())
-    await asyncio.gather(*(compare_and_set.change(store, KEY, Tenant, grown, "it") for _ in range(8)))
-    found = await compare_and_set.change(store, KEY, Tenant, lambda tenant: tenant, "it")
+    await asyncio.gather(*(CompareAndSet(store, Tenant).change(KEY, grown, "it") for _ in range(8)))
+    found = await CompareAndSet(store, Tenant).change(KEY, lambda tenant: tenant, "it")
     assert found == STORED.model_copy(update={"created_at_ms": 8})
 
 
 async def test_absent_value_is_not_made(store: Redis) -> None:
-    assert await compare_and_set.change(store, KEY, Tenant, grown, "it") is None
+    assert await CompareAndSet(store, Tenant).change(KEY, grown, "it") is None
     assert await store.exists(KEY) == 0
 
 
 async def test_change_without_effect_writes_nothing(store: Redis) -> None:
     text = STORED.model_dump_json(exclude={"name"})
     await store.set(KEY, text)
-    await compare_and_set.change(store, KEY, Tenant, lambda tenant: tenant, "it")
+    await CompareAndSet(store, Tenant).change(KEY, lambda tenant: tenant, "it")
     assert await store.get(KEY) == text
 
 
@@ -57,4 +57,4 @@ async def test_value_that_never_stands_still_is_unavailable(store: Redis) -> Non
             return text
 
     with pytest.raises(StoreUnavailable, match="the tenant is being changed by others"):
-        await compare_and_set.change(Busy(), KEY, Tenant, grown, "the tenant")  # type: ignore[arg-type]
+        await CompareAndSet(Busy(), Tenant).change(KEY, grown, "the tenant")  # type: ignore[arg-type]

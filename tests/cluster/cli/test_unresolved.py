@@ -37,7 +37,7 @@ async def _lose(store_url: str) -> None:
     holds = [await ledger.hold(request(f"req_{number}")) for number in (1, 2)]
     await redis.flushall()
     for hold in holds:
-        ended = replace(settlement(hold.request.request_id), origin=snapshot_of(hold, hold.held_nanos))
+        ended = replace(settlement(hold.request.request_id), snapshot=snapshot_of(hold, hold.held_nanos))
         with pytest.raises(UnresolvedSettlement):
             await ledger.settle(ended)
     await ledger.grant(money(200_000))
