@@ -10,6 +10,7 @@ declare, in the order in which they travel, what goes in and what comes out::
     -- args: id tenant total:nanos least:nanos calendar:ms is_preview:flag caps[window start:ms limit:nanos]
     -- reply: held amount | unknown | insufficient balance available held
 
+A script that ``writes`` to keys with a fence first compares the store's schema (``billing.store.schema``).
 ``include`` names parts, ``<feature>/lua/lib/<name>.lua``, which may include others; each stands in the text once. The
 locals ``keys``, ``id``, ``total`` ... are written by this module. ``nanos``, ``ms`` and ``count`` arrive as numbers, a
 ``flag`` as a boolean, everything else as text; ``caps[...]`` is a list of tables with these fields, ``ids[]`` a list of
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import cast
 
 from redis.asyncio import Redis
+
+from billing.store.schema import FENCE, fence_of
 
 _FEATURES = Path(__file__).parent.parent
 _DECLARATIONS = ("include", "writes", "keys", "args", "reply", "returns")
@@ -85,7 +88,8 @@ class Script:
 
     def __init__(self, redis: Redis, name: str) -> None:
         self._name, self._header = name, header_of(name)
-        self._script = redis.register_script(source(name))
+        self._plain = redis.register_script(source(name))
+        self._fenced = redis.register_script(FENCE + source(name)) if self._header.does_write else None
 
     async def reply(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument] | None = None) -> Reply:
         """Run it for the list that it declares. Raises TypeError where a name is wrong or missing; nothing is sent."""
@@ -104,7 +108,10 @@ class Script:
 
     async def _run(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument]) -> object:
         names = list(_key_words(self._name, self._header, keys))
-        return cast(object, await self._script(keys=names, args=list(_arg_words(self._name, self._header, args))))
+        words = list(_arg_words(self._name, self._header, args))
+        if self._fenced is not None and (fence := fence_of(names[0])):
+            return cast(object, await self._fenced(keys=[*names, fence], args=words))
+        return cast(object, await self._plain(keys=names, args=words))
 
 
 def path(name: str) -> Path:

@@ -10,6 +10,7 @@ from cluster.cli import (
     dodo,
     keys,
     lifecycle,
+    migrate,
     notices,
     reconcile,
     report,
@@ -55,6 +56,7 @@ app.command()(report.report)
 app.command()(report.price)
 app.command()(notices.notices)
 app.command()(reconcile.reconcile)
+app.command()(migrate.migrate)
 app.add_typer(unresolved.app, name="unresolved")
 app.add_typer(unresolved.app, name="quarantine", hidden=True)  # its name before 0.2
 app.add_typer(webhooks.app, name="webhooks")

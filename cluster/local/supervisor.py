@@ -22,18 +22,18 @@ import httpx
 import psutil
 
 from billing.errors import BillingError
-from billing.store.connection import connect
 from cluster import valkey
 from cluster.errors import ClusterError
 from cluster.local import children, demo, launch, ray_node
 from cluster.local.children import OWNER, Child
-from cluster.local.configuration import StoreOptions, begin_check, end_check, store_options_in
+from cluster.local.configuration import begin_check, end_check, store_options_in
 from cluster.local.dodo_products import sync_products
 from cluster.local.environment import SANDBOX, OperatorEnvironment, inherited, service_environment
 from cluster.local.launch import LaunchError, Progress
 from cluster.local.preflight import check_machine, check_ports
 from cluster.local.settings import Settings, free_block
 from cluster.local.state import Home, Phase, Run, Secrets, write_private
+from cluster.local.store import migrate_store, verify_store
 from cluster.serve_api import ServeApi, ServeConfig, ServeUnavailable
 
 RAY_START_TIMEOUT_S, SANDBOX_START_TIMEOUT_S = 120.0, 30.0
@@ -141,7 +141,8 @@ class Supervisor:
             self._begin("starting the store")
             self._store = self._run_store()
             url = self._store.url
-        asyncio.run(_verify_store(url, store_options_in(self._settings.config)))
+            asyncio.run(migrate_store(url, self._begin))
+        asyncio.run(verify_store(url, store_options_in(self._settings.config)))
         self._run = replace(self._run, store_url=url)
         self._write_pids()
         return url
@@ -240,12 +241,6 @@ class Supervisor:
             ports_base=0,
             haproxy=settings.haproxy,
         )
-
-
-async def _verify_store(url: str, options: StoreOptions) -> None:
-    """Raises StoreRefused or StoreUnavailable if the store is not safe for money or does not answer."""
-    redis = await connect(url, **options)
-    await redis.aclose()
 
 
 def supervise(
