@@ -14,7 +14,7 @@ from billing.archive.archive_cursor import ArchiveCursor
 from billing.archive.files import Archive
 from billing.clock import Clock, now_ms
 from billing.commerce.inbox import CHARGE_METER, Inbox
-from billing.dodo.budget import Budget, CallBudget
+from billing.dodo.call_budget import Budget, CallBudget
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.reconcile.books import ShardState

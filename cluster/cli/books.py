@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from billing.clock import now_ms
-from billing.dodo.budget import BothBudgets, CallBudget
-from billing.dodo.call_budget import SharedBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.call_budget import CallBudget, SharedBudget
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.errors import BillingError
 from billing.money import format_usd
 from billing.reconcile.proofs import Row
@@ -69,7 +69,7 @@ async def _reconcile(standing: Standing, with_dodo: bool, calls_per_minute: int,
     try:
         async with store(standing) as redis:
             archive = await history.archive_of(redis)
-            budget = BothBudgets(CallBudget(calls_per_minute), SharedBudget(redis))
+            budget = CallBudget(calls_per_minute, within=SharedBudget(redis))
             return await Reconciler(redis, dodo, archive, budget, is_full=is_full).run()
     finally:
         if dodo is not None:

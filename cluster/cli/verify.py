@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from billing.dodo.client import DodoSettings
 from billing.dodo.contract import Contract, Finding
 from billing.dodo.errors import DodoMisconfigured
+from billing.dodo.settings import DodoSettings
 from cluster.cli.books import JsonOption
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local.environment import LIVE, SANDBOX

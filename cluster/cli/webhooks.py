@@ -46,7 +46,7 @@ def replay(
     if id_ and not chosen:
         err.print(f"[bold red]farebox:[/] no delivery {id_} waits: see `farebox webhooks list`", highlight=False)
         raise typer.Exit(1)
-    ask(lambda standing: _hasten(standing, chosen))
+    ask(lambda standing: _reschedule(standing, chosen))
     out.print(f"the billing actor tries {len(chosen)} of {len(known)} again within seconds")
 
 
@@ -55,9 +55,9 @@ async def _parked(standing: Standing) -> list[Delivery]:
         return await Inbox(redis).parked(limit=MAX_LISTED)
 
 
-async def _hasten(standing: Standing, webhook_ids: list[str]) -> None:
+async def _reschedule(standing: Standing, webhook_ids: list[str]) -> None:
     async with store(standing) as redis:
-        await Inbox(redis).hasten(webhook_ids, now_ms())
+        await Inbox(redis).reschedule(webhook_ids, now_ms())
 
 
 def _moment(ms: int) -> str:

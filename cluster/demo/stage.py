@@ -21,13 +21,15 @@ from redis.asyncio import Redis
 
 from billing.catalog import publication
 from billing.catalog.catalog import Catalog
-from billing.commerce.auto_refill import Refiller
+from billing.commerce.auto_refill.refiller import Refiller
+from billing.commerce.auto_refill.store import Refills
+from billing.commerce.context import Commerce
 from billing.commerce.dodo_ids import id_of
-from billing.commerce.refill_store import Refills
 from billing.commerce.sync import sync
 from billing.commerce.webhooks import Webhooks
-from billing.dodo.budget import CallBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.call_budget import CallBudget
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.errors import Refusal
 from billing.export.exporter import Exporter
 from billing.ledger.account import Settlement
@@ -37,6 +39,7 @@ from billing.notices.log import Notices
 from billing.notices.thresholds import notices_for
 from billing.reconcile.reconciler import Reconciler, Report
 from billing.store.connection import connect
+from billing.sweep import Sweep
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Principal, Tenant, new_key
 from billing.usage import RequestId, Status, TenantId, Usage
@@ -109,13 +112,9 @@ class Stage:
         self._admission = Admission(self.ledger, self.calendar)
         budget = CallBudget(CALLS_PER_MINUTE, self.calendar)
         self._exporter = Exporter(self.redis, self.dodo, self.tenants, self.calendar, budget)
-        self.webhooks = Webhooks(
-            self.redis, self.dodo, self.ledger, self.tenants, self._current, self.secret, self.calendar
-        )
-        self._refiller = Refiller(
-            self.dodo, self.ledger, self.tenants, self.refills, self.webhooks.inbox, self.webhooks.payments,
-            self.notices, self._current, self.calendar,
-        )  # fmt: skip
+        commerce = Commerce(self.redis, self.dodo, self.ledger, self.tenants, self._current, self.calendar)
+        self.webhooks, self._refiller = Webhooks(commerce, self.secret), Refiller(commerce)
+        self._replaying, self._refilling = Sweep("webhooks", self.calendar), Sweep("refills", self.calendar)
 
     async def _current(self) -> Catalog | None:
         return await publication.current(self.redis)
@@ -138,13 +137,13 @@ class Stage:
         """Until the billing process would find nothing more to do."""
         await self._hear()
         await self._exporter.flush_once(force=True)
-        await self._refiller.run_once()
+        await self._refiller.run_once(self._refilling)
         await self._hear()
         for tenant in await self.tenants.list():
             plan, now = plan_of(tenant, self.catalog), self.calendar()
             account = await self.ledger.account(tenant.id, funding_for(tenant, plan, now))
             for notice in notices_for(tenant, plan, account, now):
-                await self.notices.tell(notice)
+                await self.notices.record(notice)
 
     async def _hear(self) -> None:
         """Until Dodo has told all its news and every one was applied."""
@@ -153,8 +152,8 @@ class Stage:
             if time.monotonic() > deadline:
                 raise StoryStuck(f"{pending[0]['type']} was not taken: {pending[0]['last_status']}")
             await asyncio.sleep(0.01)
-        await self.webhooks.replay()
-        if parked := await self.webhooks.inbox.parked(2**53, 1):
+        await self.webhooks.replay(self._replaying)
+        if parked := await self.webhooks.inbox.parked(1):
             raise StoryStuck(f"{parked[0].type} cannot be applied: {parked[0].reason}")
 
     async def _deliveries(self) -> list[Json]:

@@ -18,7 +18,8 @@ import httpx
 from billing.catalog.catalog import Catalog
 from billing.commerce.sync import SyncReport, plan, sync
 from billing.dodo.call_budget import SharedBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.errors import BillingError
 from billing.store.connection import connect
 from cluster.checking.findings import CheckFailed

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from billing.dodo.client import DodoSettings
+from billing.dodo.settings import DodoSettings
 from billing.export.outbox import Outbox
 from billing.periodic import LATE_S, LIMIT_S, Intervals, Parts, PeriodicTaskLate, PeriodicTasks, assemble
 from billing.store.connection import connect
@@ -54,7 +54,7 @@ async def test_a_new_tenant_gets_a_customer_and_its_usage_reaches_dodo(world: Wo
     await world.use("acme", overage=40)
 
     async def is_told() -> bool:
-        return (await world.told()) == world.sums
+        return (await world.exported()) == world.sums
 
     await until(is_told)
     parts = await pump.parts()
@@ -100,7 +100,7 @@ async def test_the_last_flush_happens_at_the_end(world: World, store_url: str, s
     await world.tenant("acme")
     await world.use("acme")
     await slow.stop()
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
 
 
 async def test_a_manual_flush_and_the_timer_do_no_harm_to_each_other(world: World, pump: PeriodicTasks) -> None:
@@ -108,7 +108,7 @@ async def test_a_manual_flush_and_the_timer_do_no_harm_to_each_other(world: Worl
     for _ in range(10):
         await world.use("acme", overage=1)
         await pump.flush()
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
 
 
 async def test_a_store_that_is_away_is_waited_for_and_the_status_says_so(
@@ -136,13 +136,13 @@ async def test_a_store_that_is_away_is_waited_for_and_the_status_says_so(
 
 async def test_a_timer_that_stands_still_is_unhealthy(pump: PeriodicTasks) -> None:
     pump.check()
-    pump.tasks[0].beat_s -= pump.tasks[0].interval_s + LIMIT_S + LATE_S + 1
+    pump.tasks[0].started_s -= pump.tasks[0].interval_s + LIMIT_S + LATE_S + 1
     with pytest.raises(PeriodicTaskLate, match="flush"):
         pump.check()
 
 
 async def test_an_ended_timer_is_unhealthy(pump: PeriodicTasks) -> None:
-    pump._tasks[1].cancel()
+    pump._timers[1].cancel()
     await asyncio.sleep(0.01)
     with pytest.raises(PeriodicTaskLate, match="expire"):
         pump.check()
@@ -200,12 +200,12 @@ async def test_the_actor_survives_a_kill_and_tells_everything_once(
         os.kill(before.pid, signal.SIGKILL)
         await world.use("acme", overage=2)
         await until(lambda: _is_clear(outbox), 90)
-        assert_same(await world.told(), world.sums)
+        assert_same(await world.exported(), world.sums)
         assert (await handle.status.remote()).pid != before.pid
         assert (await handle.counters.remote())["acme"].overage_nanos == 42
         await world.use("acme")
         assert (await handle.flush.remote()).error == ""
-        assert_same(await world.told(), world.sums)
+        assert_same(await world.exported(), world.sums)
     finally:
         await asyncio.to_thread(serve.shutdown)
         ray.shutdown()
@@ -226,7 +226,7 @@ async def test_the_actor_is_an_ordinary_class_that_needs_its_environment(
     status = await actor.status()
     assert (is_clear(status.backlog), len(status.cursors)) == (True, 1)
     assert (await actor.counters())[TenantId("acme")].overage_nanos == 5
-    await until(lambda: all(task.runs for task in actor._pump.tasks))
-    assert [task.last_error for task in actor._pump.tasks] == [""] * len(actor._pump.tasks)
+    await until(lambda: all(task.runs for task in actor._periodic.tasks))
+    assert [task.last_error for task in actor._periodic.tasks] == [""] * len(actor._periodic.tasks)
     await actor.close()
     assert actor.__del__() is None, "nothing is left to close"

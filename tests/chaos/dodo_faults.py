@@ -151,7 +151,7 @@ async def _away_for_a_day(at: House, clock: SteppedClock) -> Row:
             await asyncio.gather(*(exporter.flush_once() for exporter in exporters))
             clock.move(SECOND)
             assert clock() - returned <= DRAIN_MINUTES * MINUTE, "a day's backlog drains in minutes"
-        told, dead = await there.told(), (await Outbox(there.redis).sums()).dead_events
+        told, dead = await there.exported(), (await Outbox(there.redis).sums()).dead_events
         return _row_of(waiting, there.sums, told, lost=dead + watch.stale)
 
 

@@ -9,7 +9,7 @@ from billing.catalog import publication
 from billing.catalog.catalog import Catalog
 from billing.commerce.subscriptions import applied, as_stored
 from billing.commerce.waiting import NotYet
-from billing.dodo.budget import CallBudget
+from billing.dodo.call_budget import CallBudget
 from billing.dodo.wire import DodoSubscription
 from billing.export.events import BOUNDARY_MS
 from billing.ledger.admission import funding_for

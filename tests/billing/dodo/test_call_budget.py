@@ -5,9 +5,9 @@ import asyncio
 import httpx
 from redis.asyncio import Redis
 
-from billing.dodo.budget import BothBudgets, CallBudget
-from billing.dodo.call_budget import SharedBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.call_budget import CallBudget, SharedBudget
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.store.keys import CALL_BUDGET
 from cluster.dodo_sandbox.server import SandboxServer
 from tests.support.world import API_KEY, MINUTE, World
@@ -46,9 +46,9 @@ async def test_the_limit_is_what_the_billing_actor_said_last(redis: Redis) -> No
 
 
 async def test_a_share_is_bounded_by_both(redis: Redis) -> None:
-    both = BothBudgets(CallBudget(6), SharedBudget(redis, 240))
+    both = CallBudget(6, within=SharedBudget(redis, 240))
     assert [await both.take(), await both.take()] == [True, False]
-    other = BothBudgets(CallBudget(240), SharedBudget(redis, 6))
+    other = CallBudget(240, within=SharedBudget(redis, 6))
     assert not all([await other.take() for _ in range(45)])
 
 

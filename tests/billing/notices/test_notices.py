@@ -14,15 +14,15 @@ from billing.notices.dispatcher import (
     FIRST_RETRY_MS,
     MAX_RETRY_MS,
     NoticeDispatcher,
-    NoticeReceiverMisconfigured,
-    Receiver,
 )
 from billing.notices.log import Notices
 from billing.notices.notice import Notice, NoticeKind
+from billing.notices.receiver import NoticeReceiver, NoticeReceiverMisconfigured
+from billing.sweep import Sweep
 from billing.usage import TenantId
 
 SECRET = "whsec_" + "c2VjcmV0" * 4
-RECEIVER = Receiver("http://127.0.0.1:9/notices", SECRET)
+RECEIVER = NoticeReceiver("http://127.0.0.1:9/notices", SECRET)
 
 
 def notice(number: int) -> Notice:
@@ -48,32 +48,32 @@ class Ear:
 
 
 async def send(redis: Redis, ear: Callable[[httpx.Request], httpx.Response], now_ms: int = 0) -> int:
-    async with httpx.AsyncClient(transport=httpx.MockTransport(ear)) as client:
-        return await NoticeDispatcher(Notices(redis), RECEIVER, client, lambda: now_ms).run_once()
+    dispatcher = NoticeDispatcher(RECEIVER, lambda: now_ms, httpx.MockTransport(ear))
+    return await dispatcher.run_once(Notices(redis), Sweep("notices", lambda: now_ms))
 
 
 async def test_the_same_is_told_once(redis: Redis) -> None:
     notices = Notices(redis)
-    told = await asyncio.gather(*(notices.tell(notice(1)) for _ in range(5)))
+    told = await asyncio.gather(*(notices.record(notice(1)) for _ in range(5)))
     assert sorted(told) == [False, False, False, False, True]
-    await notices.tell(notice(2))
+    await notices.record(notice(2))
     assert [one.once for one in await notices.newest()] == ["balance:2", "balance:1"]
     assert [one.facts for one in await notices.newest(1)] == [{"number": "2"}]
 
 
 async def test_notices_are_sent_in_order_and_once(redis: Redis) -> None:
     for number in range(3):
-        await Notices(redis).tell(notice(number))
+        await Notices(redis).record(notice(number))
     ear = Ear()
     assert [await send(redis, ear), await send(redis, ear)] == [3, 0]
     assert [number for _, number in ear.heard] == ["0", "1", "2"]
-    await Notices(redis).tell(notice(3))
+    await Notices(redis).record(notice(3))
     assert await send(redis, ear) == 1
 
 
 async def test_one_that_is_not_heard_keeps_its_id_and_its_place(redis: Redis) -> None:
     for number in range(2):
-        await Notices(redis).tell(notice(number))
+        await Notices(redis).record(notice(number))
     ear = Ear(500, 301)
     assert await send(redis, ear) == 0
     assert await send(redis, ear, FIRST_RETRY_MS - 1) == 0
@@ -84,13 +84,13 @@ async def test_one_that_is_not_heard_keeps_its_id_and_its_place(redis: Redis) ->
 
 
 async def test_a_deaf_receiver_is_tried_for_a_day_and_then_the_notice_is_passed_over(redis: Redis) -> None:
-    await Notices(redis).tell(notice(1))
+    await Notices(redis).record(notice(1))
     ear, now = Ear(*[500] * (ATTEMPTS + 1)), 0
     for _ in range(ATTEMPTS):
         await send(redis, ear, now)
         now += MAX_RETRY_MS
     assert len(ear.statuses) == 1
-    await Notices(redis).tell(notice(2))
+    await Notices(redis).record(notice(2))
     ear.statuses.clear()
     assert await send(redis, ear, now) == 1
     assert [number for _, number in ear.heard] == ["2"]
@@ -101,7 +101,7 @@ async def test_a_receiver_that_cannot_be_reached_is_tried_again(redis: Redis) ->
     def refuses(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused", request=request)
 
-    await Notices(redis).tell(notice(1))
+    await Notices(redis).record(notice(1))
     assert await send(redis, refuses) == 0
     assert (await Notices(redis).sent()).attempts == 1
 
@@ -117,9 +117,9 @@ async def test_a_receiver_that_cannot_be_reached_is_tried_again(redis: Redis) ->
 )
 def test_half_a_receiver_is_refused(environ: dict[str, str]) -> None:
     with pytest.raises(NoticeReceiverMisconfigured, match="FAREBOX_NOTICES"):
-        Receiver.from_env(environ)
+        NoticeReceiver.from_env(environ)
 
 
 def test_a_receiver_is_optional_and_its_secret_is_not_shown() -> None:
-    assert Receiver.from_env({}) is None
+    assert NoticeReceiver.from_env({}) is None
     assert SECRET not in repr(RECEIVER)

@@ -12,8 +12,9 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.clock import now_ms
-from billing.dodo.budget import CallBudget
-from billing.dodo.client import PAGE, Dodo, DodoSettings, Event
+from billing.dodo.call_budget import CallBudget
+from billing.dodo.client import PAGE, Dodo, Event
+from billing.dodo.settings import DodoSettings
 from billing.export.events import CHARGE, USAGE, SealedEvent
 from billing.export.outbox import Outbox
 from billing.ledger.account import Bucket, Clawback, Grant

@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from billing.archive.archiver import Archiver
 from billing.archive.files import Archive
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.store.connection import connect
 from billing.store.keys import shard_for
+from billing.sweep import Sweep
 from cluster.cli.main import app
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local.settings import Settings
@@ -44,7 +46,7 @@ async def _move(store_url: str, sandbox: SandboxServer, archive: Path) -> None:
         await house.open()
         await house.move()
         await house.flush()
-        await Archiver(redis, Archive(str(archive)), 0).run_once()
+        await Archiver(redis, Archive(str(archive)), 0).run_once(Sweep("archive"))
         await house.serve("req_live")
     finally:
         await dodo.close()
