@@ -316,7 +316,8 @@ async def _enforce_abuse_rules(parts: Parts, sweep: Sweep) -> int:
 
 
 async def _refresh_subscriptions(parts: Parts, sweep: Sweep) -> int:
-    return await parts.webhooks.refresh_overdue(await parts.tenants.list(), sweep)
+    tenants, _ = await parts.tenants.list_readable()
+    return await parts.webhooks.refresh_overdue(tenants, sweep)
 
 
 async def _reconcile_store(parts: Parts, _: Sweep) -> ProofState:

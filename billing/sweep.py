@@ -19,6 +19,7 @@ FAILURES_IN_A_ROW = 5
 STUCK_FAILURES = 5
 """An item that failed so often, which takes more than a minute, is stuck."""
 ITEM_LIMIT_S = 60.0
+MAX_ERROR_LENGTH = 500
 MAX_REMEMBERED = 10_000
 """Failing items that are remembered; the one that failed first is then forgotten, and tried at once."""
 
@@ -131,7 +132,7 @@ class Sweep:
         known = self._failing.pop(id_, None)
         failures = 1 if known is None else known.failures + 1
         pause_ms = min(MAX_RETRY_MS, FIRST_RETRY_MS * 2 ** min(failures - 1, 20))
-        text = f"{type(error).__name__}: {error}"
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR_LENGTH]
         if len(self._failing) >= MAX_REMEMBERED:
             del self._failing[next(iter(self._failing))]
         self._failing[id_] = FailingItem(id_, failures, self._clock() + pause_ms, text, type(error))

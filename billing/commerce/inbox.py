@@ -4,6 +4,7 @@ Moves no money: what is stored here makes a delivery count once and keeps a fail
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -20,6 +21,8 @@ from billing.usage import Unit
 SCAN = 500
 CHARGE_METER = "meter:charge"
 """Our name for the one meter at Dodo."""
+
+log = logging.getLogger("farebox.billing.commerce.inbox")
 
 
 class Outcome(StrEnum):
@@ -122,7 +125,11 @@ class Inbox:
         old: list[str] = []
         async with guarded(BULK_DEADLINE_S):
             async for webhook_id, text in self._redis.hscan_iter(INBOX, count=SCAN):
-                delivery = Delivery.from_json(text)
+                try:
+                    delivery = Delivery.from_json(text)
+                except (ValueError, KeyError, TypeError) as error:
+                    log.warning("webhook %s cannot be read, and stays: %s", webhook_id, error)
+                    continue
                 if delivery.outcome is not Outcome.WAITING and delivery.received_at_ms < before_ms:
                     old.append(webhook_id)
             for first in range(0, len(old), SCAN):

@@ -90,6 +90,10 @@ class World:
         made = await self.tenants.create(Tenant(id=TenantId(name), email=f"{name}@example.com", plan=plan))
         return await self.give_customer(made.id) if has_customer else made
 
+    async def spoil(self, name: str) -> None:
+        """Make a tenant's record one that cannot be read, as another version might write it."""
+        await self.redis.set(shard_for(TenantId(name)).tenant(TenantId(name)), "{}")
+
     async def give_customer(self, tenant_id: TenantId) -> Tenant:
         tenant = await self.tenants.get(tenant_id)
         return await self.tenants.set_customer(tenant_id, await self.dodo.create_customer(tenant))

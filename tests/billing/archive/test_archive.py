@@ -129,6 +129,15 @@ async def test_nothing_is_trimmed_that_is_not_archived(house: House) -> None:
     assert await live(house) == before
 
 
+async def test_shard_with_an_unreadable_link_keeps_no_other_from_the_archive(house: House, archive: Archive) -> None:
+    bad, good = sorted((ACME, ZETA), key=lambda tenant: shard_for(tenant).number)
+    await house.redis.hset(shard_for(bad).archived, bad, "no link")
+    report = await archiver(house, archive).run_once(Sweep("archive"))
+    assert report.problems[0].startswith(f"shard {shard_for(bad).number} is not archived further: ValueError")
+    assert await house.redis.xlen(shard_for(good).stream) == 0
+    assert await house.redis.xlen(shard_for(bad).stream) > 0
+
+
 class Killed(BaseException):
     """The process ends here."""
 

@@ -37,6 +37,22 @@ async def test_every_tenant_is_told_its_usage_once_in_two_kinds(world: World) ->
     assert (await world.exporter().flush_once()).sent == 0
 
 
+async def test_tenant_that_cannot_be_read_keeps_no_other_from_being_exported(world: World) -> None:
+    for name in ("aaa", "acme"):
+        await world.tenant(name)
+        await world.use(name)
+    stored = str(await world.redis.get(shard_for(TenantId("aaa")).tenant(TenantId("aaa"))))
+    await world.spoil("aaa")
+    exporter = world.exporter()
+    report = await exporter.flush_once()
+    assert (report.sealed, report.sent, report.held) == (2, 1, 1)
+    assert report.error.startswith("aaa is not exported: ValidationError")
+    await world.redis.set(shard_for(TenantId("aaa")).tenant(TenantId("aaa")), stored)
+    report = await exporter.flush_once()
+    assert (report.sent, report.error) == (1, "")
+    assert_same(await world.exported(), world.sums)
+
+
 async def test_tokens_of_a_record_that_drew_twice_are_counted_once(world: World) -> None:
     await world.tenant("acme")
     await world.use("acme", charged=500, overage=200)
