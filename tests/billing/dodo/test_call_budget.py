@@ -3,6 +3,9 @@
 import asyncio
 
 import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from billing.dodo.call_budget import CallBudget, SharedBudget
@@ -10,6 +13,7 @@ from billing.dodo.client import Dodo
 from billing.dodo.settings import DodoSettings
 from billing.store.keys import CALL_BUDGET
 from cluster.dodo_sandbox.server import SandboxServer
+from tests.support.clock import SteppedClock
 from tests.support.world import API_KEY, MINUTE, World
 
 
@@ -52,6 +56,41 @@ async def test_a_share_is_bounded_by_both(redis: Redis) -> None:
     assert not all([await other.take() for _ in range(45)])
 
 
+@settings(max_examples=30)
+@given(
+    per_minute=st.sampled_from([1, 5, 6, 7, 60, 240, 1000]),
+    pauses_ms=st.lists(st.one_of(st.just(0), st.integers(0, 2 * MINUTE)), min_size=10, max_size=80),
+)
+def test_store_and_process_count_by_one_rule(store_url: str, per_minute: int, pauses_ms: list[int]) -> None:
+    asyncio.run(_compare(store_url, per_minute, pauses_ms))
+
+
+async def _compare(store_url: str, per_minute: int, pauses_ms: list[int]) -> None:
+    """Let both budgets see the same moments: a pause makes the store's last moment an earlier one.
+
+    A call that the store refuses writes nothing, so of its moment only a lower bound is known: that suffices, since the
+    process then has at most as many calls.
+    """
+    async with Redis.from_url(store_url, decode_responses=True) as redis:
+        await redis.delete(CALL_BUDGET)
+        clock = SteppedClock(await _store_ms(redis))
+        shared, own, passed_ms = SharedBudget(redis, per_minute), CallBudget(per_minute, clock), 0
+        for pause_ms in pauses_ms:
+            if await redis.exists(CALL_BUDGET):
+                await redis.hincrby(CALL_BUDGET, "seen", -pause_ms)
+                passed_ms += pause_ms
+            before_ms = await _store_ms(redis)
+            is_taken = await shared.take()
+            seen = await redis.hget(CALL_BUDGET, "seen")
+            clock.now_ms = passed_ms + (int(seen or 0) if is_taken else before_ms)
+            assert await own.take() == is_taken
+
+
+async def _store_ms(redis: Redis) -> int:
+    seconds, microseconds = await redis.time()
+    return int(seconds) * 1_000 + int(microseconds) // 1_000
+
+
 async def test_every_call_that_asked_nobody_is_counted(world: World, sandbox: SandboxServer) -> None:
     budget = SharedBudget(world.redis, 6)
     dodo = Dodo(DodoSettings(API_KEY, base_url=sandbox.url), on_call=budget.spend)
@@ -65,3 +104,17 @@ async def test_every_call_that_asked_nobody_is_counted(world: World, sandbox: Sa
 async def test_a_given_http_client_is_used_as_it_is(sandbox: SandboxServer) -> None:
     async with httpx.AsyncClient() as client:
         assert await Dodo(DodoSettings(API_KEY, base_url=sandbox.url), client).meters() == []
+
+
+@pytest.mark.parametrize("per_minute", [1, 5, 6, 7, 60, 240, 1000])
+async def test_no_minute_has_more_calls_than_its_budget(per_minute: int) -> None:
+    clock = SteppedClock()
+    budget = CallBudget(per_minute, clock)
+    taken: list[int] = []
+    for _ in range(3_000):
+        while await budget.take():
+            taken.append(clock())
+        clock.move(100)
+    busiest = max(sum(start <= at < start + MINUTE for at in taken) for start in taken[:: max(1, len(taken) // 200)])
+    assert 0 < busiest <= max(per_minute, 2)
+    assert len(taken) >= 4 * max(1, per_minute - per_minute // 6) - 4, "five minutes' calls may nearly all be used"
