@@ -1,7 +1,6 @@
-"""The billing process: what is done again and again, each on its own timer, whatever fails.
+"""The periodic tasks of the billing process, each on its own timer, whatever fails.
 
-Knows when; what is done stands in export, webhooks, customers and the ledger. Everything it does
-is repeatable, so that it may be killed at any moment and run twice at once.
+Everything they do is repeatable: the process may be killed at any moment, and two of them may run at once.
 """
 
 import asyncio
@@ -17,35 +16,42 @@ from billing.abuse.enforcer import AbuseEnforcer
 from billing.catalog import publication
 from billing.catalog.catalog import Catalog
 from billing.clock import now_ms
-from billing.commerce.auto_refill import Refiller
-from billing.commerce.customers import create_wanted
-from billing.commerce.refill_store import Refills
+from billing.commerce.auto_refill.refiller import Refiller
+from billing.commerce.context import Commerce
+from billing.commerce.customers import create_missing_customers
 from billing.commerce.webhooks import Webhooks
-from billing.dodo.budget import Budget
-from billing.dodo.call_budget import SharedBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.call_budget import Budget, SharedBudget
+from billing.dodo.client import Dodo
+from billing.dodo.errors import DodoUnavailable
+from billing.dodo.settings import DodoSettings
 from billing.export.exporter import Exporter, FlushReport
 from billing.ledger.admission import funding_for, plan_of
 from billing.ledger.ledger import Ledger
 from billing.notices.log import Notices
+from billing.notices.notice import Notice, NoticeKind
 from billing.notices.thresholds import notices_for
+from billing.reconcile.proof_state import ProofState
 from billing.reconcile.watch import Watch
 from billing.reports.counters import LiveCounters
+from billing.store.errors import StoreUnavailable
+from billing.sweep import FailingItem, Sweep
 from billing.tenants.directory import Tenants
+from billing.tenants.errors import UnknownTenant
+from billing.usage import TenantId
 
 LIMIT_S = 120.0
-"""A chore that takes longer is cut off and starts again: everything it does may be cut off."""
-EXAMINE_LIMIT_S = 3_000.0
-"""Dodo's books are many pages, and calls are few."""
+"""A task that takes longer is cut off and starts again: everything it does may be cut off."""
+RECONCILE_DODO_LIMIT_S = 3_000.0
+"""Dodo's events are many pages, and calls are few."""
 LATE_S = 60.0
-"""How much later than its interval and limit a chore's timer may be before the process is unhealthy."""
+"""How much later than its interval and limit a task's timer may be before the process is unhealthy."""
 FLUSH_PATIENCE_S = 45.0
-"""How long a flush goes on as its calls come in: well below the limit."""
+"""How long a flush waits for calls to become available: well below the limit."""
 RETRY_S = 60.0
-"""What is done once an hour is tried again sooner when it failed."""
+"""A task that failed is tried again after this time, even if its interval is longer."""
 LAST_FLUSH_S = 5.0
 
-log = logging.getLogger("farebox.billing.pump")
+log = logging.getLogger("farebox.billing.periodic")
 
 
 class PeriodicTaskLate(Exception):
@@ -54,63 +60,60 @@ class PeriodicTaskLate(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the chores work with, once the store has answered."""
+    """What the tasks work with, over one store and one Dodo."""
 
     redis: Redis
     dodo: Dodo
-    """For callers that ask the budget first."""
-    unasked: Dodo
-    """For those that do not: their calls are counted as they are made."""
+    """For callers that take each call from the budget themselves."""
+    counted_dodo: Dodo
+    """For the others: its calls are counted as they are made."""
+    budget: Budget
     ledger: Ledger
     tenants: Tenants
+    notices: Notices
     exporter: Exporter
     webhooks: Webhooks
-    counters: LiveCounters
-    budget: Budget
-    watch: Watch
-    notices: Notices
     refiller: Refiller
-    warden: AbuseEnforcer
+    counters: LiveCounters
+    watch: Watch
+    abuse_enforcer: AbuseEnforcer
 
     async def close(self) -> None:
         await self.dodo.close()
-        await self.unasked.close()
+        await self.counted_dodo.close()
         await self.redis.aclose()
 
 
 def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Parts:
-    """All parts over one store and one Dodo, sharing one budget of calls with every other process."""
-    dodo, ledger, tenants = Dodo(settings), Ledger(redis), Tenants(redis)
-    budget = SharedBudget(redis, calls_per_minute)
-    unasked = Dodo(settings, on_call=budget.spend)
+    """All parts, which share one budget of calls to Dodo with every other process."""
 
     async def catalog() -> Catalog | None:
         return await publication.current(redis)
 
-    webhooks = Webhooks(redis, unasked, ledger, tenants, catalog, settings.webhook_key)
-    exporter = Exporter(redis, dodo, tenants, budget=budget, patience_s=FLUSH_PATIENCE_S)
-    notices, counters = Notices(redis), LiveCounters(redis)
-    refiller = Refiller(unasked, ledger, tenants, Refills(redis), webhooks.inbox, webhooks.payments, notices, catalog)
+    budget = SharedBudget(redis, calls_per_minute)
+    dodo, counted_dodo = Dodo(settings), Dodo(settings, on_call=budget.spend)
+    ledger, tenants, notices, counters = Ledger(redis), Tenants(redis), Notices(redis), LiveCounters(redis)
+    commerce = Commerce(redis, counted_dodo, ledger, tenants, catalog)
     return Parts(
-        redis,
-        dodo,
-        unasked,
-        ledger,
-        tenants,
-        exporter,
-        webhooks,
-        counters,
-        budget,
-        Watch(redis, dodo, budget),
-        notices,
-        refiller,
-        AbuseEnforcer(tenants, notices, AddressSketches(redis), counters.habits),
+        redis=redis,
+        dodo=dodo,
+        counted_dodo=counted_dodo,
+        budget=budget,
+        ledger=ledger,
+        tenants=tenants,
+        notices=notices,
+        exporter=Exporter(redis, dodo, tenants, budget=budget, patience_s=FLUSH_PATIENCE_S),
+        webhooks=Webhooks(commerce, settings.webhook_key),
+        refiller=Refiller(commerce),
+        counters=counters,
+        watch=Watch(redis, dodo, budget),
+        abuse_enforcer=AbuseEnforcer(tenants, notices, AddressSketches(redis), counters.habits),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """Seconds between two runs of each chore."""
+    """Seconds between two runs of each task."""
 
     flush_s: float = 60.0
     expire_s: float = 5.0
@@ -122,8 +125,8 @@ class Intervals:
     abuse_s: float = 10.0
     subscriptions_s: float = 300.0
     prune_s: float = 3_600.0
-    glance_s: float = 60.0
-    examine_s: float = 3_600.0
+    reconcile_store_s: float = 60.0
+    reconcile_dodo_s: float = 3_600.0
 
 
 @dataclass
@@ -132,18 +135,25 @@ class PeriodicTask:
 
     name: str
     interval_s: float
-    run: Callable[[Parts], Awaitable[object]]
+    run: Callable[[Parts, Sweep], Awaitable[object]]
+    """Goes through its items by the sweep, so that one that fails keeps no other waiting."""
+    limit_s: float = LIMIT_S
     runs: int = 0
     failures: int = 0
-    """In a row."""
+    """Runs in a row that failed as a whole."""
     last_error: str = ""
-    """Of the last run; empty if it went well."""
-    limit_s: float = LIMIT_S
-    beat_s: float = field(default_factory=time.monotonic)
-    """When its timer last moved."""
+    """Of the last run; empty if it went well, whatever became of single items."""
+    started_s: float = field(default_factory=time.monotonic)
+    """When its last run began."""
+    sweep: Sweep = field(init=False)
+    noticed: set[str] = field(default_factory=set)
+    """Stuck items that a notice names."""
+
+    def __post_init__(self) -> None:
+        self.sweep = Sweep(self.name)
 
     def is_late(self, now_s: float) -> bool:
-        return now_s - self.beat_s > self.interval_s + self.limit_s + LATE_S
+        return now_s - self.started_s > self.interval_s + self.limit_s + LATE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,40 +162,44 @@ class PeriodicTaskStatus:
     runs: int
     failures: int
     last_error: str
+    failing_items: int = 0
+    """Items whose last try failed, each left out until its next one."""
+    first_failing: str = ""
+    """The one that has failed longest, and its error."""
 
 
 class PeriodicTasks:
-    """Runs every chore on its timer. The store may be away at the start, or any time later."""
+    """Runs every task on its timer. The store may be unavailable at the start, or any time later."""
 
     def __init__(self, open_parts: Callable[[], Awaitable[Parts]], intervals: Intervals) -> None:
         self._open, self._opening = open_parts, asyncio.Lock()
         self._parts: Parts | None = None
         self._flushing = asyncio.Lock()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._timers: list[asyncio.Task[None]] = []
         self.tasks = [
-            PeriodicTask("flush", intervals.flush_s, self._flush),
-            PeriodicTask("expire", intervals.expire_s, lambda parts: parts.ledger.expire()),
+            PeriodicTask("flush", intervals.flush_s, lambda parts, _: self._flush(parts)),
+            PeriodicTask("expire", intervals.expire_s, lambda parts, _: parts.ledger.expire()),
             PeriodicTask("customers", intervals.customers_s, _create_customers),
-            PeriodicTask("webhooks", intervals.webhooks_s, lambda parts: parts.webhooks.replay()),
-            PeriodicTask("counters", intervals.counters_s, lambda parts: parts.counters.catch_up()),
-            PeriodicTask("refills", intervals.refills_s, lambda parts: parts.refiller.run_once()),
-            PeriodicTask("notices", intervals.notices_s, _tell),
-            PeriodicTask("abuse", intervals.abuse_s, _watch_keys),
-            PeriodicTask("subscriptions", intervals.subscriptions_s, _refresh_overdue),
-            PeriodicTask("prune", intervals.prune_s, lambda parts: parts.webhooks.prune()),
-            PeriodicTask("glance", intervals.glance_s, lambda parts: parts.watch.glance()),
-            PeriodicTask("examine", intervals.examine_s, lambda parts: parts.watch.examine(), limit_s=EXAMINE_LIMIT_S),
+            PeriodicTask("webhooks", intervals.webhooks_s, lambda parts, sweep: parts.webhooks.replay(sweep)),
+            PeriodicTask("counters", intervals.counters_s, lambda parts, _: parts.counters.catch_up()),
+            PeriodicTask("refills", intervals.refills_s, lambda parts, sweep: parts.refiller.run_once(sweep)),
+            PeriodicTask("notices", intervals.notices_s, _record_threshold_notices),
+            PeriodicTask("abuse", intervals.abuse_s, _enforce_abuse_rules),
+            PeriodicTask("subscriptions", intervals.subscriptions_s, _refresh_subscriptions),
+            PeriodicTask("prune", intervals.prune_s, lambda parts, _: parts.webhooks.prune()),
+            PeriodicTask("reconcile_store", intervals.reconcile_store_s, _reconcile_store),
+            PeriodicTask("reconcile_dodo", intervals.reconcile_dodo_s, _reconcile_dodo, RECONCILE_DODO_LIMIT_S),
         ]
 
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._repeat(task), name=task.name) for task in self.tasks]
+        self._timers = [asyncio.create_task(self._repeat(task), name=task.name) for task in self.tasks]
 
     async def stop(self) -> None:
-        """End the timers, flush once more if that goes quickly, let go of the store."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        """End the timers, flush once more if that goes quickly, close the parts."""
+        for timer in self._timers:
+            timer.cancel()
+        await asyncio.gather(*self._timers, return_exceptions=True)
+        self._timers = []
         if self._parts is None:
             return
         try:
@@ -214,27 +228,29 @@ class PeriodicTasks:
             return await parts.exporter.flush_once(force=True)
 
     def check(self) -> None:
-        """Raises: PumpLate."""
+        """Raises: PeriodicTaskLate."""
         now = time.monotonic()
         late = [task.name for task in self.tasks if task.is_late(now)]
-        ended = [task.get_name() for task in self._tasks if task.done()]
+        ended = [timer.get_name() for timer in self._timers if timer.done()]
         if late or ended:
             raise PeriodicTaskLate(f"timers late: {', '.join(late) or 'none'}; ended: {', '.join(ended) or 'none'}")
 
     def statuses(self) -> tuple[PeriodicTaskStatus, ...]:
-        return tuple(PeriodicTaskStatus(c.name, c.runs, c.failures, c.last_error) for c in self.tasks)
+        return tuple(_status(task) for task in self.tasks)
 
     async def _flush(self, parts: Parts) -> FlushReport:
         async with self._flushing:
             return await parts.exporter.flush_once()
 
     async def _repeat(self, task: PeriodicTask) -> None:
-        """The outermost loop of this process: whatever fails is logged and counted, and tried again."""
+        """The outermost loop of this process: whatever fails is logged, counted and tried again."""
         while True:
-            task.beat_s = started = time.monotonic()
+            task.started_s = started = time.monotonic()
             try:
                 async with asyncio.timeout(task.limit_s):
-                    await task.run(await self.parts())
+                    parts = await self.parts()
+                    await task.run(parts, task.sweep)
+                    await _record_stuck_items(task, parts.notices)
             except Exception as error:  # noqa: BLE001, the outermost loop: whatever fails is counted and tried again
                 task.failures += 1
                 task.last_error = f"{type(error).__name__}: {error}"
@@ -246,27 +262,67 @@ class PeriodicTasks:
             await asyncio.sleep(max(0.01, pause_s - (time.monotonic() - started)))
 
 
-async def _create_customers(parts: Parts) -> int:
-    return await create_wanted(parts.unasked, parts.tenants, parts.budget)
+def _status(task: PeriodicTask) -> PeriodicTaskStatus:
+    failing = task.sweep.failing
+    longest = max(failing, key=lambda one: one.failures, default=None)
+    first = f"{longest.id}: {longest.error}" if longest else ""
+    return PeriodicTaskStatus(task.name, task.runs, task.failures, task.last_error, len(failing), first)
 
 
-async def _tell(parts: Parts) -> int:
-    """Tell what should be told of the tenants that used something since the last look. How many notices were new."""
-    catalog, told = await publication.current(parts.redis), 0
+async def _record_stuck_items(task: PeriodicTask, notices: Notices) -> None:
+    """Record a notice of each item that an owner has to look at: an unavailable store or Dodo comes back by itself."""
+    stuck = {one.id: one for one in task.sweep.failing if one.is_stuck and not _is_outage(one)}
+    for id_ in stuck.keys() - task.noticed:
+        now = now_ms()
+        facts = {"task": task.name, "item": id_, "error": stuck[id_].error}
+        await notices.record(Notice(NoticeKind.ITEM_STUCK, TenantId(""), f"stuck:{task.name}:{id_}:{now}", now, facts))
+    task.noticed = set(stuck)
+
+
+def _is_outage(failing: FailingItem) -> bool:
+    return issubclass(failing.error_type, (DodoUnavailable, StoreUnavailable))
+
+
+async def _create_customers(parts: Parts, sweep: Sweep) -> int:
+    return await create_missing_customers(parts.counted_dodo, parts.tenants, parts.budget, sweep)
+
+
+async def _record_threshold_notices(parts: Parts, sweep: Sweep) -> int:
+    """Record the thresholds that tenants reached who used something since the last run. How many notices were new."""
+    catalog = await publication.current(parts.redis)
     if catalog is None:
         return 0
-    for tenant in await parts.tenants.many(parts.counters.take_active()):
+
+    unseen = parts.counters.unseen()
+
+    async def record(tenant_id: TenantId) -> int:
+        try:
+            tenant = await parts.tenants.get(tenant_id)
+        except UnknownTenant:
+            parts.counters.note_seen(tenant_id, unseen[tenant_id])
+            return 0
         plan, now = plan_of(tenant, catalog), now_ms()
         account = await parts.ledger.account(tenant.id, funding_for(tenant, plan, now))
-        for notice in notices_for(tenant, plan, account, now):
-            told += await parts.notices.tell(notice)
-    return told
+        found = [await parts.notices.record(one) for one in notices_for(tenant, plan, account, now)]
+        parts.counters.note_seen(tenant_id, unseen[tenant_id])
+        return sum(found)
+
+    return sum(await sweep.run(sorted(unseen), record))
 
 
-async def _watch_keys(parts: Parts) -> int:
+async def _enforce_abuse_rules(parts: Parts, sweep: Sweep) -> int:
     catalog = await publication.current(parts.redis)
-    return 0 if catalog is None else await parts.warden.run_once(catalog.abuse)
+    return 0 if catalog is None else await parts.abuse_enforcer.run_once(catalog.abuse, sweep)
 
 
-async def _refresh_overdue(parts: Parts) -> int:
-    return await parts.webhooks.refresh_overdue(await parts.tenants.list())
+async def _refresh_subscriptions(parts: Parts, sweep: Sweep) -> int:
+    tenants, _ = await parts.tenants.list_readable()
+    return await parts.webhooks.refresh_overdue(tenants, sweep)
+
+
+async def _reconcile_store(parts: Parts, _: Sweep) -> ProofState:
+    return await parts.watch.reconcile_store()
+
+
+async def _reconcile_dodo(parts: Parts, _: Sweep) -> ProofState:
+    return await parts.watch.reconcile_dodo()

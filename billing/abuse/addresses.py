@@ -1,6 +1,6 @@
-"""From how many client addresses a key is used: an estimate by the hour, without keeping one address.
+"""Estimate from how many client addresses a key is used in an hour, without storing an address.
 
-Gateways note in memory and write what is new every few seconds, away from every request.
+Gateways note addresses in memory and write what is new to HyperLogLog sketches every few seconds, apart from requests.
 """
 
 import asyncio
@@ -21,33 +21,33 @@ HOUR_MS = 3_600_000
 FLUSH_S = 5.0
 KEPT_S = 7_200
 MAX_KNOWN = 50_000
-"""Addresses that a process remembers to have written; then it forgets them all, and may write some again."""
+"""Addresses that a process remembers; at more it forgets them all, and may write some again."""
 
 log = logging.getLogger(__name__)
-Sighting = tuple[TenantId, str, int, str]
+KeyUse = tuple[TenantId, str, int, str]
 """Tenant, key, hour and a digest of the address."""
 
 
 class AddressSketches:
     def __init__(self, redis: Redis, clock: Clock = now_ms) -> None:
         self._redis, self._clock = redis, clock
-        self._known: set[Sighting] = set()
-        self._new: set[Sighting] = set()
+        self._known: set[KeyUse] = set()
+        self._new: set[KeyUse] = set()
 
     def note(self, tenant: TenantId, key_id: str, address: str) -> None:
-        """A request came from there. Costs no round trip."""
+        """Note that a request came from this address. Makes no round trip."""
         digest = hashlib.blake2b(address.encode(), key=tenant.encode(), digest_size=8).hexdigest()
-        sighting = (tenant, key_id, self._clock() // HOUR_MS, digest)
-        if sighting in self._known:
+        use = (tenant, key_id, self._clock() // HOUR_MS, digest)
+        if use in self._known:
             return
         if len(self._known) >= MAX_KNOWN:
             self._known.clear()
             self._new.clear()
-        self._known.add(sighting)
-        self._new.add(sighting)
+        self._known.add(use)
+        self._new.add(use)
 
     async def flush(self) -> None:
-        """Raises StoreUnavailable; what was to be written is then written later."""
+        """Write what is new. Raises StoreUnavailable; the next call then writes it."""
         writing, self._new = self._new, set()
         if not writing:
             return
@@ -64,7 +64,7 @@ class AddressSketches:
             raise
 
     async def run(self) -> None:
-        """For ever; a store that is away costs estimates, not requests."""
+        """Flush every few seconds, until cancelled. Without the store estimates are late, and requests are not."""
         while True:
             await asyncio.sleep(FLUSH_S)
             try:
@@ -73,7 +73,7 @@ class AddressSketches:
                 log.warning("client addresses are written later: %s", error)
 
     async def counts(self, keys: Sequence[tuple[TenantId, str]]) -> dict[tuple[TenantId, str], int]:
-        """Addresses of each key in the hour that runs, within a percent or so."""
+        """Addresses of each key in the current hour, within a percent or so."""
         hour = self._clock() // HOUR_MS
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)

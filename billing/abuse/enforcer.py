@@ -1,6 +1,6 @@
-"""Puts keys that are used like stolen ones into quarantine, and tells their owner; lifted, they are left alone a day.
+"""Throttle keys that are used like stolen ones, and record a notice for their owner.
 
-Safe to repeat: a key is put there once, and its notice told once.
+Safe to repeat: a key is throttled once, and its notice recorded once. A key that a person lifted is left alone a day.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ from billing.catalog.abuse import Abuse
 from billing.clock import Clock, now_ms
 from billing.notices.log import Notices
 from billing.notices.notice import Notice, NoticeKind
+from billing.sweep import Sweep
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import UnknownKey
 from billing.tenants.tenant import ApiKey, Throttle
 
-REST_MS = 24 * 3_600_000
-"""How long a key that a person lifted is not put back."""
+LEFT_ALONE_MS = 24 * 3_600_000
+"""How long a key that a person lifted is not throttled again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +28,21 @@ class AbuseEnforcer:
     habits: Habits
     clock: Clock = now_ms
 
-    async def run_once(self, abuse: Abuse) -> int:
-        """How many notices were new."""
-        now, told = self.clock(), 0
+    async def run_once(self, abuse: Abuse, sweep: Sweep) -> int:
+        """Throttle every key whose use is unusual now. How many notices were new."""
+        now = self.clock()
         self.habits.forget(now)
         if not abuse.watch:
             return 0
         addresses = await self.address_sketches.counts(self.habits.used_in(now))
-        for verdict in self.habits.verdicts(abuse, addresses, now):
-            told += await self._put(verdict, now)
-        return told
+        verdicts = self.habits.verdicts(abuse, addresses, now)
+        return sum(await sweep.run(verdicts, self._throttle, id_of=lambda one: f"{one.tenant}/{one.key_id}"))
 
-    async def _put(self, verdict: Verdict, now: int) -> bool:
+    async def _throttle(self, verdict: Verdict) -> bool:
+        now = self.clock()
+
         def throttled(key: ApiKey) -> ApiKey:
-            is_left_alone = key.revoked_at_ms or key.throttled or now < key.lifted_at_ms + REST_MS
+            is_left_alone = key.revoked_at_ms or key.throttled or now < key.lifted_at_ms + LEFT_ALONE_MS
             reason = Throttle(reason=verdict.reason.value, detail=verdict.detail, since_ms=now)
             return key if is_left_alone else key.model_copy(update={"throttled": reason})
 
@@ -48,7 +50,7 @@ class AbuseEnforcer:
             key = await self.tenants.change_key(verdict.tenant, verdict.key_id, throttled)
         except UnknownKey:
             return False
-        return key.throttled is not None and await self.notices.tell(_notice(key, key.throttled))
+        return key.throttled is not None and await self.notices.record(_notice(key, key.throttled))
 
 
 def _notice(key: ApiKey, why: Throttle) -> Notice:
@@ -60,4 +62,4 @@ def _notice(key: ApiKey, why: Throttle) -> Notice:
         "detail": why.detail,
         "remedy": f"farebox keys lift {key.tenant} {key.id}, or revoke",
     }
-    return Notice(NoticeKind.KEY_QUARANTINED, key.tenant, f"quarantine:{key.id}:{why.since_ms}", why.since_ms, facts)
+    return Notice(NoticeKind.KEY_THROTTLED, key.tenant, f"quarantine:{key.id}:{why.since_ms}", why.since_ms, facts)

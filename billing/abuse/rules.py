@@ -1,6 +1,6 @@
-"""Is a key used as a stolen one would be? Against its own history, by the hour.
+"""Tell whether a key is used as a stolen one would be, by the hour and compared with its own past.
 
-Pure: usage records in, verdicts out. Knows no store; what becomes of a verdict is ``billing.abuse.enforcer``'s.
+Pure: usage records in, verdicts out, on which ``billing.abuse.enforcer`` acts.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from billing.usage import TenantId, UsageRecord
 
 HOUR_MS = 3_600_000
 KNOWN_HOURS = 24
-"""A younger key has no habits yet: how much it spends says nothing."""
+"""The spend of a younger key is not judged: there is too little to compare it with."""
 MOSTLY = (9, 10)
 """The share of an hour's answers that must be as long as its longest to be called maximal."""
 UsedKey = tuple[TenantId, str]
@@ -29,7 +29,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A key that should be in quarantine, and why, in words for its owner."""
+    """A key that should be throttled, and why, in words for its owner."""
 
     tenant: TenantId
     key_id: str
@@ -58,7 +58,7 @@ class Hour:
 
 
 class Habits:
-    """How each key was used in the last week, hour by hour. One owner."""
+    """How each key was used in the last week, hour by hour."""
 
     def __init__(self) -> None:
         self._hours: defaultdict[UsedKey, dict[int, Hour]] = defaultdict(dict)
@@ -68,11 +68,11 @@ class Habits:
         hours.setdefault(record.occurred_at_ms // HOUR_MS, Hour()).add(record)
 
     def used_in(self, now_ms: int) -> list[UsedKey]:
-        """Keys that were used in the hour that runs."""
+        """Keys that were used in the current hour."""
         return [key for key, hours in self._hours.items() if now_ms // HOUR_MS in hours]
 
     def forget(self, now_ms: int) -> None:
-        """Let go of what is older than a week."""
+        """Drop hours that are more than a week old."""
         first = now_ms // HOUR_MS - REMEMBERED_HOURS
         for key, hours in list(self._hours.items()):
             for hour in [hour for hour in hours if hour < first]:
@@ -81,7 +81,7 @@ class Habits:
                 del self._hours[key]
 
     def verdicts(self, abuse: Abuse, addresses: Mapping[UsedKey, int], now_ms: int) -> Iterator[Verdict]:
-        """Keys whose use in the hour that runs is unusual, with the first reason found."""
+        """Keys whose use in the current hour is unusual, with the first reason found."""
         hour = now_ms // HOUR_MS
         for tenant, key_id in self.used_in(now_ms):
             hours = self._hours[tenant, key_id]

@@ -1,6 +1,6 @@
-"""How far each shard is archived, in the store, and the trimming of what lies behind.
+"""How far each shard is archived, in the store, and the trimming of entries that are archived.
 
-Every change is one atomic step; the files themselves are the archive's.
+Every change is one atomic step. The files stand in ``files``.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from billing.usage import TenantId
 
 
 async def archive_url(redis: Redis) -> str:
-    """Where the archive is, as the archiver last said it; empty where nothing was archived."""
+    """Where the archive is, as the archiver announced it; empty where nothing was archived."""
     async with guarded():
         return str(await redis.get(ARCHIVE) or "")
 
@@ -31,7 +31,7 @@ class ArchiveCursor:
         self._trim = Script(redis, "archive/trim")
 
     async def announce(self, url: str) -> None:
-        """Tell everyone who reads old entries where they are."""
+        """Store where the archive is, for all that read old entries."""
         async with guarded():
             await self._redis.set(ARCHIVE, url)
 
@@ -69,7 +69,7 @@ class ArchiveCursor:
         return bool(moved)
 
     async def trim(self, shard: Shard, keep_ms: int) -> int:
-        """Remove what is sealed, archived and older than ``keep_ms``. How many entries that were."""
+        """Remove what is sealed, archived and older than ``keep_ms``. How many entries those were."""
         async with guarded(BULK_DEADLINE_S):
             return await self._trim.number(
                 keys={"cursor": shard.cursor, "stream": shard.stream}, args={"keep": keep_ms}

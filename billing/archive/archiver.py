@@ -1,10 +1,9 @@
-"""Moves entries that are sealed and old enough from the stream to the archive, then trims the stream.
+"""Move entries that are sealed and old enough from the stream to the archive, then trim the stream.
 
-Every step is repeatable: killed between any two, or run twice at once, nothing is lost or counted twice.
+Every step is repeatable: killed between any two, or run twice at once, it loses nothing and counts nothing twice.
 """
 
 import asyncio
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,15 +12,14 @@ from redis.asyncio import Redis
 from billing.archive.archive_cursor import ArchiveCursor
 from billing.archive.files import Archive
 from billing.errors import BillingError
-from billing.ledger.journal import Entry, Link, UnreadableEntry, order
+from billing.ledger.journal import Entry, Link, order
 from billing.store.keys import ALL_SHARDS, Shard
+from billing.sweep import Sweep
 from billing.usage import TenantId
 
 KEEP_MS = 6 * 3_600_000
-"""A settle that is repeated finds its record in the stream; its marker is forgotten sooner than this."""
+"""A repeated settle finds its record in the stream: this is longer than the deduplication window."""
 WINDOW_ENTRIES = 5_000
-
-log = logging.getLogger("farebox.billing.archive.files")
 
 
 class ChainBroken(BillingError):
@@ -35,7 +33,7 @@ class ArchiveReport:
     archived: int
     trimmed: int
     problems: tuple[str, ...] = ()
-    """Shards that stand still, and why."""
+    """Shards that are not archived further, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +43,28 @@ class Archiver:
     keep_ms: int = KEEP_MS
     """Entries younger than this stay in the stream, and out of the archive."""
 
-    async def run_once(self) -> ArchiveReport:
+    async def run_once(self, sweep: Sweep) -> ArchiveReport:
         """Archive and trim every shard; one that cannot be archived keeps no other waiting.
 
         Raises:
-            StoreUnavailable, ArchiveUnavailable: the rest waits for the next run.
+            StoreUnavailable, ArchiveUnavailable: several shards in a row failed; the rest waits for the next run.
         """
-        cursor, archived, trimmed = ArchiveCursor(self.redis), 0, 0
-        problems: list[str] = []
+        cursor = ArchiveCursor(self.redis)
         await cursor.announce(self.archive.url)
         until_ms = await cursor.now_ms() - self.keep_ms
-        for shard in ALL_SHARDS:
+
+        async def archive(number: int) -> tuple[int, int]:
+            shard = Shard(number)
             try:
-                archived += await self._archive(cursor, shard, until_ms)
-            except (ChainBroken, UnreadableEntry) as error:
-                problems.append(f"shard {shard.number} is not archived further: {error}")
-                log.error(problems[-1])
-            trimmed += await cursor.trim(shard, self.keep_ms)
-        return ArchiveReport(archived, trimmed, tuple(problems))
+                archived = await self._archive(cursor, shard, until_ms)
+            except BillingError:
+                await cursor.trim(shard, self.keep_ms)  # what is archived already
+                raise
+            return archived, await cursor.trim(shard, self.keep_ms)
+
+        done = await sweep.run([shard.number for shard in ALL_SHARDS], archive, is_forced=True)
+        problems = tuple(f"shard {one.id} is not archived further: {one.error}" for one in sweep.failing)
+        return ArchiveReport(sum(archived for archived, _ in done), sum(trimmed for _, trimmed in done), problems)
 
     async def _archive(self, cursor: ArchiveCursor, shard: Shard, until_ms: int) -> int:
         start, sealed = await cursor.position(shard)
@@ -75,7 +77,7 @@ class Archiver:
             links = advance(await cursor.links(shard), entries)
             await asyncio.to_thread(self.archive.write, shard, entries)
             if not await cursor.move(shard, start, entries[-1].id, links):
-                break  # another archiver is at it
+                break  # another archiver moved it
             moved, start = moved + len(entries), entries[-1].id
         return moved
 

@@ -1,4 +1,4 @@
-"""What the archive cannot do."""
+"""Failures of the archive."""
 
 from billing.errors import BillingError
 

@@ -1,7 +1,6 @@
-"""The archive: stream entries of closed times in Parquet files, by date, readable by any tool.
+"""The archive: old stream entries in Parquet files, by date, readable by any tool.
 
-Knows files; the store's part, how far the archive has come and what may be trimmed, is ``archiving``'s.
-The same entries may lie in two files after a crash: an entry's stream id tells them apart.
+The same entry may stand in two files after a crash: its stream id shows that it is one.
 """
 
 import math

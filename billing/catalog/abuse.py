@@ -1,4 +1,4 @@
-"""When a key counts as used like a stolen one, as the owner configures it; judged in ``billing.abuse``."""
+"""When a key counts as used like a stolen one, as the owner configures it; ``billing.abuse`` judges by it."""
 
 from typing import Annotated
 
@@ -13,24 +13,24 @@ REMEMBERED_HOURS = 7 * 24
 
 
 class Abuse(BaseModel):
-    """What puts a key into quarantine, and what it may still do there."""
+    """What gets a key throttled, and what a throttled key may still do."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     watch: bool = True
-    """False: no key is put into quarantine; those that are in it stay."""
+    """False: no key is throttled from now on; those that are stay so."""
     hourly_cap: Usd = Nanos(1_000_000_000)
-    """What a key in quarantine may spend in an hour."""
+    """The most that a throttled key may spend in an hour."""
     requests_per_minute: Annotated[int, Field(gt=0)] = 6
-    """How often it may ask, whatever that costs."""
+    """Requests that it may make, whatever they cost."""
     spend_factor: Annotated[int, Field(ge=2)] = 20
-    """So many times the mean of its busy hours in the last week is unusual."""
+    """Spending so many times the mean of its busy hours in the last week is unusual."""
     spend_at_least: Usd = Nanos(10_000_000_000)
-    """Less in an hour is nobody's concern."""
+    """Less than this in an hour is never unusual."""
     long_hours: Annotated[int, Field(ge=1, le=REMEMBERED_HOURS)] = 3
     """So many hours in a row in which nearly every answer is as long as the longest look like scraping."""
     long_requests: Annotated[int, Field(ge=1)] = 500
-    """If each hour has so many answers,"""
+    """Each of these hours has at least so many answers,"""
     long_tokens: Annotated[int, Field(ge=1)] = 256
     """and the longest at least so many tokens."""
     addresses: Annotated[int, Field(ge=1)] = 100

@@ -3,7 +3,6 @@
 Knows what a tenant may draw on in a period; knows no store and no payment provider.
 """
 
-from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
@@ -154,10 +153,3 @@ class Pack(_Configured):
     @property
     def is_hidden(self) -> bool:
         return self.visibility == "hidden"
-
-
-def month_of(now: datetime) -> tuple[datetime, datetime]:
-    """The calendar month in UTC that holds ``now``: its start and the start of the next."""
-    start = now.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    end = start.replace(year=start.year + 1, month=1) if start.month == 12 else start.replace(month=start.month + 1)
-    return start, end

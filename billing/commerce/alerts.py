@@ -1,16 +1,14 @@
-"""Dodo's bad news, and its end, as notices to the owner: failed payments, subscriptions on hold, dunning.
+"""Record Dodo's events that an owner should hear of as notices: failed payments, subscriptions on hold, dunning.
 
-Knows which events are news and whom they are about; moves no money and changes no plan.
+Moves no money and changes no plan.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from billing.clock import Clock, now_ms
+from billing.commerce.context import Commerce
 from billing.dodo.fields import Wire, inner, text
 from billing.notices.log import Notices
 from billing.notices.notice import Notice, NoticeKind
-from billing.tenants.directory import Tenants
 
 FACTS: Mapping[NoticeKind, tuple[str, ...]] = {
     NoticeKind.PAYMENT_FAILED: ("payment_id", "subscription_id", "error_code", "error_message"),
@@ -19,25 +17,28 @@ FACTS: Mapping[NoticeKind, tuple[str, ...]] = {
     NoticeKind.DUNNING_STARTED: ("subscription_id", "trigger_state", "created_at"),
     NoticeKind.DUNNING_RECOVERED: ("subscription_id", "trigger_state", "created_at"),
 }
-"""What each notice repeats of its event. Kinds are Dodo's own names."""
+"""The fields of its event that each notice repeats. Kinds are Dodo's own names."""
 NAMED_BY = ("payment_id", "subscription_id", "previous_billing_date", "created_at")
-"""Together they say which event it is, so that it is told once whatever its delivery's id."""
+"""Fields that identify an event, so that it is recorded once whatever its delivery's id."""
 
 
-@dataclass(frozen=True, slots=True)
 class Alerts:
-    tenants: Tenants
-    notices: Notices
-    clock: Clock = now_ms
+    def __init__(self, commerce: Commerce) -> None:
+        self._tenants, self._clock = commerce.tenants, commerce.clock
+        self._notices = Notices(commerce.redis)
 
-    async def tell(self, kind: str, data: Wire) -> bool:
-        """Tell this event, once. False where it is no news, or about nobody we know."""
-        news = next((one for one in FACTS if one == kind), None)
+    async def record(self, type_: str, data: Wire) -> bool:
+        """Record a notice of this event, once.
+
+        Returns:
+            False where the event's type makes no notice, or its customer is no tenant's.
+        """
+        kind = next((one for one in FACTS if one == type_), None)
         customer_id = text(data, "customer_id", "") or text(inner(data, "customer"), "customer_id", "")
-        tenant = await self.tenants.by_customer(customer_id) if news and customer_id else None
-        if news is None or tenant is None:
+        tenant = await self._tenants.by_customer(customer_id) if kind and customer_id else None
+        if kind is None or tenant is None:
             return False
-        facts = {name: value for name in FACTS[news] if (value := text(data, name, ""))}
-        once = ":".join([news, *(facts[name] for name in NAMED_BY if name in facts)])
-        await self.notices.tell(Notice(news, tenant.id, once, self.clock(), facts))
+        facts = {name: value for name in FACTS[kind] if (value := text(data, name, ""))}
+        once = ":".join([kind, *(facts[name] for name in NAMED_BY if name in facts)])
+        await self._notices.record(Notice(kind, tenant.id, once, self._clock(), facts))
         return True

@@ -1,9 +1,10 @@
 """Webhook deliveries as they came and what became of them, and the credit that payments buy.
 
-Nothing here moves money: it remembers, so that a delivery counts once and a failed one is not lost.
+Moves no money: what is stored here makes a delivery count once and keeps a failed one from being lost.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -20,6 +21,8 @@ from billing.usage import Unit
 SCAN = 500
 CHARGE_METER = "meter:charge"
 """Our name for the one meter at Dodo."""
+
+log = logging.getLogger("farebox.billing.commerce.inbox")
 
 
 class Outcome(StrEnum):
@@ -49,7 +52,7 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class PurchasedCredit:
     """The credit that one line of a payment buys."""
 
     source: str
@@ -64,7 +67,7 @@ class Inbox:
         self._redis = redis
 
     async def receive(self, delivery: Delivery, next_try_ms: int) -> Delivery:
-        """Keep a delivery before anything is done with it; returns the one known under this id, if any."""
+        """Store a delivery before anything is done with it. Returns the one stored under this id before, if any."""
         async with guarded(BULK_DEADLINE_S):
             is_new = await self._redis.hsetnx(INBOX, delivery.id, json.dumps(asdict(delivery)))
             if not is_new:
@@ -79,7 +82,7 @@ class Inbox:
         return Delivery.from_json(text) if text else None
 
     async def finish(self, delivery: Delivery) -> None:
-        """Applied or kept: it is not tried again."""
+        """Store how it ended, applied or kept: it is not tried again."""
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             pipe.hset(INBOX, delivery.id, json.dumps(asdict(delivery)))
@@ -87,23 +90,28 @@ class Inbox:
             await pipe.execute()
 
     async def park(self, delivery: Delivery, next_try_ms: int) -> None:
-        """Keep it, with its reason, until ``next_try_ms``."""
+        """Store it with the reason why it waits, to be tried again at ``next_try_ms``."""
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             pipe.hset(INBOX, delivery.id, json.dumps(asdict(delivery)))
             pipe.zadd(INBOX_PARKED, {delivery.id: next_try_ms})
             await pipe.execute()
 
-    async def parked(self, due_ms: int | None = None, limit: int = 50) -> list[Delivery]:
-        """Deliveries that wait, those due first; with ``due_ms`` only those due by then."""
+    async def parked(self, limit: int = 50) -> list[Delivery]:
+        """Deliveries that wait, those due first."""
         async with guarded(BULK_DEADLINE_S):
-            until = "+inf" if due_ms is None else due_ms
-            ids = cast(list[str], await self._redis.zrangebyscore(INBOX_PARKED, "-inf", until, start=0, num=limit))
+            ids = cast(list[str], await self._redis.zrange(INBOX_PARKED, 0, limit - 1))
             texts = cast(Sequence[str | None], await self._redis.hmget(INBOX, ids) if ids else [])
         return [Delivery.from_json(text) for text in texts if text]
 
-    async def hasten(self, webhook_ids: Sequence[str], due_ms: int) -> None:
-        """Let waiting deliveries be tried from ``due_ms`` on; what was finished meanwhile stays finished."""
+    async def due(self, due_ms: int, limit: int) -> list[str]:
+        """Ids of deliveries that wait and are due by then, those due longest first."""
+        async with guarded(BULK_DEADLINE_S):
+            found = await self._redis.zrangebyscore(INBOX_PARKED, "-inf", due_ms, start=0, num=limit)
+        return cast(list[str], found)
+
+    async def reschedule(self, webhook_ids: Sequence[str], due_ms: int) -> None:
+        """Try waiting deliveries at ``due_ms``; what was finished meanwhile stays finished."""
         if webhook_ids:
             async with guarded(BULK_DEADLINE_S):
                 await self._redis.zadd(INBOX_PARKED, dict.fromkeys(webhook_ids, due_ms), xx=True)
@@ -113,35 +121,40 @@ class Inbox:
             return int(await self._redis.zcard(INBOX_PARKED))
 
     async def prune(self, before_ms: int) -> int:
-        """Forget what was finished and received before then. How many that were."""
+        """Delete deliveries that are finished and were received before then. How many those were."""
         old: list[str] = []
         async with guarded(BULK_DEADLINE_S):
             async for webhook_id, text in self._redis.hscan_iter(INBOX, count=SCAN):
-                delivery = Delivery.from_json(text)
+                try:
+                    delivery = Delivery.from_json(text)
+                except (ValueError, KeyError, TypeError) as error:
+                    log.warning("webhook %s cannot be read, and stays: %s", webhook_id, error)
+                    continue
                 if delivery.outcome is not Outcome.WAITING and delivery.received_at_ms < before_ms:
                     old.append(webhook_id)
             for first in range(0, len(old), SCAN):
                 await self._redis.hdel(INBOX, *old[first : first + SCAN])
         return len(old)
 
-    async def fix_terms(self, payment_id: str, terms: Sequence[Term]) -> tuple[Term, ...]:
-        """What a payment buys: these terms, or those fixed when it was first seen."""
+    async def fix_purchase(self, payment_id: str, credits_: Sequence[PurchasedCredit]) -> tuple[PurchasedCredit, ...]:
+        """What a payment buys: ``credits_``, or what was fixed when it was first seen."""
         async with guarded(BULK_DEADLINE_S):
-            await self._redis.hsetnx(PAYMENTS, payment_id, json.dumps([asdict(term) for term in terms]))
+            await self._redis.hsetnx(PAYMENTS, payment_id, json.dumps([asdict(one) for one in credits_]))
             text = await self._redis.hget(PAYMENTS, payment_id)
-        return _terms(cast(str, text))
+        return _credits(cast(str, text))
 
-    async def terms(self, payment_id: str) -> tuple[Term, ...] | None:
+    async def purchase(self, payment_id: str) -> tuple[PurchasedCredit, ...] | None:
         async with guarded(BULK_DEADLINE_S):
             text = cast(str | None, await self._redis.hget(PAYMENTS, payment_id))
-        return _terms(text) if text else None
+        return _credits(text) if text else None
 
     async def names(self) -> dict[str, str]:
-        """Dodo's id to our name, such as ``pack:small``, of everything that was made at Dodo."""
+        """By Dodo's id, our name, such as ``pack:small``, of everything that we made at Dodo."""
         return {id_: name for name, id_ in (await all_ids(self._redis)).items()}
 
 
-def _terms(text: str) -> tuple[Term, ...]:
+def _credits(text: str) -> tuple[PurchasedCredit, ...]:
     return tuple(
-        Term(**{**raw, "unit": Unit(raw["unit"]), "adapters": tuple(raw["adapters"])}) for raw in json.loads(text)
+        PurchasedCredit(**{**raw, "unit": Unit(raw["unit"]), "adapters": tuple(raw["adapters"])})
+        for raw in json.loads(text)
     )

@@ -1,43 +1,32 @@
-"""What payments, refunds and disputes do to a tenant's credit, in any order and any number of times.
+"""Apply payments, refunds and disputes to a tenant's credit, in any order and any number of times.
 
-Only a succeeded payment grants, by product and quantity from our own configuration; refunds and disputes
-take back their share of it, together never more than it gave.
+Only a succeeded payment grants, by product and quantity from our own configuration. Refunds and disputes
+claw back their share of it, together never more than it granted.
 """
 
 from collections.abc import Iterable
 
-from billing.clock import Clock, now_ms
-from billing.commerce.inbox import CHARGE_METER, Inbox, Term
+from billing.commerce.context import Commerce
+from billing.commerce.inbox import CHARGE_METER, Inbox, PurchasedCredit
 from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
-from billing.commerce.waiting import CatalogSource, NotYet
-from billing.dodo.client import Dodo
+from billing.commerce.waiting import NotYet
 from billing.dodo.wire import Payment, Refund, UsagePeriod
 from billing.ledger.account import Clawback, Grant
-from billing.ledger.ledger import Ledger
 from billing.money import divide_up
-from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant
 
 HOUR_MS = 60 * 60_000
 
 
 class Payments:
-    """Turns what Dodo says of payments into grants, clawbacks, restorations and repayments."""
+    """Turns Dodo's payments, refunds and disputes into grants, clawbacks, restorations and repayments."""
 
-    def __init__(
-        self,
-        dodo: Dodo,
-        ledger: Ledger,
-        tenants: Tenants,
-        inbox: Inbox,
-        subscriptions: Subscriptions,
-        catalog: CatalogSource,
-        clock: Clock = now_ms,
-    ) -> None:
-        self._dodo, self._ledger, self._tenants, self._inbox = dodo, ledger, tenants, inbox
-        self._subscriptions, self._catalog, self._clock = subscriptions, catalog, clock
-        self._signups = Signups(dodo, tenants, catalog, clock)
+    def __init__(self, commerce: Commerce) -> None:
+        self._dodo, self._ledger, self._tenants = commerce.dodo, commerce.ledger, commerce.tenants
+        self._catalog, self._clock = commerce.catalog, commerce.clock
+        self._inbox = Inbox(commerce.redis)
+        self._subscriptions, self._signups = Subscriptions(commerce), Signups(commerce)
 
     async def succeeded(self, payment: Payment) -> None:
         """Grant what the cart buys, and take invoiced usage off the exposure."""
@@ -51,28 +40,28 @@ class Payments:
             await self._subscriptions.refresh(subscription_id)
 
     async def _buyer(self, payment: Payment) -> Tenant:
-        """Who paid. Somebody new becomes a tenant by buying something of ours, and not otherwise."""
+        """The tenant that paid. A customer becomes one by buying something of ours, and not otherwise."""
         known = await self._tenants.by_customer(payment.customer_id)
         if known is not None:
             return known
-        if await self._fixed_terms(payment):
+        if await self._purchase(payment):
             return await self._signups.tenant_of(payment.customer_id)
         for subscription_id in payment.subscription_ids:
             await self._subscriptions.refresh(subscription_id)
         return await self._tenant(payment.customer_id)
 
     async def _grant(self, tenant: Tenant, payment: Payment) -> None:
-        for term in await self._fixed_terms(payment):
-            grant = Grant(term.source, tenant.id, term.unit, term.amount, term.expires_at_ms, term.adapters)
+        for credit in await self._purchase(payment):
+            grant = Grant(credit.source, tenant.id, credit.unit, credit.amount, credit.expires_at_ms, credit.adapters)
             await self._ledger.grant(grant)
 
-    async def _fixed_terms(self, payment: Payment) -> tuple[Term, ...]:
+    async def _purchase(self, payment: Payment) -> tuple[PurchasedCredit, ...]:
         """What this payment buys, as it was when the payment was first seen."""
-        known = await self._inbox.terms(payment.id)
-        return await self._inbox.fix_terms(payment.id, await self._terms(payment)) if known is None else known
+        known = await self._inbox.purchase(payment.id)
+        return await self._inbox.fix_purchase(payment.id, await self._credits(payment)) if known is None else known
 
-    async def _terms(self, payment: Payment) -> list[Term]:
-        """What our configuration says the cart's packs are worth. Other products of a subscription buy nothing."""
+    async def _credits(self, payment: Payment) -> list[PurchasedCredit]:
+        """What the cart's packs grant by our configuration. Other products of a subscription buy nothing."""
         lines = payment.lines
         if not lines and not payment.subscription_ids:
             lines = (await self._dodo.retrieve_payment(payment.id)).lines
@@ -82,7 +71,7 @@ class Payments:
         for line in lines:
             quantities[line.product_id] = quantities.get(line.product_id, 0) + line.quantity
         names, catalog = await self._inbox.names(), await self._catalog()
-        terms: list[Term] = []
+        credits_: list[PurchasedCredit] = []
         for product_id, quantity in sorted(quantities.items()):
             kind, _, name = names.get(product_id, "").partition(":")
             if kind == "plan":
@@ -95,21 +84,23 @@ class Payments:
             paid_at = payment.created_at_ms if payment.created_at_ms is not None else self._clock()
             expires = None if pack.expires_days is None else paid_at + pack.expires_days * DAY_MS
             source = f"payment:{payment.id}:{product_id}"
-            terms.append(Term(source, pack.grants.unit, pack.grants.amount * quantity, expires, pack.grants.adapters))
-        return terms
+            credits_.append(
+                PurchasedCredit(source, pack.grants.unit, pack.grants.amount * quantity, expires, pack.grants.adapters)
+            )
+        return credits_
 
     async def refunded(self, refund: Refund) -> None:
-        """Take back the refunded share of what the payment grants, rounded up, never more than that.
+        """Claw back the refunded share of what the payment grants, rounded up, never more than that.
 
-        A refund grants nothing: where its payment has not succeeded yet, the share waits to be taken from it.
+        A refund grants nothing: where its payment has not succeeded yet, the clawback waits for the grant.
         """
         for clawback in await self._reversal(f"refund:{refund.id}", refund.payment_id, refund.amount):
             await self._ledger.claw_back(clawback)
 
     async def disputed(self, dispute_id: str) -> None:
-        """Take the disputed share back while the dispute is open or lost; give it back where it was won or dropped.
+        """Claw back the disputed share while the dispute is open or lost; restore it where it was won or dropped.
 
-        What the event said may be stale, so Dodo is asked for the dispute as it stands.
+        The event may be stale, so Dodo is asked for the dispute as it stands.
         """
         dispute = await self._dodo.retrieve_dispute(dispute_id)
         for clawback in await self._reversal(f"dispute:{dispute.id}", dispute.payment_id, dispute.amount):
@@ -124,11 +115,11 @@ class Payments:
         paid = payment.total_amount
         taken = paid if amount is None else min(max(amount, 0), paid)
         clawbacks = []
-        for term in await self._fixed_terms(payment):
-            share = term.amount if taken == paid else divide_up(term.amount * taken, paid)
+        for credit in await self._purchase(payment):
+            share = credit.amount if taken == paid else divide_up(credit.amount * taken, paid)
             if share:
-                product_id = term.source.rpartition(":")[2]
-                clawbacks.append(Clawback(f"{source}:{product_id}", tenant.id, term.source, share))
+                product_id = credit.source.rpartition(":")[2]
+                clawbacks.append(Clawback(f"{source}:{product_id}", tenant.id, credit.source, share))
         return clawbacks
 
     async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> None:

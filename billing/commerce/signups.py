@@ -1,44 +1,36 @@
-"""Makes a tenant of somebody who bought at Dodo without having been one.
-
-Knows how a customer becomes a tenant; what it bought is for others to say first: only a buyer of
-something of ours becomes one.
-"""
+"""Make a tenant of a customer who bought something of ours at Dodo without having been a tenant."""
 
 import hashlib
 import re
-from dataclasses import dataclass
 
-from billing.clock import Clock, now_ms
-from billing.commerce.waiting import CatalogSource, NotYet
-from billing.dodo.client import Dodo
-from billing.tenants.directory import Tenants
+from billing.commerce.context import Commerce
+from billing.commerce.waiting import NotYet
 from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
 
 ID_LENGTH_MAX = 40
 
 
-@dataclass(frozen=True, slots=True)
 class Signups:
-    dodo: Dodo
-    tenants: Tenants
-    catalog: CatalogSource
-    clock: Clock = now_ms
+    """What the customer bought is checked before: not every customer of the merchant becomes a tenant."""
+
+    def __init__(self, commerce: Commerce) -> None:
+        self._commerce = commerce
 
     async def tenant_of(self, customer_id: str) -> Tenant:
         """The tenant that is this customer, made now where there is none; the same call twice makes one.
 
         Raises:
-            NotYet: nobody has said yet which plan a new tenant gets.
-            DodoUnavailable, DodoRefused: who the customer is could not be asked.
+            NotYet: no catalog is in force, so there is no plan for a new tenant.
+            DodoUnavailable, DodoRefused: Dodo did not give the customer's data.
         """
-        known = await self.tenants.by_customer(customer_id)
+        known = await self._commerce.tenants.by_customer(customer_id)
         if known is not None:
             return known
-        catalog = await self.catalog()
+        catalog = await self._commerce.catalog()
         if catalog is None:
             raise NotYet(f"customer {customer_id} bought before a catalog was in force")
-        customer = await self.dodo.retrieve_customer(customer_id)
+        customer = await self._commerce.dodo.retrieve_customer(customer_id)
         made = Tenant(
             id=tenant_id_for(customer.email, customer.id),
             email=customer.email,
@@ -47,7 +39,7 @@ class Signups:
             dodo_customer_id=customer.id,
             created_at_ms=0,
         )
-        return await self.tenants.create(made)
+        return await self._commerce.tenants.create(made)
 
 
 def tenant_id_for(email: str, customer_id: str) -> TenantId:

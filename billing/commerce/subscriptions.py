@@ -1,17 +1,17 @@
-"""Brings a tenant's plan in line with its subscription at Dodo. A webhook only says: look again.
+"""Bring a tenant's plan in line with its subscription at Dodo, which is asked for its state at every webhook.
 
-Knows which plan a subscription carries and when it counts; moves no money.
+Decides which plan a subscription carries and when it counts; moves no money.
 """
+
+import stamina
 
 from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Plan
-from billing.clock import Clock, now_ms
+from billing.commerce.context import Commerce
 from billing.commerce.inbox import Inbox
 from billing.commerce.signups import Signups
-from billing.commerce.waiting import CatalogSource, NotYet
-from billing.dodo.client import Dodo
+from billing.commerce.waiting import NotYet
 from billing.dodo.wire import DodoSubscription
-from billing.tenants.directory import Tenants
 from billing.tenants.tenant import ENDED, Subscription, SubscriptionStatus, Tenant
 
 DAY_MS = 24 * 60 * 60_000
@@ -23,12 +23,10 @@ class _Raced(Exception):
 
 
 class Subscriptions:
-    def __init__(
-        self, dodo: Dodo, tenants: Tenants, inbox: Inbox, catalog: CatalogSource, clock: Clock = now_ms
-    ) -> None:
-        self._dodo, self._tenants, self._inbox = dodo, tenants, inbox
-        self._catalog, self._clock = catalog, clock
-        self._signups = Signups(dodo, tenants, catalog, clock)
+    def __init__(self, commerce: Commerce) -> None:
+        self._dodo, self._tenants = commerce.dodo, commerce.tenants
+        self._catalog, self._clock = commerce.catalog, commerce.clock
+        self._inbox, self._signups = Inbox(commerce.redis), Signups(commerce)
 
     async def refresh(self, subscription_id: str, past_due_ends_at_ms: int | None = None) -> Tenant:
         """Ask Dodo for this subscription and store what it says now.
@@ -37,15 +35,17 @@ class Subscriptions:
             NotYet: its customer or product is unknown here, or another subscription is still live.
             DodoUnavailable, DodoRefused: Dodo could not say.
         """
-        for _ in range(ATTEMPTS):
-            try:
-                return await self._refresh_once(subscription_id, past_due_ends_at_ms)
-            except _Raced:
-                continue
-        raise NotYet(f"subscription {subscription_id} keeps changing")
+        try:
+            return await self._refresh_once(subscription_id, past_due_ends_at_ms)
+        except _Raced:
+            raise NotYet(f"subscription {subscription_id} keeps changing") from None
 
+    @stamina.retry(on=_Raced, attempts=ATTEMPTS, timeout=None, wait_initial=0.01, wait_max=0.1, wait_jitter=0.01)
     async def _refresh_once(self, subscription_id: str, past_due_ends_at_ms: int | None) -> Tenant:
-        """What was stored must still be stored when the answer is written: answers never overtake each other."""
+        """Write Dodo's answer only if what was stored before the question is still stored.
+
+        So an older answer never replaces a newer one.
+        """
         first = await self._dodo.retrieve_subscription(subscription_id)
         await self._plan_of(first)
         before = await self._signups.tenant_of(first.customer_id)

@@ -1,10 +1,4 @@
-"""What everything that applies Dodo's news shares: where the catalog comes from, and how to say "not yet"."""
-
-from collections.abc import Awaitable, Callable
-
-from billing.catalog.catalog import Catalog
-
-CatalogSource = Callable[[], Awaitable[Catalog | None]]
+"""What a change that Dodo announces can fail with: ``NotYet``, to be tried again later."""
 
 
 class NotYet(Exception):

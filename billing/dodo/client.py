@@ -1,28 +1,23 @@
-"""The real Dodo SDK behind a narrow face: our values in and out, two kinds of failure.
+"""Call Dodo Payments through its SDK: values of our own in and out, and two kinds of failure.
 
-Knows the API's calls and its traps; knows no ledger. Nothing is retried here: whoever calls
-has an id and a budget to retry with.
+Nothing is retried here: the caller has an id and a budget to retry with.
 """
 
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal, Self, cast
+from typing import cast
 
 import httpx
-from dodopayments import (
-    AsyncDodoPayments,
-    DefaultAsyncHttpxClient,
-    omit,
-)
+from dodopayments import AsyncDodoPayments, DefaultAsyncHttpxClient, omit
 from dodopayments.types import EventInputParam
 from dodopayments.types.attach_product_entitlement_param import AttachProductEntitlementParam
 from dodopayments.types.price_param import PriceParam
 
-from billing.dodo.errors import DodoMisconfigured, DodoRefused, DodoUnavailable
+from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.dodo.fields import MS_PER_SECOND, Wire, to_iso
 from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, text_in
+from billing.dodo.settings import DodoSettings
 from billing.dodo.wire import (
     Dispute,
     DodoCustomer,
@@ -43,39 +38,6 @@ PAGE = 100
 MAX_PAGES = 1_000
 TENANT_TAG = "farebox_tenant"
 """Metadata key that says which tenant a Dodo customer is."""
-Environment = Literal["sandbox", "test_mode", "live_mode"]
-
-
-@dataclass(frozen=True)
-class DodoSettings:
-    """Which Dodo to talk to, and the secrets for it."""
-
-    api_key: str
-    webhook_key: str = ""
-    environment: Environment = "sandbox"
-    base_url: str = ""
-    """The sandbox's address; empty for Dodo itself."""
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
-        """Read the settings.
-
-        Raises:
-            DodoMisconfigured: a variable is missing, or two contradict each other.
-        """
-        environment = environ.get("FAREBOX_DODO_ENVIRONMENT", "") or "sandbox"
-        base_url, api_key = environ.get("DODO_PAYMENTS_BASE_URL", ""), environ.get("DODO_PAYMENTS_API_KEY", "")
-        if environment not in ("sandbox", "test_mode", "live_mode"):
-            raise DodoMisconfigured(
-                f"FAREBOX_DODO_ENVIRONMENT is {environment!r}: set it to sandbox, test_mode or live_mode"
-            )
-        if (environment == "sandbox") != bool(base_url):
-            wanted = "needs DODO_PAYMENTS_BASE_URL" if environment == "sandbox" else "forbids DODO_PAYMENTS_BASE_URL"
-            raise DodoMisconfigured(f"FAREBOX_DODO_ENVIRONMENT={environment} {wanted}, the address of a sandbox")
-        if not api_key:
-            raise DodoMisconfigured("DODO_PAYMENTS_API_KEY is not set: create a key in Dodo's dashboard")
-        webhook_key = environ.get("DODO_PAYMENTS_WEBHOOK_KEY", "")
-        return cls(api_key, webhook_key, cast(Environment, environment), base_url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +75,7 @@ class Dodo:
         http_client: httpx.AsyncClient | None = None,
         on_call: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """``on_call`` counts a call, before it is made, that asked no budget."""
+        """``on_call`` counts each call before it is made, for callers that take none from a budget."""
         if on_call is not None and http_client is None:
 
             async def count(_: httpx.Request) -> None:
@@ -142,7 +104,7 @@ class Dodo:
         assert len({event.id for event in events}) == len(events), "Dodo refuses a call that repeats an id"
         reply = await answered(self._sdk.usage_events.ingest(events=[event.to_wire() for event in events]))
         count = getattr(reply, "ingested_count", None)
-        if not isinstance(count, int):  # a proxy's page with status 200, say: nobody took our events
+        if not isinstance(count, int):  # a proxy's page with status 200, say: Dodo has no events
             raise DodoUnavailable(f"no ingested_count in the reply: {str(reply)[:100]!r}")
         return count
 
@@ -178,7 +140,7 @@ class Dodo:
         wire = as_wire(made)
         owner = cast(Wire, wire.get("metadata") or {}).get(TENANT_TAG)
         if owner != tenant.id:
-            whose = f"tenant {owner}'s" if owner else f"none of ours: it has no {TENANT_TAG} in its metadata"
+            whose = f"tenant {owner}'s" if owner else f"no tenant's: it has no {TENANT_TAG} in its metadata"
             raise DodoRefused(409, "CUSTOMER_SHARED", f"the customer of {tenant.email} is {whose}")
         return text_in(wire, "customer_id")
 
@@ -189,7 +151,7 @@ class Dodo:
         self, tenant: Tenant, product_id: str, metadata: Mapping[str, str], return_url: str, quantity: int = 1
     ) -> str:
         """A page where this tenant pays for a product. The tenant has a Dodo customer."""
-        assert tenant.dodo_customer_id, "an email would find, or make, somebody else's customer"
+        assert tenant.dodo_customer_id, "an email could find, or make, the customer of another tenant"
         reply = await answered(
             self._sdk.checkout_sessions.create(
                 product_cart=[{"product_id": product_id, "quantity": quantity}],

@@ -13,7 +13,8 @@ import httpx
 from dodopayments import APIError, APIStatusError, AsyncDodoPayments
 from dodopayments.types import EventInputParam
 
-from billing.dodo.client import TIMEOUT, DodoSettings
+from billing.dodo.client import TIMEOUT
+from billing.dodo.settings import DodoSettings
 
 EVENT_NAME = "farebox.verify"
 """No meter counts it."""

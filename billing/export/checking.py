@@ -1,7 +1,7 @@
-"""Is an entry of the stream as the ledger wrote it? Only such a record is told to Dodo.
+"""Check that an entry of the stream is as the ledger wrote it: only such a record is exported to Dodo.
 
-Pure: digests, no store. What does not follow from its tenant's entry before it is withheld, alone: the next may go on
-from the digest that it bears, for a record altered where it stands, or from the one before, for one that was put in.
+Pure: digests, no store. An entry that does not follow from its tenant's entry before it is withheld, alone. The next
+may follow the digest that it bears, for a record altered where it stands, or the one before, for an inserted one.
 """
 
 import json
@@ -35,7 +35,7 @@ class Reached:
 
 @dataclass(frozen=True, slots=True)
 class Withheld:
-    """An entry that Dodo is not told of until it is as it was written."""
+    """An entry that is not exported until it is as it was written."""
 
     id: str
     tenant: TenantId
@@ -57,7 +57,7 @@ class Withheld:
 
 @dataclass
 class CheckedEntries:
-    """A window's entries, judged one by one."""
+    """A window's entries, each sound or withheld."""
 
     reached: dict[TenantId, Reached]
     sound: list[Entry] = field(default_factory=list)
@@ -65,20 +65,20 @@ class CheckedEntries:
 
 
 def check_entries(entries: Iterable[Entry], reached: Mapping[TenantId, Reached]) -> CheckedEntries:
-    """Judge entries in their order. A tenant that is not in ``reached`` begins at its first entry, or, where its first
+    """Check entries in their order. A tenant that is not in ``reached`` begins at its first entry, or, where its first
     ones were sealed before digests were looked at, at whatever stands here.
     """
-    sifted = CheckedEntries({})
+    checked = CheckedEntries({})
     for entry in entries:
-        known = sifted.reached.get(entry.tenant) or reached.get(entry.tenant)
+        known = checked.reached.get(entry.tenant) or reached.get(entry.tenant)
         before = known or Reached()
         if before.precedes(entry) or (known is None and not _may_be_first(entry)):
-            sifted.sound.append(entry)
-            sifted.reached[entry.tenant] = Reached(entry.chain)
+            checked.sound.append(entry)
+            checked.reached[entry.tenant] = Reached(entry.chain)
         else:
-            sifted.withheld.append(Withheld(entry.id, entry.tenant, _name(entry), before))
-            sifted.reached[entry.tenant] = Reached(before.chain, entry.chain)
-    return sifted
+            checked.withheld.append(Withheld(entry.id, entry.tenant, _name(entry), before))
+            checked.reached[entry.tenant] = Reached(before.chain, entry.chain)
+    return checked
 
 
 def _may_be_first(entry: Entry) -> bool:

@@ -1,7 +1,7 @@
-"""What Dodo is told of usage: records folded into one event per tenant and event name.
+"""Usage events as they are exported to Dodo: records folded into one event per tenant and event name.
 
-Pure: from records to events and from an event to what is sent at a given moment. Quantities
-and ids are fixed when an event is made; only its timestamp may be newer in a later send.
+Pure: from records to events, and from an event to what is sent at a given moment. Quantities and ids are fixed when an
+event is made; only its timestamp may be newer in a later send.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ class SealedEvent:
 
     @property
     def nanos(self) -> int:
-        """What it tells of, whether charged or covered."""
+        """All its money, whether charged or covered."""
         return self.charge_nanos + self.covered_nanos
 
     def attempted(self, at_ms: int | None) -> Self:
@@ -85,7 +85,7 @@ class SealedEvent:
         """What is sent now. Where Dodo would refuse the timestamp, or never bill it because its period is
         closed, ``now`` takes its place and the true one stays in metadata; ``crosses_period`` says that it is
         billed in a later period than it was used in. A charge always has ``now``: a pause or another plan may
-        have closed its period unheard.
+        have closed its period without our knowing yet.
         """
         true = {"occurred_at": to_iso(self.occurred_at_ms), "until": self.until}
         is_fresh = 0 <= now_ms - self.occurred_at_ms < MAX_AGE_MS

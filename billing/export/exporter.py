@@ -1,11 +1,11 @@
-"""The pump: usage records folded, sealed, sent to Dodo, acknowledged. Every step repeatable.
+"""The exporter: usage records folded, sealed, sent to Dodo, acknowledged. Every step is repeatable.
 
-Killed between any two steps, or run twice at once, it loses nothing and doubles nothing: what
-is sealed keeps its id and quantities until Dodo has it, and Dodo counts an id once.
+Killed between any two steps, or run twice at once, it loses nothing and doubles nothing: a sealed event keeps its id
+and quantities until Dodo has it, and Dodo counts an id once.
 
-Each entry's digest is looked at before it is sealed. One that is not as it was written is withheld: nothing of it is
-sealed or sent, an error and a notice name it, and everything else goes on, its tenant's other records too. It is looked
-at again with each flush, and sealed in a window of its own once it is put right. An entry that is as it was
+Each entry's digest is checked before it is sealed. One that is not as it was written is withheld: nothing of it is
+sealed or sent, an error and a notice name it, and everything else goes on, its tenant's other records too. It is
+checked again with each flush, and sealed in a window of its own once it is put right. An entry that is as it was
 written and that this version cannot read stops its shard, until a version comes that can.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from redis.asyncio import Redis
 
 from billing.clock import Clock, now_ms
-from billing.dodo.budget import PER_MINUTE, Budget, CallBudget
+from billing.dodo.call_budget import PER_MINUTE, Budget, CallBudget
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.export.checking import Withheld, check_entries
@@ -27,7 +27,9 @@ from billing.export.sending import BudgetSpent, Sender, Tally
 from billing.ledger.journal import Entry, Stream, UnreadableEntry
 from billing.notices.log import Notices
 from billing.notices.notice import Notice, NoticeKind
+from billing.store.errors import StoreUnavailable
 from billing.store.keys import Shard, shard_for
+from billing.sweep import Sweep
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import UnknownTenant
 from billing.usage import TenantId
@@ -52,18 +54,34 @@ class FlushReport:
     state: str
     sealed: int = 0
     sent: int = 0
-    buried: int = 0
+    dead_letters: int = 0
     waiting: int = 0
     """Left in the outbox though their tenants have customers."""
     held: int = 0
     """Left in the outbox until their tenants have customers."""
     error: str = ""
     withheld: int = 0
-    """Records that Dodo is not told of, because they are not as they were written."""
+    """Records that are not exported, because they are not as they were written."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Entries of one shard behind its cursor."""
+
+    shard: Shard
+    start: str
+    entries: list[Entry]
+
+    @property
+    def end(self) -> str:
+        return self.entries[-1].id
+
+    def __str__(self) -> str:
+        return f"shard {self.shard.number}"
 
 
 class Exporter:
-    """One pump. Any number may run: the cursor lets one of them seal each window."""
+    """Any number of them may run: the cursor lets one of them seal each window."""
 
     def __init__(
         self,
@@ -83,7 +101,10 @@ class Exporter:
         self._state = ExporterState()
         self._failing_since_ms: int | None = None
         self._sealed_at_ms = 0
-        self._unreadable = ""
+        self._sealing, self._releasing, self._addressing = (
+            Sweep(name, clock, ends_after=None, ends_on=(StoreUnavailable,))
+            for name in ("sealing of shards", "release of withheld entries", "lookup of customers")
+        )
         self._withheld: list[Withheld] = []
 
     async def flush_once(self, force: bool = False) -> FlushReport:
@@ -100,11 +121,18 @@ class Exporter:
         ready, destinations, held = await self._sendable(everything)
         if force or self._clock() >= self._state.next_try_ms:
             await self._send(ready, destinations, tally)
-        waiting = max(0, len(ready) - tally.sent - tally.buried)
+        waiting = max(0, len(ready) - tally.sent - tally.dead_letters)
         oldest_ms = min((e.occurred_at_ms for e in everything), default=0) if waiting or held else 0
         await self._show(tally, waiting, held, oldest_ms)
         return FlushReport(
-            self._state.state, sealed, tally.sent, tally.buried, waiting, held, self._state.error, len(self._withheld)
+            self._state.state,
+            sealed,
+            tally.sent,
+            tally.dead_letters,
+            waiting,
+            held,
+            self._state.error,
+            len(self._withheld),
         )
 
     def _may_seal(self) -> bool:
@@ -114,51 +142,53 @@ class Exporter:
 
     async def _seal(self) -> int:
         """Seal every shard up to its last entry. How many events that made."""
-        self._sealed_at_ms, self._unreadable = self._clock(), ""
-        sealed, is_more = 0, True
-        stuck: set[int] = set()
+        self._sealed_at_ms = self._clock()
+        sealed, is_more, is_first = 0, True, True
         while is_more:
             cursors = await self.outbox.cursors()
             windows = await self._stream.after(cursors, WINDOW_ENTRIES)
-            is_more = False
-            for shard, entries in windows.items():
-                if shard.number in stuck:
-                    continue
-                try:
-                    sealed += await self._seal_window(shard, cursors[shard.number], entries)
-                    is_more = is_more or len(entries) == WINDOW_ENTRIES
-                except UnreadableEntry as error:
-                    stuck.add(shard.number)
-                    self._unreadable = f"shard {shard.number} cannot be exported beyond {error}"
-                    log.error(self._unreadable)
+            # A shard that cannot be sealed is tried again with the next flush, not in this one.
+            sealed += sum(
+                await self._sealing.run(
+                    [_Window(shard, cursors[shard.number], found) for shard, found in windows.items()],
+                    self._seal_window,
+                    str,
+                    is_first,
+                )
+            )
+            failing = {one.id for one in self._sealing.failing}
+            full = [s for s, entries in windows.items() if len(entries) == WINDOW_ENTRIES]
+            is_more, is_first = any(f"shard {shard.number}" not in failing for shard in full), False
         return sealed
 
-    async def _seal_window(self, shard: Shard, start: str, entries: list[Entry]) -> int:
-        sifted = check_entries(entries, await self.outbox.reached({entry.tenant for entry in entries}))
-        events = self._fold(shard, start, entries[-1].id, sifted.sound)
-        return len(events) if await self.outbox.seal(shard, start, entries[-1].id, sifted, events) else 0
+    async def _seal_window(self, window: _Window) -> int:
+        checked = check_entries(window.entries, await self.outbox.reached({entry.tenant for entry in window.entries}))
+        events = self._fold(window.shard, window.start, window.end, checked.sound)
+        is_ours = await self.outbox.seal(window.shard, window.start, window.end, checked, events)
+        return len(events) if is_ours else 0
 
     async def _release(self) -> int:
-        """Seal what was withheld and is right again; alarm about the rest. How many events that made."""
-        sealed, self._withheld = 0, []
-        for one in await self.outbox.withheld():
-            shard = shard_for(one.tenant)
-            found = [e for e in await self._stream.within(shard, one.id, one.id) if one.behind.precedes(e)]
-            try:
-                events = self._fold(shard, one.id, one.id, found)
-            except UnreadableEntry:
-                found = []
-            if not found:
-                self._withheld.append(one)
-                await self._alarm(one)
-            elif await self.outbox.release(one, events):
-                sealed += len(events)
-        return sealed
+        """Seal withheld entries that are right again; record a notice of the others. How many events that made."""
+        self._withheld = []
+        return sum(await self._releasing.run(await self.outbox.withheld(), self._release_one, lambda one: one.id, True))
+
+    async def _release_one(self, one: Withheld) -> int:
+        shard = shard_for(one.tenant)
+        found = [e for e in await self._stream.within(shard, one.id, one.id) if one.behind.precedes(e)]
+        try:
+            events = self._fold(shard, one.id, one.id, found)
+        except UnreadableEntry:
+            found = []
+        if not found:
+            self._withheld.append(one)
+            await self._alarm(one)
+            return 0
+        return len(events) if await self.outbox.release(one, events) else 0
 
     async def _alarm(self, one: Withheld) -> None:
-        log.error("Dodo is not told of %s: see `farebox reconcile`", one)
+        log.error("%s, and is not exported: see `farebox reconcile`", one)
         once, facts = f"withheld:{one.tenant}:{one.id}", {"record": one.name}
-        await self._notices.tell(Notice(NoticeKind.RECORD_WITHHELD, one.tenant, once, self._clock(), facts))
+        await self._notices.record(Notice(NoticeKind.RECORD_WITHHELD, one.tenant, once, self._clock(), facts))
 
     def _fold(self, shard: Shard, start: str, end: str, entries: list[Entry]) -> list[SealedEvent]:
         records = [entry.record() for entry in entries if entry.is_usage]
@@ -167,22 +197,23 @@ class Exporter:
     @property
     def _problem(self) -> str:
         """What keeps records from being sealed; empty where nothing does."""
-        if self._unreadable or not self._withheld:
-            return self._unreadable
-        return f"{len(self._withheld)} records are withheld: {self._withheld[0]}"
+        for one in self._sealing.failing:
+            return f"{one.id} cannot be exported beyond {one.error}"
+        for one in (*self._releasing.failing, *self._addressing.failing):
+            return f"{one.id} is not exported: {one.error}"
+        return f"{len(self._withheld)} records are withheld: {self._withheld[0]}" if self._withheld else ""
 
     async def _sendable(self, events: list[SealedEvent]) -> tuple[list[SealedEvent], dict[TenantId, Destination], int]:
         """Events to send and where to; and how many are held because their tenants have no Dodo customer."""
         now = self._clock()
-        destinations: dict[TenantId, Destination] = {}
-        for tenant in {event.tenant for event in events}:
-            if destination := await self._destination(tenant):
-                destinations[tenant] = destination
+        tenants = sorted({event.tenant for event in events})
+        found = await self._addressing.run(tenants, self._destination, is_forced=True)
+        destinations = dict(one for one in found if one is not None)
         known = [event for event in events if event.tenant in destinations]
         ready = [e for e in known if e.name != CHARGE or not destinations[e.tenant].is_closing(now)]
         return ready, destinations, len(events) - len(known)
 
-    async def _destination(self, tenant_id: TenantId) -> Destination | None:
+    async def _destination(self, tenant_id: TenantId) -> tuple[TenantId, Destination] | None:
         try:
             tenant = await self._tenants.get(tenant_id)
         except UnknownTenant:
@@ -191,14 +222,15 @@ class Exporter:
             return None
         period = tenant.subscription
         if period is None:
-            return Destination(tenant.dodo_customer_id)
-        return Destination(
+            return tenant_id, Destination(tenant.dodo_customer_id)
+        destination = Destination(
             tenant.dodo_customer_id,
             period.period_start_ms,
             period.period_end_ms,
             period.is_last_period,
             period.paused_at_ms or 0,
         )
+        return tenant_id, destination
 
     async def _send(
         self, events: list[SealedEvent], destinations: Mapping[TenantId, Destination], tally: Tally
@@ -212,7 +244,7 @@ class Exporter:
             self._failed("backing_off", str(error), round(error.retry_after_s * 1_000))
         except DodoRefused as refused:
             if refused.status in LOCKED_OUT:
-                log.error("the pump stopped, nothing is lost: %s. Check DODO_PAYMENTS_API_KEY and the address", refused)
+                log.error("export stopped, nothing is lost: %s. Check DODO_PAYMENTS_API_KEY and the address", refused)
                 self._failed("stopped", str(refused), MAX_BACKOFF_MS)
             else:
                 self._failed("backing_off", str(refused), 0)

@@ -1,7 +1,7 @@
 """The export cursor, what was sealed and not yet acknowledged, the dead letters, and what is withheld.
 
-Every change is one atomic step: an event is in the outbox, acknowledged or dead, and the
-running sums say so: sealed = acknowledged + dead + what is in the outbox. What is withheld is not sealed.
+Every change is one atomic step: an event is in the outbox, acknowledged or dead, and the running sums count it
+there: sealed = acknowledged + dead + what is in the outbox. What is withheld is not sealed.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What Dodo has not been told yet, counted at this moment."""
+    """What is not exported yet, counted at this moment."""
 
     unsealed_entries: int
     outbox_events: int
@@ -54,7 +54,7 @@ class Backlog:
 
 @dataclass(frozen=True, slots=True)
 class ExporterState:
-    """The exporter's state as it last said it, for people."""
+    """The exporter's state as it last stored it, for people."""
 
     state: str = "starting"
     """``starting``, ``running``, ``backing_off`` or ``stopped`` (Dodo refuses our credentials or address)."""
@@ -100,7 +100,7 @@ class Outbox:
         return {shard.number: at or START for shard, at in zip(ALL_SHARDS, found, strict=True)}
 
     async def reached(self, tenants: Iterable[TenantId]) -> dict[TenantId, Reached]:
-        """How far the entries of these were sealed; those of whom nothing was are left out."""
+        """How far each tenant's entries were sealed; tenants without a sealed entry are left out."""
         asked = list(tenants)
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
@@ -110,7 +110,7 @@ class Outbox:
         return {tenant: Reached.from_text(text) for tenant, text in zip(asked, found, strict=True) if text}
 
     async def seal(
-        self, shard: Shard, start: str, end: str, sifted: CheckedEntries, events: Sequence[SealedEvent]
+        self, shard: Shard, start: str, end: str, checked: CheckedEntries, events: Sequence[SealedEvent]
     ) -> bool:
         """Move the cursor from ``start`` to ``end``, keep the events and what is withheld; ``False`` if it stood
         elsewhere.
@@ -121,23 +121,23 @@ class Outbox:
                     "cursor": shard.cursor,
                     "outbox": shard.outbox,
                     "withheld": shard.withheld,
-                    "accounts": [shard.account(tenant) for tenant in sifted.reached],
+                    "accounts": [shard.account(tenant) for tenant in checked.reached],
                 },
                 args={
                     "expected": start,
                     "after": end,
-                    "entries": len(sifted.sound),
+                    "entries": len(checked.sound),
                     "charge": sum(event.charge_nanos for event in events),
                     "covered": sum(event.covered_nanos for event in events),
-                    "reached": [reached.to_text() for reached in sifted.reached.values()],
+                    "reached": [reached.to_text() for reached in checked.reached.values()],
                     "events": _rows(events),
-                    "held_back": [(entry.id, entry.to_json()) for entry in sifted.withheld],
+                    "held_back": [(entry.id, entry.to_json()) for entry in checked.withheld],
                 },
             )
         return bool(sealed)
 
     async def withheld(self) -> list[Withheld]:
-        """Entries behind the cursor that Dodo is not told of, oldest first."""
+        """Entries behind the cursor that are withheld, oldest first."""
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             for shard in ALL_SHARDS:
@@ -172,7 +172,7 @@ class Outbox:
         return sorted(events, key=lambda e: (e.sealed_at_ms, e.id))
 
     async def mark(self, events: Iterable[SealedEvent]) -> None:
-        """Keep what these events say of their attempts, before the attempt."""
+        """Store the attempts that these events carry, before the attempt is made."""
         await asyncio.gather(*(self._mark_in(shard, group) for shard, group in _by_shard(events).items()))
 
     async def secure(self, events: Iterable[SealedEvent]) -> None:
@@ -185,7 +185,7 @@ class Outbox:
         await asyncio.gather(*(replicated(self._redis, shard.pulse) for shard in shards))
 
     async def ack(self, events: Iterable[SealedEvent]) -> int:
-        """Dodo has these events. How many this call took out; the rest were out before.
+        """Acknowledge events that Dodo has. How many this call took out of the outbox; the rest were out before.
 
         Shards go side by side: the store syncs its log once for all that came meanwhile.
         """
@@ -200,8 +200,8 @@ class Outbox:
         async with guarded(BULK_DEADLINE_S):
             return await self._ack.number(keys={"cursor": shard.cursor, "outbox": shard.outbox}, args={"events": rows})
 
-    async def bury(self, event: SealedEvent) -> bool:
-        """Dodo refuses this event for good: keep it, with the reason it carries, among the dead letters."""
+    async def add_dead_letter(self, event: SealedEvent) -> bool:
+        """Move an event that Dodo refuses for good, with the reason it carries, to the dead letters."""
         shard = shard_for(event.tenant)
         return await self._move(event, shard.outbox, shard.dead, 1)
 
@@ -261,7 +261,7 @@ class Outbox:
         return Backlog(unsealed, outbox, dead, withheld)
 
     async def show(self, state: ExporterState) -> None:
-        """Write the pump's state where the admin API reads it."""
+        """Store the exporter's state, for the admin API."""
         async with guarded(BULK_DEADLINE_S):
             await self._redis.hset(EXPORTER, mapping=asdict(state))  # type: ignore[arg-type]
 

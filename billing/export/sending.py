@@ -1,6 +1,6 @@
-"""Sends sealed events to Dodo and acknowledges them: one batch, in as few calls as its poison allows.
+"""Send sealed events to Dodo and acknowledge them, in as few calls as the events that Dodo refuses allow.
 
-Knows what each refusal means for an event; knows neither when to try again nor how events are made.
+Decides what each refusal means for an event. When to try again is the exporter's decision.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from billing.clock import Clock
-from billing.dodo.budget import Budget
+from billing.dodo.call_budget import Budget
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.export.events import Destination, SealedEvent
@@ -20,12 +20,12 @@ from billing.usage import TenantId
 MAX_EVENTS = 1_000
 """Dodo's limit of one call."""
 PROBE_EVENTS = 8
-"""After a failure so few are tried first: only what was attempted must ever be looked up."""
+"""After a failure so few are tried first: only attempted events may have to be looked up later."""
 DOUBTFUL_MS = 60 * 60_000
-"""How long we count on Dodo to remember an id. After that we ask before we send it again."""
+"""How long Dodo is relied on to remember an id. After that it is asked before the event is sent again."""
 BUDGET_WAIT_S = 0.25
 POISON = (400, 413, 422)
-"""Dodo refuses the content: halve until the event at fault is alone."""
+"""Statuses by which Dodo refuses the content: the batch is halved until the event at fault is alone."""
 
 
 log = logging.getLogger("farebox.billing.export.sending")
@@ -40,7 +40,7 @@ class Tally:
     """What became of events so far, also when a send ended in an error."""
 
     sent: int = 0
-    buried: int = 0
+    dead_letters: int = 0
 
 
 class Sender:
@@ -76,7 +76,7 @@ class Sender:
                     self._size = PROBE_EVENTS
                     raise
                 if len(batch) == 1:
-                    await self._bury(batch[0], str(refused), tally)
+                    await self._add_dead_letter(batch[0], str(refused), tally)
                 else:
                     self._size = len(batch) // 2
                     rest = batch + rest
@@ -87,7 +87,7 @@ class Sender:
     async def _ingest(
         self, batch: Sequence[SealedEvent], destinations: Mapping[TenantId, Destination], tally: Tally
     ) -> None:
-        """An attempt is written down before the call, and struck out where Dodo says that it took nothing."""
+        """An attempt is stored before the call, and deleted where Dodo answers that it took nothing."""
         if not batch:
             return
         await self._spend()
@@ -101,9 +101,9 @@ class Sender:
             raise
         tally.sent += await self._outbox.ack(batch)
 
-    async def _bury(self, event: SealedEvent, reason: str, tally: Tally) -> None:
-        if await self._outbox.bury(replace(event, reason=reason)):
-            tally.buried += 1
+    async def _add_dead_letter(self, event: SealedEvent, reason: str, tally: Tally) -> None:
+        if await self._outbox.add_dead_letter(replace(event, reason=reason)):
+            tally.dead_letters += 1
             log.error("%s has a dead letter, %s: `farebox dodo revive %s`", event.tenant, reason, event.id)
 
     async def _without_known(self, batch: Sequence[SealedEvent], tally: Tally) -> list[SealedEvent]:
@@ -122,7 +122,7 @@ class Sender:
         return event.first_attempt_ms is not None and self._clock() - event.first_attempt_ms >= DOUBTFUL_MS
 
     async def _mark(self, batch: Sequence[SealedEvent]) -> None:
-        """Write down that these events are attempted now; what an earlier attempt did was asked, or is remembered."""
+        """Store that these events are attempted now. What an earlier attempt did is known, or Dodo knows its ids."""
         now = self._clock()
         new = [e.attempted(now) for e in batch if e.first_attempt_ms is None or self._is_doubtful(e)]
         await self._outbox.mark(new)

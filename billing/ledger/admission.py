@@ -5,12 +5,11 @@ Plan, price and clock become a hold here; the store decides in one step whether 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 from billing.catalog.abuse import Abuse
 from billing.catalog.catalog import Catalog, Model
-from billing.catalog.plans import Limits, Plan, PlanKind, month_of
-from billing.clock import Clock, now_ms
+from billing.catalog.plans import Limits, Plan, PlanKind
+from billing.clock import Clock, month_of, month_start_ms, now_ms, unix_ms
 from billing.errors import Refusal
 from billing.ledger.account import Bucket, Funding, Hold, HoldRequest
 from billing.ledger.codec import max_cost
@@ -107,7 +106,7 @@ class Admission:
 
     async def _price(self, tenant: Tenant, model: Model, pricing: Pricing, now: int) -> EffectivePrice:
         """What this request costs now. Only a price that depends on the month's spend asks the store."""
-        spent = await self._ledger.spent(tenant.id, _month_start(now)) if pricing.volume_tiers else Nanos(0)
+        spent = await self._ledger.spent(tenant.id, month_start_ms(now)) if pricing.volume_tiers else Nanos(0)
         at = Circumstances(tenant.id, now, spent, self._load() if pricing.load else 0)
         return effective(model.price, model.id, pricing, at)
 
@@ -133,7 +132,7 @@ class Admission:
             plan=tenant.plan,
             price=priced.price,
             modifiers=priced.modifiers,
-            month_start_ms=_month_start(now) if catalog.pricing.volume_tiers else 0,
+            month_start_ms=month_start_ms(now) if catalog.pricing.volume_tiers else 0,
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             funding=funding_for(tenant, plan, now),
@@ -152,10 +151,6 @@ def _limits_of(key: ApiKey, plan: Plan, abuse: Abuse) -> Limits:
     return limits.lowered_to(abuse.limits) if key.throttled else limits
 
 
-def _month_start(now_ms: int) -> int:
-    return int(month_of(datetime.fromtimestamp(now_ms // 1000, UTC))[0].timestamp()) * 1000
-
-
 def plan_of(tenant: Tenant, catalog: Catalog) -> Plan:
     """The tenant's plan, though it be retired; the default one where there never was such a plan."""
     return catalog.plan_named(tenant.plan) or catalog.plans[catalog.default_plan]
@@ -164,8 +159,8 @@ def plan_of(tenant: Tenant, catalog: Catalog) -> Plan:
 def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
     """What a tenant may draw on besides packs: this period's allowance, and credit while it is extended."""
     if plan.kind is PlanKind.FREE:
-        start, end = month_of(datetime.fromtimestamp(now_ms // 1000, UTC))
-        return _funding(tenant, plan, f"allowance:free:{start:%Y-%m}", int(end.timestamp()) * 1000)
+        start, end = month_of(now_ms)
+        return _funding(tenant, plan, f"allowance:free:{start:%Y-%m}", unix_ms(end))
     subscription = tenant.subscription
     is_carried = subscription is not None and subscription.plan == tenant.plan and subscription.is_live(now_ms)
     if not plan.is_postpaid or subscription is None or not is_carried:

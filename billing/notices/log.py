@@ -1,5 +1,6 @@
-"""The log of notices: each told once, the newest kept, and how far the outgoing webhook has come."""
+"""The log of notices: each recorded once, the newest kept, and how far the receiver has acknowledged it."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -14,12 +15,14 @@ from billing.store.scripts import Script
 
 KEPT = 10_000
 REMEMBERED_MS = 400 * 24 * 3_600_000
-"""How long what was told is not told again: longer than any period."""
+"""How long a notice that was recorded is not recorded again: longer than any period."""
+
+logger = logging.getLogger("farebox.billing.notices.log")
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """How far the receiver has heard the log, and how often the next notice was tried."""
+    """How far the receiver has acknowledged the log, and how often sending what follows was tried."""
 
     at: str = "0-0"
     attempts: int = 0
@@ -31,8 +34,8 @@ class Notices:
         self._redis = redis
         self._tell = Script(redis, "notices/tell")
 
-    async def tell(self, notice: Notice) -> bool:
-        """Add a notice to the log; False where the same was told before."""
+    async def record(self, notice: Notice) -> bool:
+        """Add a notice to the log; False where the same was recorded before."""
         async with guarded(BULK_DEADLINE_S):
             is_new = await self._tell.number(
                 keys={"log": NOTICES, "told": NOTICES_TOLD},
@@ -52,7 +55,7 @@ class Notices:
             return _read(await self._redis.xrevrange(NOTICES, count=count))
 
     async def after(self, at: str, count: int = 100) -> list[Notice]:
-        """Those behind a place in the log, oldest first."""
+        """Notices behind a position in the log, oldest first."""
         async with guarded(BULK_DEADLINE_S):
             return _read(await self._redis.xrange(NOTICES, min=f"({at}" if at != "0-0" else "-", count=count))
 
@@ -68,5 +71,11 @@ class Notices:
 
 
 def _read(raw: object) -> list[Notice]:
-    rows = cast(Sequence[tuple[str, dict[str, str]]], raw or ())
-    return [Notice.from_json(fields["n"], id_) for id_, fields in rows]
+    """Notices as the store has them, without those that this version cannot read."""
+    found = []
+    for id_, fields in cast(Sequence[tuple[str, dict[str, str]]], raw or ()):
+        try:
+            found.append(Notice.from_json(fields["n"], id_))
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("notice %s cannot be read: %s", id_, error)
+    return found

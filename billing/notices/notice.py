@@ -1,7 +1,4 @@
-"""What the owner, or a tenant's own systems, should hear of: named events with a few facts each.
-
-Knows their shape; knows no store and no receiver.
-"""
+"""Notices: what an owner, or a tenant's own systems, should know of, as named events with a few facts each."""
 
 import json
 from collections.abc import Mapping
@@ -27,14 +24,16 @@ class NoticeKind(StrEnum):
     """Dodo asks the customer of an unpaid renewal for another card."""
     DUNNING_RECOVERED = "dunning.recovered"
     RECORD_WITHHELD = "record.withheld"
-    """A usage record is not as it was written, and Dodo is not told of it."""
-    KEY_QUARANTINED = "key.quarantined"
-    """A key is used like a stolen one and may do little until a person lifts it."""
+    """A usage record is not as it was written, and is not exported to Dodo."""
+    KEY_THROTTLED = "key.quarantined"
+    """A key is used like a stolen one: it is throttled until a person lifts that."""
+    ITEM_STUCK = "task.item_stuck"
+    """A periodic task of the billing actor fails again and again for one tenant, webhook or shard, its ``item``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """One event. ``once`` names what it is about: the same name is told a single time."""
+    """One event. ``once`` names what it is about: the same name is recorded a single time."""
 
     kind: NoticeKind
     tenant: TenantId
@@ -42,7 +41,7 @@ class Notice:
     at_ms: int
     facts: Mapping[str, str] = field(default_factory=dict)
     id: str = ""
-    """Its place in the log, given when it is told."""
+    """Its position in the log, given when it is recorded."""
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "kind": self.kind.value, "facts": dict(self.facts)}, separators=(",", ":"))

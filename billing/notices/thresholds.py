@@ -1,6 +1,6 @@
-"""Tells when a tenant has used 80 or 100 % of an allowance or a cap, or has little money left.
+"""Notices for a tenant that has used 80 or 100 % of an allowance or a credit limit, or has little money left.
 
-Pure: from an account and a plan to notices; each is told once for what it is about.
+Pure: from an account and a plan to notices, whether or not they were recorded before.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ PERCENT = 100
 
 
 def notices_for(tenant: Tenant, plan: Plan, account: Account, now_ms: int) -> Iterator[Notice]:
-    """What should be told of this tenant now, told before or not."""
+    """All that apply to this tenant now."""
     yield from _of_allowance(tenant, account, now_ms)
     yield from _of_overage(tenant, plan, account, now_ms)
     yield from _of_balance(tenant, plan, account, now_ms)
@@ -46,7 +46,7 @@ def _of_overage(tenant: Tenant, plan: Plan, account: Account, now_ms: int) -> It
 
 
 def _of_balance(tenant: Tenant, plan: Plan, account: Account, now_ms: int) -> Iterator[Notice]:
-    """Told again after something was bought: what it is about is the set of packs."""
+    """Its subject is the set of packs, so it is recorded again after another was bought."""
     if plan.kind is not PlanKind.PREPAID:
         return
     packs = sorted(bucket.id for bucket in account.buckets if bucket.unit is Unit.NANOS and not bucket.is_allowance)

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from billing.dodo.budget import Budget
+from billing.dodo.call_budget import Budget
 from billing.dodo.client import PAGE, Dodo
 from billing.dodo.errors import DodoUnavailable
 from billing.dodo.wire import DodoEvent, UsagePeriod

@@ -1,7 +1,7 @@
-"""Proves the books: the store against itself and the archive, and Dodo's own sums against the store.
+"""Reconcile: prove the store against itself and the archive, and Dodo's own sums against the store.
 
-Moves no money; writes only how far the books were proved. May run beside everything else: what moves while it
-looks is looked at again.
+Moves no money; writes only how far the books were proved. May run beside everything else: what moves meanwhile is
+read again.
 """
 
 from collections import defaultdict
@@ -14,10 +14,10 @@ from billing.archive.archive_cursor import ArchiveCursor
 from billing.archive.files import Archive
 from billing.clock import Clock, now_ms
 from billing.commerce.inbox import CHARGE_METER, Inbox
-from billing.dodo.budget import Budget, CallBudget
+from billing.dodo.call_budget import Budget, CallBudget
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused, DodoUnavailable
-from billing.reconcile.books import ShardState
+from billing.reconcile.books import ShardState, UnreadableBooks
 from billing.reconcile.dodo_comparison import DodoComparison, day_start
 from billing.reconcile.dodo_ledger import DodoLedger
 from billing.reconcile.proofs import Row
@@ -81,9 +81,9 @@ class Report:
 
 @dataclass
 class Reconciler:
-    """Looks at every shard in turn, from its watermark on. Without a Dodo its sums are left out.
+    """Proves every shard in turn, from its watermark on. Without a Dodo, Dodo's sums are left out.
 
-    Run again, it reads only what is new since: a pass that costs as little as there is to prove.
+    Run again, it reads only what is new.
     """
 
     redis: Redis
@@ -100,19 +100,23 @@ class Reconciler:
 
         Raises:
             StoreUnavailable, ArchiveUnavailable: it does not answer.
-            UnreadableBooks: it holds what farebox does not write.
         """
         by_shard: defaultdict[int, list[Tenant]] = defaultdict(list)
-        for tenant in await Tenants(self.redis).list():
+        tenants, unreadable = await Tenants(self.redis).list_readable()
+        for tenant in tenants:
             by_shard[shard_for(tenant.id).number].append(tenant)
         if not self._books:
             await self._begin()
+        unproven = [f"tenant {one} cannot be read" for one in unreadable]
         rows: dict[int, list[Row]] = {}
         states: dict[int, ShardState] = {}
         for number, books in self._books.items():
-            state = await self._look(books, by_shard[number])
-            states[number], rows[number] = state, books.prove(state)
-        unproven: list[str] = []
+            try:
+                states[number] = await self._look(books, by_shard[number])
+            except UnreadableBooks as error:
+                unproven.append(str(error))
+            else:
+                rows[number] = books.prove(states[number])
         asked = DodoComparison(self._books, by_shard, self.clock)
         if self.dodo is not None:
 
@@ -121,11 +125,13 @@ class Reconciler:
 
             try:
                 await asked.ask(DodoLedger(self.dodo, self.budget), await self._meter_id(), states, look)
-            except (DodoUnavailable, DodoRefused) as error:
+            except (DodoUnavailable, DodoRefused, UnreadableBooks) as error:
                 unproven.append(str(error))
         for number, more in asked.rows.items():
             rows[number] += more
-        await self._remember(states, rows, asked)
+        incomplete = {shard_for(tenant_id).number for tenant_id in unreadable}
+        whole = {number: found for number, found in rows.items() if number not in incomplete}
+        await self._remember(states, whole, asked)
         return Report(tuple(row for found in rows.values() for row in found), tuple(unproven))
 
     async def _meter_id(self) -> str:
@@ -145,8 +151,9 @@ class Reconciler:
 
     async def _remember(self, states: dict[int, ShardState], rows: dict[int, list[Row]], asked: DodoComparison) -> None:
         """Closed days of a shard whose every proof holds are not read again."""
-        for number, books in self._books.items():
-            if not all(row.is_exact for row in rows[number]):
+        for number, found in rows.items():
+            books = self._books[number]
+            if not all(row.is_exact for row in found):
                 continue
             at, folds = books.closed(states[number])
             told_ms, told = asked.frozen.get(number, (books.mark.told_ms, books.mark.told))

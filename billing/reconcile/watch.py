@@ -1,14 +1,11 @@
-"""The books proved all the time: often against the store alone, now and then against Dodo too.
-
-Knows when what was read before is read again; what is proved stands in the reconciler.
-"""
+"""Reconcile again and again: often with the store alone, now and then with Dodo too."""
 
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
 from billing.clock import Clock, now_ms
-from billing.dodo.budget import BothBudgets, Budget, CallBudget
+from billing.dodo.call_budget import Budget, CallBudget
 from billing.dodo.client import Dodo
 from billing.reconcile.dodo_comparison import DAY_MS
 from billing.reconcile.proof_state import ProofState, show
@@ -16,9 +13,9 @@ from billing.reconcile.reconciler import Reconciler, Report
 from billing.reports.history import archive_of
 
 STORE, DODO = "store", "dodo"
-"""Kinds of pass."""
+"""Kinds of pass, as they are stored."""
 CALLS_PER_MINUTE = 30
-"""Of those to Dodo, at most: the pump needs the rest."""
+"""Of those to Dodo, at most: the exporter needs the rest."""
 
 
 @dataclass
@@ -27,22 +24,22 @@ class Watch:
     dodo: Dodo
     budget: Budget
     clock: Clock = now_ms
-    _glancing: Reconciler | None = None
+    _reconciler: Reconciler | None = None
     _day: int = 0
 
-    async def glance(self) -> ProofState:
+    async def reconcile_store(self) -> ProofState:
         """Prove the store, reading only what is new; all since the watermark after a fault and on a new day."""
         day = self.clock() // DAY_MS
-        if self._glancing is None or day != self._day:
-            self._glancing, self._day = Reconciler(self.redis, archive=await archive_of(self.redis)), day
-        report = await self._glancing.run()
+        if self._reconciler is None or day != self._day:
+            self._reconciler, self._day = Reconciler(self.redis, archive=await archive_of(self.redis)), day
+        report = await self._reconciler.run()
         if report.faults:
-            self._glancing = None
+            self._reconciler = None
         return await self._shown(STORE, report)
 
-    async def examine(self) -> ProofState:
+    async def reconcile_dodo(self) -> ProofState:
         """Prove the store and Dodo's own sums, from the watermark on."""
-        budget = BothBudgets(CallBudget(CALLS_PER_MINUTE), self.budget)
+        budget = CallBudget(CALLS_PER_MINUTE, within=self.budget)
         archive = await archive_of(self.redis)
         return await self._shown(DODO, await Reconciler(self.redis, self.dodo, archive, budget, self.clock).run())
 

@@ -1,6 +1,6 @@
 """What a tenant used: its records, newest first, and their sums, from the live stream and the archive together.
 
-Knows how to page and to add up; the stream is shared by a shard, so others' entries are passed over.
+A stream is shared by all tenants of a shard: entries of the others are skipped.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ READ = 1_000
 END = f"{2**63}-0"
 """A stream id after every entry."""
 MAX_SCANNED = 20_000
-"""Entries looked at for one page: a page may come short, or empty, with a cursor to go on from."""
+"""Entries that are read for one page: it may be short, or empty, with a cursor to go on from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """Sums of one group: a model, a day in UTC (``2026-11-23``) or, ungrouped, everything."""
+    """Sums of records: of one group, a model or a day in UTC (``2026-11-23``), or of everything."""
 
-    group: str
+    group: str = ""
     records: int = 0
     requests: int = 0
     prompt_tokens: int = 0
@@ -127,7 +127,7 @@ async def totals(
     return [groups[name] for name in sorted(groups)]
 
 
-async def of_everybody(redis: Redis, start_ms: int, end_ms: int) -> AsyncIterator[UsageRecord]:
+async def of_all_tenants(redis: Redis, start_ms: int, end_ms: int) -> AsyncIterator[UsageRecord]:
     """All tenants' records settled from ``start_ms`` until before ``end_ms``, shard by shard."""
     for shard in ALL_SHARDS:
         async for entry in _between(redis, shard, None, start_ms, end_ms):

@@ -1,13 +1,15 @@
-"""Tenants and their API keys in the store, and who a request's secret belongs to.
+"""Tenants and their API keys in the store, and the tenant that a request's key belongs to.
 
-Knows identities and subscriptions; knows no balance. Each write is safe to repeat: what is found
-by a list is written before what is listed, so that a crash in between leaves nothing hidden.
+Each write is safe to repeat. An id is added to its list before the record is written, so that a crash in between hides
+nothing.
 """
 
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from billing.clock import Clock, now_ms
@@ -34,6 +36,8 @@ SECRET_LENGTH_MAX = 128
 LICENCE_LENGTH_MIN = 16
 """A shorter one could be guessed: it is no key, whoever issued it."""
 LIST_SILENCE_S = 5.0
+
+log = logging.getLogger("farebox.billing.tenants.directory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,17 +267,28 @@ class Tenants:
             raise UnknownTenant(tenant_id)
         return str(text)
 
-    async def many(self, tenant_ids: Iterable[TenantId]) -> list[Tenant]:
-        """Those of these tenants that there are."""
+    async def list_readable(self) -> tuple[list[Tenant], tuple[TenantId, ...]]:
+        """All tenants by id, and the ids of those whose record this version cannot read."""
+        found: list[Tenant] = []
+        unreadable: list[TenantId] = []
+        for tenant_id, text in await self._texts():
+            try:
+                found.append(Tenant.model_validate_json(text))
+            except ValidationError as error:
+                unreadable.append(tenant_id)
+                log.error("tenant %s cannot be read: %s", tenant_id, error)
+        return found, tuple(unreadable)
+
+    async def _texts(self) -> list[tuple[TenantId, str]]:
+        """Every tenant's record as it is stored, by id."""
         async with guarded(LIST_SILENCE_S):
-            texts = await _get_all(self._redis, [shard_for(one).tenant(one) for one in tenant_ids])
-        return [Tenant.model_validate_json(text) for text in texts if text]
+            ids = sorted(TenantId(str(one)) for one in await self._redis.smembers(names.TENANTS))
+            texts = await _get_all(self._redis, [shard_for(one).tenant(one) for one in ids])
+        return [(tenant_id, text) for tenant_id, text in zip(ids, texts, strict=True) if text]
 
     async def list(self) -> list[Tenant]:
         """All tenants by id."""
-        async with guarded(LIST_SILENCE_S):
-            ids = sorted(str(one) for one in await self._redis.smembers(names.TENANTS))
-        return await self.many(TenantId(one) for one in ids)
+        return [Tenant.model_validate_json(text) for _, text in await self._texts()]
 
 
 async def _get_all(redis: Redis, keys: list[str]) -> list[str | None]:

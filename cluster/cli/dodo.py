@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from billing.commerce.sync import SyncReport
-from billing.dodo.client import DodoSettings
 from billing.dodo.contract import Contract, Finding
 from billing.dodo.errors import DodoMisconfigured
+from billing.dodo.settings import DodoSettings
 from billing.export.events import SealedEvent
 from billing.export.outbox import Outbox
 from cluster.cli.lifecycle import ConfigOption

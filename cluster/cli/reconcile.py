@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from billing.dodo.budget import BothBudgets, CallBudget
-from billing.dodo.call_budget import SharedBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.call_budget import CallBudget, SharedBudget
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.reconcile.proofs import Row
 from billing.reconcile.reconciler import Reconciler, Report
 from billing.reports import history
@@ -59,7 +59,7 @@ async def _reconcile(target: Target, with_dodo: bool, calls_per_minute: int, is_
     try:
         async with target.store() as redis:
             archive = await history.archive_of(redis)
-            budget = BothBudgets(CallBudget(calls_per_minute), SharedBudget(redis))
+            budget = CallBudget(calls_per_minute, within=SharedBudget(redis))
             return await Reconciler(redis, dodo, archive, budget, is_full=is_full).run()
     finally:
         if dodo is not None:

@@ -107,10 +107,10 @@ async def _report(redis: Redis, span_ms: tuple[int, int], costs: Costs | None) -
     costs = costs or catalog.costs
     before = {
         record.tenant
-        async for record in history.of_everybody(redis, start - (end - start), start)
+        async for record in history.of_all_tenants(redis, start - (end - start), start)
         if record.usage != NOTHING
     }
-    records = [record async for record in history.of_everybody(redis, start, end)]
+    records = [record async for record in history.of_all_tenants(redis, start, end)]
     worth = Worth(catalog, await Inbox(redis).names())
     tenants = await Tenants(redis).list()
     return build(records, frozenset(before), tenants, worth, costs, span_ms, now_ms()), costs

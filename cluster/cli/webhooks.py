@@ -41,7 +41,7 @@ def replay(
     chosen = parked if every else [one for one in parked if one == id_]
     if id_ and not chosen:
         fail(f"no webhook with the id {id_} waits: `farebox webhooks list` lists them")
-    with_store(lambda redis: Inbox(redis).hasten(chosen, now_ms()))
+    with_store(lambda redis: Inbox(redis).reschedule(chosen, now_ms()))
     out.print(f"the billing actor tries {len(chosen)} of {len(parked)} webhooks again within seconds")
 
 

@@ -21,13 +21,15 @@ from redis.asyncio import Redis
 
 from billing.catalog import publication
 from billing.catalog.catalog import Catalog
-from billing.commerce.auto_refill import Refiller
+from billing.commerce.auto_refill.refiller import Refiller
+from billing.commerce.auto_refill.store import Refills
+from billing.commerce.context import Commerce
 from billing.commerce.dodo_ids import id_of
-from billing.commerce.refill_store import Refills
 from billing.commerce.sync import sync
 from billing.commerce.webhooks import Webhooks
-from billing.dodo.budget import CallBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.call_budget import CallBudget
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.errors import Refusal
 from billing.export.exporter import Exporter
 from billing.ledger.account import Account, Settlement
@@ -37,6 +39,7 @@ from billing.notices.log import Notices
 from billing.notices.thresholds import notices_for
 from billing.reconcile.reconciler import Reconciler, Report
 from billing.store.connection import connect
+from billing.sweep import Sweep
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Principal, Tenant, new_key
 from billing.usage import RequestId, Status, TenantId, Usage
@@ -112,13 +115,9 @@ class Simulation:
         self._admission = Admission(self.ledger, self.clock)
         budget = CallBudget(CALLS_PER_MINUTE, self.clock)
         self._exporter = Exporter(self.redis, self.dodo, self.tenants, self.clock, budget)
-        self.webhooks = Webhooks(
-            self.redis, self.dodo, self.ledger, self.tenants, self._current, self.secret, self.clock
-        )
-        self._refiller = Refiller(
-            self.dodo, self.ledger, self.tenants, self.refills, self.webhooks.inbox, self.webhooks.payments,
-            self.notices, self._current, self.clock,
-        )  # fmt: skip
+        commerce = Commerce(self.redis, self.dodo, self.ledger, self.tenants, self._current, self.clock)
+        self.webhooks, self._refiller = Webhooks(commerce, self.secret), Refiller(commerce)
+        self._replaying, self._refilling = Sweep("webhooks", self.clock), Sweep("refills", self.clock)
 
     async def _current(self) -> Catalog | None:
         return await publication.current(self.redis)
@@ -141,12 +140,12 @@ class Simulation:
         """Run the billing actor's periodic tasks until none of them finds more to do."""
         await self._apply_webhooks()
         await self._exporter.flush_once(force=True)
-        await self._refiller.run_once()
+        await self._refiller.run_once(self._refilling)
         await self._apply_webhooks()
         for tenant in await self.tenants.list():
             plan, account = plan_of(tenant, self.catalog), await self.account(tenant)
             for notice in notices_for(tenant, plan, account, self.clock()):
-                await self.notices.tell(notice)
+                await self.notices.record(notice)
 
     async def account(self, tenant: Tenant) -> Account:
         """The account with what the tenant's plan lets it draw on now, as ``GET /v1/account`` shows it."""
@@ -159,8 +158,8 @@ class Simulation:
             if time.monotonic() > deadline:
                 raise SimulationError(f"the webhook {pending[0]['type']} was refused with {pending[0]['last_status']}")
             await asyncio.sleep(0.01)
-        await self.webhooks.replay()
-        if parked := await self.webhooks.inbox.parked(2**53, 1):
+        await self.webhooks.replay(self._replaying)
+        if parked := await self.webhooks.inbox.parked(1):
             raise SimulationError(f"the webhook {parked[0].type} cannot be applied: {parked[0].reason}")
 
     async def _deliveries(self) -> list[Json]:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from billing.catalog.catalog import Catalog
-from billing.commerce.refill import Refill
+from billing.commerce.auto_refill.refill import Refill
 from billing.money import NANOS_PER_CENT, format_usd
 from billing.reconcile.reconciler import Report
 from billing.tenants.tenant import Principal

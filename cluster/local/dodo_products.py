@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from billing.commerce.sync import SyncReport, plan, sync
 from billing.dodo.call_budget import SharedBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.store.connection import connect
 from cluster.local.configuration import catalog_of, store_options
 from cluster.local.settings import SettingsError

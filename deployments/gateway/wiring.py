@@ -9,9 +9,11 @@ from redis.asyncio import Redis
 from billing.abuse.addresses import AddressSketches
 from billing.catalog.catalog import Catalog
 from billing.clock import TOLERANCE_MS
+from billing.commerce.context import Commerce
 from billing.commerce.webhooks import Webhooks
 from billing.dodo.call_budget import SharedBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.ledger.admission import Admission
 from billing.ledger.answers import Answers
 from billing.ledger.ledger import Ledger
@@ -73,6 +75,9 @@ def build_services(
 
     dodo = Dodo(settings, on_call=SharedBudget(redis).spend) if (settings := payments(environ)) else None
     webhook_key = environ.get("DODO_PAYMENTS_WEBHOOK_KEY", "")
+    webhooks = None
+    if dodo is not None and webhook_key:
+        webhooks = Webhooks(Commerce(redis, dodo, ledger, tenants, in_force), webhook_key)
     return Services(
         gateway=gateway,
         redis=redis,
@@ -80,7 +85,7 @@ def build_services(
         tenants=tenants,
         answers=Answers(redis, lease_ms=int(args.lease_s * 1000)),
         dodo=dodo,
-        webhooks=Webhooks(redis, dodo, ledger, tenants, in_force, webhook_key) if dodo and webhook_key else None,
+        webhooks=webhooks,
         gateway_id=gateway_id,
         base_model=args.model.id,
         admin_key=environ.get("FAREBOX_ADMIN_KEY", ""),

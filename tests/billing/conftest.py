@@ -10,7 +10,8 @@ from redis.asyncio import Redis
 from billing.catalog import publication
 from billing.catalog.catalog import Catalog
 from billing.commerce.sync import sync
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.ledger.ledger import Ledger
 from billing.store.connection import connect
 from cluster import valkey

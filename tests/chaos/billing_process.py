@@ -12,7 +12,8 @@ from functools import partial
 from redis.asyncio import Redis
 
 from billing import periodic
-from billing.dodo.client import Dodo, DodoSettings, Event
+from billing.dodo.client import Dodo, Event
+from billing.dodo.settings import DodoSettings
 from billing.export import exporter
 from billing.export.checking import CheckedEntries
 from billing.export.events import SealedEvent
@@ -39,10 +40,10 @@ class FailpointOutbox(Outbox):
         self._failpoint = failpoint
 
     async def seal(
-        self, shard: Shard, start: str, end: str, sifted: CheckedEntries, events: Sequence[SealedEvent]
+        self, shard: Shard, start: str, end: str, checked: CheckedEntries, events: Sequence[SealedEvent]
     ) -> bool:
         self._failpoint.reach(BEFORE_SEAL)
-        is_ours = await super().seal(shard, start, end, sifted, events)
+        is_ours = await super().seal(shard, start, end, checked, events)
         self._failpoint.reach(AFTER_SEAL)
         return is_ours
 

@@ -151,7 +151,7 @@ async def _down_for_a_day(rig: Rig, clock: SteppedClock) -> Row:
             await asyncio.gather(*(exporter.flush_once() for exporter in exporters))
             clock.move(SECOND)
             assert clock() - returned <= DRAIN_MINUTES * MINUTE, "a day's backlog drains in minutes"
-        exported, dead = await world.told(), (await Outbox(world.redis).sums()).dead_events
+        exported, dead = await world.exported(), (await Outbox(world.redis).sums()).dead_events
         return _row_of(waiting, world.sums, exported, lost=dead + watch.stale)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from billing.dodo.budget import CallBudget
+from billing.dodo.call_budget import CallBudget
 from billing.reconcile.books import ShardReader
 from billing.reconcile.reconciler import Reconciler
 from billing.store.keys import ALL_SHARDS

@@ -16,7 +16,8 @@ import httpx
 from billing.catalog import publication
 from billing.clock import Clock, now_ms
 from billing.commerce.sync import sync
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.ledger.account import Grant
 from billing.store.connection import connect
 from billing.tenants.tenant import new_key

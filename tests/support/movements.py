@@ -8,8 +8,9 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
-from billing.dodo.budget import CallBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.call_budget import CallBudget
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.export.exporter import Exporter
 from billing.ledger.account import Adjustment, Bucket, Clawback, Funding, Grant
 from billing.ledger.ledger import Ledger

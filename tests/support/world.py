@@ -12,8 +12,9 @@ from redis.asyncio import Redis
 from standardwebhooks import Webhook
 
 from billing.catalog.catalog import Catalog
+from billing.commerce.context import Commerce
 from billing.commerce.webhooks import Webhooks
-from billing.dodo.budget import CallBudget
+from billing.dodo.call_budget import CallBudget
 from billing.dodo.client import Dodo
 from billing.export.exporter import Exporter
 from billing.export.outbox import Backlog
@@ -21,6 +22,7 @@ from billing.ledger.journal import CHAIN_DIGITS
 from billing.ledger.ledger import Ledger
 from billing.money import Nanos
 from billing.store.keys import DODO_IDS, shard_for
+from billing.sweep import Sweep
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant
 from billing.usage import OVERAGE, BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
@@ -59,7 +61,7 @@ class World:
     clock: SteppedClock
     catalog: Catalog
     sums: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
-    """What the ledger says Dodo must be told: by tenant and metadata key."""
+    """What the ledger says must be exported: by tenant and metadata key."""
     _numbers: "count[int]" = field(default_factory=count)
 
     def __post_init__(self) -> None:
@@ -67,19 +69,30 @@ class World:
         self.tenants = Tenants(self.redis, self.clock)
 
     def exporter(self, calls_per_minute: int = 100_000) -> Exporter:
-        """A new pump, as after a restart; its backoff never waits."""
+        """A new exporter, as after a restart; its backoff never waits."""
         budget = CallBudget(calls_per_minute, self.clock)
         return Exporter(self.redis, self.dodo, self.tenants, self.clock, budget, jitter=lambda: 0.0)
 
-    def webhooks(self) -> Webhooks:
+    def commerce(self) -> Commerce:
         async def catalog() -> Catalog | None:
             return self.catalog
 
-        return Webhooks(self.redis, self.dodo, self.ledger, self.tenants, catalog, SECRET, self.clock)
+        return Commerce(self.redis, self.dodo, self.ledger, self.tenants, catalog, self.clock)
+
+    def sweep(self) -> Sweep:
+        """One that remembers no failures, as after a restart."""
+        return Sweep("test", self.clock)
+
+    def webhooks(self) -> Webhooks:
+        return Webhooks(self.commerce(), SECRET)
 
     async def tenant(self, name: str, plan: str = "prepaid", has_customer: bool = True) -> Tenant:
         made = await self.tenants.create(Tenant(id=TenantId(name), email=f"{name}@example.com", plan=plan))
         return await self.give_customer(made.id) if has_customer else made
+
+    async def spoil(self, name: str) -> None:
+        """Make a tenant's record one that cannot be read, as another version might write it."""
+        await self.redis.set(shard_for(TenantId(name)).tenant(TenantId(name)), "{}")
 
     async def give_customer(self, tenant_id: TenantId) -> Tenant:
         tenant = await self.tenants.get(tenant_id)
@@ -114,15 +127,15 @@ class World:
         self.sums[name, "completion_tokens"] += record.usage.completion_tokens
         self.sums[name, "requests"] += record.usage.requests
 
-    async def told(self) -> dict[tuple[str, str], int]:
+    async def exported(self) -> dict[tuple[str, str], int]:
         """What Dodo has, in the shape of ``sums``."""
         by_customer = (await self.operator.get("/_sandbox/sums")).json()
-        told: dict[tuple[str, str], int] = defaultdict(int)
+        exported: dict[tuple[str, str], int] = defaultdict(int)
         for tenant in await self.tenants.list():
             for by_key in by_customer.get(tenant.dodo_customer_id, {}).values():
                 for key in ("charge_nanos", "covered_nanos", "completion_tokens", "requests"):
-                    told[tenant.id, key] += by_key.get(key, 0)
-        return told
+                    exported[tenant.id, key] += by_key.get(key, 0)
+        return exported
 
     async def events(self) -> list[dict[str, object]]:
         found: list[dict[str, object]] = (await self.operator.get("/_sandbox/events")).json()
@@ -148,13 +161,13 @@ class World:
         return payment
 
 
-def assert_same(told: dict[tuple[str, str], int], sums: dict[tuple[str, str], int]) -> None:
+def assert_same(exported: dict[tuple[str, str], int], sums: dict[tuple[str, str], int]) -> None:
     """Equal to the nano, both ways; zeros need no event."""
-    assert {k: v for k, v in told.items() if v} == {k: v for k, v in sums.items() if v}
+    assert {k: v for k, v in exported.items() if v} == {k: v for k, v in sums.items() if v}
 
 
 def is_clear(backlog: Backlog) -> bool:
-    """Is there nothing that Dodo has yet to be told?"""
+    """Is everything exported?"""
     return backlog.unsealed_entries == backlog.outbox_events == 0
 
 

@@ -7,10 +7,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from billing.clock import now_ms
-from billing.commerce.auto_refill import refusal_of
+from billing.commerce.auto_refill.refill import Attempt, AttemptState, Refill, refusal_of
+from billing.commerce.auto_refill.store import Refills
 from billing.commerce.offers import offers_to
-from billing.commerce.refill import Attempt, AttemptState, Refill
-from billing.commerce.refill_store import Refills
 from billing.money import NANOS_PER_CENT, format_usd
 from billing.pricing.prices import Usd
 from billing.usage import Name

@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.abuse.addresses import AddressSketches
-from billing.abuse.enforcer import REST_MS, AbuseEnforcer
+from billing.abuse.enforcer import LEFT_ALONE_MS, AbuseEnforcer
 from billing.abuse.rules import HOUR_MS, Habits, Reason, UsedKey
 from billing.catalog.abuse import Abuse
 from billing.ledger.admission import Admission
@@ -16,6 +16,8 @@ from billing.ledger.ledger import Ledger
 from billing.money import NANOS_PER_USD, Nanos
 from billing.notices.log import Notices
 from billing.notices.notice import NoticeKind
+from billing.store.keys import api_key
+from billing.sweep import Sweep
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Principal, Tenant, new_key
 from billing.usage import RequestId, Status, TenantId, Usage, UsageRecord
@@ -123,7 +125,7 @@ async def tenants(store: Redis, clock: SteppedClock) -> Tenants:
     return tenants
 
 
-def warden(tenants: Tenants, store: Redis, clock: SteppedClock, *records: UsageRecord) -> AbuseEnforcer:
+def enforcer(tenants: Tenants, store: Redis, clock: SteppedClock, *records: UsageRecord) -> AbuseEnforcer:
     habits = Habits()
     for one in records:
         habits.note(one)
@@ -133,11 +135,11 @@ def warden(tenants: Tenants, store: Redis, clock: SteppedClock, *records: UsageR
 async def test_a_key_is_quarantined_and_its_owner_told_once(
     tenants: Tenants, store: Redis, clock: SteppedClock
 ) -> None:
-    guard = warden(tenants, store, clock, *USUAL, record(0, usd=500))
-    assert [await guard.run_once(ABUSE), await guard.run_once(ABUSE)] == [1, 0]
+    guard = enforcer(tenants, store, clock, *USUAL, record(0, usd=500))
+    assert [await guard.run_once(ABUSE, Sweep("abuse")), await guard.run_once(ABUSE, Sweep("abuse"))] == [1, 0]
     [notice] = await Notices(store).newest()
     assert (notice.kind, notice.facts["reason"], notice.facts["name"]) == (
-        NoticeKind.KEY_QUARANTINED,
+        NoticeKind.KEY_THROTTLED,
         "unusual_spend",
         "ci",
     )
@@ -149,20 +151,36 @@ async def test_a_key_is_quarantined_and_its_owner_told_once(
 
 
 async def test_a_lifted_key_is_left_alone_for_a_day(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
-    await warden(tenants, store, clock, *USUAL, record(0, usd=500)).run_once(ABUSE)
+    await enforcer(tenants, store, clock, *USUAL, record(0, usd=500)).run_once(ABUSE, Sweep("abuse"))
     assert (await tenants.lift_key(ACME, "key_1")).throttled is None
-    for later, is_put_back in ((REST_MS - 1, False), (REST_MS, True)):
+    for later, is_put_back in ((LEFT_ALONE_MS - 1, False), (LEFT_ALONE_MS, True)):
         clock.now_ms = NOW + later
         again = replace(record(0, usd=500), occurred_at_ms=clock.now_ms)
-        await warden(tenants, store, clock, *USUAL, again).run_once(ABUSE)
+        await enforcer(tenants, store, clock, *USUAL, again).run_once(ABUSE, Sweep("abuse"))
         assert ((await tenants.key(ACME, "key_1")).throttled is not None) == is_put_back
 
 
 async def test_nothing_is_watched_where_the_owner_says_so(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
-    guard = warden(tenants, store, clock, *USUAL, record(0, usd=500), record(0, usd=500, key_id="key_gone"))
-    assert await guard.run_once(ABUSE.model_copy(update={"watch": False})) == 0
+    guard = enforcer(tenants, store, clock, *USUAL, record(0, usd=500), record(0, usd=500, key_id="key_gone"))
+    assert await guard.run_once(ABUSE.model_copy(update={"watch": False}), Sweep("abuse")) == 0
     assert (await tenants.key(ACME, "key_1")).throttled is None
-    assert await guard.run_once(ABUSE) == 1, "and a key that nobody has is nobody's concern"
+    assert await guard.run_once(ABUSE, Sweep("abuse")) == 1, "and a key that nobody has is nobody's concern"
+
+
+async def test_key_is_throttled_though_another_cannot_be_read(
+    tenants: Tenants, store: Redis, clock: SteppedClock
+) -> None:
+    bad = TenantId("aaa")
+    await tenants.create(Tenant(id=bad, email="ops@aaa.test", plan="prepaid"))
+    key = new_key(bad, 0)[1]
+    await tenants.add_key(key)
+    await store.set(api_key(key.hash), "{}")
+    sweep = Sweep("abuse", clock)
+    records = [replace(one, tenant=bad, key_id=key.id) for one in (*USUAL, record(0, usd=500))]
+    guard = enforcer(tenants, store, clock, *records, *USUAL, record(0, usd=500))
+    assert await guard.run_once(ABUSE, sweep) == 1
+    assert (await tenants.key(ACME, "key_1")).throttled is not None
+    assert [one.id for one in sweep.failing] == [f"aaa/{key.id}"]
 
 
 async def test_addresses_are_estimated_and_none_is_kept(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
@@ -175,7 +193,7 @@ async def test_addresses_are_estimated_and_none_is_kept(tenants: Tenants, store:
         await gateway.flush()
     assert await gateways[0].counts([KEY, (ACME, "key_2")]) == {KEY: 8, (ACME, "key_2"): 0}
     assert not [name async for name in store.scan_iter("*192.0.2*")]
-    assert await warden(tenants, store, clock, record(0)).run_once(ABUSE) == 1
+    assert await enforcer(tenants, store, clock, record(0)).run_once(ABUSE, Sweep("abuse")) == 1
     clock.now_ms += HOUR_MS
     assert await gateways[0].counts([KEY]) == {KEY: 0}
 
@@ -184,7 +202,7 @@ async def test_in_quarantine_a_key_may_do_little_and_the_others_all(
     ledger: Ledger, tenants: Tenants, store: Redis, clock: SteppedClock
 ) -> None:
     await ledger.grant(money(10_000_000))
-    await warden(tenants, store, clock, *USUAL, record(0, usd=500)).run_once(ABUSE)
+    await enforcer(tenants, store, clock, *USUAL, record(0, usd=500)).run_once(ABUSE, Sweep("abuse"))
     key, tenant = await tenants.key(ACME, "key_1"), await tenants.get(TenantId("acme"))
     little = CATALOG.model_copy(update={"abuse": Abuse(hourly_cap="0.00002", requests_per_minute=2)})
     gate = Admission(ledger, clock)

@@ -17,6 +17,7 @@ from billing.ledger.journal import Entry, Link
 from billing.reconcile.reconciler import Reconciler
 from billing.reports import history
 from billing.store.keys import Shard, shard_for
+from billing.sweep import Sweep
 from tests.support.movements import ACME, ZETA, House, lived_in
 
 FOREVER_MS = 2**52
@@ -44,7 +45,7 @@ async def live(house: House) -> int:
 async def test_what_is_read_back_is_what_was_in_the_stream(house: House, archive: Archive) -> None:
     stream = await house.redis.xrange(shard_for(ACME).stream)
     before = await live(house)
-    report = await archiver(house, archive).run_once()
+    report = await archiver(house, archive).run_once(Sweep("archive"))
     assert (report.archived, report.trimmed, report.problems) == (before, before, ())
     assert await live(house) == 0
     assert archive.read(shard_for(ACME)) == [Entry(i, f["k"], f["t"], f["p"], f["c"]) for i, f in stream]
@@ -59,14 +60,14 @@ async def usage(house: House) -> list[object]:
 
 async def test_usage_is_the_same_before_and_after_trimming(house: House, archive: Archive) -> None:
     before = await usage(house)
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     assert await live(house) == 0
     assert await usage(house) == before
 
 
 async def test_stream_and_archive_add_up(house: House, archive: Archive) -> None:
     (before,) = await history.totals(house.redis, ACME, 0, FOREVER_MS)
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     await house.serve("req_after")
     (after,) = await history.totals(house.redis, ACME, 0, FOREVER_MS)
     assert after.records == before.records + 1
@@ -78,7 +79,7 @@ async def test_stream_and_archive_add_up(house: House, archive: Archive) -> None
 
 async def test_pages_go_on_from_the_stream_into_the_archive(house: House, archive: Archive) -> None:
     whole = (await history.records(house.redis, ACME)).records
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     found: list[object] = []
     cursor = ""
     for _ in range(len(whole) + 1):
@@ -91,7 +92,7 @@ async def test_pages_go_on_from_the_stream_into_the_archive(house: House, archiv
 
 
 async def test_the_books_are_proved_over_stream_and_archive_together(house: House, archive: Archive) -> None:
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     await house.serve("req_after")
     await house.flush()
     report = await Reconciler(house.redis, house.dodo, archive).run()
@@ -100,7 +101,7 @@ async def test_the_books_are_proved_over_stream_and_archive_together(house: Hous
 
 
 async def test_a_lost_file_of_the_archive_is_found(house: House, archive: Archive, tmp_path: Path) -> None:
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     for file in (tmp_path / "archive").glob(f"date=*/s{shard_for(ACME).number:02d}_*.parquet"):
         file.unlink()
     report = await Reconciler(house.redis, None, archive).run()
@@ -109,16 +110,16 @@ async def test_a_lost_file_of_the_archive_is_found(house: House, archive: Archiv
 
 async def test_what_is_not_sealed_for_export_stays(house: House, archive: Archive) -> None:
     await house.serve("req_unsealed")
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     assert await live(house) == 1
     assert "rec_req_unsealed" not in {e.payload for e in archive.read(shard_for(ACME))}
     await house.flush()
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     assert await live(house) == 0
 
 
 async def test_what_is_young_stays(house: House, archive: Archive) -> None:
-    report = await archiver(house, archive, keep_ms=60_000).run_once()
+    report = await archiver(house, archive, keep_ms=60_000).run_once(Sweep("archive"))
     assert (report.archived, report.trimmed) == (0, 0)
 
 
@@ -126,6 +127,15 @@ async def test_nothing_is_trimmed_that_is_not_archived(house: House) -> None:
     before = await live(house)
     assert await ArchiveCursor(house.redis).trim(shard_for(ACME), 0) == 0
     assert await live(house) == before
+
+
+async def test_shard_with_an_unreadable_link_keeps_no_other_from_the_archive(house: House, archive: Archive) -> None:
+    bad, good = sorted((ACME, ZETA), key=lambda tenant: shard_for(tenant).number)
+    await house.redis.hset(shard_for(bad).archived, bad, "no link")
+    report = await archiver(house, archive).run_once(Sweep("archive"))
+    assert report.problems[0].startswith(f"shard {shard_for(bad).number} is not archived further: ValueError")
+    assert await house.redis.xlen(shard_for(good).stream) == 0
+    assert await house.redis.xlen(shard_for(bad).stream) > 0
 
 
 class Killed(BaseException):
@@ -143,10 +153,10 @@ async def test_a_kill_after_the_files_are_written_repeats_harmlessly(
         patch.setattr(ArchiveCursor, point, die)
         for _ in range(2):
             with pytest.raises(Killed):
-                await archiver(house, archive).run_once()
+                await archiver(house, archive).run_once(Sweep("archive"))
     await house.serve("req_between")
     await house.flush()
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     report = await Reconciler(house.redis, house.dodo, archive).run()
     assert report.faults == ()
     ids = [entry.id for entry in archive.read(shard_for(ACME))]
@@ -165,7 +175,7 @@ async def test_a_gap_keeps_its_shard_in_the_stream_and_no_other(house: House, ar
     stream = shard_for(ACME).stream
     entries = await house.redis.xrange(stream)
     await house.redis.xdel(stream, entries[3][0])
-    report = await archiver(house, archive).run_once()
+    report = await archiver(house, archive).run_once(Sweep("archive"))
     assert "acme" in report.problems[0]
     assert await house.redis.xlen(stream) == len(entries) - 1
     assert await house.redis.xlen(shard_for(ZETA).stream) == 0
@@ -177,7 +187,7 @@ async def test_an_altered_entry_keeps_its_shard_in_the_stream_and_is_named(house
     await house.redis.xdel(stream, entry)
     await house.redis.xadd(stream, {**fields, "p": fields["p"].replace('"list_nanos":', '"list_nanos": ')}, id="*")
     await house.flush()
-    report = await archiver(house, archive).run_once()
+    report = await archiver(house, archive).run_once(Sweep("archive"))
     assert "not as it was written" in report.problems[0]
     assert await house.redis.xlen(shard_for(ZETA).stream) == 0
 
@@ -211,7 +221,7 @@ def _linked(entry_id: str, number: int, before: str) -> Entry:
 
 async def test_any_tool_can_sum_the_files(house: House, archive: Archive, tmp_path: Path) -> None:
     (total,) = await history.totals(house.redis, ACME, 0, FOREVER_MS)
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     table = ds.dataset(tmp_path / "archive", partitioning="hive").to_table(filter=ds.field("tenant") == ACME)
     assert sum(table.column("charged_nanos").to_pylist()) == total.charged_nanos
     assert sum(table.column("completion_tokens").to_pylist()) == total.completion_tokens
@@ -258,7 +268,7 @@ async def test_usage_and_books_are_the_same_over_an_archive_of_any_filesystem(ho
     before = await usage(house)
     name = f"books-{uuid4().hex}"
     elsewhere = Archive(f"memory://{name}")
-    report = await archiver(house, elsewhere).run_once()
+    report = await archiver(house, elsewhere).run_once(Sweep("archive"))
     assert report.archived == report.trimmed > 0
     assert await live(house) == 0
     assert await archive_url(house.redis) == f"memory:///{name}"
@@ -269,12 +279,12 @@ async def test_usage_and_books_are_the_same_over_an_archive_of_any_filesystem(ho
 async def test_an_entry_altered_in_the_stream_after_it_was_archived_is_named(
     house: House, archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     await house.serve("req_after")
     await house.flush()
     stream = shard_for(ACME).stream
     monkeypatch.setattr(ArchiveCursor, "trim", _nothing)
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     ((entry, fields),) = await house.redis.xrange(stream)
     await house.redis.delete(stream)
     await house.redis.xadd(
@@ -295,5 +305,5 @@ def test_an_unknown_kind_of_url_is_refused() -> None:
 
 async def test_everyone_finds_the_archive_in_the_store(house: House, archive: Archive) -> None:
     assert await archive_url(house.redis) == ""
-    await archiver(house, archive).run_once()
+    await archiver(house, archive).run_once(Sweep("archive"))
     assert await archive_url(house.redis) == archive.url

@@ -4,11 +4,9 @@ import asyncio
 
 import pytest
 
-from billing.catalog.catalog import Catalog
-from billing.commerce.auto_refill import LOST_MS, Refiller, refusal_of
-from billing.commerce.refill import COOLDOWN_MS, AttemptState, Refill
-from billing.commerce.refill_store import Refills
-from billing.dodo.errors import DodoUnavailable
+from billing.commerce.auto_refill.refill import COOLDOWN_MS, AttemptState, Refill, refusal_of
+from billing.commerce.auto_refill.refiller import LOST_MS, Refiller
+from billing.commerce.auto_refill.store import Refills
 from billing.ledger.account import Bucket, Funding, Grant
 from billing.ledger.admission import funding_for, plan_of
 from billing.notices.log import Notices
@@ -24,12 +22,7 @@ SMALL = Refill(pack="small", threshold_nanos=USD, monthly_cap_cents=1_500)
 
 
 def refiller(world: World) -> Refiller:
-    async def catalog() -> Catalog | None:
-        return world.catalog
-
-    webhooks = world.webhooks()
-    parts = (Refills(world.redis), webhooks.inbox, webhooks.payments, Notices(world.redis))
-    return Refiller(world.dodo, world.ledger, world.tenants, *parts, catalog, world.clock)
+    return Refiller(world.commerce())
 
 
 async def low(world: World, refill: Refill = SMALL) -> Refills:
@@ -61,11 +54,11 @@ async def decline(world: World, declines: bool = True) -> None:
 
 async def test_a_low_balance_is_filled_once_and_told(world: World) -> None:
     refills = await low(world)
-    assert await refiller(world).run_once() == 1
+    assert await refiller(world).run_once(world.sweep()) == 1
     assert await balance(world) == 5 * USD
     for _ in range(3):
         world.clock.move(COOLDOWN_MS)
-        assert await refiller(world).run_once() == 0, "there is enough now"
+        assert await refiller(world).run_once(world.sweep()) == 0, "there is enough now"
     assert await charges(world) == 1
     (attempt,) = (await state(refills)).attempts
     assert attempt.state is AttemptState.SUCCEEDED
@@ -77,12 +70,12 @@ async def test_an_allowance_that_no_request_can_draw_on_keeps_no_card_from_being
     await low(world)
     left = Bucket(BucketId("allowance:free"), Unit.NANOS, 9 * USD, 9 * USD, world.clock() + DAY, is_allowance=True)
     await world.ledger.hold(request(funding=Funding(left)))
-    assert await refiller(world).run_once() == 1
+    assert await refiller(world).run_once(world.sweep()) == 1
 
 
 async def test_the_webhook_of_a_refills_payment_grants_nothing_more(world: World) -> None:
     refills = await low(world)
-    await refiller(world).run_once()
+    await refiller(world).run_once(world.sweep())
     payment_id = (await state(refills)).attempts[0].payment_id
     payment = (await world.operator.get(f"/payments/{payment_id}", headers=AUTH)).json()
     await world.webhooks().receive(*delivery("payment.succeeded", payment))
@@ -92,12 +85,12 @@ async def test_the_webhook_of_a_refills_payment_grants_nothing_more(world: World
 async def test_a_declined_card_switches_it_off(world: World) -> None:
     refills = await low(world)
     await decline(world)
-    assert await refiller(world).run_once() == 1
+    assert await refiller(world).run_once(world.sweep()) == 1
     stopped = await state(refills)
     assert (stopped.is_on, stopped.stopped_because) == (False, "the payment is failed")
     await decline(world, False)
     world.clock.move(DAY)
-    assert await refiller(world).run_once() == 0
+    assert await refiller(world).run_once(world.sweep()) == 0
     assert (await charges(world), await balance(world)) == (1, 0)
     assert (await Notices(world.redis).newest())[0].kind is NoticeKind.REFILL_FAILED
 
@@ -105,10 +98,10 @@ async def test_a_declined_card_switches_it_off(world: World) -> None:
 async def test_a_charge_whose_answer_was_lost_is_found_by_its_id_and_not_made_again(world: World) -> None:
     refills = await low(world)
     await world.fault("timeout_after_commit", path="/checkouts", times=1)
-    await refiller(world).run_once()
+    await refiller(world).run_once(world.sweep())
     assert (await state(refills)).attempts[0].state is AttemptState.STARTED
     await world.heal()
-    assert await refiller(world).run_once() == 0
+    assert await refiller(world).run_once(world.sweep()) == 0
     assert (await charges(world), await balance(world)) == (1, 5 * USD)
     assert (await state(refills)).attempts[0].state is AttemptState.SUCCEEDED
 
@@ -116,13 +109,13 @@ async def test_a_charge_whose_answer_was_lost_is_found_by_its_id_and_not_made_ag
 async def test_a_charge_that_never_reached_dodo_is_given_up_after_an_hour(world: World) -> None:
     refills = await low(world)
     await world.fault("drop_before", path="/checkouts", times=1)
-    await refiller(world).run_once()
+    await refiller(world).run_once(world.sweep())
     await world.heal()
     world.clock.move(LOST_MS)
-    assert await refiller(world).run_once() == 0
+    assert await refiller(world).run_once(world.sweep()) == 0
     assert (await state(refills)).open_attempt is not None, "not yet"
     world.clock.move(1)
-    await refiller(world).run_once()
+    await refiller(world).run_once(world.sweep())
     given_up = await state(refills)
     assert (given_up.is_on, given_up.attempts[0].state) == (False, AttemptState.FAILED)
     assert await charges(world) == 0
@@ -131,26 +124,25 @@ async def test_a_charge_that_never_reached_dodo_is_given_up_after_an_hour(world:
 async def test_while_dodo_is_away_an_open_attempt_waits(world: World) -> None:
     refills = await low(world)
     await world.fault("drop_after", path="/checkouts", times=1)
-    await refiller(world).run_once()
+    await refiller(world).run_once(world.sweep())
     await world.fault("status:500", path="/payments")
-    with pytest.raises(DodoUnavailable):
-        await refiller(world).run_once()
+    assert await refiller(world).run_once(world.sweep()) == 0
     assert (await state(refills)).open_attempt is not None
     await world.heal()
-    await refiller(world).run_once()
+    await refiller(world).run_once(world.sweep())
     assert (await charges(world), await balance(world)) == (1, 5 * USD)
 
 
 async def test_two_actors_at_once_charge_once(world: World) -> None:
     await low(world)
-    await asyncio.gather(*(refiller(world).run_once() for _ in range(4)))
+    await asyncio.gather(*(refiller(world).run_once(world.sweep()) for _ in range(4)))
     assert (await charges(world), await balance(world)) == (1, 5 * USD)
 
 
 async def test_the_monthly_cap_holds(world: World) -> None:
     await low(world, SMALL.model_copy(update={"threshold_nanos": 2**52, "monthly_cap_cents": 1_499}))
     for _ in range(5):
-        await refiller(world).run_once()
+        await refiller(world).run_once(world.sweep())
         world.clock.move(COOLDOWN_MS)
     assert await charges(world) == 2
 
@@ -159,14 +151,14 @@ async def test_a_tenant_without_a_card_is_told_to_buy_once_by_hand(world: World)
     await world.tenant("acme")
     refills = Refills(world.redis)
     await refills.put(ACME, SMALL)
-    assert await refiller(world).run_once() == 0
+    assert await refiller(world).run_once(world.sweep()) == 0
     assert "by hand" in (await state(refills)).stopped_because
 
 
 async def test_nothing_is_asked_while_there_is_enough(world: World) -> None:
     await low(world)
     await world.ledger.grant(Grant("operator:gift", ACME, Unit.NANOS, USD + 1))
-    assert await refiller(world).run_once() == 0
+    assert await refiller(world).run_once(world.sweep()) == 0
     assert await charges(world) == 0
 
 
@@ -201,7 +193,7 @@ async def test_a_subscription_that_rests_with_its_allowance_charges_no_card(
     )
     funding = funding_for(tenant, plan_of(tenant, world.catalog), world.clock())
     await world.ledger.hold(request(funding=funding))
-    assert await refiller(world).run_once() == 0
+    assert await refiller(world).run_once(world.sweep()) == 0
     rests = subscription.model_copy(update={"status": status})
     await world.tenants.update(ACME, lambda t: t.model_copy(update={"subscription": rests}))
-    assert await refiller(world).run_once() == 0
+    assert await refiller(world).run_once(world.sweep()) == 0

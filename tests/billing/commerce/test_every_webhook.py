@@ -188,7 +188,7 @@ async def deliver(world: World, events: list[Event], chance: random.Random) -> N
         await asyncio.gather(*(gateways[number % 2].receive(*one) for number, one in some))
     while await gateways[0].inbox.parked_count():
         world.clock.move(HOUR)
-        assert await gateways[0].replay(), [one.reason for one in await gateways[0].inbox.parked()]
+        assert await gateways[0].replay(world.sweep()), [one.reason for one in await gateways[0].inbox.parked()]
 
 
 async def known(world: World, tenant: Tenant) -> Known:

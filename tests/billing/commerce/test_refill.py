@@ -2,7 +2,7 @@
 
 import pytest
 
-from billing.commerce.refill import COOLDOWN_MS, KEPT_ATTEMPTS, Attempt, Refill
+from billing.commerce.auto_refill.refill import COOLDOWN_MS, KEPT_ATTEMPTS, Attempt, Refill
 
 MONTH, NEXT_MONTH = 1_000_000_000, 9_000_000_000
 LATER = MONTH + 100 * COOLDOWN_MS

@@ -59,7 +59,7 @@ async def test_a_second_live_subscription_is_parked_until_the_first_has_ended(wo
     await world.operator.patch(f"/subscriptions/{first}", json={"status": "cancelled"}, headers=AUTH)
     await webhooks.receive(*delivery("subscription.cancelled", {"subscription_id": first}, "msg_3"))
     world.clock.move(HOUR)
-    assert await webhooks.replay() == 1
+    assert await webhooks.replay(world.sweep()) == 1
     assert (await world.tenants.get(ACME)).plan == "pro"
 
 
@@ -146,17 +146,17 @@ async def test_a_period_that_ended_without_news_is_looked_up(world: World) -> No
     await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}))
     world.clock.move(32 * DAY)
     await world.operator.post("/_sandbox/clock", json={"advance_s": 0})
-    assert await webhooks.refresh_overdue(await world.tenants.list()) == 1
-    assert await webhooks.refresh_overdue(await world.tenants.list()) == 0
+    assert await webhooks.refresh_overdue(await world.tenants.list(), world.sweep()) == 1
+    assert await webhooks.refresh_overdue(await world.tenants.list(), world.sweep()) == 0
 
 
 async def test_a_pause_whose_end_was_never_told_is_looked_up(world: World) -> None:
     webhooks, started = await paused(world)
-    assert await webhooks.refresh_overdue(await world.tenants.list()) == 1
+    assert await webhooks.refresh_overdue(await world.tenants.list(), world.sweep()) == 1
     await world.operator.patch(f"/subscriptions/{started}", json={"status": "active"}, headers=AUTH)
-    assert await webhooks.refresh_overdue(await world.tenants.list()) == 0, "asked about once an hour"
+    assert await webhooks.refresh_overdue(await world.tenants.list(), world.sweep()) == 0, "asked about once an hour"
     world.clock.move(HOUR)
-    assert await webhooks.refresh_overdue(await world.tenants.list()) == 1
+    assert await webhooks.refresh_overdue(await world.tenants.list(), world.sweep()) == 1
     tenant = await world.tenants.get(ACME)
     assert tenant.subscription is not None
     assert tenant.subscription.status is SubscriptionStatus.ACTIVE
@@ -165,7 +165,7 @@ async def test_a_pause_whose_end_was_never_told_is_looked_up(world: World) -> No
 async def test_a_tenant_moved_off_a_resting_subscriptions_plan_stays_moved(world: World) -> None:
     webhooks, _ = await paused(world)
     await world.tenants.update(ACME, lambda tenant: tenant.model_copy(update={"plan": "prepaid"}))
-    assert await webhooks.refresh_overdue(await world.tenants.list()) == 0
+    assert await webhooks.refresh_overdue(await world.tenants.list(), world.sweep()) == 0
     assert (await world.tenants.get(ACME)).plan == "prepaid"
 
 
@@ -187,7 +187,7 @@ async def test_one_resting_subscription_that_dodo_fails_on_keeps_no_other_waitin
     monkeypatch.setattr(webhooks._subscriptions, "refresh", fail)
     for _ in range(3):
         with contextlib.suppress(DodoUnavailable):
-            await webhooks.refresh_overdue(await world.tenants.list())
+            await webhooks.refresh_overdue(await world.tenants.list(), world.sweep())
         world.clock.move(HOUR)
     assert set(asked) == {"sub_acme", "sub_bolt"}
 

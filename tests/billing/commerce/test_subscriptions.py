@@ -3,20 +3,16 @@
 from dataclasses import replace
 
 import pytest
-from redis.asyncio import Redis
 
-from billing.catalog import publication
 from billing.catalog.catalog import Catalog
 from billing.commerce.subscriptions import applied, as_stored
 from billing.commerce.waiting import NotYet
-from billing.dodo.budget import CallBudget
 from billing.dodo.wire import DodoSubscription
 from billing.export.events import BOUNDARY_MS
 from billing.ledger.admission import funding_for
 from billing.periodic import Intervals
 from billing.tenants.tenant import LAST_CHARGES_MS, Subscription, SubscriptionStatus, Tenant
 from billing.usage import TenantId
-from tests.support.clock import SteppedClock
 from tests.support.world import CATALOG, DAY, MINUTE
 
 NOW = 1_795_000_000_000
@@ -139,28 +135,3 @@ def test_a_last_period_s_allowance_lasts_to_its_end_and_its_overage_does_not(ago
     assert funding.allowance is not None
     assert funding.credit_limit == 0
     assert funding_for(tenant("pro", last), plan, NOW - LAST_CHARGES_MS - 1).credit_limit == plan.credit_limit
-
-
-@pytest.mark.parametrize("per_minute", [1, 5, 6, 7, 60, 240, 1000])
-async def test_no_minute_has_more_calls_than_its_budget(per_minute: int) -> None:
-    clock = SteppedClock()
-    budget = CallBudget(per_minute, clock)
-    taken: list[int] = []
-    for _ in range(3_000):
-        while await budget.take():
-            taken.append(clock())
-        clock.move(100)
-    busiest = max(sum(start <= at < start + MINUTE for at in taken) for start in taken[:: max(1, len(taken) // 200)])
-    assert 0 < busiest <= max(per_minute, 2)
-    assert len(taken) >= 4 * max(1, per_minute - per_minute // 6) - 4, "five minutes' calls may nearly all be used"
-
-
-async def test_the_catalogue_in_force_comes_back_as_it_was_published(redis: Redis) -> None:
-    assert await publication.current(redis) is None
-    catalog = Catalog.model_validate(CATALOG)
-    hash_ = await publication.publish(redis, catalog, "gw_1", NOW)
-    assert await publication.current(redis) == catalog
-    (gateway,) = await publication.gateways(redis)
-    assert (gateway.gateway_id, gateway.hash, gateway.at_ms) == ("gw_1", hash_, NOW)
-    await publication.forget_gateway(redis, "gw_1")
-    assert await publication.gateways(redis) == []

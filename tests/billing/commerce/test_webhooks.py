@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -126,10 +127,10 @@ async def test_a_payment_of_an_unknown_customer_is_parked_and_counts_later(world
     parked = await webhooks.receive(*delivery("payment.succeeded", stranger))
     assert (parked.outcome, await balance(world)) == (Outcome.WAITING, 0)
     assert "cus_later" in parked.reason
-    assert await webhooks.replay() == 0, "not due yet"
+    assert await webhooks.replay(world.sweep()) == 0, "not due yet"
     await world.tenants.set_customer(tenant.id, "cus_later")
     world.clock.move(HOUR)
-    assert await webhooks.replay() == 1
+    assert await webhooks.replay(world.sweep()) == 1
     assert (await balance(world), await webhooks.inbox.parked_count()) == (5 * USD, 0)
 
 
@@ -143,7 +144,7 @@ async def test_a_payment_for_an_unknown_product_is_parked_and_counts_once_the_pr
     assert (parked.outcome, await balance(world)) == (Outcome.WAITING, 0)
     await world.redis.hset(DODO_IDS, "pack:small", product)
     world.clock.move(HOUR)
-    assert await webhooks.replay() == 1
+    assert await webhooks.replay(world.sweep()) == 1
     assert await balance(world) == 5 * USD
 
 
@@ -156,13 +157,13 @@ async def test_while_dodo_is_away_what_needs_it_is_parked_and_acknowledged(world
     assert parked.reason.startswith("DodoUnavailable")
     await world.heal()
     world.clock.move(HOUR)
-    assert await webhooks.replay() == 1
+    assert await webhooks.replay(world.sweep()) == 1
     assert await balance(world) == 5 * USD
 
 
 async def test_a_store_that_does_not_answer_makes_dodo_send_again(world: World) -> None:
     away = Redis.from_url("unix:///nowhere/s.sock", decode_responses=True)
-    webhooks = Webhooks(away, world.dodo, world.ledger, world.tenants, _no_catalog, SECRET, world.clock)
+    webhooks = Webhooks(replace(world.commerce(), redis=away, catalog=_no_catalog), SECRET)
     with pytest.raises(StoreUnavailable):
         await webhooks.receive(*delivery("payment.succeeded", {}))
     await away.aclose()
@@ -186,7 +187,7 @@ async def test_a_crash_before_the_end_leaves_a_delivery_that_is_tried_again(
     with pytest.raises(asyncio.CancelledError):
         await webhooks.receive(*signed)
     world.clock.move(MINUTE)
-    assert await world.webhooks().replay() == 1
+    assert await world.webhooks().replay(world.sweep()) == 1
     assert (await world.webhooks().receive(*signed)).outcome is Outcome.APPLIED
     assert await balance(world) == 5 * USD
 

@@ -3,8 +3,9 @@
 import asyncio
 import sys
 
-from billing.dodo.budget import CallBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.call_budget import CallBudget
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.export.exporter import Exporter
 from billing.store.connection import connect
 from billing.tenants.directory import Tenants

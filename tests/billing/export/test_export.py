@@ -5,8 +5,9 @@ import hashlib
 
 import pytest
 
-from billing.dodo.client import Dodo, DodoSettings, Event
+from billing.dodo.client import Dodo, Event
 from billing.dodo.errors import DodoUnavailable
+from billing.dodo.settings import DodoSettings
 from billing.export.checking import CheckedEntries
 from billing.export.events import SealedEvent
 from billing.export.exporter import Exporter
@@ -32,8 +33,24 @@ async def test_every_tenant_is_told_its_usage_once_in_two_kinds(world: World) ->
         await world.use(name, charged=500, overage=200)
     report = await world.exporter().flush_once()
     assert (report.sealed, report.sent, report.waiting) == (4, 4, 0)
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
     assert (await world.exporter().flush_once()).sent == 0
+
+
+async def test_tenant_that_cannot_be_read_keeps_no_other_from_being_exported(world: World) -> None:
+    for name in ("aaa", "acme"):
+        await world.tenant(name)
+        await world.use(name)
+    stored = str(await world.redis.get(shard_for(TenantId("aaa")).tenant(TenantId("aaa"))))
+    await world.spoil("aaa")
+    exporter = world.exporter()
+    report = await exporter.flush_once()
+    assert (report.sealed, report.sent, report.held) == (2, 1, 1)
+    assert report.error.startswith("aaa is not exported: ValidationError")
+    await world.redis.set(shard_for(TenantId("aaa")).tenant(TenantId("aaa")), stored)
+    report = await exporter.flush_once()
+    assert (report.sent, report.error) == (1, "")
+    assert_same(await world.exported(), world.sums)
 
 
 async def test_tokens_of_a_record_that_drew_twice_are_counted_once(world: World) -> None:
@@ -102,7 +119,7 @@ async def test_a_kill_at_any_point_loses_nothing_and_doubles_nothing(
     monkeypatch.undo()
     await world.use("acme", charged=40)
     await world.exporter().flush_once()
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
     sums = await Outbox(world.redis).sums()
     assert sums.sealed_charge == sums.acked_charge == 200
     assert sums.sealed_covered == sums.acked_covered == 340
@@ -117,7 +134,7 @@ async def test_exporters_at_once_are_harmless(world: World) -> None:
             await world.use(f"tenant-{number}", charged=1000 + number, overage=number)
         await asyncio.gather(*(exporter.flush_once() for exporter in exporters))
     await exporters[0].flush_once()
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
     sums = await Outbox(world.redis).sums()
     assert sums.sealed_events == sums.acked_events
 
@@ -137,7 +154,7 @@ async def test_after_a_fault_the_same_event_is_sent_again(world: World, kind: st
     world.clock.move(61 * SECOND)
     second = await exporter.flush_once()
     assert (second.state, second.sent, second.error) == ("running", 1, "")
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
 
 
 async def test_a_storm_of_faults_ends_with_equal_sums(world: World) -> None:
@@ -151,7 +168,7 @@ async def test_a_storm_of_faults_ends_with_equal_sums(world: World) -> None:
         await world.exporter().flush_once()
     await world.heal()
     await world.exporter().flush_once()
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
     assert is_clear(await Outbox(world.redis).backlog())
 
 
@@ -164,7 +181,7 @@ async def test_a_slow_dodo_is_given_up_and_asked_again(world: World, monkeypatch
     exporter = Exporter(world.redis, hasty, world.tenants, world.clock)
     assert (await exporter.flush_once()).state == "backing_off"
     assert (await exporter.flush_once(force=True)).sent == 1
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
     await hasty.close()
 
 
@@ -174,7 +191,7 @@ async def test_poison_is_found_and_buried_with_its_reason_and_holds_up_nobody(wo
         await world.use(f"tenant-{number}")
     poisoned = await world.tenants.set_customer(TenantId("tenant-4"), "cus_nobody")
     report = await world.exporter().flush_once()
-    assert (report.sent, report.buried, report.waiting) == (8, 1, 0)
+    assert (report.sent, report.dead_letters, report.waiting) == (8, 1, 0)
     (dead,) = await Outbox(world.redis).dead()
     assert dead.tenant == poisoned.id
     assert "cus_nobody" in dead.reason
@@ -194,7 +211,7 @@ async def test_a_dead_letter_can_be_sent_again(world: World) -> None:
         assert await outbox.revive(dead)
         assert not await outbox.revive(dead)
     assert (await world.exporter().flush_once()).sent == 2
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
     assert (await outbox.sums()).dead_events == 0
 
 
@@ -209,7 +226,7 @@ async def test_a_wrong_key_or_address_stops_the_pump_and_parks_nothing(world: Wo
     assert (await exporter.flush_once()).sent == 0, "it waits before it tries again"
     assert (await Outbox(world.redis).dead()) == []
     assert (await exporter.flush_once(force=True)).sent == 1
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
 
 
 @pytest.mark.parametrize("status", [401, 404])
@@ -228,7 +245,7 @@ async def test_hours_with_a_wrong_key_leave_nothing_to_look_up(
     monkeypatch.setattr(Dodo, "has_event", lambda _, id_: asked.append(id_))
     assert (await world.exporter().flush_once()).sent == 20
     assert asked == [], "a refusal says that nothing was taken"
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
 
 
 async def test_a_wrong_address_is_no_proof_that_an_event_is_missing(world: World) -> None:
@@ -255,7 +272,7 @@ async def test_usage_of_a_tenant_without_a_customer_waits_counted_and_holds_up_n
     assert (await Outbox(world.redis).shown()).held_events == 2
     await world.give_customer(TenantId("late"))
     assert (await exporter.flush_once()).sent == 2
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
 
 
 async def test_a_call_carries_at_most_a_thousand_events(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

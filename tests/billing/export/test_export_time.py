@@ -4,7 +4,7 @@ from datetime import datetime
 
 import pytest
 
-from billing.dodo.budget import CallBudget
+from billing.dodo.call_budget import CallBudget
 from billing.dodo.client import Event
 from billing.export.exporter import Exporter
 from billing.export.outbox import Outbox
@@ -53,7 +53,7 @@ async def test_an_attempt_of_more_than_an_hour_ago_is_looked_up_before_it_is_rep
     assert report.sent == 1, "Dodo had it: acknowledged without being sent again"
     await world.heal()
     assert (await world.exporter().flush_once()).sent == 1
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
 
 
 async def test_calls_are_bounded_and_the_rest_follows(world: World) -> None:
@@ -98,7 +98,7 @@ async def test_a_flush_with_patience_waits_for_its_calls(world: World) -> None:
         await world.use(name)
     budget = CallBudget(12)
     exporter = Exporter(world.redis, world.dodo, world.tenants, world.clock, budget, patience_s=30)
-    assert (await exporter.flush_once()).buried == 2
+    assert (await exporter.flush_once()).dead_letters == 2
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ async def test_in_a_long_outage_windows_are_wide_and_sums_still_equal(world: Wor
     await world.heal()
     await exporter.flush_once(force=True)
     await exporter.flush_once(force=True)
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
 
 
 class Counted:
@@ -149,7 +149,7 @@ async def test_a_day_s_outage_drains_in_a_few_calls_and_loses_nothing(world: Wor
     assert report.waiting == 0
     assert report.sent > 1_800
     assert budget.calls <= 40, "steps from 8 events to 1,000, and the few that were attempted are looked up"
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
     assert {event["metadata"]["restamped"] for event in await world.events()} == {True, False}  # type: ignore[index]
 
 

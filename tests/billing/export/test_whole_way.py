@@ -48,7 +48,7 @@ async def test_ledger_records_and_dodo_agree_to_the_nano(world: World) -> None:
         if number % 4 == 3:
             await world.exporter().flush_once()
     await world.exporter().flush_once()
-    told = await world.told()
+    told = await world.exported()
     assert overage > 0
     assert told[ACME, "charge_nanos"] == overage == (await world.ledger.account(ACME)).overage_nanos
     assert told[ACME, "covered_nanos"] == charged - overage == 95_000
@@ -73,7 +73,7 @@ async def test_killed_processes_and_a_failing_dodo_change_no_sum(world: World, s
             await pump.communicate()
     await world.heal()
     await world.exporter().flush_once()
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
     sums = await Outbox(world.redis).sums()
     assert (sums.sealed_events, sums.dead_events) == (sums.acked_events, 0)
     assert sums.sealed_covered + sums.sealed_charge == sum(

@@ -81,10 +81,10 @@ async def test_an_altered_record_alone_is_withheld_and_sent_once_it_is_put_right
         report = await exporter.flush_once()
         assert (report.state, report.withheld) == ("running", 1)
         assert f"{name} of acme is not as it was written" in report.error
-        assert_same(await world.told(), without(world, charged))
+        assert_same(await world.exported(), without(world, charged))
     await world.use("acme", charged=800)
     assert (await exporter.flush_once()).sent == 1
-    assert_same(await world.told(), without(world, charged))
+    assert_same(await world.exported(), without(world, charged))
     assert (await Outbox(world.redis).backlog()).withheld_records == 1
     (notice,) = await Notices(world.redis).newest()
     assert (notice.kind, notice.tenant, notice.facts) == (NoticeKind.RECORD_WITHHELD, ACME, {"record": name})
@@ -94,7 +94,7 @@ async def test_an_altered_record_alone_is_withheld_and_sent_once_it_is_put_right
     assert sum(report.sealed for report in reports) == 1, "one exporter seals it"
     report = await exporter.flush_once()
     assert (report.withheld, report.error) == (0, "")
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
     assert is_clear(await Outbox(world.redis).backlog())
 
 
@@ -105,7 +105,7 @@ async def test_a_record_is_held_against_what_was_sealed_long_before(world: World
     *before, (id_, fields) = await world.redis.xrange(STREAM)
     await put(world, [*before, (id_, dearer(fields))])
     assert (await world.exporter().flush_once()).withheld == 1
-    assert_same(await world.told(), without(world, 800))
+    assert_same(await world.exported(), without(world, 800))
 
 
 Harm = Callable[[Entries, int], Entries]
@@ -163,7 +163,7 @@ async def test_whatever_is_done_to_a_record_dodo_is_told_of_no_more_than_was_wri
     assert (await exporter.flush_once()).withheld == withheld
     await world.use("acme", charged=800)
     assert (await exporter.flush_once()).withheld == withheld
-    told = await world.told()
+    told = await world.exported()
     assert told[neighbour(), "covered_nanos"] == told["zeta", "covered_nanos"] == 700
     assert world.sums["acme", "covered_nanos"] - told["acme", "covered_nanos"] == untold
 
@@ -186,15 +186,15 @@ async def test_reconcile_names_what_is_withheld_and_nothing_else(world: World) -
     assert (await Reconciler(world.redis, world.dodo, clock=world.clock).run()).is_clean, "it waits"
     await exporter.flush_once()
     assert (await Reconciler(world.redis, world.dodo, clock=world.clock).run()).is_clean
-    told = await world.told()
+    told = await world.exported()
     assert told["acme", "covered_nanos"] == 3 * PER_TOKEN.charge(Usage(prompt_tokens=10, completion_tokens=5))
 
 
 @pytest.mark.usefixtures("three")
 async def test_a_tenant_whose_first_entries_were_sealed_unchecked_begins_where_it_stands(world: World) -> None:
     entries = [entry for entry in await Stream(world.redis).within(shard_for(ACME)) if entry.tenant == ACME]
-    sifted = check_entries(entries[1:], {})
-    assert (sifted.sound, sifted.withheld) == (entries[1:], [])
+    checked = check_entries(entries[1:], {})
+    assert (checked.sound, checked.withheld) == (entries[1:], [])
     altered = replace(entries[2], payload="{}")
     assert [one.id for one in check_entries([entries[1], altered], {}).withheld] == [altered.id]
 
@@ -205,4 +205,4 @@ async def test_each_window_goes_on_where_the_last_one_ended(world: World, monkey
     for _ in range(7):
         await world.use("acme")
     assert (await world.exporter().flush_once()).withheld == 0
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)

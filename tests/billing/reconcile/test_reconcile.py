@@ -12,12 +12,13 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.clock import now_ms
-from billing.dodo.budget import CallBudget
-from billing.dodo.client import PAGE, Dodo, DodoSettings, Event
+from billing.dodo.call_budget import CallBudget
+from billing.dodo.client import PAGE, Dodo, Event
+from billing.dodo.settings import DodoSettings
 from billing.export.events import CHARGE, USAGE, SealedEvent
 from billing.export.outbox import Outbox
 from billing.ledger.account import Bucket, Clawback, Grant
-from billing.reconcile.books import AccountState, UnreadableBooks
+from billing.reconcile.books import AccountState
 from billing.reconcile.fold import Fold
 from billing.reconcile.proofs import prove_tenant
 from billing.reconcile.reconciler import Reconciler
@@ -280,10 +281,23 @@ async def test_a_dodo_that_does_not_answer_leaves_its_proof_open(house: House) -
     assert not report.is_clean
 
 
-async def test_a_value_that_farebox_does_not_write_is_an_error_that_says_where(house: House) -> None:
+async def test_unreadable_shard_is_unproven_and_the_others_are_proved(house: House) -> None:
     await house.redis.hset(shard_for(ACME).holds, "req_odd", "{}")
-    with pytest.raises(UnreadableBooks, match=f"shard {shard_for(ACME).number}"):
-        await house.reconcile()
+    report = await house.reconcile()
+    assert f"shard {shard_for(ACME).number} holds what farebox does not write" in report.unproven[0]
+    assert {row.tenant for row in report.rows} >= {ZETA}
+    assert not report.is_clean
+
+
+async def test_unreadable_tenant_leaves_its_shard_without_a_watermark(house: House) -> None:
+    name = shard_for(ACME).tenant(ACME)
+    stored = await house.redis.get(name)
+    await house.redis.set(name, "{}")
+    report = await house.reconcile()
+    assert report.unproven[0] == "tenant acme cannot be read"
+    assert not await house.redis.exists(shard_for(ACME).proved)
+    await house.redis.set(name, str(stored))
+    assert (await house.reconcile()).is_clean
 
 
 class Killed(BaseException):

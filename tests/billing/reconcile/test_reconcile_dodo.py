@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from billing.archive.archive_cursor import ArchiveCursor
-from billing.dodo.budget import CallBudget
+from billing.dodo.call_budget import CallBudget
 from billing.dodo.client import Dodo, Event
 from billing.dodo.wire import DodoEvent, UsagePeriod
 from billing.export.events import CHARGE, USAGE

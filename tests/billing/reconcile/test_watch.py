@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from billing.dodo.budget import CallBudget
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.call_budget import CallBudget
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.export.outbox import Outbox
 from billing.reconcile import proof_state
 from billing.reconcile.books import ShardReader
@@ -29,8 +30,8 @@ def watch(house: House, dodo: Dodo | None = None) -> Watch:
 
 async def test_right_books_are_said_to_be_right_by_both_passes(house: House) -> None:
     watching = watch(house)
-    assert (await watching.glance()).faults == 0
-    assert (await watching.examine()).faults == 0
+    assert (await watching.reconcile_store()).faults == 0
+    assert (await watching.reconcile_dodo()).faults == 0
     shown = await proof_state.shown(house.redis)
     assert list(shown) == ["dodo", "store"]
     assert all(state.at_ms and state.proofs and not (state.named or state.unproven) for state in shown.values())
@@ -39,14 +40,14 @@ async def test_right_books_are_said_to_be_right_by_both_passes(house: House) -> 
 
 async def test_a_nano_that_goes_between_two_passes_is_found_by_the_second(house: House) -> None:
     watching = watch(house)
-    await watching.glance()
+    await watching.reconcile_store()
     await house.redis.hincrby(shard_for(ACME).account(ACME), "overage", 1)
-    found = await watching.glance()
+    found = await watching.reconcile_store()
     assert (found.faults, found.drift_nanos) == (1, 1)
     assert found.named == "exposure acme: field overage"
     assert (await proof_state.shown(house.redis))["store"] == found
     await house.redis.hincrby(shard_for(ACME).account(ACME), "overage", -1)
-    assert (await watching.glance()).faults == 0
+    assert (await watching.reconcile_store()).faults == 0
 
 
 async def test_a_second_pass_reads_only_what_is_new(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,27 +61,27 @@ async def test_a_second_pass_reads_only_what_is_new(house: House, monkeypatch: p
 
     monkeypatch.setattr(ShardReader, "read", counting)
     watching = watch(house)
-    assert (await watching.glance()).faults == 0
+    assert (await watching.reconcile_store()).faults == 0
     before = len(read)
     await house.serve("req_new")
-    assert (await watching.glance()).faults == 0
+    assert (await watching.reconcile_store()).faults == 0
     assert len(read) == before + 1
 
 
 async def test_an_altered_record_is_found_when_it_is_read(house: House) -> None:
     stream = shard_for(ACME).stream
     watching = watch(house)
-    await watching.glance()
+    await watching.reconcile_store()
     await house.serve("req_new")
     ((entry, fields),) = await house.redis.xrevrange(stream, count=1)
     await house.redis.xdel(stream, entry)
     await house.redis.xadd(stream, fields | {"p": fields["p"].replace('"status":"complete"', '"status":"failed"')})
-    assert "rec_req_new is not as it was written" in (await watching.glance()).named
+    assert "rec_req_new is not as it was written" in (await watching.reconcile_store()).named
 
 
 async def test_a_dodo_that_is_away_is_said_to_be_unproven_and_no_fault(house: House) -> None:
     away = Dodo(DodoSettings(SANDBOX_KEY, base_url="http://127.0.0.1:9"))
-    state = await watch(house, away).examine()
+    state = await watch(house, away).reconcile_dodo()
     await away.close()
     assert (state.faults, state.drift_nanos) == (0, 0)
     assert state.unproven

@@ -8,7 +8,8 @@ import pytest
 
 from billing.archive.archiver import Archiver
 from billing.archive.files import Archive
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.store.connection import connect
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local.settings import Settings

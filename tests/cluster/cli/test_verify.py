@@ -8,7 +8,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from billing.dodo.client import DodoSettings
+from billing.dodo.settings import DodoSettings
 from cluster.cli.dodo import contract_findings
 from cluster.cli.main import app
 from cluster.dodo_sandbox.server import SandboxServer

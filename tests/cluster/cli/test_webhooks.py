@@ -41,7 +41,7 @@ async def _park(store_url: str) -> None:
 def due(store_url: str) -> list[str]:
     async def read() -> list[str]:
         redis = await connect(store_url)
-        found = [one.id for one in await Inbox(redis).parked(due_ms=LATER_MS - 1)]
+        found = await Inbox(redis).due(LATER_MS - 1, 50)
         await redis.aclose()
         return found
 

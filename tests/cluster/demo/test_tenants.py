@@ -15,7 +15,8 @@ from redis.asyncio import Redis
 from billing.catalog import publication
 from billing.clock import now_ms
 from billing.commerce.sync import sync
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.periodic import Intervals, PeriodicTasks, assemble
 from billing.store.connection import connect
 from cluster.demo import tenants

@@ -4,7 +4,8 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.money import parse_usd
 from billing.store import keys
 from billing.tenants.tenant import new_key

@@ -2,8 +2,8 @@
 
 import pytest
 
-from billing.commerce.refill import Attempt
-from billing.commerce.refill_store import Refills
+from billing.commerce.auto_refill.refill import Attempt
+from billing.commerce.auto_refill.store import Refills
 from billing.usage import TenantId
 from tests.support.gateway import House, bearer
 

@@ -8,7 +8,8 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.commerce.sync import sync
-from billing.dodo.client import Dodo, DodoSettings
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.tenants.tenant import Subscription, SubscriptionStatus
 from billing.usage import TenantId
 from cluster.dodo_sandbox.server import SandboxServer

@@ -1,13 +1,13 @@
-"""Auto-refill as its tenant set it up, and each attempt to charge, as plain values with their transitions.
+"""Auto-refill as its tenant set it up, and each attempt to charge: values, when one is due, what each outcome means."""
 
-Pure: knows when an attempt is due and what each outcome means; calls nobody.
-"""
-
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from billing.catalog.plans import Pack
+from billing.money import NANOS_PER_CENT, format_usd
 from billing.usage import Name
 
 COOLDOWN_MS = 10 * 60_000
@@ -52,7 +52,7 @@ class Refill(_Stored):
     monthly_cap_cents: Annotated[int, Field(gt=0)]
     is_on: bool = True
     stopped_because: str = ""
-    """Why it is off, where we switched it off."""
+    """Why farebox switched it off; empty where its tenant did, or it is on."""
     attempts: tuple[Attempt, ...] = ()
     """The newest last; only so many are kept."""
     month_start_ms: int = 0
@@ -67,14 +67,14 @@ class Refill(_Stored):
         return self.month_cents if month_start_ms == self.month_start_ms else 0
 
     def is_due(self, balance_nanos: int, cents: int, now_ms: int, month_start_ms: int) -> bool:
-        """One in flight, after the cooldown, within the month's cap, and only when the balance asks for it."""
+        """Is the balance low enough, no attempt open, the cooldown over and the month's cap not reached?"""
         if not self.is_on or self.open_attempt is not None or balance_nanos > self.threshold_nanos:
             return False
         is_cool = all(now_ms - one.ended_at_ms >= COOLDOWN_MS for one in self.attempts)
         return is_cool and self.spent_cents(month_start_ms) + cents <= self.monthly_cap_cents
 
     def renewed(self, wanted: Self) -> Self:
-        """What is wanted now, with all that has happened."""
+        """What the tenant wants now, with the attempts made so far."""
         kept = {"attempts": self.attempts, "month_start_ms": self.month_start_ms, "month_cents": self.month_cents}
         return wanted.model_copy(update=kept)
 
@@ -91,7 +91,7 @@ class Refill(_Stored):
         return self._changed(attempt_id, state=AttemptState.SUCCEEDED, ended_at_ms=now_ms)
 
     def failed(self, attempt_id: str, reason: str, now_ms: int) -> Self:
-        """A failed charge switches auto-refill off: a card that was refused once is not tried again unasked."""
+        """A failed charge switches auto-refill off: a refused card is tried again only when the tenant asks for it."""
         ended = self._changed(attempt_id, state=AttemptState.FAILED, reason=reason, ended_at_ms=now_ms)
         given_up = [one for one in self.attempts if one.id == attempt_id and one.is_open]
         back = sum(one.cents for one in given_up if one.started_at_ms >= self.month_start_ms)
@@ -101,3 +101,16 @@ class Refill(_Stored):
     def _changed(self, attempt_id: str, **changes: object) -> Self:
         attempts = tuple(one.model_copy(update=changes) if one.id == attempt_id else one for one in self.attempts)
         return self.model_copy(update={"attempts": attempts})
+
+
+def refusal_of(refill: Refill, packs: Mapping[str, Pack]) -> str:
+    """Why a tenant to whom these packs are offered may not have this auto-refill; empty where it may."""
+    pack = packs.get(refill.pack)
+    if pack is None or pack.grants.usd is None:
+        sold = ", ".join(sorted(name for name, one in packs.items() if one.grants.usd is not None))
+        return f"pack {refill.pack!r} is no pack of dollars: choose one of {sold or 'none'}"
+    if refill.threshold_nanos >= pack.grants.amount:
+        return f"the threshold must be below what the pack gives, ${format_usd(pack.grants.amount, 2)}"
+    if refill.monthly_cap_cents * NANOS_PER_CENT < pack.price:
+        return f"the monthly cap does not pay for one pack of ${format_usd(pack.price, 2)}"
+    return ""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from redis.asyncio import Redis
 
-from billing.commerce.refill import Refill
+from billing.commerce.auto_refill.refill import Refill
 from billing.store.compare_and_set import CompareAndSet
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S

@@ -1,0 +1,138 @@
+"""Charge saved cards for packs when balances are low, and find out what became of each charge.
+
+An attempt is stored before Dodo is asked to charge. One whose answer was lost is looked up among the payments by its
+id; it is never made again on a guess.
+"""
+
+import logging
+import secrets
+
+from billing.clock import month_start_ms
+from billing.commerce.auto_refill.refill import Attempt, AttemptState, Refill
+from billing.commerce.auto_refill.store import Refills
+from billing.commerce.context import Commerce
+from billing.commerce.inbox import Inbox
+from billing.commerce.payments import Payments
+from billing.dodo.errors import DodoRefused, DodoUnavailable
+from billing.dodo.wire import Payment
+from billing.ledger.admission import funding_for, plan_of
+from billing.money import NANOS_PER_CENT, divide_up, format_usd
+from billing.notices.log import Notices
+from billing.notices.notice import Notice, NoticeKind
+from billing.sweep import Sweep
+from billing.tenants.tenant import Tenant
+from billing.usage import TenantId
+
+REFILL_TAG = "farebox_refill"
+"""Metadata key that says which attempt a payment belongs to."""
+LOST_MS = 3_600_000
+"""An attempt that Dodo has no payment for after this time is taken for one that was never made."""
+UNFINISHED_MS = 24 * 3_600_000
+"""A payment that still waits for its customer after this time is taken for failed."""
+WAITING = ("processing", "requires_customer_action", "requires_confirmation", "requires_capture", "")
+
+log = logging.getLogger("farebox.billing.commerce.auto_refill")
+
+
+class Refiller:
+    def __init__(self, commerce: Commerce) -> None:
+        self._dodo, self._ledger, self._tenants = commerce.dodo, commerce.ledger, commerce.tenants
+        self._catalog, self._clock = commerce.catalog, commerce.clock
+        self._inbox, self._payments = Inbox(commerce.redis), Payments(commerce)
+        self._refills, self._notices = Refills(commerce.redis), Notices(commerce.redis)
+
+    async def run_once(self, sweep: Sweep) -> int:
+        """Look after every tenant that has set up auto-refill. How many attempts were begun."""
+        return sum(await sweep.run(await self._refills.tenants(), self._look_after))
+
+    async def _look_after(self, tenant_id: TenantId) -> bool:
+        """Follow the open attempt, or begin one that is due. Was one begun?"""
+        refill = await self._refills.get(tenant_id)
+        if refill is not None and refill.open_attempt is not None:
+            await self._follow(await self._tenants.get(tenant_id), refill.open_attempt)
+        elif refill is not None and refill.is_on:
+            return await self._begin(await self._tenants.get(tenant_id), refill)
+        return False
+
+    async def _begin(self, tenant: Tenant, refill: Refill) -> bool:
+        catalog = await self._catalog()
+        pack = catalog.packs.get(refill.pack) if catalog else None
+        product_id = await self._product(refill.pack)
+        if catalog is None or pack is None or not product_id or not tenant.dodo_customer_id or tenant.suspended:
+            return False
+        now, cents = self._clock(), divide_up(pack.price, NANOS_PER_CENT)
+        month = month_start_ms(now)
+        rests = tenant.subscription is not None and tenant.subscription.is_resting(now)
+        # A pause charges no card: the allowance that rests with the subscription counts as if it could be drawn on.
+        funding = None if rests else funding_for(tenant, plan_of(tenant, catalog), now)
+        balance = (await self._ledger.account(tenant.id, funding)).balance_nanos
+        if not refill.is_due(balance, cents, now, month):
+            return False
+        methods = await self._dodo.payment_methods(tenant.dodo_customer_id)
+        attempt = Attempt(id=f"refill_{secrets.token_hex(8)}", started_at_ms=now, cents=cents)
+
+        def begun(current: Refill) -> Refill:
+            is_due = current.is_due(balance, cents, now, month)
+            return current.begun(attempt, month) if is_due and methods else current
+
+        changed = await self._refills.change(tenant.id, begun)
+        if not methods:
+            await self._stop(tenant.id, "no card is saved: buy a pack once by hand")
+            return False
+        if changed.open_attempt == attempt:
+            await self._charge(tenant, product_id, methods[0], attempt)
+            return True
+        return False
+
+    async def _charge(self, tenant: Tenant, product_id: str, method_id: str, attempt: Attempt) -> None:
+        """A charge that Dodo refuses was not made; one that it does not answer is looked up later."""
+        try:
+            payment_id = await self._dodo.charge_saved(tenant, product_id, method_id, {REFILL_TAG: attempt.id})
+        except DodoRefused as refused:
+            await self._fail(tenant.id, attempt, str(refused))
+        except DodoUnavailable as error:
+            log.warning("refill %s of %s: %s; it will be looked up", attempt.id, tenant.id, error)
+        else:
+            await self._refills.change(tenant.id, lambda refill: refill.charged(attempt.id, payment_id))
+            await self._follow(tenant, attempt.model_copy(update={"payment_id": payment_id}))
+
+    async def _follow(self, tenant: Tenant, attempt: Attempt) -> None:
+        """Find out what became of an open attempt."""
+        payment = await self._payment_of(tenant, attempt)
+        age_ms = self._clock() - attempt.started_at_ms
+        if payment is None:
+            if age_ms > LOST_MS:
+                await self._fail(tenant.id, attempt, "Dodo has no payment of this attempt")
+            return
+        if attempt.state is AttemptState.STARTED and not attempt.payment_id:
+            await self._refills.change(tenant.id, lambda refill: refill.charged(attempt.id, payment.id))
+        if payment.status == "succeeded":
+            await self._payments.succeeded(payment)
+            await self._refills.change(tenant.id, lambda refill: refill.succeeded(attempt.id, self._clock()))
+            await self._record(NoticeKind.REFILL_SUCCEEDED, tenant.id, attempt, payment_id=payment.id)
+        elif payment.status not in WAITING or age_ms > UNFINISHED_MS:
+            await self._fail(tenant.id, attempt, f"the payment is {payment.status}")
+
+    async def _payment_of(self, tenant: Tenant, attempt: Attempt) -> Payment | None:
+        if attempt.payment_id:
+            return await self._dodo.retrieve_payment(attempt.payment_id)
+        for payment in await self._dodo.payments_of(tenant.dodo_customer_id, attempt.started_at_ms):
+            if payment.metadata.get(REFILL_TAG) == attempt.id:
+                return await self._dodo.retrieve_payment(payment.id)
+        return None
+
+    async def _fail(self, tenant: TenantId, attempt: Attempt, reason: str) -> None:
+        await self._refills.change(tenant, lambda refill: refill.failed(attempt.id, reason, self._clock()))
+        await self._record(NoticeKind.REFILL_FAILED, tenant, attempt, reason=reason)
+
+    async def _stop(self, tenant: TenantId, reason: str) -> None:
+        off = {"is_on": False, "stopped_because": reason}
+        await self._refills.change(tenant, lambda refill: refill.model_copy(update=off))
+
+    async def _record(self, kind: NoticeKind, tenant: TenantId, attempt: Attempt, **more: str) -> None:
+        facts = {"attempt": attempt.id, "amount_usd": format_usd(attempt.cents * NANOS_PER_CENT, 2), **more}
+        await self._notices.record(Notice(kind, tenant, f"{kind}:{attempt.id}", self._clock(), facts))
+
+    async def _product(self, pack: str) -> str:
+        names = await self._inbox.names()
+        return next((id_ for id_, name in names.items() if name == f"pack:{pack}"), "")
