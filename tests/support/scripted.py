@@ -27,7 +27,7 @@ class ScriptedLink:
     """For each token."""
     jobs: list[GenerateRequest] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
-    """Tokens generated, by request id: it stops growing when a job is aborted."""
+    """OutputDelta generated, by request id: it stops growing when a job is aborted."""
     aborted: list[str] = field(default_factory=list)
     extended: list[Mapping[str, float]] = field(default_factory=list)
     slow: frozenset[str] = frozenset()

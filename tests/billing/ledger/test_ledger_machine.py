@@ -11,6 +11,7 @@ from functools import partial
 from typing import ClassVar, TypeVar
 from unittest.mock import patch
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (

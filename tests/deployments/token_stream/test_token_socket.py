@@ -1,4 +1,4 @@
-"""Tokens over a socket of our own: whole and in order, only from who knows the secret, each loss with its end."""
+"""OutputDelta over a socket of our own: whole and in order, only from who knows the secret, each loss with its end."""
 
 import asyncio
 import json
