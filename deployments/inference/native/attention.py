@@ -130,7 +130,7 @@ class AttentionStep(Protocol):
     """What one layer's attention needs of a step."""
 
     @property
-    def pool(self) -> KvCache:
+    def kv(self) -> KvCache:
         """The KV cache."""
 
     def slot_mapping(self, kv_heads: int) -> Tensor:
@@ -143,8 +143,8 @@ class AttentionStep(Protocol):
 class KvStep:
     """One step on a CPU: the position and slot of every row. Made once, used by all layers."""
 
-    def __init__(self, pool: KvCache, spans: Seq[Span], device: torch.device) -> None:
-        self.pool = pool
+    def __init__(self, kv: KvCache, spans: Seq[Span], device: torch.device) -> None:
+        self.kv = kv
         slots: list[int] = []
         positions: list[int] = []
         for span in spans:
@@ -161,7 +161,7 @@ class KvStep:
 
     def slot_mapping(self, kv_heads: int) -> Tensor:
         if kv_heads not in self._slot_mappings:
-            self._slot_mappings[kv_heads] = self.pool.slot_mapping(self._slots, self.positions, kv_heads)
+            self._slot_mappings[kv_heads] = self.kv.slot_mapping(self._slots, self.positions, kv_heads)
         return self._slot_mappings[kv_heads]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
@@ -264,14 +264,14 @@ def _attend(
         raise ModelRejected("the model does not pass its keyword arguments on to its attention. It is not supported")
     if s_aux is not None:
         raise ModelRejected("the model has attention sinks, which are not supported")
-    is_narrow = sliding_window is not None and sliding_window < kv_step.pool.context
+    is_narrow = sliding_window is not None and sliding_window < kv_step.kv.context
     scoring = Scoring(
         scale=query.shape[3] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         window=sliding_window if is_narrow else None,
     )
     assert isinstance(module.layer_idx, int)
-    keys, values = kv_step.pool.layer(module.layer_idx, key, value)
+    keys, values = kv_step.kv.layer(module.layer_idx, key, value)
     slots = kv_step.slot_mapping(key.shape[1])
     keys.view(-1, key.shape[3]).index_copy_(0, slots, key[0].transpose(0, 1).reshape(-1, key.shape[3]))
     values.view(-1, value.shape[3]).index_copy_(0, slots, value[0].transpose(0, 1).reshape(-1, value.shape[3]))

@@ -5,7 +5,6 @@ engine does, and is rejected unless the logits are the same.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -20,7 +19,7 @@ from deployments.inference.adapters import LinearShape
 from deployments.inference.native import attention
 from deployments.inference.native.attention import KvCache, KvStep
 from deployments.inference.native.lora import LoraPool
-from deployments.inference.native.sequence import Span
+from deployments.inference.native.sequence import Span, rows_by_slot
 from deployments.inference.native.settings import EngineSettings, KvSizes
 from deployments.inference.request import ModelRejected
 
@@ -90,11 +89,7 @@ class Model:
             if span.sampled:
                 last_rows.append(len(tokens) - 1)
         step = KvStep(self.kv, spans, self.device)
-        rows_by_slot: Counter[int] = Counter()
-        for span in spans:
-            if span.adapter_slot >= 0:
-                rows_by_slot[span.adapter_slot] += len(span.token_ids)
-        self.lora.step = self.lora.plan(rows_by_slot)
+        self.lora.step = self.lora.plan(rows_by_slot(spans))
         logits: Tensor = self._model(
             input_ids=torch.tensor([tokens], device=self.device),
             position_ids=step.positions[None],

@@ -3,6 +3,7 @@
 A request with ``n`` above 1 has that many sequences.
 """
 
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -123,3 +124,12 @@ class Span:
     """Return the logits after the last token."""
     blocks: tuple[int, ...] = ()
     """As in ``Sequence``."""
+
+
+def rows_by_slot(spans: Seq[Span]) -> Counter[int]:
+    """The number of rows of each adapter slot; rows of the base model have none."""
+    rows: Counter[int] = Counter()
+    for span in spans:
+        if span.adapter_slot >= 0:
+            rows[span.adapter_slot] += len(span.token_ids)
+    return rows

@@ -3,7 +3,6 @@
 Without graphs it runs on a CPU too, in Triton's interpreter.
 """
 
-from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import chain, product, repeat
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from deployments.inference.native import kernels_attention, kernels_lora
 from deployments.inference.native.attention import KvCache, Scoring
 from deployments.inference.native.lora import LoraLinear, LoraPool
-from deployments.inference.native.sequence import Span
+from deployments.inference.native.sequence import Span, rows_by_slot
 from deployments.inference.native.settings import KvSizes
 from deployments.inference.native.tiles import buckets, columns, lora_tiles, lora_tiles_max, query_tiles
 
@@ -72,7 +71,7 @@ class BlockTable:
 class TiledAttention:
     """An ``AttentionStep`` on the kernels."""
 
-    pool: KvCache
+    kv: KvCache
     buffers: StepBuffers
     table: Tensor
     """A ``BlockTable``'s blocks."""
@@ -81,9 +80,9 @@ class TiledAttention:
 
     def slot_mapping(self, kv_heads: int) -> Tensor:
         if kv_heads not in self._slot_mappings:
-            positions, size = self.buffers.positions, self.pool.block_tokens
+            positions, size = self.buffers.positions, self.kv.block_tokens
             blocks = self.table[self.buffers.kv_slots, positions // size]
-            self._slot_mappings[kv_heads] = self.pool.slot_mapping(blocks, positions % size, kv_heads)
+            self._slot_mappings[kv_heads] = self.kv.slot_mapping(blocks, positions % size, kv_heads)
         return self._slot_mappings[kv_heads]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
@@ -217,12 +216,3 @@ class DecodeGraph:
     buffers: StepBuffers
     graph: torch.cuda.CUDAGraph
     logits: Tensor
-
-
-def rows_by_slot(spans: Seq[Span]) -> Counter[int]:
-    """The number of rows of each adapter slot; rows of the base model have none."""
-    rows: Counter[int] = Counter()
-    for span in spans:
-        if span.adapter_slot >= 0:
-            rows[span.adapter_slot] += len(span.token_ids)
-    return rows
