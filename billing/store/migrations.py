@@ -10,7 +10,7 @@ and unresolved settlements are never rewritten: their readers know every form.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
@@ -69,21 +69,22 @@ async def migrate(redis: Redis, is_dry: bool = False, ignore_unnamed: bool = Fal
     """
     async with guarded(BULK_DEADLINE_S):
         found = await read_version(redis)
-        migration = Migration(found)
-        if not migration.is_needed:
-            if found is None and not is_dry:
-                await open_schema(redis)
-            return migration
-        assert found is not None, "a new store needs no migration"
-        if found.target > SCHEMA or (found.is_migrating and found.target != SCHEMA):
-            raise StoreRefused(f"the store has schema {found} and this farebox migrates to {SCHEMA}: use a later one")
-        if is_dry:
-            return Migration(found, await _rewrite(redis, found, is_dry), await _connected(redis, ignore_unnamed))
+        if found is None and not is_dry:
+            await open_schema(redis)
+    if found is None or found == Version(SCHEMA, SCHEMA):
+        return Migration(found)
+    if found.target > SCHEMA or (found.is_migrating and found.target != SCHEMA):
+        raise StoreRefused(f"the store has schema {found} and this farebox migrates to {SCHEMA}: use a later one")
+    if is_dry:
+        return Migration(found, await _rewrite(redis, found, is_dry), await _connected(redis, ignore_unnamed))
+    async with guarded(BULK_DEADLINE_S):
         await redis.hset(META, "schema", str(Version(found.schema, SCHEMA)))
-        if others := await _connected(redis, ignore_unnamed):
+    if others := await _connected(redis, ignore_unnamed):
+        async with guarded(BULK_DEADLINE_S):
             await redis.hset(META, "schema", str(found))
-            raise StoreRefused(f"stop these first, they use the store: {'; '.join(others)}")
-        changes = await _rewrite(redis, found, is_dry)
+        raise StoreRefused(f"stop these first, they use the store: {'; '.join(others)}")
+    changes = await _rewrite(redis, found, is_dry)
+    async with guarded(BULK_DEADLINE_S):
         await raise_fences(redis)
         await redis.hset(META, "schema", str(SCHEMA))
     return Migration(found, changes)
@@ -92,17 +93,18 @@ async def migrate(redis: Redis, is_dry: bool = False, ignore_unnamed: bool = Fal
 async def _connected(redis: Redis, ignore_unnamed: bool) -> tuple[str, ...]:
     """Describe each other connection of a farebox; where they may not be listed, each gateway that reported lately."""
     found: list[str] = []
-    for server in primaries_of(redis).values():
-        pipe = server.pipeline(transaction=False)
-        pipe.client_id()
-        pipe.client_list()
-        try:
-            own, clients = await pipe.execute()
-        except exceptions.ResponseError as error:
-            if is_unfit(error):
-                raise
-            return await _reporting(redis)
-        found += [_described(one) for one in clients if one["id"] != str(own) and _is_farebox(one, ignore_unnamed)]
+    async with guarded(BULK_DEADLINE_S):
+        for server in primaries_of(redis).values():
+            pipe = server.pipeline(transaction=False)
+            pipe.client_id()
+            pipe.client_list()
+            try:
+                own, clients = await pipe.execute()
+            except exceptions.ResponseError as error:
+                if is_unfit(error):
+                    raise
+                return await _reporting(redis)
+            found += [_described(one) for one in clients if one["id"] != str(own) and _is_farebox(one, ignore_unnamed)]
     return tuple(found)
 
 
@@ -138,40 +140,42 @@ async def _rewrite(redis: Redis, found: Version, is_dry: bool) -> tuple[Change, 
 
 async def _name_throttled_keys(redis: Redis, is_dry: bool) -> int:
     count = 0
-    tenants = sorted(cast(set[str], await redis.smembers(TENANTS)))
+    async with guarded(BULK_DEADLINE_S):
+        tenants = sorted(cast(set[str], await redis.smembers(TENANTS)))
     for first in range(0, len(tenants), BATCH):
         pipe = redis.pipeline(transaction=False)
         for tenant in tenants[first : first + BATCH]:
             pipe.smembers(shard_for(TenantId(tenant)).keys_of(TenantId(tenant)))
-        names = [api_key(digest) for digests in await pipe.execute() for digest in sorted(digests)]
+        async with guarded(BULK_DEADLINE_S):
+            names = [api_key(digest) for digests in await pipe.execute() for digest in sorted(digests)]
         for one in range(0, len(names), BATCH):
             count += await _rewrite_strings(redis, names[one : one + BATCH], _with_throttled, is_dry)
     return count
 
 
 async def _name_credit_limits(redis: Redis, is_dry: bool) -> int:
-    plans = cast(Mapping[str, str], await redis.hgetall(PLANS))
-    changed = {name: new for name, text in plans.items() if (new := _changed(text, _with_credit_limit))}
-    if changed and not is_dry:
-        await redis.hset(PLANS, mapping=changed)  # type: ignore[arg-type]
+    async with guarded(BULK_DEADLINE_S):
+        plans = cast(Mapping[str, str], await redis.hgetall(PLANS))
+        changed = {name: new for name, text in plans.items() if (new := _changed(text, _with_credit_limit))}
+        if changed and not is_dry:
+            await redis.hset(PLANS, mapping=changed)  # type: ignore[arg-type]
     return len(changed)
 
 
 async def _publish_catalog(redis: Redis, is_dry: bool) -> int:
     """Only the catalog in force is read again, so the others keep their form."""
-    current = cast(str | None, await redis.get(CATALOG_CURRENT))
-    text = cast(str | None, await redis.get(catalog(current))) if current else None
-    new = _changed(text, _with_new_names) if text else None
-    if new is None:
-        return 0
-    if not is_dry:
-        content_hash = sha256(new.encode()).hexdigest()
-        await redis.set(catalog(content_hash), new)
-        await redis.set(CATALOG_CURRENT, content_hash)
-    return 1
+    async with guarded(BULK_DEADLINE_S):
+        current = cast(str | None, await redis.get(CATALOG_CURRENT))
+        text = cast(str | None, await redis.get(catalog(current))) if current else None
+        new = _changed(text, _with_new_names) if text else None
+        if new is not None and not is_dry:
+            content_hash = sha256(new.encode()).hexdigest()
+            await redis.set(catalog(content_hash), new)
+            await redis.set(CATALOG_CURRENT, content_hash)
+    return int(new is not None)
 
 
-_STEPS: Mapping[int, Mapping[str, Callable[[Redis, bool], Any]]] = {
+_STEPS: Mapping[int, Mapping[str, Callable[[Redis, bool], Awaitable[int]]]] = {
     2: {
         "API keys: quarantine is called throttled": _name_throttled_keys,
         "plans: overage_cap is called credit_limit": _name_credit_limits,
@@ -182,16 +186,17 @@ _STEPS: Mapping[int, Mapping[str, Callable[[Redis, bool], Any]]] = {
 
 
 async def _rewrite_strings(redis: Redis, names: Sequence[str], change: Callable[[Value], Value], is_dry: bool) -> int:
-    pipe = redis.pipeline(transaction=False)
-    for name in names:
-        pipe.get(name)
-    texts = cast(Sequence[str | None], await pipe.execute() if names else [])
-    changed = {name: new for name, t in zip(names, texts, strict=True) if t and (new := _changed(t, change))}
-    if changed and not is_dry:
+    async with guarded(BULK_DEADLINE_S):
         pipe = redis.pipeline(transaction=False)
-        for name, text in changed.items():
-            pipe.set(name, text)
-        await pipe.execute()
+        for name in names:
+            pipe.get(name)
+        texts = cast(Sequence[str | None], await pipe.execute())
+        changed = {name: new for name, t in zip(names, texts, strict=True) if t and (new := _changed(t, change))}
+        if changed and not is_dry:
+            pipe = redis.pipeline(transaction=False)
+            for name, text in changed.items():
+                pipe.set(name, text)
+            await pipe.execute()
     return len(changed)
 
 

@@ -1,6 +1,7 @@
 """A store that version 0.1 wrote is migrated once, by this version, while no other process uses it."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from billing.export.outbox import Outbox
 from billing.ledger.ledger import Ledger
 from billing.ledger.spool import Spool
 from billing.reconcile.reconciler import Reconciler
+from billing.store import guard, migrations
 from billing.store.connection import connect, reach, verify
 from billing.store.errors import StoreRefused
-from billing.store.keys import ALL_SHARDS, GATEWAYS, META, PLANS, SCHEMA, shard_for
+from billing.store.keys import ALL_SHARDS, GATEWAYS, META, PLANS, SCHEMA, TENANTS, shard_for
 from billing.store.migrations import Migration, migrate
 from billing.store.primary import LocalConnection
 from billing.store.schema import FENCES
@@ -178,6 +180,17 @@ async def test_migration_is_repeatable(old: Recorded) -> None:
     again = await migrate(old.redis)
     assert (again.is_needed, again.changes) == (False, ())
     assert await recorded.contents(old.redis) == after
+
+
+async def test_large_store_takes_longer_than_one_call_may(old: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_s = 0.5
+    monkeypatch.setattr(guard, "QUEUE_S", limit_s)
+    monkeypatch.setattr(migrations, "BULK_DEADLINE_S", limit_s)
+    monkeypatch.setattr(migrations, "BATCH", 1)
+    await old.redis.sadd(TENANTS, *(f"tenant_{number}" for number in range(2_000)))
+    started = time.monotonic()
+    assert [change.count for change in (await migrate(old.redis)).changes] == [13, 5, 1]
+    assert time.monotonic() - started > limit_s
 
 
 class Killed(BaseException):
