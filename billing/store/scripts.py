@@ -63,8 +63,8 @@ class Header:
     keys: tuple[Name, ...]
     args: tuple[Name, ...]
     replies: Mapping[str, tuple[tuple[str, ...], int]]
-    """By the first word of a reply, the names of its other words, and the width of rows where it ends with a list. Empty
-    for a script that returns one number."""
+    """By the first word of a reply, the names of its other words, and the width of the rows that it may end with.
+    Empty for a script that returns one number."""
 
 
 @dataclass(frozen=True, slots=True)
