@@ -1,7 +1,6 @@
-"""One running request's hold as it grows: when to ask for more, and what it means when there is none.
+"""Extends one running request's hold, and says whether it pays for what was generated.
 
-Knows nanos and the ledger; what is delivered for them is the caller's. Credit is asked for while what is
-held lasts, so that nothing waits for the store unless the credit runs short.
+An extension is asked for while what is held lasts, so that nothing waits for the store unless the credit runs short.
 """
 
 import asyncio

@@ -35,7 +35,7 @@ class Recovery:
         self._recover = Script(redis, "ledger/recover")
 
     async def settle(self, settlement: Settlement, is_sure: bool = False) -> Receipt | None:
-        """Charge it, at most what was held; ``None`` where the store knows it after all.
+        """Charge it, at most what was held; ``None`` where the store has it after all.
 
         Args:
             is_sure: the operator found out that it was never charged; its age does not matter then.

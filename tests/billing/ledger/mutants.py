@@ -92,7 +92,7 @@ def _be(mutant: Mutant) -> int:
 
 
 def file_of(mutant: Mutant) -> Path:
-    [found] = BILLING.glob(f"*/lua/{mutant.file}") if mutant.file.endswith(".lua") else [BILLING / mutant.file]
+    [found] = BILLING.glob(f"*/lua/**/{mutant.file}") if mutant.file.endswith(".lua") else [BILLING / mutant.file]
     return found
 
 
