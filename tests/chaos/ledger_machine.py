@@ -1,4 +1,4 @@
-"""The ledger against its model for as long as it takes: every kind of movement, in any order, again and again.
+"""The ledger against its model in thousands of long courses: every kind of movement and of failure, in any order.
 
 On the embedded Valkey and, where it is installed, Debian's redis-server, each in a process of its own.
 """
@@ -18,7 +18,7 @@ EXAMPLES, STEPS = 5_000, 60
 
 
 def run() -> list[Row]:
-    """Half of the examples on each kind of store. The machine itself raises where a law broke."""
+    """Half of the examples on each kind of store. The machine raises where ledger and model differ."""
     has_redis = SYSTEM_REDIS.exists()
     kinds = [None, SYSTEM_REDIS if has_redis else None]
     with ProcessPoolExecutor(len(kinds), multiprocessing.get_context("spawn")) as processes:
