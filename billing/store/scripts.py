@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from redis.asyncio import Redis
 
@@ -35,8 +35,10 @@ _READ_AS = {"": "ARGV[{}]", "flag": 'ARGV[{}] == "1"', **dict.fromkeys(("nanos",
 _DECLARED = re.compile(rf"-- ({'|'.join(_DECLARATIONS)}): (.*)")
 _NAME = re.compile(r"(?P<name>\w+)(?:(?P<list>\[(?P<fields>[^\]]*)\])|:(?P<kind>\w+))?")
 
+T = TypeVar("T")
 Word = str | int
-Argument = Word | Sequence[Word] | Sequence[Sequence[Word]]
+Row = Word | Sequence[Word]
+Argument = Word | Sequence[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,9 @@ class Header:
     does_write: bool
     keys: tuple[Name, ...]
     args: tuple[Name, ...]
-    replies: Mapping[str, tuple[Name, ...]]
-    """By its first word, what else a reply has; empty for a script that returns one number."""
+    replies: Mapping[str, tuple[tuple[str, ...], int]]
+    """By the first word of a reply, the names of its other words, and the width of the rows that it may end with.
+    Empty for a script that returns one number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +93,61 @@ class Script:
         self._name, self._header = name, header_of(name)
         self._plain = redis.register_script(source(name))
         self._fenced = redis.register_script(FENCE + source(name)) if self._header.does_write else None
+        self._keys, self._args = _Order(name, self._header.keys), _Order(name, self._header.args)
 
-    async def reply(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument] | None = None) -> Reply:
+    async def reply(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument]) -> Reply:
         """Run it for the list that it declares. Raises TypeError where a name is wrong or missing; nothing is sent."""
-        words = cast(Sequence[str], await self._run(keys, args or {}))
-        declared = self._header.replies[words[0]]
-        single = [name.name for name in declared if not name.is_list]
-        rest = words[1 + len(single) :]
-        rows = (
-            [tuple(rest[i : i + declared[-1].width]) for i in range(0, len(rest), declared[-1].width)] if rest else []
-        )
-        return Reply(words[0], dict(zip(single, words[1:], strict=False)), rows)
+        words = cast(Sequence[str], await self._run(keys, args))
+        names, width = self._header.replies[words[0]]
+        rest = words[1 + len(names) :]
+        rows = [tuple(rest[at : at + width]) for at in range(0, len(rest), width)] if rest else []
+        return Reply(words[0], dict(zip(names, words[1:], strict=False)), rows)
 
-    async def number(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument] | None = None) -> int:
+    async def number(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument]) -> int:
         """Run it for the number that it returns. Raises TypeError as ``reply`` does."""
-        return int(cast(int, await self._run(keys, args or {})))
+        return int(cast(int, await self._run(keys, args)))
 
     async def _run(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument]) -> object:
-        names = list(_key_words(self._name, self._header, keys))
-        words = list(_arg_words(self._name, self._header, args))
+        names = [word for key in self._keys.values(keys) for word in ((key,) if isinstance(key, str) else key)]
+        words = self._args.words(args)
         if self._fenced is not None and (fence := fence_of(names[0])):
             return cast(object, await self._fenced(keys=[*names, fence], args=words))
         return cast(object, await self._plain(keys=names, args=words))
+
+
+class _Order:
+    """The order in which the keys or the arguments of a script travel."""
+
+    def __init__(self, script: str, declared: Sequence[Name]) -> None:
+        self._script, self._declared = script, declared
+        self._names = frozenset(name.name for name in declared)
+        self._single = [name.name for name in declared if not name.is_list]
+        self._flags = [number for number, name in enumerate(declared) if name.kind == "flag"]
+
+    def values(self, given: Mapping[str, T]) -> list[T]:
+        """Raises TypeError where a name is wrong or missing."""
+        if given.keys() != self._names:
+            wrong = ", ".join(sorted(self._names ^ given.keys()))
+            raise TypeError(f"script {self._script} declares {sorted(self._names)}: {wrong} is missing or too many")
+        return [given[name.name] for name in self._declared]
+
+    def words(self, given: Mapping[str, Argument]) -> list[Word]:
+        """On the wire a list is its number of rows, then their words, and a flag is 1 or 0."""
+        values = self.values(given)
+        count = len(self._single)
+        words = cast(list[Word], values[:count])
+        for flag in self._flags:
+            words[flag] = int(words[flag])
+        for name, rows in zip(self._declared[count:], cast(list[Sequence[Row]], values[count:]), strict=True):
+            words.append(len(rows))
+            for row in rows:
+                row_words = (row,) if isinstance(row, str | int) else row
+                if len(row_words) != name.width:
+                    raise TypeError(
+                        f"script {self._script}: a row of {name.name} has {name.width} words, not {len(row_words)}"
+                    )
+                words += row_words
+        return words
 
 
 def path(name: str) -> Path:
@@ -148,8 +184,12 @@ def header_of(name: str) -> Header:
         does_write=declared["writes"] == "yes",
         keys=_names(declared["keys"]),
         args=_names(declared["args"]),
-        replies={state.name: rest for state, *others in replies for rest in [tuple(others)]},
+        replies={state.name: _reply(others) for state, *others in replies},
     )
+
+
+def _reply(names: Sequence[Name]) -> tuple[tuple[str, ...], int]:
+    return tuple(name.name for name in names if not name.is_list), names[-1].width if names else 1
 
 
 def _names(text: str) -> tuple[Name, ...]:
@@ -195,40 +235,3 @@ def _arg_locals(header: Header) -> Iterator[str]:
         yield f"local {arg.name} = {{}}"
         yield f"for row = 1, tonumber(ARGV[at_word]) do {arg.name}[row], at_word = {row}, at_word + {arg.width} end"
         yield "at_word = at_word + 1"
-
-
-def _key_words(script: str, header: Header, keys: Mapping[str, str | Sequence[str]]) -> Iterator[str]:
-    _check(script, header.keys, keys.keys())
-    for key in header.keys:
-        given = keys[key.name]
-        if isinstance(given, str):
-            yield given
-        else:
-            yield from given
-
-
-def _arg_words(script: str, header: Header, args: Mapping[str, Argument]) -> Iterator[str]:
-    """On the wire a list is its number of rows, then their words."""
-    _check(script, header.args, args.keys())
-    for arg in header.args:
-        given = args[arg.name]
-        if isinstance(given, str | int):
-            yield _text(given)
-            continue
-        yield str(len(given))
-        for row in given:
-            words = (row,) if isinstance(row, str | int) else row
-            if len(words) != arg.width:
-                raise TypeError(f"script {script}: a row of {arg.name} has {arg.width} words, not {len(words)}")
-            yield from map(_text, words)
-
-
-def _check(script: str, declared: Sequence[Name], given: object) -> None:
-    names = {name.name for name in declared}
-    if given != names:
-        wrong = sorted(names.symmetric_difference(cast(set[str], given)))
-        raise TypeError(f"script {script} declares {sorted(names)}: {', '.join(wrong)} is missing or too many")
-
-
-def _text(word: Word) -> str:
-    return str(int(word)) if isinstance(word, bool) else str(word)

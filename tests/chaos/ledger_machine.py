@@ -1,4 +1,4 @@
-"""Compare the ledger with its model: thousands of random runs of every kind of movement.
+"""The ledger against its model in thousands of long courses: every kind of movement and of failure, in any order.
 
 Half of them on the embedded Valkey and half on redis-server, where that is installed, each in a process of its own.
 """
@@ -18,7 +18,7 @@ EXAMPLES, STEPS = 5_000, 60
 
 
 def run() -> list[Row]:
-    """Run half of the examples on each kind of store. The machine raises AssertionError where the two differ."""
+    """Half of the examples on each kind of store. The machine raises where ledger and model differ."""
     has_redis = SYSTEM_REDIS.exists()
     kinds = [None, SYSTEM_REDIS if has_redis else None]
     with ProcessPoolExecutor(len(kinds), multiprocessing.get_context("spawn")) as processes:

@@ -134,14 +134,19 @@ class Model:
     def balance(self) -> int:
         return sum(bucket.remaining for _, bucket in self.drawable(MONEY, self.in_force))
 
-    def as_held_by(self, request: Request) -> list[tuple[str, int]]:
-        """What every bucket has that a hold could draw on, in drawing order."""
+    def left(self, allowance: str | None) -> list[tuple[str, int]]:
+        """What every bucket has that may be drawn beside this allowance, in drawing order."""
+        found = [*self.drawable(MONEY, allowance), *self.drawable(CALLS, allowance)]
+        found.sort(key=lambda one: self.rank(one[0]))
+        return [(name, bucket.remaining) for name, bucket in found if bucket.remaining]
+
+    def left_for(self, request: Request) -> list[tuple[str, int]]:
+        """The same, as a hold would find it."""
         before = dict(self.buckets)
         self.put_in_place(request)
-        found = [*self.drawable(MONEY, request.allowance), *self.drawable(CALLS, request.allowance)]
-        found.sort(key=lambda one: self.rank(one[0]))
+        found = self.left(request.allowance)
         self.buckets = before
-        return [(name, bucket.remaining) for name, bucket in found if bucket.remaining]
+        return found
 
     def held(self, holds: Iterable[Hold]) -> Counter[str]:
         return sum((Counter(hold.draws) for hold in holds), Counter())

@@ -11,7 +11,7 @@ local buckets = read_buckets(keys)
 local counts = buckets.allowance
 if is_funded then counts = put_allowance(keys, buckets, allowance, allowance_value, former_allowance) end
 local policy, by_call = policy_available(gateway_now, counts, credit_limit), policy_call(gateway_now, counts)
-local there, line, held = reach(buckets, policy, {}), by_id(buckets)[LINE], { n = 0, r = 0 }
+local there, line, held = reach(buckets, policy, NONE), by_id(buckets)[LINE], { n = 0, r = 0 }
 for _, b in ipairs(buckets) do held[b.unit] = held[b.unit] + b.held end
 local numbers = redis.call("HMGET", keys.account, "seq", "open")
 local reply = { "account", numbers[1] or "0", numbers[2] or "0", text(there.money), text(there.available), text(held.n),

@@ -68,8 +68,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a debt does not stop what is postpaid",
         "waterfall.lua",
-        "return nanos < 0 and nanos or nanos + math.max(0, on_credit)",
-        "return nanos + math.max(0, on_credit)",
+        "return money < 0 and money or money + math.max(0, credit)",
+        "return money + math.max(0, credit)",
     ),
     Mutant(
         "the credit limit is ignored",
@@ -83,10 +83,8 @@ MUTANTS: tuple[Mutant, ...] = (
         'there.potential >= needed and "on_hold" or',
         "false and 0 or",
     ),
-    Mutant("own credit counts as others'", "waterfall.lua", " - (mine[b.id] or 0)", ""),
-    Mutant(
-        "what pays a debt is drawn", "waterfall.lua", "policy.keeps_debts and reach(buckets", "false and reach(buckets"
-    ),
+    Mutant("own credit counts as others'", "waterfall.lua", " - drawn_from(draws, b.id)", ""),
+    Mutant("what pays a debt is drawn", "waterfall.lua", "policy.keeps_debts and money_in", "false and money_in"),
     Mutant("a debt expires", "waterfall.lua", "b.is_line or b.remaining < 0 or policy.own", "b.is_line or policy.own"),
     Mutant(
         "a left plan's allowance is drawn",
@@ -99,7 +97,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "what others have drawn meanwhile is not owed",
         "waterfall.lua",
-        "if policy.owes then take(by_id(buckets)[policy.owes], rest) end",
+        "take(by_id(buckets)[policy.owes], rest, draws)",
         test=LOST,
     ),
     Mutant("the first bucket owes and not the last", "waterfall.lua", "{}, drawn[#drawn]", "{}, drawn[1]", RULES),
@@ -149,7 +147,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "growth that a store lost is not charged",
         "bill.lua",
-        "if #drawn == 0 or lost <= 0 then",
+        "if held == 0 or lost <= 0 then",
         "if true then",
         GROWTH,
     ),

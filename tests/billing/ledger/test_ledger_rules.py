@@ -140,7 +140,7 @@ def progress(done: Settlement, held: int) -> Progress:
 
 
 async def test_a_late_settle_lists_what_it_charges(store: Redis, ledger: Ledger) -> None:
-    """The checkpoint lists 40,000, of which the hold covers 18,000. The hold had grown to 50,000: 22,000 come late."""
+    """The checkpoint lists 40,000, the hold covers 18,000 and had grown to 50,000: 22,000 are charged late."""
     await ledger.grant(money(100_000))
     asked, replica = request(step_tokens=4), Replica(store)
     hold = await ledger.hold(asked)

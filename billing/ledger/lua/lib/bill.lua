@@ -68,14 +68,10 @@ local function return_tokens(keys, hold, usage)
 end
 
 -- The store may have lost extensions of a hold: its gateway had `outcome.held`. What they paid for is drawn again.
-local function draw_lost_growth(hold, buckets, outcome)
-  local drawn = {}
-  for i, draw in ipairs(hold.draws) do
-    if draw[2] == "r" then return end
-    drawn[i] = draw[1]
-  end
-  local lost = math.min(outcome.list, outcome.held) - nanos_of(hold.draws)
-  if #drawn == 0 or lost <= 0 then return end
+local function draw_lost_growth(hold, buckets, outcome, held)
+  local lost, drawn = math.min(outcome.list, outcome.held) - held, {}
+  if held == 0 or lost <= 0 then return end -- nothing is held of what is free, nor of what a call pays
+  for i, draw in ipairs(hold.draws) do drawn[i] = draw[1] end
   local policy = policy_owed("n", outcome.gateway_now, outcome.allowance, tonumber(hold.cap), drawn)
   hold.draws = merged(buckets, { hold.draws, waterfall(buckets, lost, policy) })
 end
@@ -85,7 +81,7 @@ end
 local function close_hold(keys, id, hold, outcome)
   local buckets, held = read_buckets(keys), nanos_of(hold.draws)
   outcome.allowance = buckets.allowance or hold.allowance
-  draw_lost_growth(hold, buckets, outcome)
+  draw_lost_growth(hold, buckets, outcome, held)
   local bill = charge(buckets, hold.draws, outcome.list, math.min(1, outcome.usage[4]))
   -- The first write frees memory: a store that is full still lets holds end.
   redis.call("ZREM", keys.leases, id)

@@ -10,7 +10,7 @@ local function pay_debts(keys, buckets, gateway_now)
   local payments = {}
   for _, debt in ipairs(buckets) do
     local owed = debt.is_line and 0 or -(debt.remaining + debt.held)
-    for _, b in ipairs(owed > 0 and buckets or {}) do
+    for _, b in ipairs(owed > 0 and buckets or NONE) do
       local part = math.min(b.remaining, owed)
       if part > 0 and not b.is_allowance and b.unit == debt.unit and b.adapters == debt.adapters
         and is_live(b, gateway_now) then

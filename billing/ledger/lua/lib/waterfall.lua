@@ -9,14 +9,16 @@
 --              after it, count for nothing, and what others have drawn meanwhile is owed by the last bucket of the hold:
 --              a pack goes below zero, the credit line beyond its limit.
 
+local NONE = {}
+
 -- `allowance`: the one that counts, "" for none, nil for any. `limit`: of the credit line.
 local function policy_available(gateway_now, allowance, limit)
-  return { unit = "n", gateway_now = gateway_now, allowance = allowance, limit = limit, keeps_debts = true, own = {} }
+  return { unit = "n", gateway_now = gateway_now, allowance = allowance, limit = limit, keeps_debts = true, own = NONE }
 end
 
 -- Buckets that cover `model`; a late settle draws `only` on the bucket that its hold had drawn on.
 local function policy_call(gateway_now, allowance, model, only)
-  return { unit = "r", gateway_now = gateway_now, allowance = allowance, keeps_debts = true, own = {}, model = model,
+  return { unit = "r", gateway_now = gateway_now, allowance = allowance, keeps_debts = true, own = NONE, model = model,
     only = only }
 end
 
@@ -29,23 +31,47 @@ local function policy_owed(unit, gateway_now, allowance, limit, drawn)
 end
 
 local function covers(b, model)
-  return not model or b.adapters == "" or string.find("," .. b.adapters .. ",", "," .. model .. ",", 1, true)
+  return b.adapters == "" or string.find("," .. b.adapters .. ",", "," .. model .. ",", 1, true)
 end
 
 local function is_drawable(b, policy)
-  if b.unit ~= policy.unit or policy.only and b.id ~= policy.only or not covers(b, policy.model) then return false end
+  if b.unit ~= policy.unit or policy.only and b.id ~= policy.only then return false end
+  if policy.model and not covers(b, policy.model) then return false end
   if b.is_line or b.remaining < 0 or policy.own[b.id] then return true end -- what is owed does not expire
   return is_live(b, policy.gateway_now) and (not b.is_allowance or not policy.allowance or b.id == policy.allowance)
 end
 
+local function money_in(buckets, policy)
+  local sum = 0
+  for _, b in ipairs(buckets) do
+    if not b.is_line and is_drawable(b, policy) then sum = sum + b.remaining end
+  end
+  return sum
+end
+
+local function balance_of(buckets, gateway_now, allowance)
+  return money_in(buckets, policy_available(gateway_now, allowance, 0))
+end
+
+local function drawn_from(draws, id)
+  for _, draw in ipairs(draws) do
+    if draw[1] == id then return tonumber(draw[3]) end
+  end
+  return 0
+end
+
+-- Credit is extended to no tenant in debt.
+local function with_credit(money, credit)
+  return money < 0 and money or money + math.max(0, credit)
+end
+
 -- What is there for a hold with these draws: `money` in buckets; what others have `held`; what is `available` now; and
--- the `potential`, were all others to give back theirs. Credit is extended to no tenant in debt.
+-- the `potential`, were all others to give back theirs.
 local function reach(buckets, policy, draws)
-  local mine, money, others, credit, others_credit = {}, 0, 0, 0, 0
-  for _, draw in ipairs(draws) do mine[draw[1]] = tonumber(draw[3]) end
+  local money, others, credit, others_credit = 0, 0, 0, 0
   for _, b in ipairs(buckets) do
     if is_drawable(b, policy) then
-      local held = b.held - (mine[b.id] or 0)
+      local held = b.held - drawn_from(draws, b.id)
       if b.is_line then
         credit, others_credit = policy.limit + b.remaining, held
       else
@@ -53,15 +79,8 @@ local function reach(buckets, policy, draws)
       end
     end
   end
-  local function with(nanos, on_credit)
-    return nanos < 0 and nanos or nanos + math.max(0, on_credit)
-  end
-  return { money = money, held = others + others_credit, available = with(money, credit),
-    potential = with(money + others, credit + others_credit) }
-end
-
-local function balance_of(buckets, gateway_now, allowance)
-  return reach(buckets, policy_available(gateway_now, allowance, 0), {}).money
+  return { money = money, held = others + others_credit, available = with_credit(money, credit),
+    potential = with_credit(money + others, credit + others_credit) }
 end
 
 -- Draws of the same buckets as one, in drawing order: in that order they are charged.
@@ -76,28 +95,33 @@ local function merged(buckets, all)
   return rows
 end
 
--- Draw an amount, or as much of it as the policy allows: from `remaining` to `held`. Returns the draws, which are
--- { bucket, unit, amount }.
+-- Move a part of a bucket from `remaining` to `held`, and note it among the draws.
+local function take(b, part, draws)
+  if part <= 0 then return 0 end
+  b.remaining, b.held, b.is_changed = b.remaining - part, b.held + part, true
+  draws[#draws + 1] = { b.id, b.unit, text(part) }
+  return part
+end
+
+-- Draw an amount, or as much of it as the policy allows. Returns the draws, which are { bucket, unit, amount }.
 local function waterfall(buckets, amount, policy)
   local draws, rest = {}, amount
-  local spare = policy.keeps_debts and reach(buckets, policy, {}).money or math.huge -- what debts leave of the buckets
-  local function take(b, part)
-    if part <= 0 then return end
-    b.remaining, b.held, b.is_changed = b.remaining - part, b.held + part, true
-    rest = rest - part
-    draws[#draws + 1] = { b.id, b.unit, text(part) }
-  end
+  local spare = policy.keeps_debts and money_in(buckets, policy) or math.huge -- what debts leave of the buckets
   for _, b in ipairs(buckets) do
-    if is_drawable(b, policy) and b.is_line then
-      if spare >= 0 then take(b, math.min(rest, policy.limit + b.remaining)) end
-    elseif is_drawable(b, policy) then
-      local before = rest
-      take(b, math.min(b.remaining, rest, spare))
-      spare = spare - (before - rest)
+    if is_drawable(b, policy) then
+      if not b.is_line then
+        local part = take(b, math.min(b.remaining, rest, spare), draws)
+        rest, spare = rest - part, spare - part
+      elseif spare >= 0 then
+        rest = rest - take(b, math.min(rest, policy.limit + b.remaining), draws)
+      end
     end
   end
-  if policy.owes then take(by_id(buckets)[policy.owes], rest) end
-  return merged(buckets, { draws })
+  if rest > 0 and policy.owes then
+    take(by_id(buckets)[policy.owes], rest, draws)
+    return merged(buckets, { draws })
+  end
+  return draws
 end
 
 local function nanos_of(draws)
