@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import httpx
 import pytest
 import torch
 from redis.asyncio import Redis
@@ -15,16 +14,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from billing.store.connection import connect
 from cluster import valkey
 from deployments.config import FareboxArgs
-from deployments.gateway.api.application import make_app
 from deployments.gateway.catalog_holder import CatalogHolder
-from deployments.gateway.services import Services
-from deployments.gateway.wiring import build_services
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.parts import GatewayConfig, build_parts
 from deployments.inference.adapters import digest_adapter
 from deployments.inference.native.loop import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import AdapterRef
 from deployments.inference.text import Text
-from tests.support.gateway import ADMIN_KEY, CHAT_TEMPLATE, USER_CONFIG, House, MakeServices, memory_folder
+from deployments.token_stream.link import ReplicaLink
+from tests.support.gateway import (
+    ADMIN_KEY,
+    CHAT_TEMPLATE,
+    USER_CONFIG,
+    Harness,
+    IsolatedGateway,
+    MakeGateway,
+    memory_folder,
+    running,
+)
 from tests.support.models import Oracle, make_adapters, make_base, make_oracle, make_tokenizer, small_settings
 from tests.support.scripted import ScriptedLink
 
@@ -79,26 +87,35 @@ def args(tmp_path: Path) -> FareboxArgs:
 
 
 @pytest.fixture
-def make_services(text: Text, args: FareboxArgs) -> MakeServices:
-    def make(redis: Redis, link: ScriptedLink, environ: Mapping[str, str] = MappingProxyType({})) -> Services:
+def make_gateway(text: Text, args: FareboxArgs) -> MakeGateway:
+    def make(redis: Redis, link: ReplicaLink, environ: Mapping[str, str] = MappingProxyType({})) -> Gateway:
         catalog_holder = CatalogHolder()
         catalog_holder.put(USER_CONFIG)
-        return build_services(
-            args, text, redis, link, catalog_holder, {"FAREBOX_ADMIN_KEY": ADMIN_KEY, **environ}, "gw_test"
-        )
+        environ = {"FAREBOX_ADMIN_KEY": ADMIN_KEY, **environ}
+        parts = build_parts(args, environ, redis=redis, text=text, link=link, catalog_holder=catalog_holder)
+        return Gateway(GatewayConfig.of(args, environ, "gw_test"), parts)
 
     return make
 
 
 @pytest.fixture
-async def house(redis: Redis, link: ScriptedLink, make_services: MakeServices) -> AsyncIterator[House]:
-    services = make_services(redis, link)
-    app = make_app(services)
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://farebox") as client:
-        services.gateway.start()
-        yield House(services, link, app, client, redis)
-        await services.gateway.stop()
+async def harness(redis: Redis, link: ScriptedLink, make_gateway: MakeGateway) -> AsyncIterator[Harness]:
+    async with running(make_gateway(redis, link), link) as made:
+        yield made
+
+
+@pytest.fixture
+async def isolated(link: ScriptedLink, make_gateway: MakeGateway) -> AsyncIterator[IsolatedGateway]:
+    folder = memory_folder("w")
+    server = valkey.start(folder)
+    redis = await connect(server.url)
+    async with running(make_gateway(redis, link), link) as harness:
+        made = IsolatedGateway(server, harness)
+        yield made
+        made.resume()
+    await redis.aclose()
+    server.stop()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session", autouse=True)

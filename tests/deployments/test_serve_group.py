@@ -1,4 +1,4 @@
-"""Two replicas as one: requests find their adapter, a hot one spreads, and who leaves finishes what it began."""
+"""Two replicas on a real Serve cluster: routing by adapter, and draining."""
 
 import asyncio
 import json
@@ -74,7 +74,7 @@ def residents(group: Cluster) -> list[set[str]]:
     ]
 
 
-def test_repeats_reach_a_replica_that_holds_the_adapter(group: Cluster) -> None:
+def test_repeats_reach_replica_with_adapter(group: Cluster) -> None:
     eventually(lambda: len(group.engines()) == 2 or None)
     for model in ADAPTERS:
         asyncio.run(ask(group, [model], 2, at_once=1))
@@ -88,7 +88,7 @@ def test_repeats_reach_a_replica_that_holds_the_adapter(group: Cluster) -> None:
     assert misses <= REPEATS // 10, f"{misses} of {REPEATS} repeats had to load their adapter"
 
 
-def test_a_hot_adapter_moves_in_with_the_idle_replica_too(group: Cluster) -> None:
+def test_hot_adapter_spreads(group: Cluster) -> None:
     asyncio.run(ask(group, ["adapter0"] * 64, 60, at_once=64))
     assert all("adapter0" in held for held in residents(group))
 
@@ -98,7 +98,7 @@ def all_run(group: Cluster) -> bool:
     return len(engines) == 2 and all(engine["running"] for engine in engines)
 
 
-def test_a_replica_that_leaves_finishes_its_streams(group: Cluster) -> None:
+def test_draining_replica_finishes_streams(group: Cluster) -> None:
     async def scale_down_under_load() -> list[str]:
         config = json.loads(json.dumps(group.config))
         config["applications"][0]["deployments"][1]["num_replicas"] = 1
