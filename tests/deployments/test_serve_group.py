@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from tests.support.gateway import bearer
-from tests.support.serve_cluster import Cluster, config_of, eventually, serving, with_context
+from tests.support.serve_cluster import Cluster, config_of, serving, with_context
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -26,7 +27,7 @@ REPEATS = 200
 def group(base_path: Path, adapter_paths: dict[str, Path]) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="g", dir="/tmp"))
     copies = {name: copied(adapter_paths["attention4"], folder / name) for name in ADAPTERS}
-    config = config_of(with_context(base_path, folder / "base"), copies, folder, "socket")
+    config = config_of(with_context(base_path, folder / "base"), copies, folder)
     farebox = config["applications"][0]  # type: ignore[index]
     farebox["args"]["engine"] |= {"adapter_slots": SLOTS}
     farebox["deployments"][1] |= {"num_replicas": 2, "graceful_shutdown_timeout_s": 90}
@@ -75,10 +76,10 @@ def residents(group: Cluster) -> list[set[str]]:
 
 
 def test_repeats_reach_replica_with_adapter(group: Cluster) -> None:
-    eventually(lambda: len(group.engines()) == 2 or None)
+    eventually(lambda: len(group.engines()) == 2)
     for model in ADAPTERS:
         asyncio.run(ask(group, [model], 2, at_once=1))
-        eventually(lambda model=model: any(model in held for held in residents(group)) or None)  # type: ignore[misc]
+        eventually(lambda model=model: any(model in held for held in residents(group)))  # type: ignore[misc]
     first_loads = sum(engine["adapter_loads"] for engine in group.engines())
     assert first_loads == len(ADAPTERS)
     assert all(len(held) < len(ADAPTERS) for held in residents(group)), "they are spread"
@@ -104,12 +105,12 @@ def test_draining_replica_finishes_streams(group: Cluster) -> None:
         config["applications"][0]["deployments"][1]["num_replicas"] = 1
         (group.folder / "one.json").write_text(json.dumps(config))
         streams = asyncio.create_task(ask(group, ADAPTERS * 2, 1500, at_once=16, stream=True))
-        await asyncio.to_thread(eventually, lambda: (streams.done() or all_run(group)) or None, 60)
+        await asyncio.to_thread(eventually, lambda: streams.done() or all_run(group), 60)
         await asyncio.to_thread(group.ask, f"deploy {group.folder / 'one.json'}")
         return await streams
 
     replies = asyncio.run(scale_down_under_load())
     cut = [reply[-300:] for reply in replies if not reply.rstrip().endswith("data: [DONE]")]
     assert not cut
-    eventually(lambda: len(group.replica_pids("LoraReplica")) == 1 or None, 60)
+    eventually(lambda: len(group.replica_pids("LoraReplica")) == 1, 60)
     assert group.account()["open_holds"] == 0

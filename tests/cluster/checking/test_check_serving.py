@@ -10,7 +10,7 @@ __all__ = ["desk"]
 @pytest.mark.parametrize(
     ("old", "new", "where", "problem"),
     [
-        ("token_transport: socket", "token_transport: pigeon", "args > token_transport", "'socket' or 'serve'"),
+        ("max_body_kib: 1024", "token_transport: serve", "args > token_transport", "is gone: remove this line"),
         ("target_queued_tokens: 4000", "target_queued_tokens: 0", "policy > policy_kwargs", "at least 1, not 0"),
         ("target_queued_tokens: 4000", "target_tokens: 4000", "policy > policy_kwargs", "unexpected keyword argument"),
         ("target_queued_tokens: 4000", 'target_queued_tokens: "4000"', "policy > policy_kwargs", "whole number"),
@@ -25,6 +25,6 @@ def test_what_serve_would_only_log_is_refused(desk: Desk, old: str, new: str, wh
     assert not desk.check().is_right
 
 
-def test_serves_own_streaming_may_be_chosen(desk: Desk) -> None:
-    desk.edit("token_transport: socket", "token_transport: serve")
+def test_token_transport_of_former_configurations_accepted(desk: Desk) -> None:
+    desk.edit("max_body_kib: 1024", "token_transport: socket")
     assert desk.check().is_right
