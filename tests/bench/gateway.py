@@ -22,9 +22,9 @@ from redis.asyncio import Redis
 
 from billing.store.connection import connect
 from tests.bench import figures, litellm
+from tests.bench.arms import ARMS, BothArms, both_arms
 from tests.bench.figures import Latency, Row
-from tests.bench.house import ARMS, House, house
-from tests.bench.load import Heard, Target, drive
+from tests.bench.load import Target, Window, drive
 
 CLIENTS = 32
 STREAM_TOKENS = 64
@@ -35,7 +35,7 @@ MODES = {"haproxy": "behind HAProxy, throughput mode", "default": "Serve's defau
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing to be measured, and how its CPU is read."""
+    """One thing to be measured, and how its CPU time is read."""
 
     target: Target
     cpu_s: Callable[[], float]
@@ -45,17 +45,17 @@ class Arm:
 class Seen:
     """The windows of one arm under one load."""
 
-    heard: list[Heard] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
     """For each request, by window."""
 
     @property
     def latency(self) -> Latency:
-        return figures.middle([one.latency for one in self.heard])
+        return figures.middle([one.latency for one in self.windows])
 
     @property
     def per_s(self) -> float:
-        return median(one.per_s for one in self.heard)
+        return median(one.per_s for one in self.windows)
 
     @property
     def cpu(self) -> float:
@@ -68,7 +68,7 @@ Load = tuple[str, str]
 
 @dataclass
 class Found:
-    """Everything that one mode showed."""
+    """The measurements of one mode."""
 
     seen: dict[Load, Seen] = field(default_factory=lambda: defaultdict(Seen))
     write_p50_ms: list[float] = field(default_factory=list)
@@ -87,9 +87,9 @@ def body(is_stream: bool) -> bytes:
 
 async def window(arm: Arm, clients: int, seconds: float, into: Seen) -> None:
     before = arm.cpu_s()
-    heard = await drive(arm.target, clients, seconds)
-    into.heard.append(heard)
-    into.cpu_ms.append((arm.cpu_s() - before) * 1000 / len(heard.seconds))
+    found = await drive(arm.target, clients, seconds)
+    into.windows.append(found)
+    into.cpu_ms.append((arm.cpu_s() - before) * 1000 / len(found.seconds))
 
 
 async def bare_writes(redis: Redis) -> float:
@@ -102,7 +102,7 @@ async def bare_writes(redis: Redis) -> float:
     return figures.latency(took).p50
 
 
-async def measure(made: House, peer: litellm.Proxy | None, rounds: int, seconds: float) -> Found:
+async def measure(made: BothArms, peer: litellm.Proxy | None, rounds: int, seconds: float) -> Found:
     def of(arm: str, is_stream: bool) -> Arm:
         target = Target(made.url(arm), made.cluster.key, body(is_stream), is_stream)
         return Arm(target, lambda: made.cpu_s(arm))
@@ -162,7 +162,7 @@ def windows(found: Found) -> str:
 def run(mode: str, folder: Path, rounds: int, seconds: float) -> str:
     with ExitStack() as open_:
         peer = open_.enter_context(litellm.proxy(folder / "litellm")) if mode == "haproxy" else None
-        made = open_.enter_context(house(folder / "s", haproxy=mode == "haproxy"))
+        made = open_.enter_context(both_arms(folder / "s", haproxy=mode == "haproxy"))
         loop = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         found = open_.enter_context(loop).run(measure(made, peer, rounds, seconds))
     text = f"### {MODES[mode][0].upper()}{MODES[mode][1:]}\n\n"

@@ -1,4 +1,4 @@
-"""The LiteLLM proxy as a peer: in a virtual environment of its own, answering by itself, one key, costs computed.
+"""The LiteLLM proxy as a peer: in a virtual environment of its own, with mock responses, one key, and computed costs.
 
 Its virtual keys and its table of spend need a database through Prisma's query engine, a binary that no package
 registry carries; so the one key is the master key, and nothing is written anywhere: less work than it would do.
@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from tests.bench import figures
-from tests.support.serve_cluster import eventually, free_port
+from tests.support.waiting import eventually, free_port
 
 VERSION = "1.108.7"
 ENVIRONMENT = figures.ROOT / ".bench" / "litellm"
@@ -55,7 +55,7 @@ class Proxy:
 
 
 def install() -> None:
-    """Once: the first run takes a minute or two longer."""
+    """Install the proxy, once: the first run takes a minute or two longer."""
     if (ENVIRONMENT / "bin" / "litellm").exists():
         return
     subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
@@ -65,7 +65,7 @@ def install() -> None:
 
 @contextmanager
 def proxy(folder: Path) -> Iterator[Proxy]:
-    """Started and answering with its cost; ended when left."""
+    """Start the proxy, and wait until it answers with its cost; end it when left."""
     install()
     folder.mkdir()
     (folder / "config.yaml").write_text(json.dumps(CONFIG))

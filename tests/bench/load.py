@@ -1,4 +1,4 @@
-"""A closed loop of HTTP clients on plain sockets: as little of this machine as a client can take."""
+"""A closed loop of HTTP clients on plain sockets, which need little of this machine's CPU."""
 
 import asyncio
 import time
@@ -28,8 +28,8 @@ class Target:
 
 
 @dataclass
-class Heard:
-    """What the clients of one window saw."""
+class Window:
+    """What the clients measured in one window."""
 
     seconds: list[float] = field(default_factory=list)
     window_s: float = 0.0
@@ -43,16 +43,16 @@ class Heard:
         return figures.latency(self.seconds)
 
 
-async def drive(target: Target, clients: int, window_s: float) -> Heard:
-    """So many clients, each asking again as soon as it was answered, until the window ends."""
-    heard = Heard()
+async def drive(target: Target, clients: int, window_s: float) -> Window:
+    """So many clients, each of which sends its next request at once, until the window ends."""
+    window = Window()
     started = time.perf_counter()
-    await asyncio.gather(*(_client(target, heard, started + window_s) for _ in range(clients)))
-    heard.window_s = time.perf_counter() - started
-    return heard
+    await asyncio.gather(*(_client(target, window, started + window_s) for _ in range(clients)))
+    window.window_s = time.perf_counter() - started
+    return window
 
 
-async def _client(target: Target, heard: Heard, until: float) -> None:
+async def _client(target: Target, window: Window, until: float) -> None:
     place = urlsplit(target.url)
     reader, writer = await asyncio.open_connection(place.hostname, place.port)
     request = target.request()
@@ -60,7 +60,7 @@ async def _client(target: Target, heard: Heard, until: float) -> None:
         while (asked := time.perf_counter()) < until:
             writer.write(request)
             await _answer(reader, target.is_stream)
-            heard.seconds.append(time.perf_counter() - asked)
+            window.seconds.append(time.perf_counter() - asked)
     finally:
         writer.close()
 
@@ -77,10 +77,10 @@ async def _answer(reader: asyncio.StreamReader, is_stream: bool) -> None:
 
 
 async def _chunks(reader: asyncio.StreamReader) -> bytes:
-    """A chunked body, its chunks left as they came: the last one is empty."""
+    """A chunked body as it came, with the sizes of its chunks; the last chunk is empty."""
     body = b""
     while not body.endswith(b"0\r\n\r\n"):
         more = await reader.read(READ_BYTES)
-        assert more, "the server hung up"
+        assert more, "the server closed the connection"
         body += more
     return body

@@ -1,6 +1,6 @@
 """The product's two deployments around an engine that computes nothing, with billing and without.
 
-Everything else is the product's: ingress, link, transport, replica. ``unbilled`` replaces the ledger alone.
+Everything else is the product's: ingress, token stream, replica. ``unbilled`` replaces only the ledger.
 """
 
 import threading
@@ -16,7 +16,7 @@ from billing.money import Nanos
 from billing.usage import RequestId, UsageRecord
 from deployments import app
 from deployments.config import FareboxArgs
-from deployments.gateway import wiring
+from deployments.gateway import parts
 from deployments.gateway.ingress import GatewayIngress
 from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
@@ -25,11 +25,11 @@ from deployments.replica import replica
 from deployments.replica.replica import LoraReplica
 
 STEP_S = 0.005
-"""Between two tokens of a stream: what a small model on a GPU takes for a step."""
+"""Between two tokens of a stream, as with a small model on a GPU."""
 
 
 class NoopEngine:
-    """The engine's face. An answer of one token comes at once, a longer one a token at each step."""
+    """An engine whose answers of one token come at once, and of longer answers a token at each step."""
 
     def __init__(self, config: EngineSettings) -> None:
         self.config = config
@@ -48,7 +48,7 @@ class NoopEngine:
 
     def submit(self, request: GenerateRequest, emit: Emit) -> None:
         if request.sampling.max_tokens == 1:
-            emit(_piece(request, 1))
+            emit(_delta(request, 1))
             return
         with self._changed:
             self._running[request.request_id] = (request, emit, 0)
@@ -59,7 +59,7 @@ class NoopEngine:
             self._running.pop(request_id, None)
 
     def extend(self, deadlines: Mapping[str, float]) -> None:
-        """No deadline is kept: every request here ends by itself."""
+        """Deadlines are ignored: every request ends by itself."""
 
     def pin(self, refs: Iterable[AdapterRef]) -> None:
         """There are no slots."""
@@ -68,7 +68,7 @@ class NoopEngine:
         assert self._thread.is_alive(), "the engine's thread lives as long as its replica"
 
     generate = Engine.generate
-    """Made of the methods above."""
+    """The engine's own, on the methods above."""
 
     def stats(self) -> EngineStats:
         return EngineStats(running=len(self._running))
@@ -81,8 +81,8 @@ class NoopEngine:
                 if self._is_stopped:
                     return
                 ready = [self._step(*one) for one in list(self._running.values())]
-            for emit, piece in ready:
-                emit(piece)
+            for emit, delta in ready:
+                emit(delta)
             time.sleep(STEP_S)
 
     def _step(self, request: GenerateRequest, emit: Emit, done: int) -> tuple[Emit, OutputDelta]:
@@ -90,10 +90,10 @@ class NoopEngine:
             self._running[request.request_id] = (request, emit, done + 1)
         else:
             del self._running[request.request_id]
-        return emit, _piece(request, done + 1)
+        return emit, _delta(request, done + 1)
 
 
-def _piece(request: GenerateRequest, count: int) -> OutputDelta:
+def _delta(request: GenerateRequest, count: int) -> OutputDelta:
     return OutputDelta(
         token_ids=(count,),
         text=f"tok{count} ",
@@ -148,7 +148,7 @@ class NoopReplica(LoraReplica):
 
 class UnbilledIngress(GatewayIngress):
     async def __init__(self, *args: object, **kwargs: object) -> None:  # type: ignore[misc]
-        vars(wiring)["Ledger"] = NoLedger
+        vars(parts)["Ledger"] = NoLedger
         await super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
 

@@ -1,7 +1,8 @@
-"""What the token path's benchmark serves: the product's two transports and its floor, each between the same ends.
+"""What the benchmark of the token path serves: the product's token stream, Serve's streaming, and their floor.
 
-The ends are a gateway that only streams (no key, no hold, no settle) and an engine of clockwork behind the
-product's own ``LoraReplica``. In the floor the engine stands in the gateway: nothing travels.
+At one end is a gateway that only streams (no key, no hold, no settlement), at the other an engine that computes nothing
+behind the product's own ``LoraReplica``. ``FLOOR`` has the engine in the gateway's process. ``SERVE`` sends each token
+over Serve's streaming calls, which the product does not do.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from functools import partial
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -20,69 +22,94 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from deployments.gateway.edge import new_request_id
-from deployments.gateway.ingress import open_link
 from deployments.inference.request import GenerateRequest, OutputDelta, SamplingParams
 from deployments.replica.replica import LoraReplica
-from deployments.token_stream import pieces
-from deployments.token_stream.gateway_end import TokenStream
-from deployments.token_stream.replica_end import Lines
+from deployments.token_stream.gateway_end import ServeReplicaLink
+from deployments.token_stream.replica_end import GatewayConnections
+from deployments.token_stream.stream import TokenStream
 from tests.support.clockwork import ClockworkEngine
 
-FLOOR, SOCKET, SERVE, SERVE_EACH = "floor", "socket", "serve", "serve-each"
+FLOOR, SOCKET, SERVE = "floor", "socket", "serve"
 STEP_S = 0.005
 PROMPT = tuple(range(100))
 
 
 class Replica(LoraReplica):
-    """The product's, around clockwork."""
+    """The product's replica around an engine that computes nothing."""
 
-    async def __init__(self, transport: str) -> None:  # type: ignore[misc]
+    async def __init__(self) -> None:  # type: ignore[misc]
         engine = ClockworkEngine(step_s=STEP_S)
         engine.start()
-        self._engine, self._lines = engine, Lines(engine.extend)  # type: ignore[assignment]
-        if transport == SERVE_EACH:
-            pieces.SEND_INTERVAL_S = 0.0
+        self._engine, self._gateways = engine, GatewayConnections(engine.extend)  # type: ignore[assignment]
 
     async def check_health(self) -> None:
-        """Clockwork does not fail."""
+        """This engine does not fail."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+        """Every delta at once, over Serve's streaming call."""
+        loop, deltas = asyncio.get_running_loop(), asyncio.Queue[OutputDelta]()
+        self._engine.submit(request, lambda delta: loop.call_soon_threadsafe(deltas.put_nowait, delta))
+        while True:
+            delta = await deltas.get()
+            yield delta
+            if delta.finish_reason is not None:
+                return
 
 
 class InProcess:
-    """A link to an engine in this process: one wake-up of the event loop for each step, and nothing else."""
+    """A link to an engine in this process, with one wake-up of the event loop for each step."""
 
     def __init__(self) -> None:
         self._engine = ClockworkEngine(step_s=STEP_S)
         self._engine.start()
         self._loop = asyncio.get_running_loop()
         self._unsent: deque[tuple[TokenStream, OutputDelta]] = deque()
-        self._is_due = False
+        self._is_flush_due = False
 
-    async def generate(self, job: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
-        inflow = TokenStream(4096, lambda: 0.0, lambda: None)
-        self._engine.submit(job, partial(self._put, inflow))
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+        stream = TokenStream(4096, lambda: 0.0, lambda: None)
+        self._engine.submit(request, partial(self._put, stream))
         while True:
-            piece = await inflow.next()
-            yield piece
-            if piece.finish_reason is not None:
+            delta = await stream.next()
+            yield delta
+            if delta.finish_reason is not None:
                 return
 
-    def _put(self, inflow: TokenStream, piece: OutputDelta) -> None:
-        self._unsent.append((inflow, piece))
-        if not self._is_due:
-            self._is_due = True
+    def _put(self, stream: TokenStream, delta: OutputDelta) -> None:
+        self._unsent.append((stream, delta))
+        if not self._is_flush_due:
+            self._is_flush_due = True
             self._loop.call_soon_threadsafe(self._flush)
 
     def _flush(self) -> None:
-        self._is_due = False
-        for inflow, piece in [self._unsent.popleft() for _ in range(len(self._unsent))]:
-            inflow.put(piece)
+        self._is_flush_due = False
+        for stream, delta in [self._unsent.popleft() for _ in range(len(self._unsent))]:
+            stream.put(delta)
+
+
+class ServeStreaming:
+    """A link over Serve's streaming calls."""
+
+    def __init__(self, handle: "DeploymentHandle[object]") -> None:
+        self._handle = handle
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+        async for delta in self._handle.options(stream=True).generate.remote(request):
+            yield delta
 
 
 class Gateway:
-    """Streams a job's pieces as OpenAI's chunks."""
+    """Streams a request's deltas as OpenAI's chunks."""
 
     async def __init__(self, transport: str, handle: "DeploymentHandle[object] | None" = None) -> None:  # type: ignore[misc]
-        self._link = InProcess() if handle is None else await open_link(handle, transport.partition("-")[0])
+        self._link: InProcess | ServeStreaming | ServeReplicaLink
+        if handle is None:
+            self._link = InProcess()
+        elif transport == SERVE:
+            self._link = ServeStreaming(handle)
+        else:
+            self._link = ServeReplicaLink(handle)
+            await self._link.start(ray.util.get_node_ip_address())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return Starlette(routes=[Route("/{tokens:int}", self._answer, methods=["POST"])])
@@ -90,21 +117,21 @@ class Gateway:
     async def _answer(self, request: Request) -> StreamingResponse:
         await request.body()
         tokens = int(request.path_params["tokens"])
-        job = GenerateRequest(new_request_id(), PROMPT, SamplingParams(max_tokens=tokens))
-        return StreamingResponse(_events(self._link.generate(job), job.request_id), media_type="text/event-stream")
+        asked = GenerateRequest(new_request_id(), PROMPT, SamplingParams(max_tokens=tokens))
+        return StreamingResponse(_events(self._link.generate(asked), asked.request_id), media_type="text/event-stream")
 
 
-async def _events(pieces: AsyncGenerator[OutputDelta, None], request_id: str) -> AsyncGenerator[str, None]:
+async def _events(deltas: AsyncGenerator[OutputDelta, None], request_id: str) -> AsyncGenerator[str, None]:
     base = {"id": request_id, "created": 0, "model": "base", "object": "chat.completion.chunk"}
-    async for piece in pieces:
-        reason = piece.finish_reason.value if piece.finish_reason else None
-        choice = {"index": 0, "delta": {"content": piece.text}, "logprobs": None, "finish_reason": reason}
+    async for delta in deltas:
+        reason = delta.finish_reason.value if delta.finish_reason else None
+        choice = {"index": 0, "delta": {"content": delta.text}, "logprobs": None, "finish_reason": reason}
         yield f"data: {json.dumps(base | {'choices': [choice]}, separators=(',', ':'))}\n\n"
     yield "data: [DONE]\n\n"
 
 
 def build(args: dict[str, str]) -> Application:
-    """One transport between its two ends."""
+    """One transport, and its two ends."""
     transport = args["transport"]
     gateway = serve.deployment(name="Gateway", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1})(
         serve.ingress()(Gateway)
@@ -114,4 +141,4 @@ def build(args: dict[str, str]) -> Application:
     replica = serve.deployment(name="LoraReplica", max_ongoing_requests=300, ray_actor_options={"num_cpus": 0.1})(
         Replica
     )
-    return gateway.bind(transport, replica.bind(transport))
+    return gateway.bind(transport, replica.bind())

@@ -1,4 +1,4 @@
-"""``python -m tests.bench.token_path``: both token transports and their floor, side by side, in both of Serve's modes.
+"""``python -m tests.bench.token_path``: the token stream, Serve's streaming and the floor, in both of Serve's modes.
 
 Streams of 64 tokens, a step of 5 ms, 32 clients, on one Serve cluster per mode; the transports take turns.
 """
@@ -21,8 +21,9 @@ import psutil
 
 from tests.bench import figures
 from tests.bench.figures import Row
-from tests.bench.token_apps import FLOOR, SERVE, SERVE_EACH, SOCKET
-from tests.support.serve_cluster import ANSWER, REPO, cmdline_of, environment, free_port, stop
+from tests.bench.token_apps import FLOOR, SERVE, SOCKET
+from tests.support.serve_cluster import ANSWER, REPO, cmdline_of, environment, stop
+from tests.support.waiting import free_port
 
 TOKENS = 64
 HAPROXY, DEFAULT = MODES = ("haproxy", "default")
@@ -30,9 +31,8 @@ SECTIONS = {HAPROXY: "token_path", DEFAULT: "token_path-default"}
 START_TIMEOUT_S = 60.0
 NAMES = {
     FLOOR: "the engine inside the gateway (floor)",
-    SOCKET: "`token_transport: socket`",
-    SERVE: "`token_transport: serve`, tokens sent every 15 ms",
-    SERVE_EACH: "Serve's streaming, each token at once",
+    SOCKET: "the product's token stream",
+    SERVE: "Serve's streaming, each token at once",
 }
 SHARED = ("haproxy", "ray::ProxyActor")
 """Processes that take part in every request, by their command lines."""
@@ -40,7 +40,7 @@ SHARED = ("haproxy", "ray::ProxyActor")
 
 @dataclass
 class Seen:
-    """What the clients of one round saw, in seconds."""
+    """What the clients of one round measured, in seconds."""
 
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
@@ -109,7 +109,7 @@ def serving(haproxy: bool) -> Iterator[Served]:
 
 
 async def wait_for(served: Served, transport: str) -> None:
-    """HAProxy learns of an application a moment after Serve calls it running; this also makes sockets and routes."""
+    """HAProxy serves an application a moment after Serve calls it running; this also opens sockets and routes."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         with suppress(AssertionError, OSError):
@@ -120,7 +120,7 @@ async def wait_for(served: Served, transport: str) -> None:
 
 
 async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, transport: str, seen: Seen) -> None:
-    """One stream over a kept connection; nothing of a chunk is parsed but where it begins."""
+    """One stream over a kept connection; of a chunk only its beginning is parsed."""
     started = last = time.perf_counter()
     writer.write(f"POST /{transport}/{TOKENS} HTTP/1.1\r\nhost: bench\r\ncontent-length: 0\r\n\r\n".encode())
     tokens = 0
@@ -138,7 +138,7 @@ async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tra
 
 
 async def load(served: Served, transport: str, clients: int, streams: int) -> Seen:
-    """A closed loop: each client asks again when its stream has ended."""
+    """A closed loop: each client sends its next request when its stream has ended."""
     seen = Seen()
 
     async def client() -> None:
@@ -182,8 +182,7 @@ def rows(fast: dict[str, list[Seen]]) -> Sequence[Row]:
     cpu = {name: median(seen.cpu_ms for seen in fast[name]) for name in NAMES}
     return [
         figures.at_most("CPU of a stream over the socket, behind HAProxy", cpu[SOCKET], 4.0, "ms"),
-        Row("Serve's streaming, each token at once, over it", f"{figures.plain(cpu[SERVE_EACH] / cpu[SOCKET])} x"),
-        Row("`token_transport: serve` over it", f"{figures.plain(cpu[SERVE] / cpu[SOCKET])} x"),
+        Row("Serve's streaming, each token at once, over it", f"{figures.plain(cpu[SERVE] / cpu[SOCKET])} x"),
         Row("the socket over the floor", f"{figures.plain(cpu[SOCKET] / cpu[FLOOR])} x"),
     ]
 

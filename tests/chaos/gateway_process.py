@@ -1,4 +1,4 @@
-"""A gateway in a process that kills itself: the parts of ``deployments.gateway.wiring`` and a real HTTP server.
+"""A gateway in a process that kills itself: the parts of ``deployments.gateway.parts`` and a real HTTP server.
 
 The engine is scripted, and failpoints in the ledger and in the link end the process at a named point. Everything else
 is what production runs.
@@ -21,9 +21,10 @@ from billing.ledger.ledger import Ledger
 from billing.store.connection import connect
 from billing.usage import RequestId
 from deployments.config import FareboxArgs
-from deployments.gateway import wiring
+from deployments.gateway import parts
 from deployments.gateway.api.application import make_app
 from deployments.gateway.catalog_holder import CatalogHolder
+from deployments.gateway.gateway import Gateway
 from deployments.inference.request import GenerateRequest, OutputDelta
 from deployments.inference.text import Text
 from tests.chaos.failpoint import Failpoint
@@ -95,11 +96,11 @@ class FailpointLink(ScriptedLink):
         super().__init__(length=spec.tokens, pause_s=spec.token_s)
         self._failpoint = spec.failpoint
 
-    async def generate(self, job: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
-        async with aclosing(super().generate(job)) as pieces:
-            async for piece in pieces:
-                yield piece
-                if piece.completion_tokens == MID_STREAM_TOKENS:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+        async with aclosing(super().generate(request)) as deltas:
+            async for delta in deltas:
+                yield delta
+                if delta.completion_tokens == MID_STREAM_TOKENS:
                     self._failpoint.reach(MID_STREAM)
 
 
@@ -109,7 +110,7 @@ def serve(spec: GatewaySpec, listener: socket.socket) -> None:
 
 
 async def _serve(spec: GatewaySpec, listener: socket.socket) -> None:
-    wiring.Ledger = partial(FailpointLedger, spec.failpoint, spec.journal)  # type: ignore[misc, assignment]
+    parts.Ledger = partial(FailpointLedger, spec.failpoint, spec.journal)  # type: ignore[misc, assignment]
     catalog_holder = CatalogHolder()
     catalog_holder.put(spec.user_config)
     args = FareboxArgs.model_validate(
@@ -122,7 +123,8 @@ async def _serve(spec: GatewaySpec, listener: socket.socket) -> None:
         }
     )
     redis, text, link = await connect(spec.store_url), Text(spec.folder / "model"), FailpointLink(spec)
-    services = wiring.build_services(args, text, redis, link, catalog_holder, spec.environ, f"gw_{os.getpid()}")
-    config = uvicorn.Config(make_app(services), lifespan="on", log_level="warning", access_log=False, ws="none")
+    made = parts.build_parts(args, spec.environ, redis=redis, text=text, link=link, catalog_holder=catalog_holder)
+    gateway = Gateway(parts.GatewayConfig.of(args, spec.environ, f"gw_{os.getpid()}"), made)
+    config = uvicorn.Config(make_app(gateway), lifespan="on", log_level="warning", access_log=False, ws="none")
     await uvicorn.Server(config).serve(sockets=[listener])
     await redis.aclose()

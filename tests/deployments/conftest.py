@@ -1,11 +1,10 @@
-"""A gateway with a real store and a scripted engine, and engines with a small random model and its adapters."""
+"""A gateway on a real store with a scripted link, and engines on a tiny random model and its adapters."""
 
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import httpx
 import pytest
 import torch
 from redis.asyncio import Redis
@@ -14,16 +13,24 @@ from tokenizers import Tokenizer
 from billing.store.connection import connect
 from cluster import valkey
 from deployments.config import FareboxArgs
-from deployments.gateway.api.application import make_app
 from deployments.gateway.catalog_holder import CatalogHolder
-from deployments.gateway.services import Services
-from deployments.gateway.wiring import build_services
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.parts import GatewayConfig, build_parts
 from deployments.inference.adapters import digest_adapter
 from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import AdapterRef
 from deployments.inference.text import Text
-from tests.support.gateway import ADMIN_KEY, USER_CONFIG, House, MakeServices, memory_folder
+from deployments.token_stream.link import ReplicaLink
+from tests.support.gateway import (
+    ADMIN_KEY,
+    USER_CONFIG,
+    Harness,
+    IsolatedGateway,
+    MakeGateway,
+    memory_folder,
+    running,
+)
 from tests.support.models import Oracle, make_adapters, make_base, make_oracle, make_tokenizer, small_settings
 from tests.support.scripted import ScriptedLink
 from tests.support.word_tokenizer import save_word_tokenizer
@@ -31,7 +38,7 @@ from tests.support.word_tokenizer import save_word_tokenizer
 
 @pytest.fixture(scope="session")
 def store_url() -> Iterator[str]:
-    """The address of a real Valkey that syncs its log at every write, as in production, to a folder in memory."""
+    """The address of a real Valkey that logs every write, as in production, but in memory."""
     folder = memory_folder("v")
     server = valkey.start(folder)
     yield server.url
@@ -41,7 +48,7 @@ def store_url() -> Iterator[str]:
 
 @pytest.fixture
 async def redis(store_url: str) -> AsyncIterator[Redis]:
-    """A client of an empty store, made as a gateway makes it."""
+    """A client as a gateway has it, of an empty store."""
     client = await connect(store_url)
     await client.flushall()
     yield client
@@ -75,26 +82,35 @@ def args(tmp_path: Path) -> FareboxArgs:
 
 
 @pytest.fixture
-def make_services(text: Text, args: FareboxArgs) -> MakeServices:
-    def make(redis: Redis, link: ScriptedLink, environ: Mapping[str, str] = MappingProxyType({})) -> Services:
+def make_gateway(text: Text, args: FareboxArgs) -> MakeGateway:
+    def make(redis: Redis, link: ReplicaLink, environ: Mapping[str, str] = MappingProxyType({})) -> Gateway:
         catalog_holder = CatalogHolder()
         catalog_holder.put(USER_CONFIG)
-        return build_services(
-            args, text, redis, link, catalog_holder, {"FAREBOX_ADMIN_KEY": ADMIN_KEY, **environ}, "gw_test"
-        )
+        environ = {"FAREBOX_ADMIN_KEY": ADMIN_KEY, **environ}
+        parts = build_parts(args, environ, redis=redis, text=text, link=link, catalog_holder=catalog_holder)
+        return Gateway(GatewayConfig.of(args, environ, "gw_test"), parts)
 
     return make
 
 
 @pytest.fixture
-async def house(redis: Redis, link: ScriptedLink, make_services: MakeServices) -> AsyncIterator[House]:
-    services = make_services(redis, link)
-    app = make_app(services)
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://farebox") as client:
-        services.gateway.start()
-        yield House(services, link, app, client, redis)
-        await services.gateway.stop()
+async def harness(redis: Redis, link: ScriptedLink, make_gateway: MakeGateway) -> AsyncIterator[Harness]:
+    async with running(make_gateway(redis, link), link) as made:
+        yield made
+
+
+@pytest.fixture
+async def isolated(link: ScriptedLink, make_gateway: MakeGateway) -> AsyncIterator[IsolatedGateway]:
+    folder = memory_folder("w")
+    server = valkey.start(folder)
+    redis = await connect(server.url)
+    async with running(make_gateway(redis, link), link) as harness:
+        made = IsolatedGateway(server, harness)
+        yield made
+        made.resume()
+    await redis.aclose()
+    server.stop()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -134,7 +150,7 @@ def settings(base_path: Path) -> EngineSettings:
 
 @pytest.fixture
 def start() -> Iterator[Callable[[EngineSettings], Engine]]:
-    """Start engines with it; all are stopped at the end of the test."""
+    """Starts engines, and stops them at the end."""
     engines: list[Engine] = []
 
     def start_engine(settings: EngineSettings) -> Engine:

@@ -1,4 +1,4 @@
-"""Two replicas as one: requests find their adapter, a hot one spreads, and who leaves finishes what it began."""
+"""Two replicas on a real Serve cluster: routing by adapter, and draining."""
 
 import asyncio
 import json
@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from tests.support.gateway import bearer
-from tests.support.serve_cluster import Cluster, config_of, eventually, serving, with_context
+from tests.support.serve_cluster import Cluster, config_of, serving, with_context
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -26,7 +27,7 @@ REPEATS = 200
 def group(base_path: Path, adapter_paths: dict[str, Path]) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="g", dir="/tmp"))
     copies = {name: copied(adapter_paths["attention4"], folder / name) for name in ADAPTERS}
-    config = config_of(with_context(base_path, folder / "base"), copies, folder, "socket")
+    config = config_of(with_context(base_path, folder / "base"), copies, folder)
     farebox = config["applications"][0]  # type: ignore[index]
     farebox["args"]["engine"] |= {"adapter_slots": SLOTS}
     farebox["deployments"][1] |= {"num_replicas": 2, "graceful_shutdown_timeout_s": 90}
@@ -74,11 +75,11 @@ def residents(group: Cluster) -> list[set[str]]:
     ]
 
 
-def test_repeats_reach_a_replica_that_holds_the_adapter(group: Cluster) -> None:
-    eventually(lambda: len(group.engines()) == 2 or None)
+def test_repeats_reach_replica_with_adapter(group: Cluster) -> None:
+    eventually(lambda: len(group.engines()) == 2)
     for model in ADAPTERS:
         asyncio.run(ask(group, [model], 2, at_once=1))
-        eventually(lambda model=model: any(model in held for held in residents(group)) or None)  # type: ignore[misc]
+        eventually(lambda model=model: any(model in held for held in residents(group)))  # type: ignore[misc]
     first_loads = sum(engine["adapter_loads"] for engine in group.engines())
     assert first_loads == len(ADAPTERS)
     assert all(len(held) < len(ADAPTERS) for held in residents(group)), "they are spread"
@@ -88,7 +89,7 @@ def test_repeats_reach_a_replica_that_holds_the_adapter(group: Cluster) -> None:
     assert misses <= REPEATS // 10, f"{misses} of {REPEATS} repeats had to load their adapter"
 
 
-def test_a_hot_adapter_moves_in_with_the_idle_replica_too(group: Cluster) -> None:
+def test_hot_adapter_spreads(group: Cluster) -> None:
     asyncio.run(ask(group, ["adapter0"] * 64, 60, at_once=64))
     assert all("adapter0" in held for held in residents(group))
 
@@ -98,18 +99,18 @@ def all_run(group: Cluster) -> bool:
     return len(engines) == 2 and all(engine["running"] for engine in engines)
 
 
-def test_a_replica_that_leaves_finishes_its_streams(group: Cluster) -> None:
+def test_draining_replica_finishes_streams(group: Cluster) -> None:
     async def scale_down_under_load() -> list[str]:
         config = json.loads(json.dumps(group.config))
         config["applications"][0]["deployments"][1]["num_replicas"] = 1
         (group.folder / "one.json").write_text(json.dumps(config))
         streams = asyncio.create_task(ask(group, ADAPTERS * 2, 1500, at_once=16, stream=True))
-        await asyncio.to_thread(eventually, lambda: (streams.done() or all_run(group)) or None, 60)
+        await asyncio.to_thread(eventually, lambda: streams.done() or all_run(group), 60)
         await asyncio.to_thread(group.ask, f"deploy {group.folder / 'one.json'}")
         return await streams
 
     replies = asyncio.run(scale_down_under_load())
     cut = [reply[-300:] for reply in replies if not reply.rstrip().endswith("data: [DONE]")]
     assert not cut
-    eventually(lambda: len(group.replica_pids("LoraReplica")) == 1 or None, 60)
+    eventually(lambda: len(group.replica_pids("LoraReplica")) == 1, 60)
     assert group.account()["open_holds"] == 0

@@ -1,6 +1,6 @@
-"""An engine of clockwork and a Serve handle that calls in process: the token sockets without Ray.
+"""An engine that computes nothing and a Serve handle that calls in process: the token stream without Ray.
 
-The engine's thread steps like a real one: each step emits one token for every job, in the order of their coming.
+The engine's thread steps like a real one: each step emits one token for every request, in their order of arrival.
 """
 
 import asyncio
@@ -11,22 +11,22 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from deployments.inference.request import Emit, EngineError, FinishReason, GenerateRequest, OutputDelta, SamplingParams
+from deployments.token_stream.errors import Refused
 from deployments.token_stream.frames import Address
-from deployments.token_stream.gateway_end import SocketLink
-from deployments.token_stream.link import Refused
-from deployments.token_stream.replica_end import Lines
+from deployments.token_stream.gateway_end import ServeReplicaLink
+from deployments.token_stream.replica_end import GatewayConnections
 
 
 @dataclass
 class ClockworkEngine:
-    """Every job gets ``max_tokens`` tokens, one in each step; a step comes when ``step_s`` is over."""
+    """Every request gets ``max_tokens`` tokens, one in each step of ``step_s`` seconds."""
 
     step_s: float = 0.001
     refusal: EngineError | None = None
     aborted: list[str] = field(default_factory=list)
     emitted: dict[str, int] = field(default_factory=dict)
     extended: list[dict[str, float]] = field(default_factory=list)
-    _jobs: dict[str, tuple[GenerateRequest, Emit]] = field(default_factory=dict)
+    _running: dict[str, tuple[GenerateRequest, Emit]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -44,31 +44,31 @@ class ClockworkEngine:
         if self.refusal is not None:
             raise self.refusal
         with self._lock:
-            self._jobs[request.request_id] = request, emit
+            self._running[request.request_id] = request, emit
 
     def abort(self, request_id: str) -> None:
         with self._lock:
-            if self._jobs.pop(request_id, None) is not None:
+            if self._running.pop(request_id, None) is not None:
                 self.aborted.append(request_id)
 
     def extend(self, deadlines: Mapping[str, float]) -> None:
-        """Kept to be looked at: clockwork has no deadlines."""
+        """Only recorded: this engine has no deadlines."""
         self.extended.append(dict(deadlines))
 
     @property
     def running(self) -> int:
-        return len(self._jobs)
+        return len(self._running)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             time.sleep(self.step_s)
             with self._lock:
-                for request_id, (request, emit) in list(self._jobs.items()):
-                    emit(self._piece(request))
+                for request_id, (request, emit) in list(self._running.items()):
+                    emit(self._delta(request))
                     if self.emitted[request_id] == request.sampling.max_tokens:
-                        del self._jobs[request_id]
+                        del self._running[request_id]
 
-    def _piece(self, request: GenerateRequest) -> OutputDelta:
+    def _delta(self, request: GenerateRequest) -> OutputDelta:
         number = self.emitted.get(request.request_id, 0)
         self.emitted[request.request_id] = number + 1
         is_last = number + 1 == request.sampling.max_tokens
@@ -84,7 +84,7 @@ class ClockworkEngine:
 
 
 class Call:
-    """A running unary call: awaited for its answer, or cancelled, as Serve's ``DeploymentResponse``."""
+    """A running call, with the methods of Serve's ``DeploymentResponse``."""
 
     def __init__(self, work: Coroutine[None, None, object]) -> None:
         self._task = asyncio.get_running_loop().create_task(work)
@@ -98,10 +98,10 @@ class Call:
 
 @dataclass
 class ClockworkHandle:
-    """One replica in this process behind a handle of Serve's shape."""
+    """A replica in this process, behind the methods of a Serve handle."""
 
     engine: ClockworkEngine
-    lines: Lines
+    gateways: GatewayConnections
     ends_silently: bool = False
     """The call returns at once and nothing is ever sent."""
     failure: BaseException | None = None
@@ -114,47 +114,47 @@ class ClockworkHandle:
     def run(self) -> "ClockworkHandle":
         return self
 
-    def remote(self, job: GenerateRequest, gateway: Address) -> Call:
+    def remote(self, request: GenerateRequest, gateway: Address) -> Call:
         self.calls += 1
-        return Call(self._serve(job, gateway))
+        return Call(self._serve(request, gateway))
 
-    async def _serve(self, job: GenerateRequest, gateway: Address) -> object:
+    async def _serve(self, request: GenerateRequest, gateway: Address) -> object:
         if self.failure is not None:
             raise self.failure
         if self.ends_silently:
             return None
         try:
-            await (await self.lines.to(gateway)).carry(job, self.engine)
+            await (await self.gateways.to(gateway)).run(request, self.engine)
         except EngineError as error:
             return Refused.of(error)
         return None
 
 
 @dataclass
-class Path:
-    """A whole way from engine to gateway over a real socket."""
+class TokenPath:
+    """An engine, and the link to it over a real socket."""
 
     engine: ClockworkEngine
     handle: ClockworkHandle
-    link: SocketLink
+    link: ServeReplicaLink
 
     async def read(self, request_id: str, max_tokens: int = 5) -> list[OutputDelta]:
-        return [piece async for piece in self.link.generate(job_of(request_id, max_tokens))]
+        return [delta async for delta in self.link.generate(request_of(request_id, max_tokens))]
 
 
 @asynccontextmanager
-async def token_path(engine: ClockworkEngine, most_waiting_tokens: int = 4096) -> AsyncIterator[Path]:
-    handle = ClockworkHandle(engine, Lines(engine.extend))
-    link = SocketLink(handle, most_waiting_tokens)  # type: ignore[arg-type]
+async def token_path(engine: ClockworkEngine, max_unread_tokens: int = 4096) -> AsyncIterator[TokenPath]:
+    handle = ClockworkHandle(engine, GatewayConnections(engine.extend))
+    link = ServeReplicaLink(handle, max_unread_tokens)  # type: ignore[arg-type]
     await link.start("127.0.0.1")
     engine.start()
     try:
-        yield Path(engine, handle, link)
+        yield TokenPath(engine, handle, link)
     finally:
-        await handle.lines.close()
+        await handle.gateways.close()
         await link.close()
         engine.stop()
 
 
-def job_of(request_id: str, max_tokens: int = 5) -> GenerateRequest:
+def request_of(request_id: str, max_tokens: int = 5) -> GenerateRequest:
     return GenerateRequest(request_id, (1, 2, 3), SamplingParams(max_tokens=max_tokens))

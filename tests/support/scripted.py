@@ -1,7 +1,4 @@
-"""A link to an engine of clockwork: a real implementation of the protocol whose answers are known beforehand.
-
-The prompt decides what it does; tokens are counted as an engine counts them.
-"""
+"""A ``ReplicaLink`` whose output is set beforehand. OutputDelta are counted as an engine counts them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -12,68 +9,68 @@ from deployments.inference.request import Choice, EngineStats, FinishReason, Gen
 
 @dataclass
 class ScriptedLink:
-    """Answers ``tok0 tok1 ...`` up to ``length`` or ``max_tokens``; ``failure`` strikes before piece ``fails_at``."""
+    """Answers ``tok0 tok1 ...`` up to ``length`` or ``max_tokens``; ``failure`` is raised before token ``fails_at``."""
 
     length: int = 5
     pause_s: float = 0.0
     failure: Exception | None = None
     fails_at: int = 0
     ends_with: FinishReason | None = None
-    """Overrides the reason of the last piece."""
+    """In place of the finish reason of the last delta."""
     is_up: bool = True
     busy: EngineStats = field(default_factory=EngineStats)
     cached_tokens: int = 0
     compute_ms: int = 1
     """For each token."""
-    jobs: list[GenerateRequest] = field(default_factory=list)
+    requests: list[GenerateRequest] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
-    """OutputDelta generated, by request id: it stops growing when a job is aborted."""
+    """OutputDelta generated, by request id: it stops growing when a request is aborted."""
     aborted: list[str] = field(default_factory=list)
     extended: list[Mapping[str, float]] = field(default_factory=list)
     slow: frozenset[str] = frozenset()
-    """Requests that were cancelled because nobody reads them."""
+    """Requests that were cancelled because their client does not read."""
 
-    async def generate(self, job: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
-        self.jobs.append(job)
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+        self.requests.append(request)
         is_over = False
         try:
-            wanted = min(self.length, job.sampling.max_tokens)
+            wanted = min(self.length, request.sampling.max_tokens)
             for number in range(wanted):
                 if self.failure is not None and number == self.fails_at:
                     is_over = True
                     raise self.failure
                 await asyncio.sleep(self.pause_s)
-                self.steps[job.request_id] = number + 1
+                self.steps[request.request_id] = number + 1
                 is_over = number + 1 == wanted
-                yield self._piece(job, number, self._reason(job) if is_over else None)
+                yield self._delta(request, number, self._reason(request) if is_over else None)
         finally:
             if not is_over:
-                self.aborted.append(job.request_id)
+                self.aborted.append(request.request_id)
 
-    def _piece(self, job: GenerateRequest, number: int, reason: FinishReason | None) -> OutputDelta:
-        answers, text = job.sampling.n, f"tok{number} "
-        choices = tuple(self._choice(job, index, number, reason) for index in range(answers))
-        is_plain = answers == 1 and job.sampling.logprobs is None
+    def _delta(self, request: GenerateRequest, number: int, reason: FinishReason | None) -> OutputDelta:
+        answers, text = request.sampling.n, f"tok{number} "
+        choices = tuple(self._choice(request, index, number, reason) for index in range(answers))
+        is_plain = answers == 1 and request.sampling.logprobs is None
         return OutputDelta(
             token_ids=(number,) * answers,
             text=text if is_plain else "",
-            prompt_tokens=len(job.prompt_token_ids),
-            cached_tokens=min(self.cached_tokens, len(job.prompt_token_ids)),
+            prompt_tokens=len(request.prompt_token_ids),
+            cached_tokens=min(self.cached_tokens, len(request.prompt_token_ids)),
             completion_tokens=(number + 1) * answers,
             compute_ms=(number + 1) * self.compute_ms,
             finish_reason=reason,
             choices=() if is_plain else choices,
         )
 
-    def _choice(self, job: GenerateRequest, index: int, number: int, reason: FinishReason | None) -> Choice:
+    def _choice(self, request: GenerateRequest, index: int, number: int, reason: FinishReason | None) -> Choice:
         """Answer ``index`` of several says ``1tok0``, ``2tok0``..., and each token is as likely as the one before."""
         logprobs: tuple[Logprob, ...] = ()
-        if (count := job.sampling.logprobs) is not None:
+        if (count := request.sampling.logprobs) is not None:
             logprobs = (Logprob(number, -0.5, tuple((token, -0.5 - token) for token in range(count))),)
         return Choice(index, f"{index or ''}tok{number} ", logprobs, reason)
 
-    def _reason(self, job: GenerateRequest) -> FinishReason:
-        full = FinishReason.LENGTH if self.length >= job.sampling.max_tokens else FinishReason.STOP
+    def _reason(self, request: GenerateRequest) -> FinishReason:
+        full = FinishReason.LENGTH if self.length >= request.sampling.max_tokens else FinishReason.STOP
         return self.ends_with or full
 
     async def extend(self, deadlines: Mapping[str, float]) -> frozenset[str]:

@@ -1,18 +1,14 @@
-"""A Serve cluster with both deployments in a process of its own, its configuration, environment and end."""
+"""A Serve cluster with both deployments in a process of its own: its configuration, environment and end."""
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from random import SystemRandom
-from typing import TypeVar
 
 import httpx
 import openai
@@ -21,10 +17,10 @@ import psutil
 from cluster import valkey
 from deployments.inference.adapters import digest_adapter
 from tests.support.gateway import ADMIN_KEY, bearer
+from tests.support.waiting import eventually, free_port
 
 CONTEXT = 4096
 ANSWER = "ANSWER "
-T = TypeVar("T")
 REPO = Path(__file__).parent.parent.parent
 
 
@@ -50,7 +46,7 @@ class Cluster:
         raise AssertionError((self.folder / "log").read_text()[-3000:])
 
     def stats(self) -> dict[str, int]:
-        """Of the one engine."""
+        """The counters of the only engine."""
         [engine] = self.engines()
         return engine
 
@@ -81,8 +77,11 @@ class Cluster:
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child.pid for child in children if f"ServeReplica:farebox:{name}" in " ".join(cmdline_of(child))]
 
-    def ended(self, record_id: str) -> dict[str, object]:
-        return eventually(lambda: next((r for r in self.records() if r["record_id"] == record_id), None))
+    def record(self, record_id: str) -> dict[str, object]:
+        """Wait for the record."""
+        found = eventually(lambda: next((r for r in self.records() if r["record_id"] == record_id), None))
+        assert found is not None
+        return found
 
 
 def cmdline_of(process: psutil.Process) -> list[str]:
@@ -91,26 +90,7 @@ def cmdline_of(process: psutil.Process) -> list[str]:
     return []
 
 
-def eventually(look: Callable[[], T | None], seconds: float = 30) -> T:
-    """Look again until there is something to see."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if (seen := look()) is not None:
-            return seen
-        time.sleep(0.1)
-    raise AssertionError(f"not seen within {seconds:g} s")
-
-
-def free_port() -> int:
-    """Below those that the kernel gives to clients, who could take it before it is bound; free on every address."""
-    while True:
-        port = SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-
-
-def config_of(base: Path, adapters: dict[str, Path], folder: Path, transport: str) -> dict[str, object]:
+def config_of(base: Path, adapters: dict[str, Path], folder: Path) -> dict[str, object]:
     entries = [
         {
             "id": name,
@@ -128,7 +108,6 @@ def config_of(base: Path, adapters: dict[str, Path], folder: Path, transport: st
             "model": {"id": "farebox-base", "path": str(base)},
             "engine": {"max_context_tokens": CONTEXT, "max_batched_tokens": 256},
             "spool_dir": str(folder / "spool"),
-            "token_transport": transport,
             "lease_s": 4.0,
             "checkpoint_s": 0.5,
         },
@@ -203,7 +182,7 @@ def await_start(cluster: Cluster) -> None:
             break
     else:
         raise AssertionError((cluster.folder / "log").read_text()[-5000:])
-    eventually(lambda: httpx.get(f"{cluster.base_url}/readyz", timeout=5).status_code == 200 or None, 90)
+    eventually(lambda: httpx.get(f"{cluster.base_url}/readyz", timeout=5).status_code == 200, 90)
     admin = httpx.Client(base_url=cluster.base_url, headers=bearer(ADMIN_KEY), timeout=10)
     with admin:
         assert admin.post("/admin/tenants", json={"id": "acme", "email": "a@example.com"}).status_code == 201
@@ -240,7 +219,7 @@ def serving(config: dict[str, object], folder: Path, haproxy: bool) -> Iterator[
 
 
 def with_context(base: Path, out: Path) -> Path:
-    """The tests' base model with room for streams that last."""
+    """The tests' base model with a context that is long enough for long streams."""
     shutil.copytree(base, out)
     shape = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": CONTEXT}))

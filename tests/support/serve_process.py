@@ -1,7 +1,7 @@
-"""Runs both-mode Serve for the tests, in a process of its own: Ray reads its environment at import.
+"""Run Serve in a process of its own, since Ray reads its environment at import.
 
 ``python -m tests.support.serve_process CONFIG.json PORT MARK`` deploys, prints ``READY``, then answers commands, one a
-line, each answer behind MARK: Ray prints to the same stream.
+line. Each answer begins with MARK: Ray prints to the same stream.
 """
 
 import asyncio

@@ -19,6 +19,8 @@ from deployments.inference.request import EngineStats
 
 
 class TenantBody(Tenant):
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
+
     object: Literal["tenant"] = "tenant"
 
     @classmethod
@@ -109,6 +111,8 @@ class UnsettledBody(BaseModel):
 
 class BillingBody(BaseModel):
     """The state of billing. Later versions may add fields."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
     object: Literal["billing"] = "billing"
     pump: ExporterState

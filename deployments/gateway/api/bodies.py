@@ -36,9 +36,9 @@ def amount_of(unit: Unit, amount: int) -> str | int:
 
 
 class Body(BaseModel):
-    """A response whose fields are all documented."""
+    """A response whose fields are all documented, and always sent."""
 
-    model_config = CLOSED
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 class Listing(Body, Generic[T]):
@@ -382,6 +382,8 @@ class OwnAccountBody(AccountBody):
 
 class UsageTotal(Body):
     """The total of one model or of one day."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=False)
 
     model: str | None = None
     day: str | None = None

@@ -8,7 +8,7 @@ from tests.support.configuration import Workspace
 @pytest.mark.parametrize(
     ("old", "new", "where", "problem"),
     [
-        ("token_transport: socket", "token_transport: pigeon", "args > token_transport", "'socket' or 'serve'"),
+        ("max_body_kib: 1024", "token_transport: serve", "args > token_transport", "is gone: remove this line"),
         ("target_queued_tokens: 4000", "target_queued_tokens: 0", "policy > policy_kwargs", "at least 1, not 0"),
         ("target_queued_tokens: 4000", "target_tokens: 4000", "policy > policy_kwargs", "unexpected keyword argument"),
         ("target_queued_tokens: 4000", 'target_queued_tokens: "4000"', "policy > policy_kwargs", "whole number"),
@@ -25,6 +25,6 @@ def test_errors_that_serve_only_logs_are_found(
     assert not workspace.check().is_valid
 
 
-def test_serve_transport_is_allowed(workspace: Workspace) -> None:
-    workspace.edit("token_transport: socket", "token_transport: serve")
+def test_token_transport_of_former_configurations_accepted(workspace: Workspace) -> None:
+    workspace.edit("max_body_kib: 1024", "token_transport: socket")
     assert workspace.check().is_valid

@@ -26,7 +26,8 @@ from cluster.dodo_sandbox.server import SandboxServer
 from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app
 from deployments.gateway.catalog_holder import CatalogHolder
-from deployments.gateway.wiring import build_services
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.parts import GatewayConfig, build_parts
 from deployments.inference.text import Text
 from tests.support.scripted import ScriptedLink
 
@@ -72,7 +73,9 @@ async def shop(redis: Redis, store_url: str, tmp_path: Path, repo: Path) -> Asyn
         catalog = catalog_holder.put(app["deployments"][0]["user_config"])
         make_tokenizer(Recipe()).save_pretrained(tmp_path / "base")
         args = FareboxArgs.model_validate(app["args"] | {"spool_dir": str(tmp_path / "spool")})
-        services = build_services(args, Text(tmp_path / "base"), store, ScriptedLink(), catalog_holder, environ, "gw")
+        text, link = Text(tmp_path / "base"), ScriptedLink()
+        parts = build_parts(args, environ, redis=store, text=text, link=link, catalog_holder=catalog_holder)
+        gateway = Gateway(GatewayConfig.of(args, environ, "gw"), parts)
         dodo = Dodo(settings)
         await publication.publish(store, catalog, "gw", now_ms())
         await sync(dodo, store, catalog, f"{url}/webhooks/dodo")
@@ -81,16 +84,16 @@ async def shop(redis: Redis, store_url: str, tmp_path: Path, repo: Path) -> Asyn
             return assemble(await connect(store_url), settings, 10_000)
 
         periodic_tasks = PeriodicTasks(open_parts, Intervals(customers_s=0.1))
-        server = uvicorn.Server(uvicorn.Config(make_app(services), log_level="error", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(make_app(gateway), log_level="error", lifespan="off"))
         serving = asyncio.create_task(server.serve(sockets=[listening]))
-        services.gateway.start()
+        gateway.start()
         periodic_tasks.start()
         yield Shop(url, sandbox.url)
         await periodic_tasks.stop()
         server.should_exit = True
         await serving
-        await services.gateway.stop()
-        for client in (dodo, services.dodo):
+        await gateway.stop()
+        for client in (dodo, parts.dodo):
             await client.close()
         await store.aclose()
 

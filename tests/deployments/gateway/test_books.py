@@ -1,4 +1,4 @@
-"""From HTTP to Dodo through the real parts: the books are right, and what is altered by hand in the store is named."""
+"""``farebox reconcile`` after a load through gateway, billing actor and the sandbox of Dodo."""
 
 import asyncio
 import json
@@ -10,6 +10,7 @@ import pytest
 from redis.asyncio import Redis
 from typer.testing import CliRunner, Result
 
+from billing.export.outbox import Backlog, Outbox
 from billing.store.keys import shard_for
 from billing.usage import TenantId
 from cluster.cli.main import app
@@ -18,16 +19,17 @@ from cluster.local.settings import Settings
 from cluster.local.state import Home, Phase, Run, start_time
 from deployments.billing_actor import BillingActor
 from deployments.config import BillingArgs
-from tests.deployments.gateway.test_endings import hang_up
-from tests.support.gateway import House
+from tests.support.gateway import Harness
 
 ACME = TenantId("acme")
 STREAM = shard_for(ACME).stream
 
 
 @pytest.fixture
-async def sold(house: House, store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
-    """A mixed load, all of it told to the offline Dodo by the billing actor, in a folder that says it runs."""
+async def sold(
+    harness: Harness, store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Harness]:
+    """A mixed load, exported to the sandbox of Dodo by the billing actor, and the folder of a running farebox."""
     monkeypatch.setenv("FAREBOX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "240")
     home = Home.open(Settings.from_env())
@@ -40,11 +42,11 @@ async def sold(house: House, store_url: str, tmp_path: Path, monkeypatch: pytest
             "FAREBOX_DODO_ENVIRONMENT": "sandbox",
         }.items():
             monkeypatch.setenv(name, value)
-        await _load(house)
+        await _load(harness)
         actor = BillingActor(BillingArgs(flush_interval_s=0.2))
-        await _told(actor)
+        await _exported(harness.redis)
         monkeypatch.delenv("REDIS_URL")
-        yield house
+        yield harness
         await actor.close()
 
 
@@ -63,28 +65,27 @@ def _run(store_url: str, sandbox_url: str) -> Run:
     )
 
 
-async def _load(house: House) -> None:
+async def _load(harness: Harness) -> None:
     """JSON, streams, an allowance, a free model, refusals, and clients that leave."""
-    keys = [await house.tenant(), await house.tenant("zeta", "0", "free"), await house.tenant("empty", "0")]
+    keys = [await harness.tenant(), await harness.tenant("zeta", "0", "free"), await harness.tenant("empty", "0")]
     replies = await asyncio.gather(
         *(
-            house.chat(keys[number % 3], stream=number % 2 == 0, model=("pirate", "farebox-base", "gratis")[number % 3])
+            harness.chat(
+                keys[number % 3], stream=number % 2 == 0, model=("pirate", "farebox-base", "gratis")[number % 3]
+            )
             for number in range(24)
         )
     )
     assert {reply.status_code for reply in replies} >= {200, 429}
-    assert (await house.chat(keys[2])).status_code == 402
+    assert (await harness.chat(keys[2])).status_code == 402
     for chunks in (1, 3):
-        await hang_up(house, keys[0], chunks)
-    await house.settled()
+        await harness.disconnect(keys[0], chunks)
+    await harness.settled()
 
 
-async def _told(actor: BillingActor) -> None:
+async def _exported(redis: Redis) -> None:
     async with asyncio.timeout(20):
-        while True:
-            status = await actor.status()
-            if status.backlog.outbox_events == status.backlog.unsealed_entries == 0:
-                return
+        while (await Outbox(redis).backlog()) != Backlog(0, 0, 0, 0):  # noqa: ASYNC110, another task exports
             await asyncio.sleep(0.1)
 
 
@@ -92,7 +93,7 @@ async def reconcile(*words: str) -> Result:
     return await asyncio.to_thread(CliRunner().invoke, app, ["reconcile", *words])
 
 
-async def test_after_a_mixed_load_every_proof_holds(sold: House) -> None:
+async def test_reconcile_is_clean_after_mixed_load(sold: Harness) -> None:
     done = await reconcile()
     assert done.exit_code == 0, done.output
     assert "every proof holds to the nano" in done.output
@@ -103,7 +104,7 @@ async def test_after_a_mixed_load_every_proof_holds(sold: House) -> None:
     assert found["dodo farebox.usage"] > 0
 
 
-async def test_a_record_taken_out_altered_and_put_back_exits_1_and_is_named(sold: House) -> None:
+async def test_reconcile_names_altered_record(sold: Harness) -> None:
     entry, fields = (await sold.redis.xrange(STREAM))[2]
     record = json.loads(fields["p"])
     dearer = fields["p"].replace(
@@ -119,7 +120,7 @@ async def test_a_record_taken_out_altered_and_put_back_exits_1_and_is_named(sold
     assert ("records", "acme", 1) in [(row["proof"], row["tenant"], row["difference"]) for row in drift]
 
 
-async def test_a_nano_in_a_bucket_exits_1_and_names_it(sold: House) -> None:
+async def test_reconcile_names_bucket_with_one_nano_more(sold: Harness) -> None:
     key = shard_for(ACME).buckets(ACME)
     await _add_a_nano(sold.redis, key, "test:acme")
     (row,) = json.loads((await reconcile("--json")).stdout)["drift"]

@@ -1,4 +1,4 @@
-"""Folders come whole, with the bytes that were deployed, or not at all."""
+"""Fetching model and adapter folders."""
 
 import json
 import shutil
@@ -58,31 +58,31 @@ def cache(tmp_path: Path) -> Path:
     ("path", "remote"),
     [("a/b", False), ("/a", False), ("file:///a", False), ("C:/a", False), ("s3://b/a", True), ("hf://o/m", True)],
 )
-def test_only_a_scheme_other_than_file_is_fetched(path: str, remote: bool) -> None:
+def test_is_url(path: str, remote: bool) -> None:
     assert is_url(path) == remote
 
 
-def test_a_local_folder_is_used_where_it_lies(adapter: Path, cache: Path) -> None:
+def test_local_folder_is_not_copied(adapter: Path, cache: Path) -> None:
     assert fetch(str(adapter), cache) == adapter
     assert fetch(f"file://{adapter}", cache, digest_adapter(adapter)) == adapter
     assert not cache.exists()
 
 
-def test_an_adapter_from_a_url_is_cached_under_its_digest(adapter: Path, cache: Path) -> None:
+def test_adapter_cached_under_digest(adapter: Path, cache: Path) -> None:
     upload(adapter, f"{REMOTE}/haiku")
     found = fetch(f"{REMOTE}/haiku", cache)
     assert found == cache / digest_adapter(adapter)
     assert digest_adapter(found) == digest_adapter(adapter)
 
 
-def test_only_the_two_files_of_an_adapter_are_fetched(adapter: Path, cache: Path) -> None:
+def test_only_adapter_files_fetched(adapter: Path, cache: Path) -> None:
     (adapter / "adapter_model.bin").write_bytes(b"pickle")
     (adapter / "code.py").write_text("raise SystemExit")
     upload(adapter, f"{REMOTE}/haiku")
     assert {file.name for file in fetch(f"{REMOTE}/haiku", cache).iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
 
 
-def test_a_cached_digest_needs_no_network(adapter: Path, cache: Path) -> None:
+def test_cached_digest_needs_no_network(adapter: Path, cache: Path) -> None:
     upload(adapter, f"{REMOTE}/haiku")
     digest = digest_adapter(adapter)
     first = fetch(f"{REMOTE}/haiku", cache, digest)
@@ -90,7 +90,7 @@ def test_a_cached_digest_needs_no_network(adapter: Path, cache: Path) -> None:
     assert fetch(f"{REMOTE}/haiku", cache, digest) == first
 
 
-def test_bytes_of_another_digest_are_refused_and_leave_nothing(adapter: Path, cache: Path, tmp_path: Path) -> None:
+def test_wrong_digest_refused(adapter: Path, cache: Path, tmp_path: Path) -> None:
     deployed = digest_adapter(adapter)
     changed = make_adapter(tmp_path / "changed" / "haiku", fill=2.0)
     upload(changed, f"{REMOTE}/haiku")
@@ -99,7 +99,7 @@ def test_bytes_of_another_digest_are_refused_and_leave_nothing(adapter: Path, ca
     assert list(cache.iterdir()) == []
 
 
-def test_a_changed_adapter_at_the_same_url_is_another_folder(adapter: Path, cache: Path, tmp_path: Path) -> None:
+def test_changed_adapter_cached_separately(adapter: Path, cache: Path, tmp_path: Path) -> None:
     upload(adapter, f"{REMOTE}/haiku")
     old = fetch(f"{REMOTE}/haiku", cache)
     upload(make_adapter(tmp_path / "changed" / "haiku", fill=2.0), f"{REMOTE}/haiku")
@@ -108,7 +108,7 @@ def test_a_changed_adapter_at_the_same_url_is_another_folder(adapter: Path, cach
     assert digest_adapter(old) == digest_adapter(adapter)
 
 
-def test_many_at_once_get_one_whole_folder(adapter: Path, cache: Path) -> None:
+def test_concurrent_fetches_get_whole_folder(adapter: Path, cache: Path) -> None:
     url = f"local://{adapter}"  # the memory backend is not safe to read from many threads
     with ThreadPoolExecutor(8) as pool:
         found = set(pool.map(lambda _: fetch(url, cache), range(16)))
@@ -116,7 +116,7 @@ def test_many_at_once_get_one_whole_folder(adapter: Path, cache: Path) -> None:
     assert [entry.name for entry in cache.iterdir()] == [digest_adapter(adapter)]
 
 
-def test_a_base_model_is_fetched_without_pickles_and_code_and_once(cache: Path) -> None:
+def test_base_model_fetched_once_without_code(cache: Path) -> None:
     filesystem = fsspec.filesystem("memory")
     for name in ("config.json", "model.safetensors", "tokenizer.json", "pytorch_model.bin", "modeling.py"):
         filesystem.pipe(f"/bucket/base/{name}", b"{}")
@@ -128,7 +128,7 @@ def test_a_base_model_is_fetched_without_pickles_and_code_and_once(cache: Path) 
     assert marker.stat().st_mtime_ns == before
 
 
-def test_a_remote_half_of_an_adapter_is_refused(adapter: Path, cache: Path) -> None:
+def test_incomplete_adapter_refused(adapter: Path, cache: Path) -> None:
     (adapter / WEIGHTS_FILE).unlink()
     upload(adapter, f"{REMOTE}/haiku")
     with pytest.raises(ArtifactUnavailable, match=r"memory://bucket/haiku has no adapter_model\.safetensors"):
@@ -140,24 +140,24 @@ def test_a_remote_half_of_an_adapter_is_refused(adapter: Path, cache: Path) -> N
     ("path", "reason"),
     [
         ("nowhere/at/all", "no such folder"),
-        ("memory://bucket/absent", "nothing is there"),
+        ("memory://bucket/absent", "there is no such folder"),
         ("gopher://old/net", "[Pp]rotocol not known"),
         ("http://127.0.0.1:9/adapter", "127.0.0.1"),
     ],
 )
-def test_what_cannot_be_had_is_named_with_its_reason(path: str, reason: str, cache: Path) -> None:
+def test_unavailable_artifact_named_with_reason(path: str, reason: str, cache: Path) -> None:
     with pytest.raises(ArtifactUnavailable, match=reason) as refused:
         fetch(path, cache)
     assert path in str(refused.value)
 
 
-def test_an_empty_remote_folder_is_no_model(cache: Path) -> None:
+def test_empty_folder_refused(cache: Path) -> None:
     fsspec.filesystem("memory").pipe("/bucket/empty/readme.md", b"")
     with pytest.raises(ArtifactUnavailable, match="neither a model nor an adapter"):
         fetch(f"{REMOTE}/empty", cache)
 
 
-def test_a_broken_copy_is_never_published(adapter: Path, cache: Path) -> None:
+def test_interrupted_copy_not_published(adapter: Path, cache: Path) -> None:
     upload(adapter, f"{REMOTE}/haiku")
     found = fetch(f"{REMOTE}/haiku", cache)
     shutil.rmtree(found)

@@ -1,4 +1,4 @@
-"""What is shown of an engine: every figure by a name, and adapters as labels whose number has a bound."""
+"""Metrics of an engine, and the bound on their labels."""
 
 from dataclasses import fields
 
@@ -6,12 +6,12 @@ from deployments.inference.request import AdapterStats, EngineStats
 from deployments.replica.metrics import ADAPTERS_SHOWN, COUNTERS, GAUGES, OTHER, by_label
 
 
-def test_every_figure_that_is_shown_is_one_of_the_engines() -> None:
+def test_metrics_are_fields_of_engine_stats() -> None:
     known = {field.name for field in fields(EngineStats)}
     assert {field for field, _ in [*COUNTERS.values(), *GAUGES.values()]} <= known
 
 
-def test_adapters_beyond_the_bound_are_added_up() -> None:
+def test_adapters_beyond_bound_are_summed() -> None:
     busy = [AdapterStats(f"busy{i}", str(i), "slot", running=2, waiting=1) for i in range(ADAPTERS_SHOWN)]
     idle = [AdapterStats(f"idle{i}", str(i), "host") for i in range(1000)]
     values = by_label((*idle, *busy))
@@ -22,5 +22,5 @@ def test_adapters_beyond_the_bound_are_added_up() -> None:
     assert values["busy7", "slot"] == 1
 
 
-def test_an_adapter_that_only_waits_has_no_tier() -> None:
+def test_waiting_adapter_has_no_tier() -> None:
     assert by_label((AdapterStats("a", "d", "", waiting=3),)) == {("a", "waiting"): 3}

@@ -1,4 +1,4 @@
-"""A replica is warm before it takes traffic, and says so when its engine is lost; its own loops outlive a bug."""
+"""A replica: pinned adapters, health, refusals and background tasks."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -16,15 +16,16 @@ from deployments.gateway.catalog_holder import CatalogHolder
 from deployments.inference.adapters import digest_adapter
 from deployments.inference.request import AdapterRef, EngineFailed, EngineStats, GenerateRequest, SamplingParams
 from deployments.replica.replica import LoraReplica
-from deployments.token_stream.gateway_end import SocketLink
-from deployments.token_stream.link import RefusalKind, Refused
+from deployments.token_stream.errors import RefusalKind, Refused
+from deployments.token_stream.gateway_end import ServeReplicaLink
 from tests.support.fleet import Fleet, cluster, watched
-from tests.support.gateway import USER_CONFIG, until
+from tests.support.gateway import USER_CONFIG
+from tests.support.waiting import until
 
 
 @asynccontextmanager
 async def running(args: FareboxArgs) -> AsyncIterator[LoraReplica]:
-    """As Serve makes one: its constructor is awaited, its destructor is what ``close`` is."""
+    """A replica, made as Serve makes one: its constructor is awaited."""
     replica = LoraReplica.__new__(LoraReplica)
     begin: Callable[..., Coroutine[None, None, None]] = replica.__init__  # type: ignore[misc, assignment]
     await begin(args)
@@ -42,7 +43,7 @@ def small(args: FareboxArgs, base_path: Path, store_url: str, monkeypatch: pytes
 
 
 async def publish(redis: Redis, adapters: list[dict[str, object]]) -> None:
-    """As a gateway does with the catalog that it serves."""
+    """Publish a catalog, as a gateway does."""
     catalog_holder = CatalogHolder()
     catalog = catalog_holder.put(USER_CONFIG | {"adapters": adapters})
     assert not catalog.rejected
@@ -54,7 +55,7 @@ def pinned(name: str, path: Path, digest: str = "") -> dict[str, object]:
     return entry | {"price": {"output_per_1m": "1"}}
 
 
-async def test_pinned_adapters_are_in_their_slots_before_traffic_comes(
+async def test_pinned_adapters_resident_before_traffic(
     small: FareboxArgs, redis: Redis, adapter_paths: dict[str, Path]
 ) -> None:
     chosen = {name: adapter_paths[name] for name in ("all8", "attention4")}
@@ -66,7 +67,7 @@ async def test_pinned_adapters_are_in_their_slots_before_traffic_comes(
 
 
 @pytest.mark.parametrize("shape", [watched, cluster])
-async def test_pins_come_from_a_store_of_several_servers_too(
+async def test_pins_read_from_replicated_and_clustered_store(
     shape: Callable[[Path], AbstractContextManager[Fleet]],
     small: FareboxArgs,
     adapter_paths: dict[str, Path],
@@ -82,7 +83,7 @@ async def test_pins_come_from_a_store_of_several_servers_too(
             assert [i.partition("@")[0] for i in replica._engine.stats().adapters_resident] == ["all8"]
 
 
-async def test_a_pinned_adapter_that_is_bad_keeps_no_replica_from_starting(
+async def test_replica_starts_despite_bad_pinned_adapter(
     small: FareboxArgs, redis: Redis, adapter_paths: dict[str, Path], tmp_path: Path
 ) -> None:
     bad = pinned("changed", adapter_paths["attention4"], "0" * 64)
@@ -93,10 +94,8 @@ async def test_a_pinned_adapter_that_is_bad_keeps_no_replica_from_starting(
         assert await replica.ping()
 
 
-async def test_a_replica_whose_gpu_is_lost_fails_its_health_check_and_answers_what_it_has(
-    small: FareboxArgs, redis: Redis
-) -> None:
-    link = SocketLink(None)  # type: ignore[arg-type]
+async def test_replica_unhealthy_when_engine_died(small: FareboxArgs, redis: Redis) -> None:
+    link = ServeReplicaLink(None)  # type: ignore[arg-type]
     await link.start("127.0.0.1")
     async with running(small) as replica:
         await replica.check_health()
@@ -105,68 +104,72 @@ async def test_a_replica_whose_gpu_is_lost_fails_its_health_check_and_answers_wh
             raise RuntimeError("CUDA error: device-side assert triggered")
 
         replica._engine._model.forward = lost  # type: ignore[assignment, method-assign]
-        job = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=5))
-        assert await replica.run(job, link._listener.address) is None, "its last piece said how it failed"
+        request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=5))
+        assert await replica.run(request, link.listener.address) is None, "its last delta said how it failed"
         with pytest.raises(EngineFailed, match="CUDA"):
             await replica.check_health()
-        refused = await replica.run(job, link._listener.address)
+        refused = await replica.run(request, link.listener.address)
         assert isinstance(refused, Refused)
         assert refused.kind is RefusalKind.FAILED
     await link.close()
 
 
-async def test_a_bad_adapter_is_refused_through_the_call_and_harms_no_other(
+async def test_bad_adapter_refused(
     small: FareboxArgs, redis: Redis, adapter_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(small) as replica:
 
-        async def nobody_routes_here(_: str) -> None:
+        async def no_router(_: str) -> None:
             """Outside of Serve."""
 
-        monkeypatch.setattr(replica, "_advertise", nobody_routes_here)
+        monkeypatch.setattr(replica, "_advertise", no_router)
         ref = AdapterRef("gone", "2" * 64, "http://127.0.0.1:9/nothing")
-        link = SocketLink(None)  # type: ignore[arg-type]
+        link = ServeReplicaLink(None)  # type: ignore[arg-type]
         await link.start("127.0.0.1")
         params = SamplingParams(max_tokens=5)
-        refused = await replica.run(GenerateRequest("r", (1,), params, ref), link._listener.address)
+        refused = await replica.run(GenerateRequest("r", (1,), params, ref), link.listener.address)
         assert isinstance(refused, Refused)
         assert refused.kind is RefusalKind.ADAPTER
         good = AdapterRef("all8", digest_adapter(adapter_paths["all8"]), str(adapter_paths["all8"]))
-        assert await replica.run(GenerateRequest("s", (1,), params, good), link._listener.address) is None
+        assert await replica.run(GenerateRequest("s", (1,), params, good), link.listener.address) is None
         await replica.check_health()
         await link.close()
 
 
-async def test_autoscaling_is_told_the_tokens_that_wait(small: FareboxArgs, redis: Redis) -> None:
+async def test_autoscaling_stats_have_queued_tokens(small: FareboxArgs, redis: Redis) -> None:
+    link = ServeReplicaLink(None)  # type: ignore[arg-type]
+    await link.start("127.0.0.1")
     async with running(small) as replica:
         assert await replica.record_autoscaling_stats() == {"queued_tokens": 0}
-        pieces = replica.generate(GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=40, ignore_eos=True)))
-        await anext(pieces)
+        request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=40, ignore_eos=True))
+        running_request = asyncio.create_task(replica.run(request, link.listener.address))
+        while await replica.record_autoscaling_stats() == {"queued_tokens": 0}:  # noqa: ASYNC110, the engine's thread
+            await asyncio.sleep(0)
         assert await replica.record_autoscaling_stats() == {"queued_tokens": 43}
-        await pieces.aclose()
+        running_request.cancel()
+        await asyncio.gather(running_request, return_exceptions=True)
+    await link.close()
 
 
-async def test_a_replica_s_loops_outlive_a_bug_and_one_that_ended_is_seen(
-    small: FareboxArgs, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_replica_tasks_outlive_bug(small: FareboxArgs, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"pins": 0, "metrics": 0}
 
-    async def buggy_board(_: object) -> None:
+    async def buggy_publication(_: object) -> None:
         calls["pins"] += 1
-        raise RuntimeError("nobody foresaw this")
+        raise RuntimeError("a bug")
 
     def buggy_metrics(_: EngineStats) -> None:
         calls["metrics"] += 1
-        raise RuntimeError("nobody foresaw this")
+        raise RuntimeError("a bug")
 
     monkeypatch.setattr("deployments.replica.replica.PIN_INTERVAL_S", 0.01)
     monkeypatch.setattr("deployments.replica.replica.STATS_INTERVAL_S", 0.01)
     async with running(small) as replica:
-        monkeypatch.setattr("deployments.replica.replica.publication.current", buggy_board)
+        monkeypatch.setattr("deployments.replica.replica.publication.current", buggy_publication)
         monkeypatch.setattr(replica._metrics, "publish", buggy_metrics)
         await until(lambda: min(calls.values()) >= 3)
         await replica.check_health()
         replica._tasks[0].cancel()
         await asyncio.gather(replica._tasks[0], return_exceptions=True)
-        with pytest.raises(AssertionError, match="loop"):
+        with pytest.raises(AssertionError, match="task"):
             await replica.check_health()

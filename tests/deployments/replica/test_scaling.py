@@ -1,4 +1,4 @@
-"""How many replicas there are follows the tokens that wait, and which takes a request follows its adapter."""
+"""The autoscaling policy, and the router by adapter."""
 
 import ast
 import sys
@@ -12,7 +12,7 @@ from ray.serve._private.request_router.common import ReplicaQueueLengthCache, Re
 
 from deployments import autoscaling
 from deployments.autoscaling import QueuedTokens
-from deployments.replica.routing import AdapterRouter, Seen, rank
+from deployments.replica.routing import AdapterRouter, Candidate, rank
 
 
 @dataclass
@@ -46,22 +46,22 @@ class Context:
         (Context(tokens=(0.0,), total_num_requests=3.0, total_queued_requests=3.0), 3.0),
     ],
 )
-def test_replicas_follow_the_tokens_that_wait(context: Context, wanted: float) -> None:
+def test_replicas_follow_queued_tokens(context: Context, wanted: float) -> None:
     assert QueuedTokens(target_queued_tokens=1_000)(context) == (wanted, {})
 
 
-def test_one_long_request_asks_for_as_much_as_many_short_ones() -> None:
+def test_long_request_counts_as_many_short_ones() -> None:
     policy = QueuedTokens(1_000)
     long, short = Context(tokens=(4_000.0,), total_num_requests=1), Context(tokens=(4_000.0,), total_num_requests=100)
     assert policy(long) == policy(short)
 
 
-def test_a_target_below_one_token_is_refused() -> None:
+def test_target_below_one_token_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         QueuedTokens(0)
 
 
-def test_the_policy_needs_the_standard_library_alone() -> None:
+def test_policy_needs_only_standard_library() -> None:
     """Serve's controller loads it by value, on whatever node that runs."""
     assert autoscaling.__file__ is not None
     tree = ast.parse(Path(autoscaling.__file__).read_text())
@@ -71,29 +71,29 @@ def test_the_policy_needs_the_standard_library_alone() -> None:
     assert {name.partition(".")[0] for name in imported} <= set(sys.stdlib_module_names)
 
 
-def seen(name: str, requests: int, *adapters: str) -> Seen:
-    return Seen(name, frozenset(adapters), requests)
+def candidate(name: str, requests: int, *adapters: str) -> Candidate:
+    return Candidate(name, frozenset(adapters), requests)
 
 
-def test_a_request_goes_where_its_adapter_lies() -> None:
-    assert rank("a", [seen("x", 5), seen("y", 5, "a"), seen("z", 0, "b")], spread_after=8)[0] == [1]
+def test_request_routed_to_resident_adapter() -> None:
+    assert rank("a", [candidate("x", 5), candidate("y", 5, "a"), candidate("z", 0, "b")], spread_after=8)[0] == [1]
 
 
 def test_two_holders_share_by_load() -> None:
-    assert rank("a", [seen("x", 5, "a"), seen("y", 0), seen("z", 2, "a")], spread_after=8)[0] == [0, 2]
+    assert rank("a", [candidate("x", 5, "a"), candidate("y", 0), candidate("z", 2, "a")], spread_after=8)[0] == [0, 2]
 
 
-def test_a_hot_adapter_moves_in_with_the_idle_and_a_busy_one_does_not() -> None:
+def test_hot_adapter_spreads_to_idle_replica() -> None:
     for requests, first in ((7, [0]), (8, [1])):
-        assert rank("hot", [seen("x", requests, "hot"), seen("y", 0)], spread_after=8)[0] == first
+        assert rank("hot", [candidate("x", requests, "hot"), candidate("y", 0)], spread_after=8)[0] == first
 
 
-def test_an_adapter_that_is_nowhere_goes_to_the_replica_with_the_fewest() -> None:
-    assert rank("new", [seen("x", 0, "a", "b"), seen("y", 3, "c")], spread_after=8)[0] == [1]
+def test_new_adapter_goes_to_replica_with_fewest() -> None:
+    assert rank("new", [candidate("x", 0, "a", "b"), candidate("y", 3, "c")], spread_after=8)[0] == [1]
 
 
-def test_every_gateway_sends_a_new_adapter_to_the_same_replica() -> None:
-    replicas = [seen("x", 0), seen("y", 0), seen("z", 0)]
+def test_gateways_agree_on_replica_of_new_adapter() -> None:
+    replicas = [candidate("x", 0), candidate("y", 0), candidate("z", 0)]
     firsts = [rank(f"adapter{number}", replicas, spread_after=8)[0][0] for number in range(300)]
     assert all(firsts.count(position) > 50 for position in range(3))
     backwards = [rank(f"adapter{number}", replicas[::-1], spread_after=8)[0][0] for number in range(300)]
@@ -101,17 +101,17 @@ def test_every_gateway_sends_a_new_adapter_to_the_same_replica() -> None:
 
 
 @pytest.mark.parametrize("adapter", ["", "a"])
-def test_every_replica_is_named_once_so_that_a_full_one_has_an_alternative(adapter: str) -> None:
-    replicas = [seen("x", 90, "a"), seen("y", 0), seen("z", 3, "a"), seen("w", 50)]
+def test_every_replica_is_ranked_once(adapter: str) -> None:
+    replicas = [candidate("x", 90, "a"), candidate("y", 0), candidate("z", 3, "a"), candidate("w", 50)]
     ranked = rank(adapter, replicas, spread_after=8)
     assert sorted(position for positions in ranked for position in positions) == [0, 1, 2, 3]
 
 
-def test_the_base_model_is_at_home_everywhere() -> None:
-    assert rank("", [seen("x", 9), seen("y", 0, "a")], spread_after=8) == [[0, 1]]
+def test_base_model_ranks_replicas_equally() -> None:
+    assert rank("", [candidate("x", 9), candidate("y", 0, "a")], spread_after=8) == [[0, 1]]
 
 
-async def test_the_router_names_every_replica_and_waits_before_it_names_them_again() -> None:
+async def test_router_lists_every_replica_and_backs_off() -> None:
     """Where all are full Serve asks again: without a wait between, it would ask for ever and do nothing else."""
     router = AdapterRouter.__new__(AdapterRouter)
     router.initialize_state(spread_after=2)

@@ -1,11 +1,10 @@
-"""Whatever bytes are sent, the answer is a clear error in OpenAI's shape or what was asked for; never a crash."""
+"""Malformed and unusual requests get a clear error in OpenAI's shape, or their answer."""
 
 import json
 
 import pytest
 
-from tests.deployments.gateway.api.test_refusals import check
-from tests.support.gateway import ADMIN_KEY, House, bearer, events
+from tests.support.gateway import ADMIN_KEY, Harness, assert_problem, bearer, events
 from tests.support.scripted import ScriptedLink
 
 CHAT = b'"model":"pirate","messages":[{"role":"user","content":"one"}],"max_tokens":2'
@@ -13,7 +12,7 @@ JSON = {"content-type": "application/json"}
 
 
 def chat(more: str | bytes = "") -> bytes:
-    """A right request with more fields behind it."""
+    """A valid request with more fields at its end."""
     more = more.encode() if isinstance(more, str) else more
     return b"{" + CHAT + (b"," + more if more else b"") + b"}"
 
@@ -61,12 +60,12 @@ def chat(more: str | bytes = "") -> bytes:
     ],
     ids=lambda body: body[-40:].decode("latin-1"),
 )
-async def test_a_body_that_means_nothing_is_refused_before_anything_runs(house: House, body: bytes) -> None:
-    key = await house.tenant()
-    reply = await house.client.post("/v1/chat/completions", content=body, headers=bearer(key) | JSON)
-    check(reply, 400, "invalid_request")
-    assert house.link.jobs == []
-    assert await house.open_holds() == 0
+async def test_meaningless_body_refused(harness: Harness, body: bytes) -> None:
+    key = await harness.tenant()
+    reply = await harness.client.post("/v1/chat/completions", content=body, headers=bearer(key) | JSON)
+    assert_problem(reply, 400, "invalid_request")
+    assert harness.link.requests == []
+    assert await harness.open_holds() == 0
 
 
 @pytest.mark.parametrize(
@@ -88,34 +87,34 @@ async def test_a_body_that_means_nothing_is_refused_before_anything_runs(house: 
     ids=lambda body: body[-40:].decode("latin-1"),
 )
 @pytest.mark.parametrize("name", [{}, {"idempotency-key": "k"}], ids=["", "keyed"])
-async def test_what_is_odd_but_right_is_answered(house: House, body: bytes, name: dict[str, str]) -> None:
-    key = await house.tenant()
-    reply = await house.client.post("/v1/chat/completions", content=body, headers=bearer(key) | JSON | name)
+async def test_odd_but_valid_body_answered(harness: Harness, body: bytes, name: dict[str, str]) -> None:
+    key = await harness.tenant()
+    reply = await harness.client.post("/v1/chat/completions", content=body, headers=bearer(key) | JSON | name)
     assert reply.status_code == 200, reply.text
     assert reply.json()["usage"]["completion_tokens"] >= 2
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "///;"])
-async def test_a_body_that_is_not_called_json_is_told_how_to_be(house: House, kind: str | None) -> None:
-    headers = bearer(await house.tenant()) | ({} if kind is None else {"content-type": kind})
-    reply = await house.client.post("/v1/chat/completions", content=chat(), headers=headers)
-    assert "Content-Type: application/json" in str(check(reply, 400, "invalid_request")["detail"])
+async def test_content_type_other_than_json_refused(harness: Harness, kind: str | None) -> None:
+    headers = bearer(await harness.tenant()) | ({} if kind is None else {"content-type": kind})
+    reply = await harness.client.post("/v1/chat/completions", content=chat(), headers=headers)
+    assert "Content-Type: application/json" in str(assert_problem(reply, 400, "invalid_request")["detail"])
 
 
 @pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": True}])
-async def test_a_stream_ends_with_usage_whatever_its_options(
-    house: House, link: ScriptedLink, options: dict[str, bool] | None
+async def test_stream_ends_with_usage_whatever_its_options(
+    harness: Harness, link: ScriptedLink, options: dict[str, bool] | None
 ) -> None:
-    reply = await house.chat(await house.tenant(), stream=True, stream_options=options)
+    reply = await harness.chat(await harness.tenant(), stream=True, stream_options=options)
     last = events(reply)[-1]
     assert last["choices"] == []
     assert json.loads(json.dumps(last["usage"]))["completion_tokens"] == 5
 
 
 @pytest.mark.parametrize("prompt", [None, [[]], [10**30], ["one", 2], {"a": 1}, [None]])
-async def test_a_prompt_that_is_none_is_refused(house: House, prompt: object) -> None:
-    reply = await house.post(await house.tenant(), "/v1/completions", model="pirate", prompt=prompt)
-    check(reply, 400, "invalid_request")
+async def test_meaningless_prompt_refused(harness: Harness, prompt: object) -> None:
+    reply = await harness.post(await harness.tenant(), "/v1/completions", model="pirate", prompt=prompt)
+    assert_problem(reply, 400, "invalid_request")
 
 
 @pytest.mark.parametrize(
@@ -134,26 +133,26 @@ async def test_a_prompt_that_is_none_is_refused(house: House, prompt: object) ->
         ("/v1/usage/records?cursor=1-99999999999999999999", "cursor"),
     ],
 )
-async def test_a_question_that_makes_no_sense_names_its_parameter(house: House, query: str, param: str) -> None:
-    reply = await house.client.get(query, headers=bearer(await house.tenant()))
-    error = check(reply, 400, "invalid_request")["error"]
+async def test_bad_query_names_parameter(harness: Harness, query: str, param: str) -> None:
+    reply = await harness.client.get(query, headers=bearer(await harness.tenant()))
+    error = assert_problem(reply, 400, "invalid_request")["error"]
     assert isinstance(error, dict)
     assert error["param"] == param
 
 
-async def test_a_long_name_is_not_repeated_whole(house: House) -> None:
-    reply = await house.client.get("/v1/models/" + "x" * 5_000, headers=bearer(await house.tenant()))
-    check(reply, 404, "model_not_found")
+async def test_long_model_id_is_shortened_in_error(harness: Harness) -> None:
+    reply = await harness.client.get("/v1/models/" + "x" * 5_000, headers=bearer(await harness.tenant()))
+    assert_problem(reply, 404, "model_not_found")
     assert len(reply.content) < 1_500
 
 
 @pytest.mark.parametrize("url", ["javascript:alert(1)", "ftp://x", "//x", "x" * 3_000])
-async def test_a_buyer_returns_to_a_web_page_only(house: House, url: str) -> None:
-    reply = await house.post(await house.tenant(), "/v1/checkout", pack="small", return_url=url)
-    check(reply, 400, "invalid_request")
+async def test_checkout_return_url_must_be_http(harness: Harness, url: str) -> None:
+    reply = await harness.post(await harness.tenant(), "/v1/checkout", pack="small", return_url=url)
+    assert_problem(reply, 400, "invalid_request")
 
 
-async def test_an_operator_s_text_must_be_text(house: House) -> None:
+async def test_surrogate_in_admin_body_refused(harness: Harness) -> None:
     body = b'{"id":"new","email":"a@b.c","name":"\\ud800"}'
-    reply = await house.client.post("/admin/tenants", content=body, headers=bearer(ADMIN_KEY) | JSON)
-    check(reply, 400, "invalid_request")
+    reply = await harness.client.post("/admin/tenants", content=body, headers=bearer(ADMIN_KEY) | JSON)
+    assert_problem(reply, 400, "invalid_request")

@@ -1,4 +1,4 @@
-"""Every route answers as the OpenAPI document says, whatever is sent: no status and no field that is not in it."""
+"""Every route answers as the OpenAPI document says: with no status and no field that it does not have."""
 
 import asyncio
 import threading
@@ -20,7 +20,8 @@ from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app, make_routes
 from deployments.gateway.api.document import document_of
 from deployments.gateway.catalog_holder import CatalogHolder
-from deployments.gateway.wiring import build_services
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.parts import GatewayConfig, build_parts
 from deployments.inference.text import Text
 from tests.support.gateway import ADMIN_KEY, USER_CONFIG, memory_folder
 from tests.support.scripted import ScriptedLink
@@ -36,25 +37,25 @@ ENVIRON = {
 }
 MODELS = ("pirate", "gratis", "acme/private:1", "unpriced")
 TENANTS = ("other", "nobody")
-"""Not the tenant whose key is used: it may be suspended."""
+"""Without the tenant whose key is used, since tenants are suspended."""
 NEEDS_DODO = ("/v1/checkout", "/v1/portal", "/v1/invoices")
 FOREIGN = ("positive_data_acceptance", "negative_data_rejection", "not_a_server_error")
-"""Checks of what no schema says (a prompt that does not fit) or that we allow (``"5"`` for 5); and one that is stricter
-here, but for the payments provider, which is not there."""
+"""Checks that no schema can express (a prompt that does not fit), that we do not make (``"5"`` is accepted for 5), or
+that are made below in another way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """A gateway behind a real HTTP server on a thread of its own, and the keys that open it."""
+    """A gateway behind a real HTTP server in a thread of its own, and its keys."""
 
     url: str
     api_key: str
     key_id: str
-    """Of a key that may be revoked."""
+    """A key that may be revoked."""
 
 
 class _Server(uvicorn.Server):
-    """Also tells when its port is open."""
+    """A server that sets an event when its port is open."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -78,15 +79,15 @@ def desk(store_url: str, text: Text) -> Iterator[Desk]:
         )
         catalog_holder = CatalogHolder()
         catalog_holder.put(USER_CONFIG)
-        services = build_services(args, text, redis, ScriptedLink(), catalog_holder, ENVIRON, "gw")
+        parts = build_parts(args, ENVIRON, redis=redis, text=text, link=ScriptedLink(), catalog_holder=catalog_holder)
         for name in ("acme", "other"):
-            await services.tenants.create(Tenant(id=TenantId(name), email=f"{name}@example.com", plan="prepaid"))
-        await services.ledger.grant(Grant("test:1", TenantId("acme"), Unit.NANOS, MAX_GRANT_NANOS))
+            await parts.tenants.create(Tenant(id=TenantId(name), email=f"{name}@example.com", plan="prepaid"))
+        await parts.ledger.grant(Grant("test:1", TenantId("acme"), Unit.NANOS, MAX_GRANT_NANOS))
         secret, key = new_key(TenantId("acme"), 0)
         _, spare = new_key(TenantId("other"), 0)
         for one in (key.model_copy(update={"manages_keys": True}), spare):
-            await services.tenants.add_key(one)
-        app = make_app(services)
+            await parts.tenants.add_key(one)
+        app = make_app(Gateway(GatewayConfig.of(args, ENVIRON, "gw"), parts))
         server = _Server(uvicorn.Config(app, port=0, log_level="critical"))
         made.extend((server, secret, spare.id))
         await server.serve()
@@ -115,7 +116,7 @@ def _checks() -> list[schemathesis.CheckFunction]:
 
 
 def _steer(case: schemathesis.Case, desk: Desk) -> None:
-    """Let some of what is sent name things that exist: at random it never would."""
+    """Put ids that exist into a part of the requests: random ids never do."""
     for place, name, known in (
         (case.path_parameters, "tenant_id", TENANTS),
         (case.path_parameters, "key_id", (desk.key_id, "key_nobody")),
@@ -130,7 +131,7 @@ def _steer(case: schemathesis.Case, desk: Desk) -> None:
 
 @schema.parametrize()
 @hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
-def test_every_route_answers_as_documented(case: schemathesis.Case, desk: Desk) -> None:
+def test_routes_answer_as_documented(case: schemathesis.Case, desk: Desk) -> None:
     _steer(case, desk)
     key = ADMIN_KEY if case.path.startswith("/admin") else desk.api_key
     reply = case.call_and_validate(base_url=desk.url, headers={"Authorization": f"Bearer {key}"}, checks=_checks())
@@ -139,7 +140,7 @@ def test_every_route_answers_as_documented(case: schemathesis.Case, desk: Desk) 
 
 @schema.parametrize()
 @hypothesis.settings(max_examples=EXAMPLES // 4, deadline=None, derandomize=True)
-def test_nobody_gets_in_without_a_key(case: schemathesis.Case, desk: Desk) -> None:
+def test_routes_refused_without_key(case: schemathesis.Case, desk: Desk) -> None:
     reply = case.call_and_validate(base_url=desk.url, checks=_checks())
     is_open = case.path in ("/healthz", "/readyz", "/webhooks/dodo")
     assert reply.status_code < 500

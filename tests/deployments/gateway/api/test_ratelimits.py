@@ -1,4 +1,4 @@
-"""How limits are written in headers: both families, rounded so that who waits as told is not refused again."""
+"""The headers of rate limits."""
 
 import pytest
 
@@ -21,15 +21,15 @@ from deployments.gateway.api.ratelimits import duration, of_hold, of_refusal
         (61.5, "1m1.5s"),
     ],
 )
-def test_a_duration_is_written_as_openai_does_and_rounded_up(seconds: float, text: str) -> None:
+def test_duration_in_openai_format(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_no_limit_no_header() -> None:
+def test_no_header_without_limit() -> None:
     assert of_hold(Limits(concurrent_requests=3), LimitsLeft()) == {}
 
 
-def test_both_limits_stand_side_by_side() -> None:
+def test_headers_of_both_limits() -> None:
     limits = Limits(requests_per_minute=60, burst=6, tokens_per_minute=90_000)
     assert of_hold(limits, LimitsLeft(3, 2.2, 1_234, 17.01)) == {
         "x-ratelimit-limit-requests": "60",
@@ -43,13 +43,13 @@ def test_both_limits_stand_side_by_side() -> None:
     }
 
 
-def test_a_refusal_says_when_to_come_again_and_when_all_is_free() -> None:
+def test_headers_of_refusal() -> None:
     headers = of_refusal(RateLimited("requests", 60, retry_after_s=0.4, reset_s=5.4, at_once=6))
     assert headers["ratelimit"] == '"requests";r=0;t=1'
     assert headers["x-ratelimit-reset-requests"] == "5.4s"
 
 
-def test_concurrency_is_no_limit_by_the_minute() -> None:
+def test_concurrency_has_no_per_minute_header() -> None:
     assert of_refusal(RateLimited("concurrency", 4, retry_after_s=1, reset_s=1, at_once=4)) == {
         "ratelimit-policy": '"concurrency";q=4;qu="concurrent-requests"',
         "ratelimit": '"concurrency";r=0;t=1',

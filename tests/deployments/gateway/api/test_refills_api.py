@@ -1,38 +1,38 @@
-"""A tenant switches auto-refill on and off over the API; what cannot work is refused with what to do."""
+"""Auto-refill over the API."""
 
 import pytest
 
 from billing.commerce.auto_refill.refill import Attempt
 from billing.commerce.auto_refill.store import Refills
 from billing.usage import TenantId
-from tests.support.gateway import House, bearer
+from tests.support.gateway import Harness, bearer
 
 WANTED = {"pack": "small", "threshold_usd": "1.00", "monthly_cap_usd": "20"}
 PATH = "/v1/account/auto-refill"
 
 
-async def test_it_is_set_up_shown_and_stopped(house: House) -> None:
-    key = bearer(await house.tenant())
-    assert (await house.client.get(PATH, headers=key)).status_code == 404
-    made = await house.client.put(PATH, json=WANTED, headers=key)
+async def test_refill_is_set_up_shown_and_stopped(harness: Harness) -> None:
+    key = bearer(await harness.tenant())
+    assert (await harness.client.get(PATH, headers=key)).status_code == 404
+    made = await harness.client.put(PATH, json=WANTED, headers=key)
     assert made.status_code == 200, made.text
     assert (made.json()["on"], made.json()["threshold_usd"], made.json()["monthly_cap_usd"]) == (
         True,
         "1.000000",
         "20.000000",
     )
-    assert (await house.client.get(PATH, headers=key)).json() == made.json()
-    stopped = (await house.client.delete(PATH, headers=key)).json()
+    assert (await harness.client.get(PATH, headers=key)).json() == made.json()
+    stopped = (await harness.client.delete(PATH, headers=key)).json()
     assert (stopped["on"], stopped["stopped_because"]) == (False, "switched off by the tenant")
 
 
-async def test_setting_it_up_anew_keeps_the_attempt_in_flight(house: House) -> None:
-    key = bearer(await house.tenant("acme"))
-    await house.client.put(PATH, json=WANTED, headers=key)
+async def test_refill_set_up_again_keeps_attempt_in_flight(harness: Harness) -> None:
+    key = bearer(await harness.tenant("acme"))
+    await harness.client.put(PATH, json=WANTED, headers=key)
     attempt = Attempt(id="refill_1", started_at_ms=5, cents=500)
-    refills = Refills(house.services.redis)
+    refills = Refills(harness.gateway.parts.redis)
     await refills.change(TenantId("acme"), lambda refill: refill.begun(attempt, 0))
-    shown = (await house.client.put(PATH, json=WANTED | {"threshold_usd": "2"}, headers=key)).json()
+    shown = (await harness.client.put(PATH, json=WANTED | {"threshold_usd": "2"}, headers=key)).json()
     assert [one["state"] for one in shown["attempts"]] == ["started"]
     assert shown["threshold_usd"] == "2.000000"
 
@@ -48,13 +48,13 @@ async def test_setting_it_up_anew_keeps_the_attempt_in_flight(house: House) -> N
         ({"threshhold_usd": "1"}, 400),
     ],
 )
-async def test_what_cannot_work_is_refused(house: House, change: dict[str, object], status: int) -> None:
-    key = bearer(await house.tenant())
-    refused = await house.client.put(PATH, json=WANTED | change, headers=key)
+async def test_refill_refused_when_it_cannot_work(harness: Harness, change: dict[str, object], status: int) -> None:
+    key = bearer(await harness.tenant())
+    refused = await harness.client.put(PATH, json=WANTED | change, headers=key)
     assert refused.status_code == status
     assert refused.json()["error"]["message"]
-    assert (await house.client.get(PATH, headers=key)).status_code == 404
+    assert (await harness.client.get(PATH, headers=key)).status_code == 404
 
 
-async def test_nobody_sees_it_without_a_key(house: House) -> None:
-    assert (await house.client.get(PATH)).status_code == 401
+async def test_refill_refused_without_key(harness: Harness) -> None:
+    assert (await harness.client.get(PATH)).status_code == 401

@@ -1,7 +1,4 @@
-"""One Serve cluster with both applications of ``noop``, in Serve's default mode or behind HAProxy.
-
-Knows how to start and end it, and which processes serve an arm.
-"""
+"""One Serve cluster with both applications of ``noop``, in Serve's default mode or behind HAProxy."""
 
 import json
 import subprocess
@@ -24,10 +21,9 @@ from tests.support.serve_cluster import (
     await_start,
     cmdline_of,
     environment,
-    eventually,
-    free_port,
     stop,
 )
+from tests.support.waiting import eventually, free_port
 
 ARMS = {"billed": "/", "unbilled": "/unbilled"}
 PRICE = {"input_per_1m": "1.00", "output_per_1m": "2.00"}
@@ -35,7 +31,7 @@ TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|
 
 
 @dataclass
-class House:
+class BothArms:
     """Both applications, side by side in one cluster."""
 
     cluster: Cluster
@@ -45,7 +41,7 @@ class House:
         return f"{self.cluster.base_url}{ARMS[arm].rstrip('/')}/v1/chat/completions"
 
     def cpu_s(self, arm: str) -> float:
-        """What one arm has used: its gateway, its replica, the proxy in front of both arms, the store."""
+        """CPU time of one arm: its gateway, its replica, the proxy of both arms, and the store."""
         family = psutil.Process(self.cluster.process.pid).children(recursive=True)
         names = (f"ServeReplica:{arm}:", "ProxyActor", "haproxy", "HAProxyManager")
         serving = [child.pid for child in family if any(name in " ".join(cmdline_of(child)) for name in names)]
@@ -53,8 +49,8 @@ class House:
 
 
 @contextmanager
-def house(folder: Path, haproxy: bool) -> Iterator[House]:
-    """Started and with credit for one tenant; ended when left."""
+def both_arms(folder: Path, haproxy: bool) -> Iterator[BothArms]:
+    """Start the cluster, and give one tenant credit; end it when left."""
     folder.mkdir()
     model = make_model(folder / "model")
     config: dict[str, object] = {
@@ -74,11 +70,11 @@ def house(folder: Path, haproxy: bool) -> Iterator[House]:
             text=True,
             start_new_session=True,
         )
-        made = House(Cluster(process, f"http://127.0.0.1:{port}", config, folder), store)
+        made = BothArms(Cluster(process, f"http://127.0.0.1:{port}", config, folder), store)
         try:
             await_start(made.cluster)
             ready = f"{made.cluster.base_url}{ARMS['unbilled']}/readyz"
-            eventually(lambda: httpx.get(ready, timeout=5).status_code == 200 or None, 60)
+            eventually(lambda: httpx.get(ready, timeout=5).status_code == 200, 60)
             yield made
         finally:
             stop(process)
@@ -116,7 +112,7 @@ def _application(arm: str, model: Path) -> dict[str, object]:
 
 
 def make_model(folder: Path) -> Path:
-    """A model folder without weights: all that a gateway reads."""
+    """A model folder without weights: a gateway reads no more."""
     folder.mkdir()
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
