@@ -79,7 +79,7 @@ def past_due(ends_at_ms: int | None = None) -> DodoSubscription:
 
 
 @pytest.mark.parametrize(
-    ("before", "told_ms", "ends_ms"),
+    ("before", "dodo_ms", "ends_ms"),
     [
         (None, None, NOW + 2 * DAY),
         (sub(S.ACTIVE), None, NOW + 2 * DAY),
@@ -90,9 +90,9 @@ def past_due(ends_at_ms: int | None = None) -> DodoSubscription:
     ],
 )
 def test_grace_runs_from_the_first_word_of_it_and_never_beyond_dodos(
-    before: Subscription | None, told_ms: int | None, ends_ms: int
+    before: Subscription | None, dodo_ms: int | None, ends_ms: int
 ) -> None:
-    stored = as_stored(past_due(), "payg", PLAN, tenant("payg", before), told_ms, NOW)
+    stored = as_stored(past_due(), "payg", PLAN, tenant("payg", before), dodo_ms, NOW)
     assert stored.past_due_ends_at_ms == ends_ms
     assert stored.extends_credit(ends_ms - 1)
     assert not stored.extends_credit(ends_ms)

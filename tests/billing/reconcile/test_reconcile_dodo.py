@@ -160,12 +160,12 @@ async def test_an_event_that_dodo_has_without_our_knowing_is_counted_once_it_is_
     subscribed.clock.move(DAY + 2 * HOUR)
     assert (await reconcile(subscribed)).is_clean
     shard = shard_for(ACME)
-    assert (await Watermarks(subscribed.redis).all())[shard.number].told_ms == 0
+    assert (await Watermarks(subscribed.redis).all())[shard.number].dodo_ms == 0
     await flush(subscribed)
     assert (await Outbox(subscribed.redis).events()) == []
     report = await reconcile(subscribed)
     assert report.is_clean, report.faults
-    assert (await Watermarks(subscribed.redis).all())[shard.number].told_ms > 0
+    assert (await Watermarks(subscribed.redis).all())[shard.number].dodo_ms > 0
 
 
 @pytest.mark.usefixtures("tomorrow")
