@@ -53,7 +53,7 @@ async def tasks(store_url: str, sandbox: SandboxServer) -> AsyncIterator[Periodi
     await made.stop()
 
 
-async def test_a_new_tenant_gets_a_customer_and_its_usage_reaches_dodo(world: World, tasks: PeriodicTasks) -> None:
+async def test_new_tenant_gets_a_customer_and_its_usage_is_exported(world: World, tasks: PeriodicTasks) -> None:
     await world.tenant("acme", has_customer=False)
     await world.use("acme", overage=40)
 
@@ -66,7 +66,7 @@ async def test_a_new_tenant_gets_a_customer_and_its_usage_reaches_dodo(world: Wo
     tasks.check()
 
 
-async def test_a_tenant_that_dodo_refuses_keeps_nobody_waiting(world: World, tasks: PeriodicTasks) -> None:
+async def test_refused_customer_keeps_no_other_waiting(world: World, tasks: PeriodicTasks) -> None:
     await world.tenants.create(Tenant(id=TenantId("bad"), email="no address", plan="prepaid"))
     await world.tenant("good", has_customer=False)
 
@@ -78,7 +78,7 @@ async def test_a_tenant_that_dodo_refuses_keeps_nobody_waiting(world: World, tas
     assert await world.tenants.customers_wanted() == ["bad"]
 
 
-async def test_parked_webhooks_are_applied_when_they_can_be(world: World, tasks: PeriodicTasks) -> None:
+async def test_parked_webhook_is_applied_when_it_can_be(world: World, tasks: PeriodicTasks) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     await world.fault("status:500", path="/payments")
@@ -94,7 +94,7 @@ async def test_parked_webhooks_are_applied_when_they_can_be(world: World, tasks:
     await until(is_paid)
 
 
-async def test_the_last_flush_happens_at_the_end(world: World, store_url: str, sandbox: SandboxServer) -> None:
+async def test_stop_flushes_once_more(world: World, store_url: str, sandbox: SandboxServer) -> None:
     async def open_parts() -> Parts:
         return assemble(await connect(store_url), DodoSettings(API_KEY, SECRET, base_url=sandbox.url), 60_000)
 
@@ -107,7 +107,7 @@ async def test_the_last_flush_happens_at_the_end(world: World, store_url: str, s
     assert_same(await world.exported(), world.sums)
 
 
-async def test_a_manual_flush_and_the_timer_do_no_harm_to_each_other(world: World, tasks: PeriodicTasks) -> None:
+async def test_manual_flush_and_timer_do_no_harm(world: World, tasks: PeriodicTasks) -> None:
     await world.tenant("acme")
     for _ in range(10):
         await world.use("acme", overage=1)
@@ -115,7 +115,7 @@ async def test_a_manual_flush_and_the_timer_do_no_harm_to_each_other(world: Worl
     assert_same(await world.exported(), world.sums)
 
 
-async def test_a_store_that_is_away_is_waited_for_and_the_status_says_so(
+async def test_unavailable_store_is_waited_for_and_shown_in_status(
     tmp_path_factory: pytest.TempPathFactory, sandbox: SandboxServer
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
@@ -173,14 +173,14 @@ async def test_item_that_stays_stuck_is_named_by_one_notice(
     assert "ValidationError" in notice.facts["error"]
 
 
-async def test_a_timer_that_stands_still_is_unhealthy(tasks: PeriodicTasks) -> None:
+async def test_late_timer_is_unhealthy(tasks: PeriodicTasks) -> None:
     tasks.check()
     tasks.tasks[0].started_s -= tasks.tasks[0].interval_s + LIMIT_S + LATE_S + 1
     with pytest.raises(PeriodicTaskLate, match="flush"):
         tasks.check()
 
 
-async def test_an_ended_timer_is_unhealthy(tasks: PeriodicTasks) -> None:
+async def test_ended_timer_is_unhealthy(tasks: PeriodicTasks) -> None:
     tasks._timers[1].cancel()
     await asyncio.sleep(0.01)
     with pytest.raises(PeriodicTaskLate, match="expire"):
@@ -210,7 +210,7 @@ def short_dir() -> Iterator[str]:
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")
-async def test_the_actor_survives_a_kill_and_tells_everything_once(
+async def test_killed_actor_is_replaced_and_exports_everything_once(
     world: World, environ: dict[str, str], short_dir: str, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a local start would else write a token to the home folder
@@ -254,9 +254,7 @@ async def _is_clear(outbox: Outbox) -> bool:
     return is_clear(await outbox.backlog())
 
 
-async def test_the_actor_is_an_ordinary_class_that_needs_its_environment(
-    world: World, environ: dict[str, str], redis: Redis
-) -> None:
+async def test_actor_runs_without_ray(world: World, environ: dict[str, str], redis: Redis) -> None:
     actor = BillingActor(BillingArgs(flush_interval_s=0.2))
     await world.tenant("acme")
     await world.use("acme", overage=5)

@@ -10,7 +10,7 @@ from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
 from cluster.cli.operate import refuse_lost_plans
 from cluster.local.launch import LaunchError, store_terms
-from tests.billing.commerce.test_offers import CATALOG
+from tests.support.offers import CATALOG
 
 TERMS = store_terms({})
 OLD = Catalog.model_validate(CATALOG)
