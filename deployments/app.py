@@ -1,4 +1,4 @@
-"""Both Serve applications: the only place that binds deployments to each other."""
+"""The two Serve applications, ``farebox`` and ``billing``, bound from their deployments."""
 
 from ray import serve
 from ray.serve import Application
@@ -14,7 +14,7 @@ LONGEST_STREAM_S = 120.0
 
 
 def build(args: FareboxArgs) -> Application:
-    """The API and the models behind it: Gateway in front of LoraReplica."""
+    """The API and the models: the Gateway in front of LoraReplica."""
     replica = serve.deployment(
         name="LoraReplica",
         max_ongoing_requests=args.engine.max_queued + args.engine.max_running,
@@ -35,6 +35,6 @@ def build(args: FareboxArgs) -> Application:
 
 
 def build_billing(args: BillingArgs) -> Application:
-    """The billing actor alone: one replica, no route, never restarted by a change to the models."""
+    """The billing actor: one replica without a route. A change to the models does not restart it."""
     actor = serve.deployment(name="BillingActor", num_replicas=1, ray_actor_options={"num_cpus": 0.1})(BillingActor)
     return actor.bind(args)

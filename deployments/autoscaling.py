@@ -1,7 +1,7 @@
-"""How many replicas the work in the engines asks for. Standard library only: Serve's controller imports it.
+"""Autoscaling policy: how many replicas the queued tokens ask for.
 
-Named in ``serve_config.yaml`` as a deployment's ``autoscaling_config.policy``; Serve puts its own bounds,
-delays and factors around the answer.
+``serve_config.yaml`` names it as a deployment's ``autoscaling_config.policy``; Serve applies its own bounds, delays and
+factors to the result. Only the standard library is imported here: Serve's controller loads this module.
 """
 
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ QUEUED_TOKENS = "queued_tokens"
 
 
 class Context(Protocol):
-    """What this policy reads of Serve's ``AutoscalingContext``."""
+    """The part of Serve's ``AutoscalingContext`` that this policy reads."""
 
     target_num_replicas: int
     aggregated_metrics: Mapping[str, Mapping[object, float]] | None
     """By metric and replica, over the look-back period."""
     total_num_requests: float
     total_queued_requests: float
-    """Those that wait in the gateways, because every replica is full."""
+    """Requests that wait in the gateways because every replica is full."""
 
 
 class QueuedTokens:
-    """As many replicas as keep each at ``target_queued_tokens``.
+    """As many replicas as bring each of them to ``target_queued_tokens``.
 
-    A request counts with its prompt and the most it may generate, from its arrival to its answer: one long
-    request asks for as much as many short ones.
+    A request counts with the tokens of its prompt and the most it may generate, from its arrival to its end: one long
+    request counts as much as many short ones.
     """
 
     def __init__(self, target_queued_tokens: int) -> None:
@@ -34,11 +34,11 @@ class QueuedTokens:
         self._target = target_queued_tokens
 
     def __call__(self, ctx: Context) -> tuple[float, dict[str, object]]:
-        """The number wanted, a fraction rounded up by Serve, and no state."""
-        told = (ctx.aggregated_metrics or {}).get(QUEUED_TOKENS)
-        if not told:
+        """The number of replicas, a fraction that Serve rounds up, and an empty state."""
+        by_replica = (ctx.aggregated_metrics or {}).get(QUEUED_TOKENS)
+        if not by_replica:
             return ctx.target_num_replicas, {}
-        tokens = sum(told.values())
+        tokens = sum(by_replica.values())
         running = max(0.0, ctx.total_num_requests - ctx.total_queued_requests)
         each = tokens / running if running >= 1 else self._target
         return (tokens + ctx.total_queued_requests * each) / self._target, {}

@@ -1,11 +1,8 @@
-"""The shape of ``serve_config.yaml``'s ``args`` and ``user_config``, checked before anything starts.
-
-Knows names, types and bounds; opens no file and reads no environment.
-"""
+"""The settings of ``serve_config.yaml``: every application's ``args``, and the Gateway's ``user_config``."""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from billing.catalog.abuse import Abuse
 from billing.catalog.catalog import Model
@@ -21,7 +18,7 @@ class _Config(BaseModel):
 
 
 class BaseModelConfig(_Config):
-    """The base model that every adapter sits on."""
+    """The base model that every adapter was trained on."""
 
     id: str
     path: str
@@ -29,81 +26,83 @@ class BaseModelConfig(_Config):
 
 
 class EngineConfig(_Config):
-    """Sizes of one replica's engine. Tokens and rows are counts, times are seconds."""
+    """Sizes of one replica's engine, passed to ``EngineSettings``, which documents each and checks them together."""
 
     max_context_tokens: Annotated[int, Field(ge=16)] = 512
     max_running: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rows in one batch."""
     max_queued: Annotated[int, Field(ge=1)] = 256
     max_batched_tokens: Annotated[int, Field(ge=16)] = 512
-    """Tokens in one step: the decodes and a chunk of prefill."""
     adapter_slots: Annotated[int, Field(ge=1)] = 8
     max_adapter_rank: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 64
     adapter_host_mb: Annotated[int, Field(ge=16)] = 1024
     device: str = "auto"
-    """``auto``, ``cpu`` or ``cuda``."""
     dtype: str = "auto"
     torch_threads: Annotated[int, Field(ge=1)] = 1
     shared_prefixes: bool = False
-    """Reuse the start of a prompt between tenants too; each can then tell by the time what others asked."""
     kv_block_tokens: Annotated[int, Field(ge=0)] = 0
-    """Tokens in one block of a GPU's KV memory; 0: 32."""
     kv_blocks: Annotated[int, Field(ge=0)] = 0
-    """Blocks of a GPU's KV memory; 0: ``max_running`` full contexts. How to choose it: ``EngineSettings``."""
 
 
 class FareboxArgs(_Config):
-    """``args`` of the ``farebox`` application: wiring. A change here restarts every replica."""
+    """``args`` of the ``farebox`` application. A change here restarts every replica."""
 
     model: BaseModelConfig
     engine: EngineConfig = EngineConfig()
     adapter_cache_dir: str = ".farebox/adapters"
-    """Where a replica keeps adapters that it fetched from a URL."""
+    """Where adapters that were fetched from a URL are kept, by digest."""
     spool_dir: str = ".farebox/spool"
-    """Where a gateway keeps settles that wait for the store."""
+    """Where a gateway keeps settlements while the store is away."""
     lease_s: Annotated[float, Field(gt=1)] = 30.0
     checkpoint_s: Annotated[float, Field(gt=0)] = 2.0
     answer_timeout_s: Annotated[float, Field(gt=0)] = 570.0
-    """A longer answer is cut, unbilled; below ``http_options.request_timeout_s``, which would bill it as left."""
+    """A longer answer is stopped, and free. Keep it below ``http_options.request_timeout_s``: where Serve stops a
+    request it looks as if the client had disconnected, and is billed."""
     hold_step_tokens: Annotated[int, Field(ge=1)] = 256
-    """Completion tokens that a request's hold begins with and grows by."""
+    """Completion tokens of the initial hold, and of each extension."""
     hold_step_compute_s: Annotated[int, Field(ge=1)] = 5
-    """The same in seconds of compute, for a price that counts them."""
+    """The same in seconds of compute, where a price counts them."""
     trusted_proxies: Annotated[int, Field(ge=0, le=8)] = 0
-    """Proxies in front of Serve that append to X-Forwarded-For; 0: client addresses are not known, and not counted."""
+    """Proxies in front of Serve that append to X-Forwarded-For; with 0 client addresses are not counted."""
     max_body_kib: Annotated[int, Field(ge=16, le=3584)] = 1024
-    token_transport: Literal["socket", "serve"] = "socket"
-    """How tokens travel from replica to gateway: sockets of our own beside the calls, or Serve's streaming calls."""
+    token_transport: Literal["socket"] = "socket"
+    """Read for one more version: there is no other transport."""
     durability: Literal["strict", "trusted"] = "strict"
-    """``trusted``: a managed store whose settings cannot be read keeps its data, on the operator's word."""
+    """``trusted`` skips the check of the store's settings, for a managed store that does not show them."""
     min_replicas_acked: Annotated[int, Field(ge=0, le=5)] = 0
-    """Replicas of the store that must have a settle or a grant before it is acknowledged."""
+    """Replicas of the store that must have a settlement or a grant before it is acknowledged."""
+
+    @field_validator("token_transport", mode="before")
+    @classmethod
+    def _is_not_serve(cls, value: object) -> object:
+        if value == "serve":
+            raise ValueError("the transport over Serve's streaming calls is gone: remove this line, sockets are used")
+        return value
 
 
 class BillingArgs(_Config):
     """``args`` of the ``billing`` application."""
 
     flush_interval_s: Annotated[float, Field(ge=0.2, le=90)] = 60.0
-    """At most 90: a subscription's last charges must reach Dodo before its period closes."""
+    """At most 90: a subscription's last charges must reach Dodo Payments before its period closes."""
     expire_interval_s: Annotated[float, Field(ge=0.2)] = 5.0
     requests_per_minute: Annotated[int, Field(ge=1)] = 240
-    """Calls to Dodo a minute, at most: its default tier allows 240."""
+    """Most calls to Dodo Payments in a minute: its default tier allows 240."""
     archive_url: str = ""
-    """Where old usage records go as Parquet, a local path or fsspec URL; empty keeps all of them in the store."""
+    """Where old usage records are archived as Parquet, a local path or fsspec URL; empty keeps all in the store."""
     durability: Literal["strict", "trusted"] = "strict"
     min_replicas_acked: Annotated[int, Field(ge=0, le=5)] = 0
 
 
 class ModelEntry(_Config):
-    """One entry under ``adapters``, or the entry ``base``: what the owner writes."""
+    """One entry under ``adapters``, or the entry ``base``."""
 
     id: str
     price: Price
     path: str = ""
     digest: str = ""
-    """Written by ``farebox deploy``; an entry without one is quarantined by the Gateway."""
+    """Written by ``farebox deploy``; the Gateway rejects an adapter without one."""
     visibility: Literal["public"] | tuple[TenantId, ...] = "public"
-    """``public``, or the list of tenants that may use it."""
+    """``public``, or the tenants that may use it."""
     adapter_class: str = "default"
     pinned: bool = False
 

@@ -1,4 +1,4 @@
-"""Real parts shared by all tests: a real store, emptied between tests."""
+"""What all tests share: a real store, emptied between tests, and the order of the tests."""
 
 import os
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -11,28 +11,36 @@ from redis.asyncio import Redis
 from billing.store import guard
 from cluster import valkey
 
+pytest_plugins = ["tests.support.skips"]
+
 if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, by whomever
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
-os.environ["COLUMNS"] = "200"  # tables that commands print are not cut, whatever terminal runs the tests
+os.environ["COLUMNS"] = "200"  # so that the tables of commands are not cut to the width of a terminal
 
-settings.register_profile("farebox", deadline=None)  # a busy machine is no bug
+settings.register_profile("farebox", settings.get_profile("default"), deadline=None)  # a slow machine is not a failure
 settings.load_profile("farebox")
 
-
 STORE_PATIENCE_S = 10.0
-"""A machine that stalls for a quarter of a second is no bug either, except where that law is what a test shows."""
+"""How long a test waits for a silent store, so that a machine which stalls does not fail it. A test that is marked
+``prompt`` waits as long as production does."""
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    law = guard.SILENCE_S
+    silence_s = guard.SILENCE_S
     if item.get_closest_marker("prompt") is None:
         guard.SILENCE_S = STORE_PATIENCE_S
     try:
         return (yield)
     finally:
-        guard.SILENCE_S = law
+        guard.SILENCE_S = silence_s
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker starts one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 PLOTS = 5
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
 def test_the_pricing_notebook_goes_from_usage_to_prices(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from billing.ledger.journal import Entry, Link, entries_in
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import ARCHIVE, Shard
-from billing.store.scripts import source
+from billing.store.scripts import Script
 from billing.usage import TenantId
 
 
@@ -27,8 +27,8 @@ class ArchiveCursor:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._archive = redis.register_script(source("archive/archive"))
-        self._trim = redis.register_script(source("archive/trim"))
+        self._archive = Script(redis, "archive/archive")
+        self._trim = Script(redis, "archive/trim")
 
     async def announce(self, url: str) -> None:
         """Store where the archive is, for all that read old entries."""
@@ -60,16 +60,20 @@ class ArchiveCursor:
 
     async def move(self, shard: Shard, start: str, end: str, links: Mapping[TenantId, Link]) -> bool:
         """Move the archive cursor from ``start`` to ``end``; ``False`` if it stood elsewhere."""
-        args: list[str | int] = [start, end]
-        for tenant, link in links.items():
-            args += (tenant, f"{link.number}|{link.chain}")
+        rows = [(tenant, f"{link.number}|{link.chain}") for tenant, link in links.items()]
         async with guarded(BULK_DEADLINE_S):
-            return bool(await self._archive(keys=[shard.cursor, shard.archived], args=args))
+            moved = await self._archive.number(
+                keys={"cursor": shard.cursor, "archived": shard.archived},
+                args={"expected": start, "after": end, "links": rows},
+            )
+        return bool(moved)
 
     async def trim(self, shard: Shard, keep_ms: int) -> int:
         """Remove what is sealed, archived and older than ``keep_ms``. How many entries those were."""
         async with guarded(BULK_DEADLINE_S):
-            return int(await self._trim(keys=[shard.cursor, shard.stream], args=[keep_ms]))
+            return await self._trim.number(
+                keys={"cursor": shard.cursor, "stream": shard.stream}, args={"keep": keep_ms}
+            )
 
 
 def _link(text: str) -> Link:

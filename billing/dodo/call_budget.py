@@ -11,7 +11,7 @@ from billing.clock import Clock, now_ms
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import CALL_BUDGET
-from billing.store.scripts import source
+from billing.store.scripts import Script
 
 PER_MINUTE = 240
 """Dodo's default tier."""
@@ -59,7 +59,7 @@ class SharedBudget:
 
     def __init__(self, redis: Redis, per_minute: int = 0) -> None:
         self._per_minute = per_minute
-        self._spend = redis.register_script(source("dodo/spend_call"))
+        self._spend = Script(redis, "dodo/spend_call")
 
     async def take(self) -> bool:
         """Spend one call, if there is one."""
@@ -71,4 +71,5 @@ class SharedBudget:
 
     async def _ask(self, must: bool) -> bool:
         async with guarded(BULK_DEADLINE_S):
-            return bool(await self._spend(keys=[CALL_BUDGET], args=[self._per_minute, BURST_SHARE, int(must)]))
+            asked = {"asked_per_minute": self._per_minute, "burst_share": BURST_SHARE, "must": must}
+            return bool(await self._spend.number(keys={"budget": CALL_BUDGET}, args=asked))

@@ -18,7 +18,7 @@ from billing.ledger.journal import order
 from billing.store.connection import guarded, replicated
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import ALL_SHARDS, EXPORTER, Shard, shard_for
-from billing.store.scripts import source
+from billing.store.scripts import Script
 from billing.usage import TenantId
 
 START = "0-0"
@@ -84,11 +84,11 @@ class Outbox:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._seal = redis.register_script(source("export/seal"))
-        self._ack = redis.register_script(source("export/ack"))
-        self._bury = redis.register_script(source("export/bury"))
-        self._mark = redis.register_script(source("export/mark"))
-        self._release = redis.register_script(source("export/release"))
+        self._seal = Script(redis, "export/seal")
+        self._ack = Script(redis, "export/ack")
+        self._move_dead = Script(redis, "export/move_dead")
+        self._mark = Script(redis, "export/mark")
+        self._release = Script(redis, "export/release")
 
     async def cursors(self) -> dict[int, str]:
         """By shard number, the stream id up to which everything is sealed."""
@@ -115,14 +115,26 @@ class Outbox:
         """Move the cursor from ``start`` to ``end``, keep the events and what is withheld; ``False`` if it stood
         elsewhere.
         """
-        args: list[str | int] = [start, end, len(checked.sound), *_amounts(events)]
-        args += [reached.to_text() for reached in checked.reached.values()]
-        args += _pairs(events)
-        for entry in checked.withheld:
-            args += (entry.id, entry.to_json())
-        names = [shard.cursor, shard.outbox, shard.withheld, *(shard.account(tenant) for tenant in checked.reached)]
         async with guarded(BULK_DEADLINE_S):
-            return bool(await self._seal(keys=names, args=args))
+            sealed = await self._seal.number(
+                keys={
+                    "cursor": shard.cursor,
+                    "outbox": shard.outbox,
+                    "withheld": shard.withheld,
+                    "accounts": [shard.account(tenant) for tenant in checked.reached],
+                },
+                args={
+                    "expected": start,
+                    "after": end,
+                    "entries": len(checked.sound),
+                    "charge": sum(event.charge_nanos for event in events),
+                    "covered": sum(event.covered_nanos for event in events),
+                    "reached": [reached.to_text() for reached in checked.reached.values()],
+                    "events": _rows(events),
+                    "held_back": [(entry.id, entry.to_json()) for entry in checked.withheld],
+                },
+            )
+        return bool(sealed)
 
     async def withheld(self) -> list[Withheld]:
         """Entries behind the cursor that are withheld, oldest first."""
@@ -137,9 +149,17 @@ class Outbox:
     async def release(self, entry: Withheld, events: Sequence[SealedEvent]) -> bool:
         """Seal what was withheld; ``False`` where another exporter has."""
         shard = shard_for(entry.tenant)
-        args: list[str | int] = [entry.id, *_amounts(events), *_pairs(events)]
         async with guarded(BULK_DEADLINE_S):
-            return bool(await self._release(keys=[shard.cursor, shard.outbox, shard.withheld], args=args))
+            released = await self._release.number(
+                keys={"cursor": shard.cursor, "outbox": shard.outbox, "withheld": shard.withheld},
+                args={
+                    "entry": entry.id,
+                    "charge": sum(event.charge_nanos for event in events),
+                    "covered": sum(event.covered_nanos for event in events),
+                    "events": _rows(events),
+                },
+            )
+        return bool(released)
 
     async def events(self) -> list[SealedEvent]:
         """Everything sealed and not acknowledged, oldest first."""
@@ -173,26 +193,36 @@ class Outbox:
 
     async def _mark_in(self, shard: Shard, events: Sequence[SealedEvent]) -> None:
         async with guarded(BULK_DEADLINE_S):
-            await self._mark(keys=[shard.outbox], args=_pairs(events))
+            await self._mark.number(keys={"outbox": shard.outbox}, args={"events": _rows(events)})
 
     async def _ack_in(self, shard: Shard, events: Sequence[SealedEvent]) -> int:
-        args: list[str | int] = [word for e in events for word in (e.id, e.charge_nanos, e.covered_nanos)]
+        rows = [(event.id, event.charge_nanos, event.covered_nanos) for event in events]
         async with guarded(BULK_DEADLINE_S):
-            return int(await self._ack(keys=[shard.cursor, shard.outbox], args=args))
+            return await self._ack.number(keys={"cursor": shard.cursor, "outbox": shard.outbox}, args={"events": rows})
 
     async def add_dead_letter(self, event: SealedEvent) -> bool:
         """Move an event that Dodo refuses for good, with the reason it carries, to the dead letters."""
         shard = shard_for(event.tenant)
-        args: list[str | int] = [event.id, event.to_json(), 1, event.charge_nanos, event.covered_nanos]
-        async with guarded(BULK_DEADLINE_S):
-            return bool(await self._bury(keys=[shard.cursor, shard.outbox, shard.dead], args=args))
+        return await self._move(event, shard.outbox, shard.dead, 1)
 
     async def revive(self, event: SealedEvent) -> bool:
         """Send a dead letter again, with the same id and quantities."""
         shard = shard_for(event.tenant)
-        args: list[str | int] = [event.id, event.to_json(), -1, -event.charge_nanos, -event.covered_nanos]
+        return await self._move(event, shard.dead, shard.outbox, -1)
+
+    async def _move(self, event: SealedEvent, come_from: str, go_to: str, sign: int) -> bool:
         async with guarded(BULK_DEADLINE_S):
-            return bool(await self._bury(keys=[shard.cursor, shard.dead, shard.outbox], args=args))
+            moved = await self._move_dead.number(
+                keys={"cursor": shard_for(event.tenant).cursor, "from": come_from, "to": go_to},
+                args={
+                    "id": event.id,
+                    "event": event.to_json(),
+                    "events": sign,
+                    "charge": sign * event.charge_nanos,
+                    "covered": sign * event.covered_nanos,
+                },
+            )
+        return bool(moved)
 
     async def dead(self) -> list[SealedEvent]:
         """All dead letters with their reasons, oldest first."""
@@ -243,12 +273,8 @@ class Outbox:
         return ExporterState(**values)  # type: ignore[arg-type]
 
 
-def _amounts(events: Sequence[SealedEvent]) -> tuple[int, int, int]:
-    return len(events), sum(e.charge_nanos for e in events), sum(e.covered_nanos for e in events)
-
-
-def _pairs(events: Iterable[SealedEvent]) -> list[str]:
-    return [word for event in events for word in (event.id, event.to_json())]
+def _rows(events: Iterable[SealedEvent]) -> list[tuple[str, str]]:
+    return [(event.id, event.to_json()) for event in events]
 
 
 def _by_shard(events: Iterable[SealedEvent]) -> dict[Shard, list[SealedEvent]]:

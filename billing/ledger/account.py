@@ -3,8 +3,7 @@
 Every movement carries an id that its sender chose: the same id twice is one movement.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Self
+from dataclasses import dataclass, field
 
 from billing.catalog.plans import Limits
 from billing.ledger.errors import SpendCapReached
@@ -31,27 +30,28 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """All that the store knows of a tenant's money at one moment."""
+    """A tenant's money at one moment, as a hold would find it."""
 
     tenant: TenantId
     buckets: tuple[Bucket, ...]
+    """In drawing order, without those that expired or that a plan left behind with nothing owed."""
+    balance_nanos: Nanos
+    """Money in the buckets, without what open holds drew; negative after a clawback."""
+    available_nanos: Nanos
+    """What a hold could draw now: the balance, and credit up to the credit limit."""
     held_nanos: Nanos
     """Nanos drawn by open holds, exposure included."""
     held_requests: int
     overage_nanos: Nanos
-    """Unpaid postpaid use, settled; what open holds draw is in ``held_nanos``."""
+    """Exposure: unpaid postpaid use, settled. What open holds draw is in ``held_nanos``."""
     seq: int
     open_holds: int
+    allowance_id: BucketId | None = None
+    """The allowance that counts."""
 
     @property
-    def balance_nanos(self) -> Nanos:
-        """Money in the buckets, without what open holds drew; negative after a clawback."""
-        return Nanos(sum(b.remaining for b in self.buckets if b.unit is Unit.NANOS))
-
-    def beside(self, allowance: Bucket | None) -> Self:
-        """What may be drawn beside this allowance: no other, which a plan has left behind."""
-        packs = (b for b in self.buckets if not b.is_allowance)
-        return replace(self, buckets=((allowance,) if allowance else ()) + tuple(packs))
+    def allowance(self) -> Bucket | None:
+        return next((bucket for bucket in self.buckets if bucket.id == self.allowance_id), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,9 @@ class Funding:
     """The current period's allowance: put in place of another period's by the same step that draws."""
     credit_limit: Nanos = Nanos(0)
     """0 where no subscription stands behind the credit."""
+    former_allowance_id: BucketId | None = None
+    """The id, without the plan's name, under which the version before put a period's allowance in place. Where it did,
+    that one counts until the period is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,23 +140,26 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Tokens generated so far, and what they cost: what is billed if nothing more is heard."""
+    """A checkpoint: tokens generated so far and what they cost, which is billed if the lease ends."""
 
     request_id: RequestId
     tenant: TenantId
     usage: Usage
     list_nanos: Nanos
+    held_nanos: Nanos = Nanos(0)
+    """What the gateway has of the hold: billed as far, though the store lost extensions. 0: the store's own number."""
 
 
 @dataclass(frozen=True, slots=True)
 class HoldSnapshot:
-    """What a settle charges against where the store has lost the hold."""
+    """What a settle carries of its hold, and is charged against where the store has lost that."""
 
     head: str
     """Members of the usage record that the hold froze, as JSON without braces."""
     unit: Unit
-    bucket: BucketId
-    """The first that the hold drew on: it owes what is not there any more. Empty for what is free."""
+    drawn: tuple[BucketId, ...]
+    """What the hold began to draw on, in drawing order; nothing for what is free. The last owes what is not there any
+    more."""
     held: int
     """Nanos, or 1 request: the most that is charged."""
     credit_limit: Nanos
@@ -163,6 +169,8 @@ class HoldSnapshot:
     caps: tuple[SpendCap, ...] = ()
     month_start_ms: int = 0
     """What else counts what it costs: its key's caps, and the month on which a volume price depends."""
+    allowance: Bucket | None = None
+    """Put in place again where the hold drew on it and the store lost it too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +182,7 @@ class Settlement:
     usage: Usage
     list_nanos: Nanos
     status: Status
-    origin: HoldSnapshot | None = None
+    snapshot: HoldSnapshot | None = None
     """Without it, a settle whose hold is lost is refused."""
     is_undelivered: bool = False
     """For what was not delivered, after attempts without a reply: what one of them charged is given back."""
@@ -217,7 +225,7 @@ class Clawback:
 class Adjustment:
     """An operator's correction once per ``source``: credit given, or taken where ``amount`` is below zero.
 
-    It moves credit only: what was told to Dodo stays told. A balance may go below zero.
+    It moves credit only: what was exported to Dodo stays as it is. A balance may go below zero.
     """
 
     source: str

@@ -1,7 +1,6 @@
 """May this request run, and what does it hold?
 
-Knows how plan, price and clock become a hold; the store decides, in one step, whether there is
-room for it.
+Plan, price and clock become a hold here; the store decides in one step whether there is credit for it.
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from billing.catalog.plans import Limits, Plan, PlanKind
 from billing.clock import Clock, month_of, month_start_ms, now_ms, unix_ms
 from billing.errors import Refusal
 from billing.ledger.account import Bucket, Funding, Hold, HoldRequest
-from billing.ledger.codec import worst_case
+from billing.ledger.codec import max_cost
 from billing.ledger.errors import InsufficientCredits
 from billing.ledger.ledger import Ledger
 from billing.money import Nanos
@@ -82,7 +81,7 @@ class Admission:
 
         Raises:
             RateLimited, InsufficientCredits, CreditOnHold, SpendCapReached, DuplicateRequest: it may not run.
-            StoreUnavailable: nobody can say, so it may not run.
+            StoreUnavailable: it may not run.
         """
         request = await self._request(principal, model, catalog, request_id, prompt_tokens, max_tokens)
         try:
@@ -95,7 +94,7 @@ class Admission:
     ) -> Quote:
         """What ``admit`` would do now; changes nothing. Raises StoreUnavailable."""
         request = await self._request(principal, model, catalog, _NO_REQUEST, prompt_tokens, max_tokens)
-        cost, why_so_much = worst_case(request), (request.modifiers, request.price.version)
+        cost, why_so_much = max_cost(request), (request.modifiers, request.price.version)
         try:
             hold = await self._ledger.preview(request)
         except InsufficientCredits as refusal:
@@ -161,7 +160,7 @@ def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
     """What a tenant may draw on besides packs: this period's allowance, and credit while it is extended."""
     if plan.kind is PlanKind.FREE:
         start, end = month_of(now_ms)
-        return Funding(_allowance(plan, f"allowance:free:{start:%Y-%m}", unix_ms(end)))
+        return _funding(tenant, plan, f"allowance:free:{start:%Y-%m}", unix_ms(end))
     subscription = tenant.subscription
     is_carried = subscription is not None and subscription.plan == tenant.plan and subscription.is_live(now_ms)
     if not plan.is_postpaid or subscription is None or not is_carried:
@@ -169,15 +168,16 @@ def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
     credit_limit = plan.credit_limit if subscription.extends_credit(now_ms) else Nanos(0)
     if plan.allowance is None or now_ms >= subscription.period_end_ms:
         return Funding(credit_limit=credit_limit)
-    allowance_id = f"allowance:{subscription.id}:{subscription.period_start_ms}"
-    return Funding(_allowance(plan, allowance_id, subscription.period_end_ms), credit_limit)
+    period = f"allowance:{subscription.id}:{subscription.period_start_ms}"
+    return _funding(tenant, plan, period, subscription.period_end_ms, credit_limit)
 
 
-def _allowance(plan: Plan, bucket_id: str, ends_at_ms: int) -> Bucket:
+def _funding(tenant: Tenant, plan: Plan, period: str, ends_at_ms: int, credit_limit: Nanos = Nanos(0)) -> Funding:
+    """An allowance of one period and one plan: who changes the plan within a period gets the new plan's."""
     quota = plan.allowance
     assert quota is not None, "a plan with periods has an allowance"
-    return Bucket(
-        id=BucketId(bucket_id),
+    allowance = Bucket(
+        id=BucketId(f"{period}:{tenant.plan}"),
         unit=quota.unit,
         remaining=quota.amount,
         granted=quota.amount,
@@ -185,6 +185,7 @@ def _allowance(plan: Plan, bucket_id: str, ends_at_ms: int) -> Bucket:
         adapters=quota.adapters,
         is_allowance=True,
     )
+    return Funding(allowance, credit_limit, former_allowance_id=BucketId(period))
 
 
 def _explained(refusal: InsufficientCredits, plan: Plan, funding: Funding) -> InsufficientCredits:

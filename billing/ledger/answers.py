@@ -1,13 +1,12 @@
 """Answers kept under a client's idempotency key, so that the same request again is the same answer.
 
-Knows who claimed a key and what became of that request's hold; reads no answer. A claim is made, its
-answer staged before it is charged, and concluded after: whoever dies in between, the next claim finds out
-from the ledger what was charged.
+A claim is made, its answer is staged before it is charged, and the claim is concluded after. Whichever process dies in
+between, the next claim finds out from the ledger what was charged.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import cast
 
 from redis.asyncio import Redis
 
@@ -15,7 +14,7 @@ from billing.ledger.errors import AnswerIncomplete, AnswerTooLarge, IdempotencyK
 from billing.ledger.ledger import MARKER_WINDOW_MS
 from billing.store.connection import guarded
 from billing.store.keys import shard_for
-from billing.store.scripts import source
+from billing.store.scripts import Reply, Script
 from billing.usage import RequestId, TenantId, UsageRecord
 
 KEPT_MS = 24 * 3_600_000
@@ -53,9 +52,9 @@ class Answers:
     ) -> None:
         """``lease_ms``: how long a claim stands before its hold is made; then it stands as long as the hold."""
         self._lease_ms, self._kept_ms, self._window_ms = lease_ms, kept_ms, marker_window_ms
-        self._claim = redis.register_script(source("ledger/claim"))
-        self._stage = redis.register_script(source("ledger/stage"))
-        self._conclude = redis.register_script(source("ledger/conclude"))
+        self._claim = Script(redis, "ledger/claim")
+        self._stage = Script(redis, "ledger/stage")
+        self._conclude = Script(redis, "ledger/conclude")
 
     async def claim(self, asked: Asked) -> Kept | None:
         """Take the key for this request, in one step; or the answer that it stands for already.
@@ -66,10 +65,18 @@ class Answers:
             AnswerTooLarge, AnswerIncomplete: its request was charged, and there is no whole answer to repeat.
             StoreUnavailable: nothing may run.
         """
-        arguments = [asked.request_id, asked.body, "1" if asked.is_streamed else "0"]
-        arguments += [str(self._lease_ms), str(self._kept_ms), str(self._window_ms)]
         async with guarded():
-            reply = cast(list[str], await self._claim(keys=_keys(asked), args=arguments))
+            reply = await self._claim.reply(
+                keys=_keys(asked),
+                args={
+                    "request": asked.request_id,
+                    "body": asked.body,
+                    "may_deliver_early": asked.is_streamed,
+                    "lease": self._lease_ms,
+                    "ttl": self._kept_ms,
+                    "window": self._window_ms,
+                },
+            )
         return _read(reply)
 
     async def check(self, asked: Asked) -> None:
@@ -90,34 +97,40 @@ class Answers:
 
     async def _put(self, asked: Asked, kind: str, answer: str) -> None:
         async with guarded():
-            is_ours = await self._stage(keys=_keys(asked)[:1], args=[asked.request_id, kind, answer])
+            is_ours = await self._stage.number(
+                keys={"answer": _answer_key(asked)},
+                args={"request": asked.request_id, "kind": kind, "body": answer},
+            )
         if not is_ours:
             raise IdempotencyKeyInUse(RETRY_RUNNING_S)
 
     async def conclude(self, asked: Asked) -> None:
         """After the request ended, however it did: keep what was charged, free the key where nothing was."""
-        arguments = [asked.request_id, str(self._kept_ms), str(self._window_ms)]
         async with guarded():
-            await self._conclude(keys=_keys(asked), args=arguments)
+            await self._conclude.number(
+                keys=_keys(asked),
+                args={"request": asked.request_id, "ttl": self._kept_ms, "window": self._window_ms},
+            )
 
 
-def _keys(asked: Asked) -> list[str]:
+def _answer_key(asked: Asked) -> str:
+    return shard_for(asked.tenant).answer(asked.tenant, sha256(asked.key.encode()).hexdigest())
+
+
+def _keys(asked: Asked) -> dict[str, str | Sequence[str]]:
     shard = shard_for(asked.tenant)
-    answer = shard.answer(asked.tenant, sha256(asked.key.encode()).hexdigest())
-    return [answer, shard.holds, shard.stream, *shard.settled]
+    return {"answer": _answer_key(asked), "holds": shard.holds, "stream": shard.stream, "settled": shard.settled}
 
 
-def _read(reply: list[str]) -> Kept | None:
-    state = reply[0]
-    if state == "claimed":
+def _read(reply: Reply) -> Kept | None:
+    if reply.state == "claimed":
         return None
-    if state == "reused":
+    if reply.state == "reused":
         raise IdempotencyKeyReused
-    _, record, kind, answer, holder = reply
-    if state == "running":
+    if reply.state == "running":
         raise IdempotencyKeyInUse(RETRY_RUNNING_S)
-    if kind == _LARGE:
-        raise AnswerTooLarge(f"rec_{holder}")
-    if not (record and answer):
-        raise AnswerIncomplete(f"rec_{holder}")
-    return Kept(answer, UsageRecord.from_json(record))
+    if reply["kind"] == _LARGE:
+        raise AnswerTooLarge(f"rec_{reply['holder']}")
+    if not (reply["record"] and reply["answer"]):
+        raise AnswerIncomplete(f"rec_{reply['holder']}")
+    return Kept(reply["answer"], UsageRecord.from_json(reply["record"]))

@@ -1,4 +1,4 @@
-"""Refusals of the ledger: credit, limits, and requests or movements that came before."""
+"""Refusals of the ledger, by cause: credit, limits, and requests or movements that came before."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,8 @@ from billing.money import Nanos, format_usd
 
 _REMEDIES = {
     "balance": "buy a pack with POST /v1/checkout",
-    "overage_cap": "your plan's cap on what is invoiced later is reached, buy a pack with POST /v1/checkout",
+    "overage_cap": "your plan's limit on what is invoiced later is reached, buy a pack with POST /v1/checkout",
+    "debt": "a refund or a dispute left this account in debt, which a pack pays: buy one with POST /v1/checkout",
     "subscription": "subscribe with POST /v1/checkout or pay the open invoice (POST /v1/portal), or buy a pack",
 }
 
@@ -20,7 +21,7 @@ class InsufficientCredits(Refusal):
     required_nanos: Nanos
     max_affordable_tokens: int = 0
     limit_source: str = "balance"
-    """``balance``, ``overage_cap`` or ``subscription``."""
+    """``balance``, ``overage_cap`` (the credit limit), ``debt`` or ``subscription``."""
 
     def __str__(self) -> str:
         return (
@@ -31,7 +32,7 @@ class InsufficientCredits(Refusal):
 
 @dataclass(eq=False)
 class CreditOnHold(Refusal):
-    """The balance would do, but other running requests hold it."""
+    """The balance would pay for it, but other running requests hold it."""
 
     retry_after_s: int
     balance_nanos: Nanos
@@ -98,7 +99,7 @@ class DuplicateRequest(Refusal):
 
 
 class IdempotencyKeyReused(Refusal):
-    """One key, two bodies: one of the two requests is not what its sender means."""
+    """One key came with two bodies: one of the two requests is a mistake."""
 
     def __str__(self) -> str:
         return "this Idempotency-Key was sent before with another body: use a new key for a new request"
@@ -136,7 +137,7 @@ class AnswerIncomplete(Refusal):
 
 @dataclass(eq=False)
 class UnknownHold(Refusal):
-    """Nothing is known of this request id: never held, or settled too long ago to remember. Never guessed."""
+    """The request id was never held, or was settled longer ago than is remembered. Which of the two is not guessed."""
 
     request_id: str
 
@@ -165,7 +166,7 @@ class SourceReused(Refusal):
 
 @dataclass(eq=False)
 class UnresolvedSettlement(BillingError):
-    """The store has lost a hold and nobody can be sure that it was not charged: a person decides."""
+    """The store has lost a hold and it is not sure that it was never charged: the operator decides."""
 
     request_id: str
     reason: str

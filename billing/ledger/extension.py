@@ -1,7 +1,6 @@
-"""One running request's hold as it grows: when to ask for more, and what it means when there is none.
+"""Extends one running request's hold, and says whether it pays for what was generated.
 
-Knows nanos and the ledger; what is delivered for them is the caller's. Credit is asked for while what is
-held lasts, so that nothing waits for the store unless the credit runs short.
+An extension is asked for while what is held lasts, so that nothing waits for the store unless the credit runs short.
 """
 
 import asyncio
@@ -10,7 +9,7 @@ from dataclasses import replace
 
 from billing.errors import BillingError
 from billing.ledger.account import Hold
-from billing.ledger.codec import worst_case
+from billing.ledger.codec import max_cost
 from billing.ledger.errors import CreditOnHold, InsufficientCredits, SpendCapReached, UnknownHold
 from billing.ledger.ledger import Ledger
 from billing.money import Nanos, divide_up
@@ -35,7 +34,7 @@ class GrowingHold:
         self._ledger, self._request, self._start = ledger, request, start
         self._step = request.price.charge(step)
         self._reserve = Nanos(divide_up(self._step, STEPS_AHEAD))
-        self._ceiling = worst_case(replace(request, max_tokens=hold.max_tokens))
+        self._ceiling = max_cost(replace(request, max_tokens=hold.max_tokens))
         self._is_covered = hold.covered_by_requests
         self._attempt: asyncio.Task[None] | None = None
         self._next_attempt_at = 0.0

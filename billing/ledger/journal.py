@@ -1,6 +1,6 @@
-"""The stream of entries, read only: usage records, grants and clawbacks in the order they took effect.
+"""The stream of entries, read only: usage records and movements of credit in the order in which they took effect.
 
-Knows keys and stream ids; what is exported of it and where the cursor stands is the outbox's.
+What is exported of it, and how far, is in ``billing.export.outbox``.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ FIRST = "-"
 LAST = "+"
 USAGE_KIND = "usage"
 CHAIN_DIGITS = 16
-"""Hexadecimal digits of an entry's digest, as ``lua/common.lua`` writes it."""
+"""Hexadecimal digits of an entry's digest, as ``lua/lib/entries.lua`` writes it."""
 
 
 @dataclass(frozen=True, slots=True)

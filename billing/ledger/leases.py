@@ -1,7 +1,6 @@
-"""Keeps the holds of one gateway alive and tells the store how far each request has come.
+"""Renews the leases of one gateway's holds and writes checkpoints of how far each request has come.
 
-Knows the running requests' last progress, in memory only: what was told before this process
-dies is what gets billed.
+The running requests' progress is in memory only: if this process dies, the last checkpoint is billed.
 """
 
 import asyncio
@@ -30,7 +29,7 @@ class Leases:
         checkpoint_s: float = CHECKPOINT_S,
         expire_s: float = EXPIRE_S,
     ) -> None:
-        """``on_lost`` gets ids whose hold ended elsewhere: what they generate from there on is not paid."""
+        """``on_lost`` gets ids whose hold ended elsewhere: what they generate from then on is not paid for."""
         self._ledger, self._on_lost = ledger, on_lost
         self._checkpoint_s, self._expire_s = checkpoint_s, expire_s
         self._open: dict[RequestId, Progress] = {}
@@ -56,7 +55,7 @@ class Leases:
         """Send one checkpoint of everything open.
 
         Returns:
-            The ids that were lost, after ``on_lost`` was told of them.
+            The ids that were lost, after ``on_lost`` was called with them.
 
         Raises:
             StoreUnavailable: leases run on from their last renewal.

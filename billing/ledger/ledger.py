@@ -1,15 +1,15 @@
 """The ledger: every movement of a tenant's credit, each one atomic step in the store.
 
-Knows which script makes which movement; decides nothing that the scripts decide. Every method
-may be called again with the same id after a lost reply: it then tells what the first call did.
+The scripts decide; ``README.md`` beside this file says which one makes which movement. Every method may be called again
+with the same id after a lost reply: it then answers what the first call did.
 """
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
 
 from redis.asyncio import Redis
-from redis.commands.core import AsyncScript
+from redis.exceptions import ResponseError
 
 from billing.clock import Clock, now_ms
 from billing.ledger.account import (
@@ -30,12 +30,11 @@ from billing.ledger.account import (
 )
 from billing.ledger.codec import (
     letter_of,
+    pack_funding,
     pack_hold,
     pack_usage,
-    pairs,
     tenant_in,
     unpack_account,
-    unpack_allowance,
     unpack_extension,
     unpack_hold,
 )
@@ -44,7 +43,7 @@ from billing.ledger.recovery import Recovery
 from billing.money import MAX_BALANCE_NANOS, MAX_GRANT_NANOS, Nanos
 from billing.store.connection import guarded, replicated
 from billing.store.keys import ALL_SHARDS, Shard, shard_for, shard_of
-from billing.store.scripts import source
+from billing.store.scripts import Argument, Reply, Script
 from billing.usage import NOTHING, RequestId, Status, TenantId, UsageRecord
 
 MARKER_WINDOW_MS = 3_600_000
@@ -53,6 +52,8 @@ MOVEMENT_TTL_MS = 400 * 24 * 3_600_000
 """How long a payment's or refund's id is remembered: longer than Dodo could send it again."""
 SWEEP_SILENCE_S = 2.0
 """For work that no client waits for."""
+
+logger = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -66,26 +67,26 @@ class Ledger:
         on_done: Callable[[Movement], None] | None = None,
         clocks_may_differ_ms: int = 0,
     ) -> None:
-        """``on_done`` hears of every movement that the store acknowledged.
+        """``on_done`` gets every movement that the store acknowledged.
 
-        ``clocks_may_differ_ms``: how far ``clock`` may be from the store's own; 0 takes any calendar as it is.
+        ``clocks_may_differ_ms``: how far ``clock`` may be from the store's own; 0 accepts any difference.
         """
         self._redis = redis
         self._on_done = on_done
         self.recovery = Recovery(redis, clock, marker_window_ms)
         self._clock = clock
         self._window_ms, self._may_differ_ms = marker_window_ms, clocks_may_differ_ms
-        self._hold = redis.register_script(source("ledger/hold"))
-        self._extend = redis.register_script(source("ledger/extend"))
-        self._settle = redis.register_script(source("ledger/settle"))
-        self._checkpoint = redis.register_script(source("ledger/checkpoint"))
-        self._expire = redis.register_script(source("ledger/expire"))
-        self._grant = redis.register_script(source("ledger/grant"))
-        self._claw_back = redis.register_script(source("ledger/claw_back"))
-        self._adjust = redis.register_script(source("ledger/adjust"))
-        self._restore = redis.register_script(source("ledger/restore"))
-        self._repay = redis.register_script(source("ledger/repay"))
-        self._account = redis.register_script(source("ledger/account"))
+        self._damaged: set[RequestId] = set()
+        self._hold = Script(redis, "ledger/hold")
+        self._extend = Script(redis, "ledger/extend")
+        self._settle = Script(redis, "ledger/settle")
+        self._checkpoint = Script(redis, "ledger/checkpoint")
+        self._expire = Script(redis, "ledger/expire")
+        self._grant = Script(redis, "ledger/grant")
+        self._claw_back = Script(redis, "ledger/claw_back")
+        self._restore = Script(redis, "ledger/restore")
+        self._repay = Script(redis, "ledger/repay")
+        self._account = Script(redis, "ledger/account")
 
     async def hold(self, request: HoldRequest) -> Hold:
         """Admit a request and set its prompt and first step of output aside.
@@ -98,7 +99,7 @@ class Ledger:
             CreditOnHold: it would be, were other requests settled.
             SpendCapReached: its key has spent what it may.
             DuplicateRequest: the id stands for another hold, or was settled.
-            StoreUnavailable: nothing may run; a ClockAstray where calendar and store differ.
+            StoreUnavailable: nothing may run; a ClockSkewError where this clock and the store's differ by too much.
         """
         return await self._ask_for(request, is_preview=False)
 
@@ -107,14 +108,28 @@ class Ledger:
         return await self._ask_for(request, is_preview=True)
 
     async def _ask_for(self, request: HoldRequest, is_preview: bool) -> Hold:
-        shard, tenant = shard_for(request.tenant), request.tenant
-        names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.holds, shard.leases]
-        names += [shard.limits(tenant), shard.slots(tenant, request.counted_key), *shard.settled]
-        calendar_ms = self._clock()
-        arguments = [*pack_hold(request, calendar_ms, self._window_ms, is_preview), str(self._may_differ_ms)]
+        shard, tenant, gateway_now = shard_for(request.tenant), request.tenant, self._clock()
         async with guarded():
-            reply = cast(list[str], await self._hold(keys=names, args=arguments))
-        return unpack_hold(request, reply, calendar_ms)
+            reply = await self._hold.reply(
+                keys={
+                    "account": shard.account(tenant),
+                    "buckets": shard.buckets(tenant),
+                    "retired": shard.retired(tenant),
+                    "holds": shard.holds,
+                    "leases": shard.leases,
+                    "limits": shard.limits(tenant),
+                    "slots": shard.slots(tenant, request.counted_key),
+                    "settled": shard.settled,
+                },
+                args={
+                    **pack_hold(request),
+                    "gateway_now": gateway_now,
+                    "window": self._window_ms,
+                    "is_preview": is_preview,
+                    "may_differ": self._may_differ_ms,
+                },
+            )
+        return unpack_hold(request, reply, gateway_now)
 
     async def extend(self, request: HoldRequest, total_nanos: Nanos, least_nanos: Nanos) -> Nanos:
         """Raise an open hold to a total, or as near to it as the credit allows, at the price it was made at.
@@ -127,31 +142,41 @@ class Ledger:
             UnknownHold: it was settled, or its lease ended.
             StoreUnavailable: whether it took effect is unknown; extend again, or settle.
         """
-        shard, tenant = shard_for(request.tenant), request.tenant
-        names = [shard.account(tenant), shard.buckets(tenant), shard.holds]
-        calendar_ms = self._clock()
-        arguments: list[str | int] = [request.request_id, tenant, total_nanos, least_nanos, calendar_ms]
+        shard, tenant, gateway_now = shard_for(request.tenant), request.tenant, self._clock()
         async with guarded():
-            reply = cast(list[str], await self._extend(keys=names, args=arguments))
-        return unpack_extension(request, reply, least_nanos, calendar_ms)
+            reply = await self._extend.reply(
+                keys={"account": shard.account(tenant), "buckets": shard.buckets(tenant), "holds": shard.holds},
+                args={
+                    "id": request.request_id,
+                    "tenant": tenant,
+                    "total": total_nanos,
+                    "least": least_nanos,
+                    "gateway_now": gateway_now,
+                },
+            )
+        return unpack_extension(request, reply, least_nanos, gateway_now)
 
     async def checkpoint(self, progress: Sequence[Progress]) -> frozenset[RequestId]:
         """Renew the leases of running requests and note what each has cost so far.
 
         Returns:
-            Ids that are no longer held: what they generate from here on is nobody's.
+            Ids that are no longer held: what they generate from here on is not paid for.
 
         Raises:
             StoreUnavailable: some or all leases were not renewed.
         """
-        by_shard: defaultdict[int, list[str]] = defaultdict(list)
+        by_shard: defaultdict[int, list[tuple[str, str, int, int]]] = defaultdict(list)
         for one in progress:
-            by_shard[shard_of(one.tenant)] += [one.request_id, pack_usage(one.usage), str(one.list_nanos)]
+            row = (one.request_id, pack_usage(one.usage), one.list_nanos, one.held_nanos)
+            by_shard[shard_of(one.tenant)].append(row)
         gone: set[RequestId] = set()
         async with guarded(SWEEP_SILENCE_S):
-            for number, arguments in by_shard.items():
+            for number, rows in by_shard.items():
                 shard = Shard(number)
-                gone |= set(await self._checkpoint(keys=[shard.holds, shard.leases], args=arguments))
+                reply = await self._checkpoint.reply(
+                    keys={"holds": shard.holds, "leases": shard.leases}, args={"requests": rows}
+                )
+                gone |= {RequestId(request_id) for (request_id,) in reply.rows}
         return frozenset(gone)
 
     async def settle(self, settlement: Settlement) -> Receipt:
@@ -160,7 +185,7 @@ class Ledger:
         Raises:
             UnknownHold: the id was never held, or was settled longer ago than is remembered.
             DuplicateRequest: it was settled, and its record has been archived since.
-            Quarantined: the store has lost the hold, and nobody can be sure that it was not charged.
+            UnresolvedSettlement: the store has lost the hold, and it is not sure that it was never charged.
             StoreUnavailable: whether it took effect is unknown; settle again.
         """
         receipt = await self._settle_known(settlement)
@@ -172,20 +197,28 @@ class Ledger:
         return receipt
 
     async def _settle_known(self, settlement: Settlement) -> Receipt | None:
-        shard, tenant = shard_for(settlement.tenant), settlement.tenant
-        arguments: list[str | int] = [settlement.request_id, tenant, settlement.status]
-        arguments += [pack_usage(settlement.usage), settlement.list_nanos, self._clock(), self._window_ms]
-        arguments += [settlement.origin.held if settlement.origin else 0]
         async with guarded():
-            reply = cast(list[str], await self._settle(keys=shard.settling(tenant), args=arguments))
-        if reply[0] == "unknown":
+            reply = await self._settle.reply(
+                keys=_ending_keys(settlement.tenant),
+                args={
+                    "id": settlement.request_id,
+                    "tenant": settlement.tenant,
+                    "status": settlement.status.value,
+                    "usage": pack_usage(settlement.usage),
+                    "list": settlement.list_nanos,
+                    "held": settlement.snapshot.held if settlement.snapshot else 0,
+                    "gateway_now": self._clock(),
+                    "window": self._window_ms,
+                },
+            )
+        if reply.state == "unknown":
             return None
-        if reply[0] == "duplicate":
+        if reply.state == "duplicate":
             raise DuplicateRequest(settlement.request_id)
-        return Receipt(UsageRecord.from_json(reply[1]), is_repeat=reply[0] == "repeat")
+        return Receipt(UsageRecord.from_json(reply["record"]), is_repeat=reply.state == "repeat")
 
     async def _acknowledge(self, movement: Movement) -> None:
-        """Nobody is told before enough replicas have it."""
+        """Wait until enough replicas have it: only then does its sender get an answer."""
         await replicated(self._redis, shard_for(movement.tenant).pulse)
         if self._on_done is not None:
             self._on_done(movement)
@@ -195,13 +228,26 @@ class Ledger:
         await self.settle(Settlement(request_id, tenant, NOTHING, Nanos(0), Status.FAILED))
 
     async def expire(self, limit: int = 100) -> int:
-        """Bill the last checkpoint of up to ``limit`` holds whose lease has ended; how many. Any process may."""
+        """Bill the last checkpoint of up to ``limit`` holds whose lease has ended; how many. Any process may.
+
+        A hold that cannot be ended keeps no other from it: it is named in the log and tried again each time.
+        """
         expired = 0
-        for shard, request_id, tenant in await self._overdue(limit):
-            arguments: list[str | int] = [request_id, self._clock(), self._window_ms]
-            async with guarded():
-                expired += int(await self._expire(keys=shard.settling(tenant), args=arguments))
+        for _, request_id, tenant in await self._overdue(limit + len(self._damaged)):
+            args: dict[str, Argument] = {"id": request_id, "gateway_now": self._clock(), "window": self._window_ms}
+            try:
+                async with guarded():
+                    expired += await self._expire.number(keys=_ending_keys(tenant), args=args)
+            except ResponseError as error:
+                self._note_damaged(request_id, error)
+            else:
+                self._damaged.discard(request_id)
         return expired
+
+    def _note_damaged(self, request_id: RequestId, error: Exception) -> None:
+        if request_id not in self._damaged:
+            logger.error("hold %s is over and cannot be ended: %s", request_id, error)
+        self._damaged.add(request_id)
 
     async def _overdue(self, limit: int) -> list[tuple[Shard, RequestId, TenantId]]:
         async with guarded(SWEEP_SILENCE_S):
@@ -215,7 +261,14 @@ class Ledger:
             for shard, request_id in found:
                 pipe.hget(shard.holds, request_id)
             holds = await pipe.execute() if found else []
-        return [(s, RequestId(i), tenant_in(h)) for (s, i), h in zip(found, holds, strict=True) if h]
+        overdue = []
+        for (shard, request_id), text in zip(found, holds, strict=True):
+            try:
+                if text:
+                    overdue.append((shard, RequestId(request_id), tenant_in(text)))
+            except (ValueError, KeyError, TypeError) as error:
+                self._note_damaged(RequestId(request_id), error)
+        return overdue
 
     async def open_holds(self) -> int:
         """Holds of all tenants that are not settled yet."""
@@ -237,13 +290,67 @@ class Ledger:
         """
         if not 0 < grant.amount <= MAX_GRANT_NANOS:
             raise GrantRefused(grant.source, out_of_bounds(grant.unit, grant.amount))
-        shard, tenant = shard_for(grant.tenant), grant.tenant
-        names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, grant.source)]
-        arguments: list[str | int] = [tenant, grant.source, letter_of(grant.unit), grant.amount]
-        arguments += [grant.expires_at_ms or 0, ",".join(grant.adapters)]
-        is_new = await self._move(self._grant, grant.source, names, arguments) != "repeat"
+        is_new = await self._fill(
+            grant.tenant,
+            {
+                "kind": "grant",
+                "source": grant.source,
+                "unit": letter_of(grant.unit),
+                "amount": grant.amount,
+                "expires": grant.expires_at_ms or 0,
+                "adapters": ",".join(grant.adapters),
+                "reason": "",
+                "content": f"{letter_of(grant.unit)}{grant.amount}",
+            },
+        )
         await self._acknowledge(grant)
         return is_new
+
+    async def adjust(self, adjustment: Adjustment) -> bool:
+        """Correct what a tenant has, up or down, once per source.
+
+        Returns:
+            False where this source was counted before.
+
+        Raises:
+            GrantRefused: nothing, or more than can be counted exactly.
+            SourceReused: the source stands for another movement.
+        """
+        if not 0 < abs(adjustment.amount) <= MAX_GRANT_NANOS:
+            raise GrantRefused(adjustment.source, out_of_bounds(adjustment.unit, adjustment.amount))
+        is_new = await self._fill(
+            adjustment.tenant,
+            {
+                "kind": "adjust",
+                "source": adjustment.source,
+                "unit": letter_of(adjustment.unit),
+                "amount": adjustment.amount,
+                "expires": 0,
+                "adapters": "",
+                "reason": adjustment.reason,
+                "content": f"a{letter_of(adjustment.unit)}{adjustment.amount}",
+            },
+        )
+        await self._acknowledge(adjustment)
+        return is_new
+
+    async def _fill(self, tenant: TenantId, args: Mapping[str, Argument]) -> bool:
+        """One new bucket; False where it was filled before."""
+        shard, source = shard_for(tenant), str(args["source"])
+        async with guarded():
+            reply = await self._grant.reply(
+                keys={
+                    "account": shard.account(tenant),
+                    "buckets": shard.buckets(tenant),
+                    "stream": shard.stream,
+                    "movements": shard.movement(tenant, ""),
+                    "movement": shard.movement(tenant, source),
+                },
+                args={**self._moving(tenant), **args, "most": MAX_BALANCE_NANOS},
+            )
+        if reply.state == "too_much":
+            raise GrantRefused(source, "the account would hold more than can be counted exactly")
+        return _is_new(reply, source)
 
     async def claw_back(self, clawback: Clawback) -> int:
         """Take back what an earlier grant gave, once per source; before that grant, it waits for it.
@@ -258,14 +365,26 @@ class Ledger:
         if clawback.amount <= 0:
             raise GrantRefused(clawback.source, f"{clawback.amount} units cannot be taken back")
         shard, tenant = shard_for(clawback.tenant), clawback.tenant
-        names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.stream]
-        names += [shard.movement(tenant, clawback.source), shard.movement(tenant, clawback.granted_by)]
-        arguments: list[str | int] = [tenant, clawback.source, clawback.granted_by, clawback.amount]
-        reply = await self._move(self._claw_back, clawback.source, names, arguments)
-        if reply == "not_a_bucket":
+        async with guarded():
+            reply = await self._claw_back.reply(
+                keys={
+                    **_moving_keys(tenant),
+                    "movement": shard.movement(tenant, clawback.source),
+                    "granted": shard.movement(tenant, clawback.granted_by),
+                },
+                args={
+                    **self._moving(tenant),
+                    "source": clawback.source,
+                    "granted_by": clawback.granted_by,
+                    "amount": clawback.amount,
+                    "content": f"c{clawback.amount}:{clawback.granted_by}",
+                },
+            )
+        if reply.state == "not_a_bucket":
             raise GrantRefused(clawback.source, f"{clawback.granted_by} filled no bucket")
+        _is_new(reply, clawback.source)
         await self._acknowledge(clawback)
-        return int(reply)
+        return reply.number("taken")
 
     async def restore(self, clawback: Clawback) -> int:
         """Give back what an earlier clawback took, once; what it still waits to take it will not.
@@ -278,33 +397,27 @@ class Ledger:
             SourceReused: the restoration's source stands for another movement.
         """
         shard, tenant, source = shard_for(clawback.tenant), clawback.tenant, f"restore:{clawback.source}"
-        names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant), shard.stream]
-        names += [shard.movement(tenant, name) for name in (source, clawback.source, clawback.granted_by)]
-        reply = await self._move(self._restore, source, names, [tenant, source, clawback.source, clawback.granted_by])
-        if reply == "unknown":
+        async with guarded():
+            reply = await self._restore.reply(
+                keys={
+                    **_moving_keys(tenant),
+                    "movement": shard.movement(tenant, source),
+                    "clawback": shard.movement(tenant, clawback.source),
+                    "granted": shard.movement(tenant, clawback.granted_by),
+                },
+                args={
+                    **self._moving(tenant),
+                    "source": source,
+                    "undone": clawback.source,
+                    "granted_by": clawback.granted_by,
+                    "content": f"u{clawback.source}",
+                },
+            )
+        if reply.state == "unknown":
             raise GrantRefused(source, f"{clawback.source} took nothing back")
+        _is_new(reply, source)
         await self._acknowledge(Restoration(clawback))
-        return int(reply)
-
-    async def adjust(self, adjustment: Adjustment) -> bool:
-        """Correct what a tenant has, up or down, once per source.
-
-        Returns:
-            False where this source was counted before.
-
-        Raises:
-            GrantRefused: nothing, or more than can be counted exactly.
-            SourceReused: the source stands for another movement.
-        """
-        if not 0 < abs(adjustment.amount) <= MAX_GRANT_NANOS:
-            raise GrantRefused(adjustment.source, out_of_bounds(adjustment.unit, adjustment.amount))
-        shard, tenant = shard_for(adjustment.tenant), adjustment.tenant
-        names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, adjustment.source)]
-        arguments: list[str | int] = [tenant, adjustment.source, letter_of(adjustment.unit), adjustment.amount]
-        arguments += [adjustment.reason]
-        is_new = await self._move(self._adjust, adjustment.source, names, arguments) != "repeat"
-        await self._acknowledge(adjustment)
-        return is_new
+        return reply.number("given")
 
     async def repay_overage(self, source: str, tenant: TenantId, nanos: int) -> bool:
         """Lower settled exposure when the payment that bills it succeeded, once per source.
@@ -314,22 +427,23 @@ class Ledger:
         """
         assert nanos >= 0, "a payment is not negative"
         shard = shard_for(tenant)
-        names = [shard.account(tenant), shard.buckets(tenant), shard.stream, shard.movement(tenant, source)]
-        reply = await self._move(self._repay, source, names, [tenant, source, nanos])
-        await self._acknowledge(Repayment(source, tenant, nanos))
-        return reply != "repeat"
-
-    async def _move(
-        self, script: AsyncScript, source: str, names: Sequence[str], arguments: Sequence[str | int]
-    ) -> str:
-        """One movement of credit by its own id. Raises SourceReused, GrantRefused."""
         async with guarded():
-            reply = await script(keys=names, args=[*arguments, self._clock(), MOVEMENT_TTL_MS, MAX_BALANCE_NANOS])
-        if reply == "reused":
-            raise SourceReused(source)
-        if reply == "too_much":
-            raise GrantRefused(source, "the account would hold more than can be counted exactly")
-        return str(reply)
+            reply = await self._repay.reply(
+                keys={
+                    "account": shard.account(tenant),
+                    "buckets": shard.buckets(tenant),
+                    "stream": shard.stream,
+                    "movement": shard.movement(tenant, source),
+                },
+                args={**self._moving(tenant), "source": source, "amount": nanos, "content": f"o{nanos}"},
+            )
+        is_new = _is_new(reply, source)
+        await self._acknowledge(Repayment(source, tenant, nanos))
+        return is_new
+
+    def _moving(self, tenant: TenantId) -> dict[str, Argument]:
+        """What every movement of credit says besides what it moves."""
+        return {"tenant": tenant, "gateway_now": self._clock(), "ttl": MOVEMENT_TTL_MS}
 
     async def spent(self, tenant: TenantId, month_start_ms: int) -> Nanos:
         """What the tenant's requests held in that month were charged so far."""
@@ -338,11 +452,53 @@ class Ledger:
         return Nanos(int(spent or 0)) if month == str(month_start_ms) else Nanos(0)
 
     async def account(self, tenant: TenantId, funding: Funding | None = None) -> Account:
-        """The account as of now, without buckets that expired with nothing owed; ``funding``: as a hold finds it."""
-        shard, given = shard_for(tenant), funding.allowance if funding else None
-        names = [shard.account(tenant), shard.buckets(tenant), shard.retired(tenant)]
+        """The account as of now, with the allowance in force and no credit; ``funding``: as a hold would find it."""
+        shard = shard_for(tenant)
         async with guarded():
-            numbers, flat, retired = await self._account(keys=names, args=[given.id if given else ""])
-        found = unpack_account(tenant, numbers, pairs(flat), self._clock())
-        kept = unpack_allowance(given, pairs(flat).get(given.id) or retired) if given else None
-        return found if funding is None else found.beside(kept)
+            reply = await self._account.reply(
+                keys={
+                    "account": shard.account(tenant),
+                    "buckets": shard.buckets(tenant),
+                    "retired": shard.retired(tenant),
+                },
+                args={
+                    "gateway_now": self._clock(),
+                    "is_funded": funding is not None,
+                    **pack_funding(funding or Funding()),
+                },
+            )
+        return unpack_account(tenant, reply)
+
+
+def _ending_keys(tenant: TenantId) -> Mapping[str, str | Sequence[str]]:
+    """Every key that ending a hold may touch."""
+    shard = shard_for(tenant)
+    return {
+        "account": shard.account(tenant),
+        "buckets": shard.buckets(tenant),
+        "holds": shard.holds,
+        "leases": shard.leases,
+        "limits": shard.limits(tenant),
+        "stream": shard.stream,
+        "movements": shard.movement(tenant, ""),
+        "settled": shard.settled,
+    }
+
+
+def _moving_keys(tenant: TenantId) -> Mapping[str, str]:
+    """What taking credit back and giving it back touch besides their markers."""
+    shard = shard_for(tenant)
+    return {
+        "account": shard.account(tenant),
+        "buckets": shard.buckets(tenant),
+        "retired": shard.retired(tenant),
+        "stream": shard.stream,
+        "movements": shard.movement(tenant, ""),
+    }
+
+
+def _is_new(reply: Reply, source: str) -> bool:
+    """Whether a movement was made now, and not before. Raises SourceReused."""
+    if reply.state == "reused":
+        raise SourceReused(source)
+    return reply.state != "repeat"

@@ -1,7 +1,7 @@
-"""The movements of the last seconds, sent again when the store may have lost them.
+"""Sends the movements of the last seconds again when the store may have lost them.
 
-Knows who the store is and until when it was the same. Each movement counts once by its own id, so that
-sending it again is harmless where nothing was lost.
+That is when the store was started again or another has taken its place. Each movement counts once by its own id, so
+that sending it again is harmless where nothing was lost.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ PROBE_S = 0.5
 WINDOW_S = 10.0
 """How much a store may lose: more than an unsynced log (2 s) or a lagging replica does."""
 MOST = 50_000
-"""Movements of one process, about 50 MB; more in a window than that and the oldest are not sent again."""
+"""Movements of one process, about 50 MB; if more come within a window, the oldest are not sent again."""
 
 Verify = Callable[[], Awaitable[None]]
 Identify = Callable[[], Awaitable[frozenset[str]]]
@@ -45,26 +45,26 @@ class Recent:
             self._noted.popleft()
 
     def take(self) -> list[Movement]:
-        """All of them, grants first: settles draw on what those gave. Repayments keep their turn among these."""
+        """All of them, grants first, because settles draw on what those gave; repayments in turn with settles."""
         taken = [movement for _, movement in self._noted]
         self._noted.clear()
         return sorted(taken, key=lambda movement: isinstance(movement, Settlement | Repayment))
 
 
 class Replay:
-    """Watches the store on behalf of one process."""
+    """Watches, for one process, whether the store is still the same."""
 
     def __init__(
         self, ledger: Ledger, recent: Recent, identify: Identify, verify: Verify, window_s: float = WINDOW_S
     ) -> None:
-        """``recent`` is told by the ledger itself of what was acknowledged."""
+        """``recent``: where the ledger notes what was acknowledged."""
         self._ledger, self._recent, self._window_s = ledger, recent, window_s
         self._identify, self._verify = identify, verify
         self._identity: frozenset[str] | None = None
         self._refusal: StoreRefused | None = None
 
     async def run(self) -> None:
-        """Watch until cancelled. Outlives an absent store and our bugs."""
+        """Watch until cancelled. Neither an absent store nor an unexpected error ends it."""
         while True:
             await asyncio.sleep(PROBE_S)
             try:
@@ -76,12 +76,12 @@ class Replay:
                 logger.exception("%d movements may have to be sent again", len(self._recent))
 
     def check(self) -> None:
-        """Raises StoreUnavailable while another store has taken over that is not fit to keep money."""
+        """Raises StoreUnavailable while the store was replaced by one that is not fit to keep money."""
         if self._refusal is not None:
             raise StoreUnavailable(f"the metering store was replaced, and {self._refusal}")
 
     async def watch_once(self) -> int:
-        """Look who the store is. What was acknowledged long before it was last the same is safe and forgotten.
+        """Compare the store's identity. What was acknowledged long before it was last the same is safe and forgotten.
 
         Returns:
             How many movements were sent again.
@@ -100,7 +100,7 @@ class Replay:
         return resent
 
     async def _judge(self) -> None:
-        """What was asked at the start holds for every store that takes its place."""
+        """What is required of a store at the start is required of every one that takes its place."""
         try:
             await self._verify()
             self._refusal = None

@@ -1,7 +1,7 @@
 """Settlements that wait on this machine's disk while the store is away.
 
-Knows files; settling is the ledger's. A settlement is appended before its sender is told and
-removed only after the ledger has it, so a crash in between settles twice, which is once.
+A settlement is appended before its sender gets an answer and removed only after the ledger has it. A crash in between
+settles twice, which counts once.
 """
 
 import asyncio
@@ -27,14 +27,14 @@ MAX_PENDING = 100_000
 """Settlements of one process, about 30 MB."""
 BATCH = 2_000
 REFUSED = "refused.txt"
-"""Lines that the ledger refused or nobody can read, for people; never dropped."""
+"""Lines that the ledger refused or that cannot be read, for the operator; never dropped."""
 
 
 logger = logging.getLogger(__name__)
 
 
 class SpoolFull(BillingError):
-    """More settlements wait than may; this process must admit nothing new."""
+    """As many settlements wait as may; this process must admit nothing new."""
 
 
 class Spool:
@@ -55,7 +55,7 @@ class Spool:
 
     @property
     def refused(self) -> int:
-        """Settlements in this folder that no ledger took; a person must look at them. Reads the disk."""
+        """Settlements in this folder that the ledger refused; the operator must look at them. Reads the disk."""
         try:
             return (self._folder / REFUSED).read_bytes().count(b"\n")
         except FileNotFoundError:
@@ -161,7 +161,7 @@ class Spool:
 
 
 async def _give_back(ledger: Ledger, record: UsageRecord) -> None:
-    """What a record charged for an answer that nobody got; once, whatever is replayed."""
+    """Give back, once, what a record charged for an answer that was not delivered."""
     reason = f"{record.record_id} charged an answer that was not delivered"
     for unit in Unit:
         if amount := sum(draw.amount for draw in record.draws if draw.unit is unit):
@@ -171,7 +171,7 @@ async def _give_back(ledger: Ledger, record: UsageRecord) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A locked file of lines. Half a line at its end is one whose sender was never told that it is kept."""
+    """A locked file of lines. Half a line at its end was never acknowledged to its sender."""
 
     path: Path
     handle: FileIO
@@ -201,7 +201,7 @@ def _create(folder: Path) -> _File:
     """A new file, locked for as long as we live and from before it has the name that others look for."""
     name = f"{uuid4().hex}.jsonl"
     file = _open_locked(folder / f"new-{name}")
-    assert file is not None, "nobody else knows the name yet"
+    assert file is not None, "no other process has the name yet"
     path = file.path.rename(folder / f"settles-{name}")
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)

@@ -11,7 +11,7 @@ from billing.notices.notice import Notice
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import NOTICES, NOTICES_SENT, NOTICES_TOLD
-from billing.store.scripts import source
+from billing.store.scripts import Script
 
 KEPT = 10_000
 REMEMBERED_MS = 400 * 24 * 3_600_000
@@ -32,13 +32,22 @@ class Sent:
 class Notices:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._tell = redis.register_script(source("notices/tell"))
+        self._tell = Script(redis, "notices/tell")
 
     async def record(self, notice: Notice) -> bool:
         """Add a notice to the log; False where the same was recorded before."""
-        arguments: list[str | int] = [notice.once, notice.to_json(), notice.at_ms, notice.at_ms - REMEMBERED_MS, KEPT]
         async with guarded(BULK_DEADLINE_S):
-            return bool(await self._tell(keys=[NOTICES, NOTICES_TOLD], args=arguments))
+            is_new = await self._tell.number(
+                keys={"log": NOTICES, "told": NOTICES_TOLD},
+                args={
+                    "once": notice.once,
+                    "notice": notice.to_json(),
+                    "at": notice.at_ms,
+                    "remembered_from": notice.at_ms - REMEMBERED_MS,
+                    "kept": KEPT,
+                },
+            )
+        return bool(is_new)
 
     async def newest(self, count: int = 100) -> list[Notice]:
         """The newest first."""

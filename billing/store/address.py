@@ -1,6 +1,6 @@
-"""What ``REDIS_URL`` says: one server, a service that sentinels watch, or a cluster.
+"""Reads ``REDIS_URL``: the address of one server, of a service that sentinels watch, or of a cluster.
 
-Knows the forms of the address; opens nothing, and repeats no address in an error: it may hold a password.
+No error repeats the address, which may contain a password.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ Options = dict[str, Any]
 
 class Shape(StrEnum):
     SINGLE = "single"
-    """One server, or the first node that was named of a cluster."""
+    """One server; it may turn out to be a node of a cluster."""
     SENTINEL = "sentinel"
     CLUSTER = "cluster"
 
@@ -41,19 +41,19 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the store is, and what its connections need besides host and port."""
+    """Where the store is, and the other options of its connections."""
 
     shape: Shape
     nodes: tuple[Node, ...]
-    """Sentinels or nodes to ask first; none for a unix socket."""
+    """The server, or the sentinels or cluster nodes to ask first; none for a unix socket."""
     options: Mapping[str, Any]
     service: str = ""
-    """The name under which sentinels know the primary."""
+    """The name of the primary at its sentinels."""
     sentinel_options: Mapping[str, Any] | None = None
 
 
 def parse(url: str) -> Address:
-    """Raises StoreRefused where the address has none of the known forms."""
+    """Raises StoreRefused if the address has none of the known forms."""
     scheme = url.partition("://")[0]
     base, _, shape = scheme.partition("+")
     try:
@@ -75,7 +75,7 @@ def _many(url: str, base: str, shape: Shape) -> Address:
     if shape is Shape.CLUSTER and (service or db):
         raise ValueError("a cluster has one database and no service name")
     if shape is Shape.SENTINEL and not service:
-        raise ValueError("after the sentinels comes /SERVICE, the name they watch the store under")
+        raise ValueError("after the sentinels comes /SERVICE, the name of the store at its sentinels")
     each: list[Options] = [
         {**parse_url(f"{base}://{user}{at}{host}/{db}?{parts.query}")} for host in hosts.split(",") if host
     ]
@@ -93,5 +93,5 @@ _SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
 
 
 def _node(options: Options, default_port: int) -> Node:
-    """Takes host and port out of the options."""
+    """Take host and port out of the options."""
     return Node(str(options.pop("host", "localhost")), int(options.pop("port", default_port)))

@@ -1,7 +1,15 @@
-"""A cluster used like one store: each command goes to the primary that has its key's slot.
+"""A client of a Redis Cluster that is used like a client of one server: each command goes to the primary of its key.
 
-Knows slots and redirections. Built on one plain client per primary, because redis-py's own cluster
-client refuses pipelined scripts and waits for a hung node without the bound that ``guarded`` sets.
+Why not ``redis.asyncio.RedisCluster`` (8.1.0)? Measured beside this client on three nodes with a replica each:
+
+* A primary hangs and its replica is promoted. Here the next call after the promotion is served, and calls before are
+  refused after 0.25 s. There, without timeouts of its own, a call waits for 5 s and the new primary is never found,
+  because a cancelled call does not make it look; with a timeout of 0.24 s a call is refused after 0.50 s.
+* 1,000 calls at once for one shard: here all wait for their turn. There 900 fail at once (its pool does not wait).
+* A node lost its scripts while another one hangs: here the script is sent again to that node alone, in 1 ms. There it
+  is loaded into all primaries, so the call fails with the node that hangs.
+
+It costs less CPU, however: 39 us a call at 32 callers, and 63 us here; as much as here (92 and 96 us) at one caller.
 """
 
 import asyncio
@@ -28,7 +36,7 @@ _EVERYWHERE = ("FLUSHALL", "CONFIG SET")
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """What one node believes."""
+    """What one node says of the cluster."""
 
     is_ok: bool
     epoch: int
@@ -47,11 +55,11 @@ class Cluster(Redis):
         super().__init__(connection_pool=self.at(address.nodes[0]).connection_pool)
 
     async def learn(self) -> None:
-        """Find out which primary has which slots. Raises ConnectionError where no node can say."""
+        """Ask the nodes which primary has which slots. Raises ConnectionError if none answers."""
         await self._learning.result()
 
     def suspect(self) -> None:
-        """Find it out again, meanwhile: a node did not answer, or sent a command elsewhere."""
+        """Ask again in the background, because a node did not answer or redirected a command."""
         self._learning.start()
 
     @property
@@ -59,20 +67,20 @@ class Cluster(Redis):
         return {node: self.at(node) for node in dict.fromkeys(self._owners)}
 
     def at(self, node: Node) -> Redis:
-        """The plain client of one node."""
+        """Return the client of one node."""
         if node not in self._clients:
             self._clients[node] = Redis.from_pool(pool({**self._options, "host": node.host, "port": node.port}))
         return self._clients[node]
 
     def owner(self, args: Sequence[Any]) -> Node | None:
-        """The node that has a command's key; ``None`` for a command without one."""
+        """Return the node of a command's key; None for a command without a key."""
         key = _key_of(args)
         if not self._owners:
             raise exceptions.ConnectionError("no node of the cluster has answered yet")
         return None if key is None else self._owners[key_slot(self.get_encoder().encode(key))]
 
     def moved(self, error: exceptions.MovedError, asked: Node) -> Node:
-        """Believe a redirection at once. Without a host it means the one that was asked."""
+        """Take a redirection over and return its node. Without a host it means the host that was asked."""
         node = Node(error.host or asked.host, error.port)
         self._owners[error.slot_id] = node
         self.suspect()
@@ -93,34 +101,34 @@ class Cluster(Redis):
         return [await self._ask(node, args, options) for node in self.primaries]
 
     async def _ask(self, node: Node, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        with self.trusting(node):
+        with self.calling(node):
             return await self.at(node).execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
     async def _ask_importing(self, node: Node, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
-        """A slot on its way to another node: the word and the command go over one connection."""
+        """Ask the node to which a slot is being moved: ``ASKING`` and the command go over one connection."""
         pipe = self.at(node).pipeline(transaction=False)
         pipe.execute_command("ASKING")
         pipe.execute_command(*args, **options)
-        with self.trusting(node):
+        with self.calling(node):
             return (await pipe.execute())[1]
 
     @contextmanager
-    def trusting(self, node: Node) -> Iterator[None]:
-        """Around one wait for a node: an answer renews the trust in it, silence makes us look for another."""
-        is_heard = False
+    def calling(self, node: Node) -> Iterator[None]:
+        """Around one call of a node: if it does not answer, the nodes are asked again who has its slots."""
+        has_answered = False
         try:
             with waiting_for(str(node)):
                 yield
-            is_heard = True
+            has_answered = True
         except exceptions.ResponseError:
-            is_heard = True
+            has_answered = True
             raise
         finally:
-            if not is_heard:
+            if not has_answered:
                 self.suspect()
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "Pipeline":
-        """``transaction``: its keys lie in one slot."""
+        """``transaction`` needs all keys in one slot."""
         return _ClusterPipeline(self, transaction)
 
     def register_script(self, script: Any) -> Any:
@@ -155,7 +163,7 @@ class Cluster(Redis):
 
 
 class _Script(AsyncScript):
-    """A script that each primary learns when it is first asked for it there."""
+    """A script that is sent to a node in full when that node does not have it."""
 
     async def __call__(self, keys: Any = None, args: Any = None, client: Any = None) -> Any:
         words = (len(keys), *keys, *(args or ()))
@@ -166,7 +174,7 @@ class _Script(AsyncScript):
 
 
 class _ClusterPipeline(Pipeline):
-    """Commands for many nodes, each node's in one round trip and all nodes at once."""
+    """Commands for several nodes: one round trip for each node, all of them at once."""
 
     def __init__(self, cluster: Cluster, transaction: bool) -> None:
         super().__init__(cluster.connection_pool, cluster.response_callbacks, transaction, None)
@@ -177,7 +185,7 @@ class _ClusterPipeline(Pipeline):
         parts: dict[Node, list[int]] = {}
         node: Node | None = None
         for number, (args, _) in enumerate(stack):
-            node = self._cluster.owner(args) or node  # one without a key belongs to the one before it
+            node = self._cluster.owner(args) or node  # a command without a key belongs to the one before it
             assert node is not None, "a pipeline begins with a key"
             parts.setdefault(node, []).append(number)
         assert len(parts) <= 1 or not self.is_transaction, "a transaction's keys lie in one slot"
@@ -209,7 +217,7 @@ class _ClusterPipeline(Pipeline):
     async def _send(self, node: Node, stack: list[Any]) -> list[Any]:
         pipe = self._cluster.at(node).pipeline(transaction=self.is_transaction)
         pipe.command_stack = stack
-        with self._cluster.trusting(node):
+        with self._cluster.calling(node):
             return await pipe.execute(raise_on_error=False)
 
 

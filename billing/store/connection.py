@@ -1,6 +1,6 @@
-"""How to reach the store, who it is, and whether it is fit to keep money.
+"""Connects to the store and verifies that it is fit to keep money.
 
-Every file of ``billing/store`` talks to the store inside ``guarded``; nobody else sees its errors.
+Calls of what this returns are made inside ``guarded``, so that callers see this project's errors and not redis-py's.
 """
 
 from collections.abc import Mapping
@@ -17,25 +17,25 @@ from billing.store.errors import StoreRefused, StoreUnavailable
 from billing.store.guard import guarded as guarded
 from billing.store.guard import is_unfit
 from billing.store.primary import Sentinels, pool
+from billing.store.schema import open_schema
 
-_replicas_needed: WeakKeyDictionary[Redis, int] = WeakKeyDictionary()
 Durability = Literal["strict", "trusted"]
+_replicas_needed: WeakKeyDictionary[Redis, int] = WeakKeyDictionary()
 
 START_SILENCE_S = 1.0
-"""No client waits for a start."""
+"""The silence allowed at start, for which no request waits."""
 REPLICAS_PATIENCE_MS = 150
-SCHEMA = "1"
 OLDEST = {"Redis": (6, 2), "Valkey": (8, 0)}
 
 
 async def connect(url: str, *, durability: Durability = "strict", min_replicas_acked: int = 0) -> Redis:
-    """A client of a store that was verified: one server, the primary that sentinels name, or a cluster.
+    """Return a client of a verified store: one server, the primary that sentinels name, or a cluster.
 
-    ``min_replicas_acked``: how many replicas must have a movement of money before it is acknowledged.
+    ``min_replicas_acked``: how many replicas must have a movement of credit before it is acknowledged.
 
     Raises:
-        StoreUnavailable: it does not answer.
-        StoreRefused: it would lose or evict money, or is too old.
+        StoreUnavailable: the store does not answer.
+        StoreRefused: it is not fit to keep money, or has another schema.
     """
     redis = await reach(url)
     try:
@@ -49,11 +49,11 @@ async def connect(url: str, *, durability: Durability = "strict", min_replicas_a
 
 
 async def reach(url: str) -> Redis:
-    """A client of the store, of whatever shape, not verified: enough to read what is no money.
+    """Return a client of the store, of any shape, without verifying it.
 
     Raises:
-        StoreUnavailable: it does not answer.
-        StoreRefused: the address is none.
+        StoreUnavailable: the store does not answer.
+        StoreRefused: the address cannot be read.
     """
     address = parse(url)
     redis = _open(address)
@@ -71,17 +71,17 @@ async def reach(url: str) -> Redis:
 
 
 async def replicated(redis: Redis, key: str) -> None:
-    """Wait until enough replicas have everything written so far where ``key`` lies. Writes to it.
+    """Wait until enough replicas have what was written so far to the node of ``key``. Writes to the key.
 
     Raises:
-        StoreUnavailable: they do not in time; what was written stands, and is waited for again when it is sent again.
+        StoreUnavailable: too few have it in time. What was written stands; send it again to wait again.
     """
     needed = _replicas_needed.get(redis, 0)
     if not needed:
         return
     async with guarded():
         pipe = redis.pipeline(transaction=False)
-        pipe.set(key, "")  # a connection waits for its own last write only
+        pipe.set(key, "")  # WAIT is about the last write of its own connection
         pipe.execute_command("WAIT", needed, REPLICAS_PATIENCE_MS)
         _, having = await pipe.execute()
     if having < needed:
@@ -89,7 +89,7 @@ async def replicated(redis: Redis, key: str) -> None:
 
 
 async def identity(redis: Redis) -> frozenset[str]:
-    """Which servers keep the books now. It changes when one was started again or another took its place.
+    """Identify the servers that are the store now. Changes when one was restarted or replaced.
 
     Raises:
         StoreUnavailable: one of them does not answer.
@@ -115,7 +115,7 @@ def _open(address: Address) -> Redis:
 
 
 class _Watched(Redis):
-    """A client of whatever the sentinels say is the primary."""
+    """A client of the primary that the sentinels name."""
 
     def __init__(self, address: Address) -> None:
         self._sentinels = Sentinels(address, self._drop_idle)
@@ -136,19 +136,30 @@ async def _is_clustered(redis: Redis) -> bool:
 
 
 def primaries_of(redis: Redis) -> Mapping[str, Redis]:
-    """A client of each server that takes writes, by a name for people."""
+    """Return a client of each server that takes writes, by a name for people."""
     if isinstance(redis, Cluster):
         return {f"{node} of the cluster": client for node, client in redis.primaries.items()}
     return {"the store": redis}
 
 
 async def verify(redis: Redis, durability: Durability = "strict") -> None:
-    """Check, once at start, that acknowledged writes stay. ``trusted`` takes the operator's word for it.
+    """Check that the store is fit to keep money and has this farebox's schema.
 
     Raises:
         StoreUnavailable: it does not answer.
-        StoreRefused: it evicts keys, acknowledges before its log is on disk, is too old, holds data of another
-            layout.
+        StoreRefused: ``verify_server`` refuses it, or it has another schema.
+    """
+    await verify_server(redis, durability)
+    async with guarded(START_SILENCE_S):
+        await open_schema(redis)
+
+
+async def verify_server(redis: Redis, durability: Durability = "strict") -> None:
+    """Check that acknowledged writes stay, whatever they are. ``trusted`` takes the operator's word for it.
+
+    Raises:
+        StoreUnavailable: it does not answer.
+        StoreRefused: it evicts keys, acknowledges a write before its log is on disk, or is too old.
     """
     async with guarded(START_SILENCE_S):
         for name, server in primaries_of(redis).items():
@@ -157,19 +168,10 @@ async def verify(redis: Redis, durability: Durability = "strict") -> None:
             if durability == "strict":
                 _refuse_lossy(name, info)
                 _refuse_late(name, await _log_sync(server))
-        await redis.hsetnx(keys.META, "schema", SCHEMA)
-        await redis.hsetnx(keys.META, "shards", str(keys.SHARDS))
-        schema, shards = await redis.hmget(keys.META, ["schema", "shards"])
-    found, needed = (schema, shards), (SCHEMA, str(keys.SHARDS))
-    if found != needed:
-        raise StoreRefused(
-            f"the store's schema and shard count are {found} and this farebox needs {needed}: "
-            "point REDIS_URL at a store of its own"
-        )
 
 
 def _refuse_old(name: str, info: Mapping[str, Any]) -> None:
-    """Valkey also names the Redis whose protocol it speaks."""
+    """Valkey reports the version of the Redis whose protocol it speaks as well as its own."""
     product = "Valkey" if "valkey_version" in info else "Redis"
     version = str(info.get("valkey_version") or info.get("redis_version", "0"))
     found = tuple(int(part) for part in version.split(".")[:2])
@@ -190,7 +192,7 @@ def _refuse_lossy(name: str, info: Mapping[str, Any]) -> None:
 
 
 async def _log_sync(redis: Redis) -> str | None:
-    """When the store's log reaches the disk, in its own word; ``None`` where it may not be asked."""
+    """The setting ``appendfsync``; None where ``CONFIG GET`` is denied."""
     try:
         found = await redis.config_get("appendfsync")
     except exceptions.ResponseError as error:
@@ -203,7 +205,7 @@ async def _log_sync(redis: Redis) -> str | None:
 def _refuse_late(name: str, log_sync: str | None) -> None:
     if log_sync is None:
         raise StoreRefused(
-            f"{name} does not tell when its log reaches the disk (CONFIG GET appendfsync is denied): allow it, "
+            f"{name} does not say when its log reaches the disk (CONFIG GET appendfsync is denied): allow it, "
             "or set `durability: trusted` once its operator vouches that an acknowledged write survives a crash"
         )
     if log_sync != "always":

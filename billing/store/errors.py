@@ -1,4 +1,4 @@
-"""What the store cannot or will not do."""
+"""What the store cannot do."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from billing.errors import BillingError
 
 
 class StoreUnavailable(BillingError):
-    """The store does not answer in time. Nothing was or will be served unmetered."""
+    """The store does not answer in time, or cannot write now. Nothing is served unmetered."""
 
     def __str__(self) -> str:
         return self.args[0] if self.args else "the metering store does not answer: retry shortly"
@@ -14,10 +14,10 @@ class StoreUnavailable(BillingError):
 
 @dataclass(eq=False)
 class ClockSkewError(StoreUnavailable):
-    """This process and the store do not agree on the time: what expires, and in which period, nobody can say."""
+    """The clocks of this process and of the store differ by more than is allowed, so no period is certain."""
 
     ahead_ms: int
-    """Of the store; below zero it is behind."""
+    """How far this process's clock is ahead of the store's; below zero where it is behind."""
 
     def __str__(self) -> str:
         apart = f"{abs(self.ahead_ms) // 1000} s {'ahead of' if self.ahead_ms > 0 else 'behind'}"
@@ -25,4 +25,4 @@ class ClockSkewError(StoreUnavailable):
 
 
 class StoreRefused(BillingError):
-    """The store is not fit to keep money (evicts keys, writes no log, wrong shard count)."""
+    """The store is not fit to keep money: it evicts keys, writes no log, is too old, or has another schema."""

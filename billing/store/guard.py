@@ -1,7 +1,7 @@
-"""Every wait for the store is bounded here, and only here: the client's own timeouts stay off.
+"""Bounds every wait for the store, and turns each of its failures into ``StoreUnavailable``.
 
-Before Python 3.12 those may swallow a task's cancellation. Knows what an answer of the store
-means for a call; knows no key and no address.
+All access to the store goes through ``guarded``. The client's own timeouts stay off: they start anew with each retry,
+they count the time in which this process was suspended, and before Python 3.12 they may swallow a cancellation.
 """
 
 import asyncio
@@ -17,14 +17,15 @@ from billing.store.errors import StoreUnavailable
 
 TICK_S = 0.04
 SILENCE_S = 0.24
-"""A store that answers nobody for so long is down: with the tick before it, 503 within 300 ms."""
+"""A node that answers no call for so long is down: with the tick before it, a request gets its 503 within 300 ms."""
 QUEUE_S = 5.0
-"""The longest that a call waits for its turn while the store answers others."""
+"""The longest that a call waits while the store answers others."""
 BULK_DEADLINE_S = 10.0
-"""For reading many entries, which takes longer than the hot path may wait."""
+"""The silence allowed where many entries are read, which no request waits for."""
 
-_UNFIT = ("OOM", "MISCONF", "NOREPLICAS", "LOADING", "READONLY", "MASTERDOWN", "BUSY")
-_UNFIT_HERE = (
+_UNFIT = ("OOM", "MISCONF", "NOREPLICAS", "LOADING", "READONLY", "MASTERDOWN", "BUSY", "SCHEMA")
+"""First words of errors. ``SCHEMA`` is our scripts' own: the store has another version of the stored forms."""
+_UNFIT_CLASSES = (
     exceptions.OutOfMemoryError,
     exceptions.ReadOnlyError,
     exceptions.NoScriptError,
@@ -33,15 +34,17 @@ _UNFIT_HERE = (
     exceptions.TryAgainError,
     exceptions.AskError,
 )
-"""Answers of a store that is there and cannot write now, or not here; ``MovedError`` is an ``AskError``."""
+"""Errors of a store that runs and cannot write now, or not on this node; ``MovedError`` is an ``AskError``."""
 _ONLY_NODE = ""
 
 
 @asynccontextmanager
 async def guarded(silence_s: float | None = None) -> AsyncIterator[None]:
-    """Turn every way in which the store can fail into ``StoreUnavailable``, in time (``SILENCE_S`` unless told).
+    """Around calls of the store: end them after ``silence_s`` without an answer, ``SILENCE_S`` by default.
 
-    Whether a command took effect is then unknown: every one can be sent again.
+    Raises:
+        StoreUnavailable: the store does not answer, or cannot write. Whether the command took effect is unknown;
+            every command may be sent again.
     """
     try:
         async with asyncio.timeout(None) as timeout:
@@ -62,14 +65,17 @@ async def guarded(silence_s: float | None = None) -> AsyncIterator[None]:
 
 
 def is_unfit(error: exceptions.ResponseError) -> bool:
-    """Older servers wrap what a script met: ``ERR Error running script ... -READONLY You can't write``."""
+    """Does the error mean that the store cannot write now?
+
+    Servers before Redis 7 wrap an error inside a script: ``ERR Error running script ... -READONLY You can't write``.
+    """
     text = str(error)
-    return isinstance(error, _UNFIT_HERE) or text.startswith(_UNFIT) or any(f" -{word} " in text for word in _UNFIT)
+    return isinstance(error, _UNFIT_CLASSES) or text.startswith(_UNFIT) or any(f" -{word} " in text for word in _UNFIT)
 
 
 @contextmanager
 def waiting_for(node: str) -> Iterator[None]:
-    """Say which node of a cluster a guarded call now waits for, so that others' answers do not count for it."""
+    """Inside ``guarded``: name the cluster node that is awaited, so that answers of other nodes do not count for it."""
     watch = _watching.get()
     if watch is not None:
         watch.awaited[node] += 1
@@ -82,14 +88,14 @@ def waiting_for(node: str) -> Iterator[None]:
 
 
 class _Watch:
-    """Ends a call when the node it waits for has been silent towards this whole process for too long.
+    """Ends one guarded call when the node it awaits has answered no call of this process for too long.
 
-    Silence is counted in ticks of the event loop, so that a process which was itself kept from
-    running, or which sent more than the store can answer at once, does not take the store for dead.
+    Silence is counted in ticks of the event loop. A process that was suspended, or that sent more than the store can
+    answer at once, therefore does not take the store for down.
     """
 
     answered_at: ClassVar[dict[str, float]] = {}
-    """When any call of this process was last answered, by node and the loop's clock."""
+    """Time of the last answer to any call of this process, by node, in seconds of the loop's clock."""
 
     def __init__(self, timeout: asyncio.Timeout, silence_s: float) -> None:
         self.loop = asyncio.get_running_loop()
@@ -101,14 +107,15 @@ class _Watch:
 
     def _tick(self) -> None:
         self._waited_s += TICK_S
-        self._silent_s = 0.0 if self._is_heard() else self._silent_s + TICK_S
+        self._silent_s = 0.0 if self._has_answered() else self._silent_s + TICK_S
         self._ticked_at = now = self.loop.time()
         if self._silent_s >= self._silence_s - TICK_S / 2 or self._waited_s >= max(QUEUE_S, self._silence_s):
             self._timeout.reschedule(now)
         else:
             self._timer = self.loop.call_later(TICK_S, self._tick)
 
-    def _is_heard(self) -> bool:
+    def _has_answered(self) -> bool:
+        """Has each awaited node answered some call since the last tick?"""
         awaited = [node for node, calls in self.awaited.items() if calls] or [_ONLY_NODE]
         return all(self.answered_at.get(node, 0.0) > self._ticked_at for node in awaited)
 

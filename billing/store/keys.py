@@ -1,6 +1,10 @@
-"""The names of every key in the store, and which shard a tenant lives in.
+"""The store's schema: every key in it, what the key holds, and the version of these forms.
 
-All keys that one script touches share a hash tag, so that the same scripts run on a cluster.
+A tenant's keys lie in one of 64 shards. All keys of a shard carry its hash tag, ``{s07}``, so that one script may touch
+them on a cluster too. Amounts are nanos, as decimal text.
+
+Raise ``SCHEMA`` when a stored form changes in a way that another version cannot read or must not write, and add a
+step to ``migrations.py``. Entries of the journal are never rewritten: each bears a digest of the one before.
 """
 
 from dataclasses import dataclass
@@ -8,70 +12,73 @@ from zlib import crc32
 
 from billing.usage import TenantId
 
+SCHEMA = 2
+"""Version of the stored forms: 2 from farebox 0.2 on, 1 before. Stands in ``META`` and in each shard's ``schema``."""
+
 SHARDS = 64
-"""Fixed for ever: a tenant's shard is part of every one of its keys. Verified at start."""
+"""Never changes: a tenant's shard is part of each of its keys. Verified at start."""
 
 SETTLED_WINDOWS = 4
-"""A settled id is remembered for its stretch and the two after it; the fourth is being emptied."""
+"""Hashes of settled request ids. An id is found during its own window and the two after it; the fourth is emptied."""
 
 META = "fb:meta"
-"""Hash: schema version and shard count."""
+"""Hash: ``schema``, the version of the stored forms, and ``shards``, their count."""
 TENANTS = "fb:tenants"
-"""Set of tenant ids."""
+"""Set: tenant ids."""
 CUSTOMERS_WANTED = "fb:customers:wanted"
-"""Set of tenant ids that have no Dodo customer yet."""
+"""Set: ids of tenants that have no Dodo customer yet."""
 CUSTOMER_TENANTS = "fb:customers"
 """Hash: Dodo customer id to tenant id."""
 CATALOG_CURRENT = "fb:catalogue:current"
 """String: content hash of the catalog in force."""
 PLANS = "fb:plans"
-"""Hash: name of every plan that was ever in force to JSON of what it last was."""
+"""Hash: name of each plan that was ever in force to JSON of its last form."""
 GATEWAYS = "fb:gateways"
-"""Hash: gateway id to JSON with the catalog hash it serves and when it said so."""
+"""Hash: gateway id to JSON with the content hash of the catalog it serves and the time it last reported."""
 DODO_IDS = "fb:dodo:ids"
-"""Hash: name in our config (``pack:small``, ``plan:pro``, ``meter:charge``) to Dodo's id."""
+"""Hash: name in the configuration (``pack:small``, ``plan:pro``, ``meter:charge``) to Dodo's id."""
 INBOX = "fb:inbox"
-"""Hash: webhook id to JSON of the delivery and what became of it."""
+"""Hash: webhook id to JSON of the delivery and its outcome."""
 INBOX_PARKED = "fb:inbox:parked"
-"""Sorted set: webhook ids that wait for a replay, by the time of their next try."""
+"""Sorted set: ids of webhooks that wait to be applied, by the time of their next try."""
 PAYMENTS = "fb:payments"
 """Hash: payment id to JSON of the credit that it buys, fixed when the payment is first seen."""
 NOTICES = "fb:{notices}:log"
-"""Stream: what the owner should hear of, the newest ten thousand."""
+"""Stream: the newest ten thousand notices to the owner."""
 NOTICES_TOLD = "fb:{notices}:told"
-"""Sorted set: what was told, by time, so that it is told once."""
+"""Sorted set: subjects of notices by time, so that each is noticed once."""
 NOTICES_SENT = "fb:{notices}:sent"
-"""Hash: how far the outgoing webhook has come."""
+"""Hash: the last notice that the outgoing webhook delivered."""
 REFILLS = "fb:refills"
-"""Set: tenants that have set up auto-refill."""
+"""Set: ids of tenants that have set up auto-refill."""
 EXPORTER = "fb:pump"
-"""Hash: the exporter's state for people: last flush, last error, stopped or not."""
-
+"""Hash: the exporter's state as people see it: last flush, last error, stopped or not."""
 CALL_BUDGET = "fb:dodo:budget"
-"""Hash: what is left of this minute's calls to Dodo, when it was seen, and the calls a minute."""
-
+"""Hash: calls to Dodo that are left of this minute, the time of that count, and the calls a minute."""
 PROOF = "fb:proof"
-"""Hash: kind of pass over the books to JSON of what the last one found."""
-
+"""Hash: kind of reconciliation to JSON of its last result."""
 ARCHIVE = "fb:archive"
-"""String: the URL under which archived entries lie."""
+"""String: URL of the archived entries."""
 
 
 def api_key(key_hash: str) -> str:
+    """String: an API key as JSON, by the SHA-256 of its secret."""
     return f"fb:key:{key_hash}"
 
 
 def catalog(content_hash: str) -> str:
+    """String: a published catalog as JSON."""
     return f"fb:catalogue:{content_hash}"
 
 
 def shard_of(tenant: TenantId) -> int:
+    """The number of a tenant's shard."""
     return crc32(tenant.encode()) % SHARDS
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Keys shared by all tenants of one shard."""
+    """Keys of one shard."""
 
     number: int
 
@@ -79,116 +86,120 @@ class Shard:
     def tag(self) -> str:
         return f"fb:{{s{self.number:02d}}}"
 
+    # Shared by all tenants of the shard.
+
+    @property
+    def schema(self) -> str:
+        """String: the version of the shard's stored forms. Scripts of another version write nothing to it."""
+        return f"{self.tag}:schema"
+
     @property
     def holds(self) -> str:
-        """Hash: request id to the open hold."""
+        """Hash: request id to its open hold as JSON."""
         return f"{self.tag}:holds"
 
     @property
     def leases(self) -> str:
-        """Sorted set: request id by the end of its lease in store milliseconds."""
+        """Sorted set: request id by the end of its lease, in milliseconds of the store's clock."""
         return f"{self.tag}:leases"
 
     @property
+    def settled(self) -> tuple[str, ...]:
+        """Hashes, one for each deduplication window in turn: settled request id to its entry id, or to JSON of an
+        expired hold."""
+        return tuple(f"{self.tag}:settled:{turn}" for turn in range(SETTLED_WINDOWS))
+
+    @property
+    def unresolved(self) -> str:
+        """Hash: request id to JSON of a settlement that only a person can decide about, with the reason."""
+        return f"{self.tag}:quarantine"
+
+    @property
     def stream(self) -> str:
-        """Stream of entries: usage records, grants, clawbacks, in the order they took effect."""
+        """Stream, the journal: usage records and movements of credit in the order in which they took effect."""
         return f"{self.tag}:stream"
 
     @property
     def cursor(self) -> str:
-        """Hash: the export cursor and the running sums of what was sealed, acked and dead."""
+        """Hash: how far the journal is sealed and archived; sums of what is sealed, acknowledged and dead."""
         return f"{self.tag}:cursor"
 
     @property
+    def outbox(self) -> str:
+        """Hash: event id to JSON of a sealed event that Dodo has not acknowledged."""
+        return f"{self.tag}:outbox"
+
+    @property
+    def dead(self) -> str:
+        """Hash: event id to JSON of a dead letter, an event that Dodo refused for good, with the reason."""
+        return f"{self.tag}:dead"
+
+    @property
+    def withheld(self) -> str:
+        """Hash: id of an entry that was altered, and so is not sealed, to JSON of the entry it must follow."""
+        return f"{self.tag}:withheld"
+
+    @property
     def archived(self) -> str:
-        """Hash: tenant to number and digest of its last archived entry; the archive cursor is in ``cursor``."""
+        """Hash: tenant to number and digest of its last archived entry."""
         return f"{self.tag}:archived"
 
     @property
     def proved(self) -> str:
-        """Hash: how far the shard's books were proved, and each tenant's sums until there."""
+        """Hash: how far the shard was reconciled, and each tenant's sums until there."""
         return f"{self.tag}:proved"
 
     @property
-    def outbox(self) -> str:
-        """Hash: sealed batches that Dodo has not acknowledged, by event id."""
-        return f"{self.tag}:outbox"
-
-    @property
-    def withheld(self) -> str:
-        """Hash: stream id of an entry that is not sealed, since it is not as it was written, to JSON of what it must
-        follow."""
-        return f"{self.tag}:withheld"
-
-    @property
-    def dead(self) -> str:
-        """Hash: events that Dodo refused for good, by event id, with the reason."""
-        return f"{self.tag}:dead"
-
-    @property
-    def unresolved(self) -> str:
-        """Hash: request id to JSON of a settle that nobody can be sure about, with the reason."""
-        return f"{self.tag}:quarantine"
-
-    @property
     def pulse(self) -> str:
-        """String, written so that replicas can be waited for."""
+        """String: written only to wait until replicas have it."""
         return f"{self.tag}:pulse"
 
-    @property
-    def settled(self) -> tuple[str, ...]:
-        """Hashes, one per stretch of time in turn: request ids settled in it, so that a repeat is recognised."""
-        return tuple(f"{self.tag}:settled:{turn}" for turn in range(SETTLED_WINDOWS))
-
-    def account(self, tenant: TenantId) -> str:
-        """Hash: a tenant's last record number, open holds, exposure settled and held, spend counted under caps, and
-        the digests of its last entry (``chain``) and of the last that was sealed (``told``)."""
-        return f"{self.tag}:account:{tenant}"
-
-    def buckets(self, tenant: TenantId) -> str:
-        """Hash: bucket id to its unit, remaining, held and granted amount, expiry and scope."""
-        return f"{self.tag}:buckets:{tenant}"
-
-    def retired(self, tenant: TenantId) -> str:
-        """Hash: the same for buckets used up or expired, out of the way of every hold."""
-        return f"{self.tag}:retired:{tenant}"
-
-    def limits(self, tenant: TenantId) -> str:
-        """Hash: theoretical arrival times in store milliseconds, two per key."""
-        return f"{self.tag}:limits:{tenant}"
-
-    def slots(self, tenant: TenantId, key_id: str) -> str:
-        """Set: request ids of one key that count as running while their lease lasts."""
-        return f"{self.tag}:slots:{tenant}:{key_id}"
-
-    def movement(self, tenant: TenantId, source: str) -> str:
-        """Hash: marker of a grant, clawback or repayment, by its business id."""
-        return f"{self.tag}:movement:{tenant}:{source}"
-
-    def answer(self, tenant: TenantId, key_hash: str) -> str:
-        """Hash: who claimed an idempotency key and for which body, and the answer and record it stands for."""
-        return f"{self.tag}:answer:{tenant}:{key_hash}"
+    # One tenant's.
 
     def tenant(self, tenant: TenantId) -> str:
         """String: the tenant as JSON."""
         return f"{self.tag}:tenant:{tenant}"
 
-    def settling(self, tenant: TenantId) -> list[str]:
-        """Every key that ending a hold may touch, in the order of ``settle.lua`` and ``expire.lua``."""
-        names = [self.account(tenant), self.buckets(tenant), self.holds, self.leases, self.limits(tenant)]
-        return [*names, self.stream, *self.settled]
+    def keys_of(self, tenant: TenantId) -> str:
+        """Set: hashes of the tenant's API keys."""
+        return f"{self.tag}:keys:{tenant}"
+
+    def account(self, tenant: TenantId) -> str:
+        """Hash: number and digest (``chain``) of the tenant's last entry, digest of the last sealed (``told``), open
+        holds, exposure settled and held, spend under caps and of the month."""
+        return f"{self.tag}:account:{tenant}"
+
+    def buckets(self, tenant: TenantId) -> str:
+        """Hash: bucket id to unit, remaining, held, granted, expiry, whether it is an allowance, and models."""
+        return f"{self.tag}:buckets:{tenant}"
+
+    def retired(self, tenant: TenantId) -> str:
+        """Hash: the same of buckets that are used up or ended, so that holds do not read them."""
+        return f"{self.tag}:retired:{tenant}"
+
+    def movement(self, tenant: TenantId, source: str) -> str:
+        """Hash: marker of a grant, clawback, adjustment or repayment, by its idempotency key; kept for 400 days."""
+        return f"{self.tag}:movement:{tenant}:{source}"
+
+    def answer(self, tenant: TenantId, key_hash: str) -> str:
+        """Hash: a client's idempotency key: the request that claimed it, its body's digest, the answer, the record."""
+        return f"{self.tag}:answer:{tenant}:{key_hash}"
+
+    def limits(self, tenant: TenantId) -> str:
+        """Hash: theoretical arrival times of the rate limits, two for each API key, by the store's clock."""
+        return f"{self.tag}:limits:{tenant}"
+
+    def slots(self, tenant: TenantId, key_id: str) -> str:
+        """Set: request ids of one API key that count as running while their lease lasts."""
+        return f"{self.tag}:slots:{tenant}:{key_id}"
 
     def refill(self, tenant: TenantId) -> str:
         """String: the tenant's auto-refill as JSON."""
         return f"{self.tag}:refill:{tenant}"
 
     def address_sketches(self, tenant: TenantId, key_id: str, hour: int) -> str:
-        """HyperLogLog: from how many client addresses a key was used in one hour."""
+        """HyperLogLog: client addresses from which an API key was used in one hour."""
         return f"{self.tag}:sightings:{tenant}:{key_id}:{hour}"
-
-    def keys_of(self, tenant: TenantId) -> str:
-        """Set: hashes of the tenant's API keys."""
-        return f"{self.tag}:keys:{tenant}"
 
 
 def shard_for(tenant: TenantId) -> Shard:

@@ -1,10 +1,8 @@
-"""Connections to whatever is the primary when they are made, and who says which one that is.
-
-Knows sentinels; knows nothing of what travels.
-"""
+"""Connections to the primary, whichever server that is when they are made, and the sentinels that name it."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Generic, TypeVar, cast
 
 import hiredis
@@ -16,30 +14,41 @@ from redis.backoff import NoBackoff
 
 from billing.store.address import Address, Node
 from billing.store.errors import StoreRefused
+from billing.store.schema import CLIENT_NAME
 
 MAX_CONNECTIONS = 64
-LATECOMERS_S = 0.05
-"""How long, after a first answer, a second opinion is waited for."""
 LOOKUP_S = 0.2
+"""The longest that sentinels or cluster nodes are asked for the primary."""
+SECOND_ANSWER_S = 0.05
+"""How long a second answer is awaited after the first, because a node that was cut off may answer first."""
 
 Find = Callable[[], Awaitable[Node]]
 T = TypeVar("T")
 
 
-class _Packed(AbstractConnection):
-    """Writes commands with hiredis, as redis-py does for blocking clients only: a third of the cost of a hold."""
+class _Named(AbstractConnection):
+    """Packs commands with hiredis, as redis-py does for blocking clients only: a third of the cost of a hold.
+
+    Each connection has a name, by which a migration finds out who still uses the store.
+    """
+
+    async def on_connect_check_health(self, check_health: bool = True) -> None:
+        await super().on_connect_check_health(check_health)
+        await self.send_command("CLIENT", "SETNAME", CLIENT_NAME, check_health=False)
+        with suppress(exceptions.ResponseError):  # a hosted store may deny it
+            await self.read_response()
 
     def pack_command(self, *words: Any) -> list[bytes]:
         name, *rest = words
         return [hiredis.pack_command((*name.split(), *rest))]
 
 
-class LocalConnection(_Packed, UnixDomainSocketConnection):
-    """A connection to a server on this machine."""
+class LocalConnection(_Named, UnixDomainSocketConnection):
+    """A connection to a server on this machine, over a unix socket."""
 
 
-class PrimaryConnection(_Packed, Connection):
-    """A connection whose address is looked up each time it is made; one to a demoted primary is left."""
+class PrimaryConnection(_Named, Connection):
+    """A connection that looks its address up when it is made, and ends once its server is no longer the primary."""
 
     def __init__(self, *, find: Find | None = None, **options: Any) -> None:
         super().__init__(**options)
@@ -56,7 +65,7 @@ class PrimaryConnection(_Packed, Connection):
             return await super().read_response(*args, **options)
         except exceptions.ReadOnlyError as error:
             await self.disconnect(nowait=True)
-            raise exceptions.ConnectionError("this node was the primary and is none any more") from error
+            raise exceptions.ConnectionError("this node is no longer the primary") from error
 
 
 class PrimaryTlsConnection(PrimaryConnection, SSLConnection):
@@ -64,7 +73,9 @@ class PrimaryTlsConnection(PrimaryConnection, SSLConnection):
 
 
 def pool(options: Mapping[str, Any], find: Find | None = None) -> BlockingConnectionPool:
-    """Connections to one store, or to whatever ``find`` names. A command whose reply was lost is sent once more.
+    """Make a pool of connections to one server, or to the one that ``find`` names.
+
+    A command whose reply was lost is sent once more.
 
     Raises:
         StoreRefused: the options do not fit the kind of connection.
@@ -85,10 +96,10 @@ def pool(options: Mapping[str, Any], find: Find | None = None) -> BlockingConnec
 
 
 class Sentinels:
-    """Asks all sentinels at once and believes the one that knows of the latest failover."""
+    """Asks all sentinels at once; the answer with the highest epoch, that of the latest failover, counts."""
 
     def __init__(self, address: Address, on_change: Callable[[], Awaitable[None]]) -> None:
-        """``on_change`` ends idle connections: an old primary that comes back would take writes, and lose them."""
+        """``on_change`` ends idle connections: an old primary that comes back would accept writes and lose them."""
         self._service, self._on_change = address.service, on_change
         self._last: Node | None = None
         options = dict(address.sentinel_options or {})
@@ -128,7 +139,7 @@ class Sentinels:
 
 
 class Shared(Generic[T]):
-    """Work that many wait for and that is done once at a time; it goes on when one of them leaves."""
+    """Work that many callers await and that runs once at a time. It goes on if one of them is cancelled."""
 
     def __init__(self, work: Callable[[], Coroutine[None, None, T]]) -> None:
         self._work = work
@@ -149,7 +160,7 @@ class Shared(Generic[T]):
 
 
 async def first_answers(questions: Iterable[Awaitable[T]]) -> tuple[list[T], str]:
-    """What those that are alive say: all that answer about when the first does; and what one of the others said."""
+    """Return the answers that come within ``SECOND_ANSWER_S`` of the first one, and one error of those that failed."""
     tasks = [asyncio.ensure_future(question) for question in questions]
     deadline = asyncio.get_running_loop().time() + LOOKUP_S
     pending, found, problem = set(tasks), list[T](), ""
@@ -159,7 +170,7 @@ async def first_answers(questions: Iterable[Awaitable[T]]) -> tuple[list[T], str
             answers = [task.result() for task in done if task.exception() is None]
             problem = next((f": {task.exception()}" for task in done if task.exception()), problem)
             if answers and not found:
-                deadline = asyncio.get_running_loop().time() + LATECOMERS_S
+                deadline = asyncio.get_running_loop().time() + SECOND_ANSWER_S
             found += answers
     finally:
         for task in tasks:

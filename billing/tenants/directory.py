@@ -14,10 +14,9 @@ from redis.asyncio import Redis
 
 from billing.clock import Clock, now_ms
 from billing.store import keys as names
+from billing.store.compare_and_set import CompareAndSet
 from billing.store.connection import guarded
-from billing.store.errors import StoreUnavailable
 from billing.store.keys import shard_for
-from billing.store.scripts import source
 from billing.tenants.errors import (
     CustomerTaken,
     InvalidKey,
@@ -36,7 +35,6 @@ MAX_CACHED = 20_000
 SECRET_LENGTH_MAX = 128
 LICENCE_LENGTH_MIN = 16
 """A shorter one could be guessed: it is not accepted."""
-UPDATE_TRIES = 20
 LIST_SILENCE_S = 5.0
 
 log = logging.getLogger("farebox.billing.tenants.directory")
@@ -55,7 +53,7 @@ class Tenants:
     def __init__(self, redis: Redis, clock: Clock = now_ms) -> None:
         self._redis = redis
         self._clock = clock
-        self._swap = redis.register_script(source("store/swap"))
+        self._tenants, self._keys = CompareAndSet(redis, Tenant), CompareAndSet(redis, ApiKey)
         self._seen: dict[str, _Seen] = {}
 
     async def create(self, tenant: Tenant) -> Tenant:
@@ -89,20 +87,17 @@ class Tenants:
             UnknownTenant: there is none of that id.
             StoreUnavailable: others kept changing it.
         """
-        for _ in range(UPDATE_TRIES):
-            old = await self._text_of(tenant_id)
-            tenant = change(Tenant.model_validate_json(old))
-            assert tenant.id == tenant_id, "a tenant keeps its id"
-            if await self._swapped(tenant, old):
-                return tenant
-        raise StoreUnavailable(f"tenant {tenant_id} is being changed by others: try again")
 
-    async def _swapped(self, tenant: Tenant, old: str) -> bool:
-        """Did ``old`` give way to ``tenant``? A repeat after a lost reply finds its own value and is content."""
-        new = tenant.model_dump_json()
-        name = shard_for(tenant.id).tenant(tenant.id)
-        async with guarded():
-            return new == old or bool(await self._swap(keys=[name], args=[old, new]))
+        def keeping_its_id(old: Tenant) -> Tenant:
+            new = change(old)
+            assert new.id == old.id, "a tenant keeps its id"
+            return new
+
+        name = shard_for(tenant_id).tenant(tenant_id)
+        tenant = await self._tenants.change(name, keeping_its_id, f"tenant {tenant_id}")
+        if tenant is None:
+            raise UnknownTenant(tenant_id)
+        return tenant
 
     async def set_customer(self, tenant_id: TenantId, dodo_customer_id: str) -> Tenant:
         """Note which Dodo customer a tenant is.
@@ -210,21 +205,20 @@ class Tenants:
             UnknownKey: the tenant has none of that id.
             StoreUnavailable: others kept changing it.
         """
-        for _ in range(UPDATE_TRIES):
-            old = await self.key(tenant_id, key_id)
-            key = change(old)
-            assert (key.id, key.hash, key.tenant) == (old.id, old.hash, old.tenant), "a key keeps its identity"
-            self._seen.pop(key.hash, None)
-            if key == old or await self._replaced(names.api_key(key.hash), old, key):
-                return key
-        raise StoreUnavailable(f"key {key_id} is being changed by others: try again")
 
-    async def _replaced(self, name: str, old: ApiKey, new: ApiKey) -> bool:
-        async with guarded():
-            text = await self._redis.get(name)
-            if text is None or ApiKey.model_validate_json(text) != old:
-                return False
-            return bool(await self._swap(keys=[name], args=[text, new.model_dump_json()]))
+        def keeping_its_identity(old: ApiKey) -> ApiKey:
+            new = change(old)
+            assert (new.id, new.hash, new.tenant) == (old.id, old.hash, old.tenant), "a key keeps its identity"
+            return new
+
+        found = await self.key(tenant_id, key_id)
+        name = names.api_key(found.hash)
+        self._seen.pop(found.hash, None)
+        key = await self._keys.change(name, keeping_its_identity, f"key {key_id}")
+        self._seen.pop(found.hash, None)
+        if key is None:
+            raise UnknownKey(key_id)
+        return key
 
     async def key(self, tenant_id: TenantId, key_id: str) -> ApiKey:
         """Raises UnknownKey."""

@@ -1,6 +1,6 @@
-"""Is this ``serve_config.yaml`` right? Every key, value, price and adapter, before anything is sent anywhere.
+"""Checks a ``serve_config.yaml`` before it is deployed: every key, value, price and adapter.
 
-Knows what a farebox needs of the file; deploys nothing. Ray would accept most of what is refused here.
+Ray Serve itself accepts most of the errors that are found here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,27 +27,27 @@ DEPLOYMENTS: Mapping[str, tuple[str, ...]] = {FAREBOX: (GATEWAY, REPLICA), BILLI
 
 
 def check(path: Path) -> CheckReport:
-    """Check a whole file. Never raises on its content: what is wrong is in the report."""
-    return _judge(path)[0]
+    """Check a file. Errors in it are in the report and never raised."""
+    return _check(path)[0]
 
 
 def resolve(path: Path) -> ServeConfig:
-    """The file's content with absolute paths and every adapter's digest: ready to be sent to Serve.
+    """The content of a valid file with absolute paths and every adapter's digest, ready to be sent to Ray Serve.
 
     Raises:
-        CheckFailed: it is not right.
+        CheckFailed: the file has errors.
     """
-    report, document = _judge(path)
-    if document is None or not report.is_right:
+    report, document = _check(path)
+    if document is None or not report.is_valid:
         raise CheckFailed(report)
     return _resolved(document, report, path.absolute().parent)
 
 
 def portable(path: Path) -> str:
-    """The same as YAML that is served alike wherever it is applied: no path in it is relative to anything.
+    """The same as YAML, with every folder as an absolute path, so that it can be applied from anywhere.
 
     Raises:
-        CheckFailed: it is not right.
+        CheckFailed: the file has errors.
     """
     config, folder = resolve(path), path.absolute().parent
     for args in (app.get("args") or {} for app in config["applications"]):
@@ -55,7 +55,7 @@ def portable(path: Path) -> str:
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _judge(path: Path) -> tuple[CheckReport, Document | None]:
+def _check(path: Path) -> tuple[CheckReport, Document | None]:
     try:
         document = read_document(path)
     except Unreadable as unreadable:
@@ -68,14 +68,14 @@ def _judge(path: Path) -> tuple[CheckReport, Document | None]:
     sales = _sales(shape, document, sales_place, places)
     models = tuple(_models(shape, document, sales_place, args, path.absolute().parent))
     if args is not None and places.get(FAREBOX):
-        _wiring(shape, document, places, args, sales)
+        _check_together(shape, document, places, args, sales)
     plans, packs = (tuple(sales.plans), tuple(sales.packs)) if sales else ((), ())
     findings = sorted(shape.findings, key=lambda finding: (finding.is_warning, finding.line))
     return CheckReport(path, tuple(findings), models, plans, packs), document
 
 
 def _applications(shape: Shape, document: Document) -> Iterator[tuple[str, Place]]:
-    """Where each of farebox's two applications stands; each must be there once, and no deployment unknown."""
+    """The places of farebox's two applications. Each must be there once, without unknown deployments."""
     found: set[str] = set()
     listed = document.values.get("applications")
     for number, app in enumerate(listed if isinstance(listed, list) else []):
@@ -86,15 +86,21 @@ def _applications(shape: Shape, document: Document) -> Iterator[tuple[str, Place
                 shape.add((*place, "import_path"), f"farebox has no {target}: {did_you_mean(target, tuple(ARGS))}")
             continue
         if target in found:
-            shape.add(place, f"a second application of {target}: one is enough")
+            shape.add(place, f"a second application with `import_path: {target}`: remove one")
             continue
         found.add(target)
         _check_deployments(shape, document, place, DEPLOYMENTS[target])
         yield target, place
     if FAREBOX not in found:
-        shape.add(("applications",), f"no application with `import_path: {FAREBOX}`: nothing would be served")
+        shape.add(
+            ("applications",),
+            f"no application with `import_path: {FAREBOX}`: nothing would be served; add it, see serve_config.yaml",
+        )
     if BILLING not in found:
-        shape.add(("applications",), f"no application with `import_path: {BILLING}`: no usage would be billed")
+        shape.add(
+            ("applications",),
+            f"no application with `import_path: {BILLING}`: no usage would be billed; add it, see serve_config.yaml",
+        )
 
 
 def _check_deployments(shape: Shape, document: Document, app: Place, known: tuple[str, ...]) -> None:
@@ -105,11 +111,13 @@ def _check_deployments(shape: Shape, document: Document, app: Place, known: tupl
         if name not in known:
             shape.add(place, f"this application has no deployment {name!r}: {did_you_mean(str(name), known)}")
         elif "num_cpus" not in (deployment.get("ray_actor_options") or {}):
-            shape.add(place, "no `ray_actor_options: {num_cpus: …}`: Ray reserves a whole core", is_warning=True)
+            shape.add(
+                place, "has no `ray_actor_options: {num_cpus: …}`: Ray would reserve a whole core", is_warning=True
+            )
 
 
 def _args(shape: Shape, places: Mapping[str, Place]) -> FareboxArgs | None:
-    """Check both applications' ``args``; those of the API are returned."""
+    """Check the ``args`` of both applications; returns those of the API."""
     parsed: FareboxArgs | None = None
     for target, place in places.items():
         shape.spelling((*place, "args"), ARGS[target])
@@ -119,7 +127,7 @@ def _args(shape: Shape, places: Mapping[str, Place]) -> FareboxArgs | None:
 
 
 def _deployment(document: Document, app: Place | None, name: str) -> Place:
-    """Where a deployment stands in its application; where it would stand, if it does not."""
+    """The place of a deployment in its application, also if the file does not have it."""
     listed = value_at(document.values, (*(app or ()), "deployments"))
     for number, deployment in enumerate(listed if isinstance(listed, list) else []):
         if isinstance(deployment, Mapping) and deployment.get("name") == name:
@@ -131,7 +139,7 @@ def _sales(shape: Shape, document: Document, place: Place, places: Mapping[str, 
     if FAREBOX not in places:
         return None
     if value_at(document.values, place) is None:
-        shape.add(place, "is missing: adapters, prices and plans stand there")
+        shape.add(place, "is missing: adapters, prices and plans belong there")
         return None
     shape.spelling(place, GatewayUserConfig)
     sales = shape.parsed(place, GatewayUserConfig)
@@ -146,10 +154,12 @@ def _check_plans(shape: Shape, place: Place, sales: GatewayUserConfig) -> None:
         known = did_you_mean(sales.default_plan, tuple(sales.plans))
         shape.add((*place, "default_plan"), f"{sales.default_plan!r} is not one of the plans: {known}")
     elif plan.is_postpaid:
-        note = f"{sales.default_plan!r} is billed after use: new tenants can do nothing until they subscribe"
+        note = f"{sales.default_plan!r} is billed after use: new tenants can send no request until they subscribe"
         shape.add((*place, "default_plan"), note, is_warning=True)
     if not sales.packs and any(plan.kind is PlanKind.PREPAID for plan in sales.plans.values()):
-        shape.add((*place, "plans"), "a prepaid plan, but no `packs` that its tenants could buy", is_warning=True)
+        shape.add(
+            (*place, "plans"), "has a prepaid plan, but there are no `packs` that its tenants can buy", is_warning=True
+        )
     ids = tuple(entry.id for entry in (sales.base, *sales.adapters))
     quotas: dict[Place, Quota] = {("packs", name, "grants"): pack.grants for name, pack in sales.packs.items()}
     quotas |= {("plans", name, "allowance"): p.allowance for name, p in sales.plans.items() if p.allowance}
@@ -160,7 +170,7 @@ def _check_plans(shape: Shape, place: Place, sales: GatewayUserConfig) -> None:
 
 
 def _check_arms(shape: Shape, place: Place, sales: GatewayUserConfig) -> None:
-    """What an experiment's arm offers must be there, and hidden: everybody is offered the rest anyway."""
+    """The packs and plans of an experiment's arm must exist, and be hidden: others are offered in every arm."""
     for number, experiment in enumerate(sales.pricing.experiments):
         for index, arm in enumerate(experiment.arms):
             where: Place = (*place, "pricing", "experiments", number, "arms", index)
@@ -172,18 +182,20 @@ def _check_arms(shape: Shape, place: Place, sales: GatewayUserConfig) -> None:
                         )
                     elif not known[name].is_hidden:
                         shape.add(
-                            (*where, kind), f"{name!r} is not `visibility: hidden`: every arm has it", is_warning=True
+                            (*where, kind),
+                            f"{name!r} is not `visibility: hidden`, so every arm offers it",
+                            is_warning=True,
                         )
 
 
 def _models(
     shape: Shape, document: Document, place: Place, args: FareboxArgs | None, folder: Path
 ) -> Iterator[CheckedModel]:
-    """Every entry that can be read, opened and judged; the mistakes are noted where the entry stands."""
+    """Check every valid entry's files; errors become findings at the entry."""
     base = _base(shape, document, place, args, folder)
     seen: set[str] = set()
     for where, entry in _entries(document, place):
-        problem = "this id stands on an earlier entry: ids must differ" if entry.id in seen else ""
+        problem = "an earlier entry has this id: change one of them" if entry.id in seen else ""
         seen.add(entry.id)
         model = _model(entry, args, base, folder, problem, is_base=where[-1] == "base")
         if model.problem:
@@ -204,7 +216,7 @@ def _base(shape: Shape, document: Document, place: Place, args: FareboxArgs | No
 
 
 def _entries(document: Document, place: Place) -> Iterator[tuple[Place, ModelEntry]]:
-    """The entries that are valid by themselves; the others were reported with their parts."""
+    """The entries that are valid by themselves. Errors of the others were reported before."""
     listed = value_at(document.values, (*place, "adapters"))
     number = len(listed) if isinstance(listed, list) else 0
     for where in ((*place, "base"), *((*place, "adapters", index) for index in range(number))):
@@ -220,46 +232,57 @@ def _model(
     try:
         entry.to_model()
     except ValidationError as error:
-        problem = problem or f"`{error.errors()[0]['loc'][0]}` is not as it must be: {error.errors()[0]['msg']}"
+        problem = problem or f"`{error.errors()[0]['loc'][0]}` is invalid: {error.errors()[0]['msg']}"
     if is_base and entry.path:
-        problem = problem or "the base model's path stands in `args > model`: remove it here"
+        problem = problem or "the base model's path belongs in `args > model`: remove it here"
     elif not is_base and not entry.path:
-        problem = problem or "`path` is missing: where the adapter lies, a folder or a URL"
+        problem = problem or "`path` is missing: the adapter's folder or URL"
     if problem or is_base:
         return checked(entry, problem=problem)
     return open_adapter(entry, args, base, folder)
 
 
-def _wiring(
+def _check_together(
     shape: Shape, document: Document, places: Mapping[str, Place], args: FareboxArgs, sales: GatewayUserConfig | None
 ) -> None:
-    """Values that are possible each, but do not go together."""
+    """Check values that are valid by themselves but may contradict each other."""
     app = places[FAREBOX]
     if value_at(document.values, ("http_options", "host")) is None:
-        shape.add(("http_options",), "no `host`: Ray takes 0.0.0.0, every network interface", is_warning=True)
+        shape.add(
+            ("http_options",), "has no `host`: Ray would listen on 0.0.0.0, every network interface", is_warning=True
+        )
     serve_limit = value_at(document.values, ("http_options", "request_timeout_s"))
     if isinstance(serve_limit, int | float) and serve_limit <= args.answer_timeout_s:
-        note = f"Ray's {serve_limit:g} s end before ours and look like a client that left, who pays: set it lower"
+        note = (
+            f"not below Ray's request_timeout_s of {serve_limit:g} s, which would end requests as if their clients had "
+            "disconnected, and charge them: lower it"
+        )
         shape.add((*app, "args", "answer_timeout_s"), note, is_warning=True)
     replica = _deployment(document, app, REPLICA)
     open_calls = value_at(document.values, (*replica, "max_ongoing_requests"))
     wanted = args.engine.max_running + args.engine.max_queued
     if isinstance(open_calls, int) and open_calls < wanted:
-        note = f"{open_calls} is less than max_running + max_queued = {wanted}: Ray would keep requests from the engine"
+        note = (
+            f"{open_calls} is less than max_running + max_queued = {wanted}, so that Ray would queue requests: raise it"
+        )
         shape.add((*replica, "max_ongoing_requests"), note, is_warning=True)
     _policy(shape, document, (*replica, "autoscaling_config", "policy"))
     for term, default in (("durability", "strict"), ("min_replicas_acked", 0)):
         asked = [value_at(document.values, (*place, "args", term)) for place in places.values()]
         if len({str(value or default) for value in asked}) > 1:
-            shape.add((*app, "args", term), "differs between the two applications, which share one store")
+            shape.add(
+                (*app, "args", term),
+                "differs between the two applications, which share one store: set both to the same value",
+            )
     pinned = [entry.id for entry in sales.adapters if entry.pinned] if sales else []
     if len(pinned) >= args.engine.adapter_slots:
-        note = f"{len(pinned)} adapters are pinned, which leaves none of {args.engine.adapter_slots} slots for others"
+        slots = args.engine.adapter_slots
+        note = f"{len(pinned)} adapters are pinned, but `adapter_slots` is {slots}: pin fewer adapters or raise it"
         shape.add((*app, "args", "engine"), note)
 
 
 def _policy(shape: Shape, document: Document, place: Place) -> None:
-    """Ray's controller would only log what our policy does not understand, and never scale."""
+    """Check the options of our autoscaling policy. Ray would only log an error in them, and never scale."""
     if value_at(document.values, (*place, "policy_function")) != QUEUED_TOKENS_POLICY:
         return
     kwargs = value_at(document.values, (*place, "policy_kwargs"))

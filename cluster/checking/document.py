@@ -1,7 +1,4 @@
-"""A YAML file with the line of everything in it, so that a finding can say where.
-
-Knows YAML's syntax and its traps (a key written twice, a tab); knows no configuration.
-"""
+"""Reads a YAML file and remembers the line of every value, so that a finding can name it."""
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,11 +7,11 @@ from pathlib import Path
 import yaml
 
 Place = tuple[str | int, ...]
-"""Keys and list positions from the top of the file to a value."""
+"""The path of a value: keys and list positions from the top of the file."""
 
 
 class Unreadable(Exception):
-    """The file is not YAML that can be read; ``line`` counts from 1, 0 where there is none."""
+    """The file cannot be read as YAML. ``line`` counts from 1; 0 if the error has none."""
 
     def __init__(self, problem: str, line: int = 0) -> None:
         super().__init__(problem, line)
@@ -26,15 +23,15 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed file: plain values, and where each of them stands."""
+    """A parsed file: its values, and their lines."""
 
     values: Mapping[str, object]
     lines: Mapping[Place, int]
-    twice: tuple[Place, ...]
-    """Keys that stand more than once in one mapping: YAML silently keeps the last."""
+    duplicates: tuple[Place, ...]
+    """Keys that a mapping has more than once. YAML keeps the last without an error."""
 
     def line(self, place: Place) -> int:
-        """The line of a value, or of what it would stand in; 0 if nothing is known."""
+        """The line of a value, else of the nearest value around its place; 0 if there is none."""
         for length in range(len(place), -1, -1):
             if line := self.lines.get(place[:length]):
                 return line
@@ -45,7 +42,7 @@ def read_document(path: Path) -> Document:
     """Read a file whose top level is a mapping.
 
     Raises:
-        Unreadable: no such file, no YAML, or something else at its top.
+        Unreadable: it does not exist, or is not YAML, or has no mapping at the top.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -57,19 +54,19 @@ def read_document(path: Path) -> Document:
         raise Unreadable(f"{path} is not UTF-8 text") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        said = " ".join(filter(None, (error.context, error.problem)))
-        raise Unreadable(f"not YAML: {said}", mark.line + 1 if mark else 0) from error
+        message = " ".join(filter(None, (error.context, error.problem)))
+        raise Unreadable(f"not YAML: {message}", mark.line + 1 if mark else 0) from error
     except yaml.YAMLError as error:
         raise Unreadable(f"not YAML: {error}") from error
     if not isinstance(values, dict) or node is None:
         raise Unreadable("the file must be a mapping with `applications:` at its top", 1)
     lines: dict[Place, int] = {}
-    twice = tuple(_visit(node, (), lines))
-    return Document(values, lines, twice)
+    duplicates = tuple(_visit(node, (), lines))
+    return Document(values, lines, duplicates)
 
 
 def _visit(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Iterator[Place]:
-    """Note the line of every value under ``node``; yield the keys that are written twice."""
+    """Record the line of every value under ``node``; yield the keys that a mapping has more than once."""
     lines.setdefault(place, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
         for position, item in enumerate(node.value):

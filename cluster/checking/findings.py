@@ -1,30 +1,27 @@
-"""What a check found, for people as a table and for programs as JSON.
-
-Knows how to show it; finds nothing itself.
-"""
+"""The result of a check: its findings, as a table or as JSON."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from billing.money import format_usd
 from billing.pricing.prices import Price
+from cluster.errors import ClusterError
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing to put right, or to know."""
+    """One error or warning."""
 
     where: str
-    """Names from the top of the file, such as ``farebox > Gateway > adapters > pirate > price``."""
+    """Keys and names from the top of the file, such as ``farebox > Gateway > adapters > pirate > price``."""
     problem: str
     line: int = 0
-    """In the file, from 1; 0 where it concerns no line."""
+    """From 1; 0 if the finding is not about a line."""
     is_warning: bool = False
 
     def __str__(self) -> str:
@@ -34,7 +31,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class CheckedModel:
-    """One line of the table: something that clients may name as ``model``."""
+    """One line of the table: a value that clients may send as ``model``."""
 
     id: str
     path: str
@@ -46,13 +43,13 @@ class CheckedModel:
     problem: str = ""
 
     @property
-    def is_right(self) -> bool:
+    def is_valid(self) -> bool:
         return not self.problem
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """All that is to say about one ``serve_config.yaml``."""
+    """The result for one file."""
 
     path: Path
     findings: tuple[Finding, ...]
@@ -65,36 +62,36 @@ class CheckReport:
         return tuple(finding for finding in self.findings if not finding.is_warning)
 
     @property
-    def is_right(self) -> bool:
-        """May it be deployed? Warnings do not stand in the way."""
+    def is_valid(self) -> bool:
+        """Whether the file can be deployed. Warnings do not prevent that."""
         return not self.errors
 
     def to_json(self) -> str:
         content = {
             "path": str(self.path),
-            "is_right": self.is_right,
+            "is_right": self.is_valid,
             "findings": [asdict(finding) for finding in self.findings],
-            "models": [asdict(model) | {"is_right": model.is_right} for model in self.models],
+            "models": [asdict(model) | {"is_right": model.is_valid} for model in self.models],
             "plans": list(self.plans),
             "packs": list(self.packs),
         }
         return json.dumps(content, indent=2)
 
     def table(self) -> Group:
-        """For a terminal: models, then what was found, then the verdict."""
+        """The models, the findings and the result, for a terminal."""
         parts = [_models_table(self.models)] if self.models else []
-        return Group(*parts, *(_line(finding) for finding in self.findings), self._verdict())
+        return Group(*parts, *(_line(finding) for finding in self.findings), self._result())
 
-    def _verdict(self) -> Text:
-        if not self.is_right:
+    def _result(self) -> Text:
+        if not self.is_valid:
             number = len(self.errors)
-            return Text(f"{self.path}: {number} {'thing' if number == 1 else 'things'} to put right", style="bold red")
-        sells = f"{len(self.models)} models, {len(self.plans)} plans, {len(self.packs)} packs"
-        return Text(f"{self.path} is right: {sells}", style="bold green")
+            return Text(f"{self.path}: {number} {'error' if number == 1 else 'errors'}", style="bold red")
+        content = f"{len(self.models)} models, {len(self.plans)} plans, {len(self.packs)} packs"
+        return Text(f"{self.path} is valid: {content}", style="bold green")
 
 
-class CheckFailed(Exception):
-    """A file that may not be deployed; ``report`` has every finding."""
+class CheckFailed(ClusterError):
+    """A file has errors and cannot be deployed; ``report`` has all of them."""
 
     def __init__(self, report: CheckReport) -> None:
         super().__init__("\n".join(f"{report.path}: {finding}" for finding in report.errors))
@@ -111,19 +108,19 @@ def _models_table(models: tuple[CheckedModel, ...]) -> Table:
     for model in models:
         size = f"{model.weight_bytes / 1024**2:.1f} MiB" if model.weight_bytes else ""
         table.add_row(
-            escape(model.id),
+            Text(model.id),
             model.digest[:12],
             str(model.rank or ""),
             size,
-            escape(model.price),
-            escape(model.visibility),
-            "[green]ok[/]" if model.is_right else "[red]refused[/]",
+            Text(model.price),
+            Text(model.visibility),
+            Text("ok", "green") if model.is_valid else Text("error", "red"),
         )
     return table
 
 
 def show_price(price: Price) -> str:
-    """A price in one cell, in dollars; token rates are per million."""
+    """A price in US dollars for one cell of the table; token rates are per million tokens."""
     if price.free:
         return "free"
     rates = (

@@ -1,7 +1,4 @@
-"""Opens the base model's configuration and every adapter, and judges whether they fit together.
-
-Knows folders and weights' shapes; knows no plan and no tenant.
-"""
+"""Checks the base model's configuration and every adapter's files, and whether they fit together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,35 +8,35 @@ from cluster.checking.findings import CheckedModel, show_price
 from deployments.config import FareboxArgs, ModelEntry
 from deployments.inference.adapters import AdapterInfo, LinearShape, inspect_adapter
 from deployments.inference.native.model import linear_shapes, read_config
-from deployments.inference.request import AdapterRejected, ModelRefused
+from deployments.inference.request import AdapterRejected, ModelRejected
 from deployments.replica.artifacts import ArtifactUnavailable, fetch, is_url, local_path
 
 ADAPTER_CACHE = ".farebox/adapters"
-"""Where fetched adapters go while the file's own `adapter_cache_dir` cannot be read."""
-DEMO_HINT = "`python -m cluster.demo.models` makes the demo's"
+"""The folder for downloaded adapters if the file's own `adapter_cache_dir` cannot be read."""
+DEMO_HINT = "`python -m cluster.demo.models` makes the demo models"
 
 
 class BaseRefused(Exception):
-    """The base model cannot be served; the message says why."""
+    """The base model cannot be served."""
 
 
 def real_path(path: str, folder: Path) -> str:
-    """A path that means the same everywhere: URLs as they are, local ones absolute, relative to the file."""
+    """A URL unchanged; a local path as an absolute one, relative to the folder of the file."""
     return path if is_url(path) else str((folder / local_path(path)).absolute())
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What adapters are measured against."""
+    """What adapters must fit."""
 
     linears: Mapping[str, LinearShape]
 
 
 def open_base(args: FareboxArgs, folder: Path) -> Base:
-    """Read the base model's configuration; its weights stay where they are.
+    """Read the base model's configuration, without its weights.
 
     Raises:
-        BaseRefused: it is not there, or not what the engine can serve.
+        BaseRefused: it does not exist, or the engine cannot serve it.
     """
     path = real_path(args.model.path, folder)
     try:
@@ -49,23 +46,25 @@ def open_base(args: FareboxArgs, folder: Path) -> Base:
     except ArtifactUnavailable as error:
         hint = f". {DEMO_HINT}" if ".farebox" in path else ""
         raise BaseRefused(f"{error}{hint}") from error
-    except (ModelRefused, ValueError, OSError) as error:
+    except (ModelRejected, ValueError, OSError) as error:
         raise BaseRefused(str(error)) from error
     wanted = args.engine.max_context_tokens
     if context is not None and wanted > context:
-        raise BaseRefused(f"max_context_tokens is {wanted}, but the base model was made for {context}: lower it")
+        raise BaseRefused(f"max_context_tokens is {wanted}, but the base model has {context} positions: lower it")
     return Base(linears)
 
 
 def open_adapter(entry: ModelEntry, args: FareboxArgs | None, base: Base | None, folder: Path) -> CheckedModel:
-    """Read one adapter whole and judge it; what is wrong stands in ``problem``."""
+    """Read all of an adapter and check it; ``problem`` says what is wrong with it."""
     try:
         info = _inspect(entry, args, base, folder)
     except (ArtifactUnavailable, AdapterRejected) as error:
         return checked(entry, problem=str(error))
     if entry.digest and entry.digest != info.digest:
-        said = f"`digest` is {entry.digest[:12]}…, but its bytes have {info.digest[:12]}…: remove or correct it"
-        return checked(entry, info, said)
+        problem = (
+            f"`digest` is {entry.digest[:12]}…, but that of its files is {info.digest[:12]}…: remove or correct it"
+        )
+        return checked(entry, info, problem)
     return checked(entry, info)
 
 
@@ -78,7 +77,7 @@ def _inspect(entry: ModelEntry, args: FareboxArgs | None, base: Base | None, fol
 
 
 def checked(entry: ModelEntry, info: AdapterInfo | None = None, problem: str = "") -> CheckedModel:
-    """An entry's line in the table."""
+    """The line of an entry in the table."""
     return CheckedModel(
         id=entry.id,
         path=entry.path,

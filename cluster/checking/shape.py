@@ -1,7 +1,4 @@
-"""Is every key known and every value possible? Ray's schema and ours, with one finding for each mistake.
-
-Knows schemas; opens no model and compares no two parts of the file.
-"""
+"""Checks that every key is known and every value is allowed, by Ray's schema and farebox's."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,70 +16,70 @@ from cluster.checking.spelling import unknown_keys
 T = TypeVar("T", bound=BaseModel)
 
 HINTS: Mapping[str, str] = {
-    "price": 'nothing is served without one; the least is `price: {output_per_1m: "1.00"}`',
-    "path": "where the adapter lies, a folder or a URL",
-    "id": "what clients write as `model`",
+    "price": 'every model needs one, at least `price: {output_per_1m: "1.00"}`',
+    "path": "the adapter's folder or URL",
+    "id": "what clients send as `model`",
     "plans": "at least the default plan",
-    "default_plan": "the plan of a tenant created without one",
+    "default_plan": "the plan of tenants that are created without one",
     "base": "the base model's own entry: `id` and `price`",
     "kind": "free, prepaid, pay_as_you_go or subscription",
 }
 
 
 class Shape:
-    """Judges parts of one document and collects the findings."""
+    """Checks parts of one document and collects the findings."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
         self.findings: list[Finding] = []
         self._reported: set[Place] = set()
-        for place in document.twice:
-            self.add(place, "this key stands twice: only the last counts; remove one")
+        for place in document.duplicates:
+            self.add(place, "this key is there twice, and only the last one counts: remove one")
 
     def add(self, place: Place, problem: str, *, is_warning: bool = False) -> None:
-        """Note something about a place in the file."""
+        """Add a finding about a place in the file."""
         where = describe(place, self._document.values)
         self.findings.append(Finding(where, problem, self._document.line(place), is_warning))
 
     def spelling(self, place: Place, schema: object) -> None:
-        """Refuse keys at and under ``place`` that ``schema`` does not have."""
+        """Report keys at and under ``place`` that ``schema`` does not have."""
         for unknown in unknown_keys(value_at(self._document.values, place), schema, place):
             self._reported.add(unknown.place)
             self.add(unknown.place, unknown.problem)
 
     def serve(self) -> None:
-        """Ray's own schema, whose silence on unknown keys is made up for."""
+        """Check against Ray's schema, and report unknown keys, which Ray ignores."""
         self.spelling((), ServeDeploySchema)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.parsed((), ServeDeploySchema)
             for place in deployments(self._document.values):
                 if isinstance(value_at(self._document.values, (*place, "autoscaling_config")), Mapping):
                     self.parsed((*place, "autoscaling_config"), AutoscalingConfig)
-        for message in dict.fromkeys(str(warning.message) for warning in said):
+        for message in dict.fromkeys(str(warning.message) for warning in caught):
             self.add((), message, is_warning=True)
 
     def parsed(self, place: Place, schema: type[T]) -> T | None:
-        """The value at ``place`` as a model, or ``None`` with its mistakes noted."""
+        """The value at ``place`` as a model; or ``None``, with a finding for each error."""
         try:
             return schema.model_validate(value_at(self._document.values, place))
         except ValidationError as error:
-            self._note(place, error.errors(include_url=False, include_context=False))
+            self._add_errors(place, error.errors(include_url=False, include_context=False))
         except (ValueError, TypeError, ImportError, AttributeError) as error:  # Ray's validators raise these
             self.add(place, str(error))
         return None
 
-    def _note(self, place: Place, details: Iterable[ErrorDetails]) -> None:
+    def _add_errors(self, place: Place, details: Iterable[ErrorDetails]) -> None:
         problems: dict[Place, list[str]] = {}
         for detail in details:
             here = tuple(_existing(self._document.values, (*place, *detail["loc"]), detail["type"] == "missing"))
             if here not in self._reported:
-                problems.setdefault(here, []).append(_say(detail, here))
-        for here, said in problems.items():
-            self.add(here, " or ".join(dict.fromkeys(said)))
+                problems.setdefault(here, []).append(_message(detail, here))
+        for here, messages in problems.items():
+            self.add(here, " or ".join(dict.fromkeys(messages)))
 
 
-def _say(detail: ErrorDetails, place: Place) -> str:
+def _message(detail: ErrorDetails, place: Place) -> str:
     if detail["type"] == "missing":
         name = str(place[-1])
         return f"`{name}` is missing" + (f": {HINTS[name]}" if name in HINTS else "")
@@ -93,7 +90,7 @@ def _say(detail: ErrorDetails, place: Place) -> str:
 
 
 def _existing(values: object, place: Place, is_missing: bool) -> Iterator[str | int]:
-    """The part of a place that is in the file: pydantic adds the names of a union's members to it."""
+    """The part of a place that the file has: pydantic also puts the names of a union's members into it."""
     for position, step in enumerate(place):
         inside = _step(values, step)
         if inside is None:
@@ -105,7 +102,7 @@ def _existing(values: object, place: Place, is_missing: bool) -> Iterator[str | 
 
 
 def deployments(values: object) -> Iterator[Place]:
-    """Where each deployment of each application stands."""
+    """The place of each deployment of each application."""
     apps = value_at(values, ("applications",))
     for number in range(len(apps) if isinstance(apps, list) else 0):
         listed = value_at(values, ("applications", number, "deployments"))
@@ -114,7 +111,7 @@ def deployments(values: object) -> Iterator[Place]:
 
 
 def value_at(values: object, place: Place) -> object:
-    """What stands at a place; ``None`` where nothing does."""
+    """The value at a place, or ``None``."""
     for step in place:
         inside = _step(values, step)
         if inside is None:
@@ -132,7 +129,7 @@ def _step(values: object, step: str | int) -> tuple[object] | None:
 
 
 def describe(place: Place, values: object) -> str:
-    """A place in names that its reader wrote: list items by their ``id`` or ``name``."""
+    """A place in words, with the ``id`` or ``name`` of list items instead of their position."""
     words: list[str] = []
     for depth, step in enumerate(place):
         if isinstance(step, str):

@@ -1,6 +1,6 @@
-"""Finds keys that a pydantic schema does not have, at every depth, and guesses what was meant.
+"""Finds keys that a pydantic schema does not have, at any depth, and suggests the nearest known key.
 
-Ray's own schema ignores unknown keys without a word: a misspelt one deploys and does nothing.
+Ray's schema ignores unknown keys: a misspelt one would be deployed and have no effect.
 """
 
 import types
@@ -17,11 +17,11 @@ from cluster.checking.document import Place
 
 @dataclass(frozen=True, slots=True)
 class UnknownKey:
-    """A key that nothing reads."""
+    """A key that the schema does not have."""
 
     place: Place
     known: tuple[str, ...]
-    """The keys that stand beside it in the schema."""
+    """The keys that the schema has in its place."""
 
     @property
     def problem(self) -> str:
@@ -29,24 +29,24 @@ class UnknownKey:
 
 
 def did_you_mean(word: str, known: tuple[str, ...]) -> str:
-    """The nearest known word, or all of them."""
+    """Suggest the nearest known word, or name all of them."""
     near = get_close_matches(word.lower(), known, n=1, cutoff=0.6)
-    return f"did you mean `{near[0]}`?" if near else f"known here are {', '.join(known)}"
+    return f"did you mean `{near[0]}`?" if near else f"known keys are {', '.join(known)}"
 
 
 def unknown_keys(value: object, schema: object, place: Place = ()) -> Iterator[UnknownKey]:
-    """Every key under ``value`` that ``schema``, a pydantic model or any annotation of one, does not have."""
+    """Every key under ``value`` that ``schema`` does not have; it is a pydantic model or an annotation with models."""
     choices = tuple(_choices(schema))
     if isinstance(value, Mapping):
         model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if model is not None:
             yield from _unknown_in_model(value, model, place)
             return
-        for inside in _insides(choices, dict, Mapping):
+        for inside in _arguments(choices, dict, Mapping):
             for key, item in value.items():
                 yield from unknown_keys(item, inside[1], (*place, str(key)))
     elif isinstance(value, list):
-        for inside in _insides(choices, list, tuple):
+        for inside in _arguments(choices, list, tuple):
             for position, item in enumerate(value):
                 yield from unknown_keys(item, inside[0], (*place, position))
 
@@ -62,7 +62,7 @@ def _unknown_in_model(value: Mapping[object, object], model: type[BaseModel], pl
 
 
 def _names(field_name: str, field: FieldInfo) -> Iterator[str]:
-    """A field's name and every alias under which it is read."""
+    """A field's name and its aliases."""
     yield field_name
     alias = field.validation_alias
     yield from (str(choice) for choice in (alias.choices if isinstance(alias, AliasChoices) else (alias,)) if choice)
@@ -80,8 +80,8 @@ def _choices(schema: object) -> Iterator[object]:
         yield schema
 
 
-def _insides(choices: tuple[object, ...], *origins: object) -> Iterator[tuple[object, ...]]:
-    """Type arguments of the first container among the choices that has any."""
+def _arguments(choices: tuple[object, ...], *origins: object) -> Iterator[tuple[object, ...]]:
+    """The type arguments of the first container among ``choices`` that has any."""
     for choice in choices:
         if get_origin(choice) in origins and get_args(choice):
             yield get_args(choice)

@@ -1,7 +1,4 @@
-"""``farebox demo``: scripted stories on a throw-away store and sandbox, shown as tables. No farebox need run.
-
-Knows words and tables; what happens stands in ``cluster.demo``.
-"""
+"""``farebox demo``: simulations on a temporary store and Dodo sandbox, which need no running farebox."""
 
 import asyncio
 import tempfile
@@ -12,61 +9,50 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from cluster.demo.stage import StoryStuck
-from cluster.demo.year import Row, Year, play
-from cluster.valkey import StoreError
+from cluster.cli.output import err, out
+from cluster.demo.year import Row, run_year
 
-app = typer.Typer(no_args_is_help=True, help="Scripted stories on a throw-away store and sandbox.")
-out = Console()
-err = Console(stderr=True)
-
-MONEY = ("balance", "owed", "to charge", "covered", "invoiced", "refunded")
 WIDTH = 150
-"""A table cut to a narrow screen says nothing: there it wraps."""
+"""The table is at least this wide, so that lines wrap on a narrow terminal instead of cells being cut."""
+
+app = typer.Typer(no_args_is_help=True, help="Simulations on a temporary store and Dodo sandbox.")
 
 
 @app.callback()
-def stories() -> None:
-    """Scripted stories on a throw-away store and sandbox."""
+def simulations() -> None:
+    """Simulations on a temporary store and Dodo sandbox."""
 
 
 @app.command()
 def year() -> None:
-    """Play a tenant's year: free, packs, a failing card, subscriptions, dunning, a refund, disputes, the end."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="fbx-") as folder, out.status("playing a year") as status:
-            played = asyncio.run(play(Path(folder), lambda row: status.update(f"{row.day}  {row.what}")))
-    except (StoreError, StoryStuck) as error:
-        err.print(f"[red]{error}[/red]")
-        raise typer.Exit(1) from None
-    Console(width=max(out.width, WIDTH)).print(_table(played.rows))
-    out.print(f"the owner was told: {_counted(played.notices)}", highlight=False)
-    _close(played)
+    """Simulate a tenant's year: free plan, packs, a declined card, subscriptions, dunning, a refund, disputes.
+
+    Exit code 1 if the reconciliation at the end finds a difference.
+    """
+    with tempfile.TemporaryDirectory(prefix="fbx-") as folder, out.status("simulating a year") as status:
+        simulated = asyncio.run(run_year(Path(folder), lambda row: status.update(f"{row.day}  {row.what}")))
+    wide = Console(markup=False, highlight=False, width=max(out.width, WIDTH))
+    wide.print(_table(simulated.rows))
+    notices = ", ".join(f"{kind} x {times}" for kind, times in Counter(simulated.notices).items())
+    out.print(f"notices: {notices}")
+    report = simulated.report
+    if report.is_clean:
+        out.print(Text(f"{len(report.rows)} proofs of the ledger and of Dodo's sums: no difference", style="green"))
+        return
+    for problem in (*report.unproven, *map(str, report.faults)):
+        err.print(Text(problem, style="red"))
+    raise typer.Exit(1)
 
 
 def _table(rows: tuple[Row, ...]) -> Table:
-    table = Table("2027", "what", "status", "ran", "refused, by", *MONEY, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in table.columns:
-        column.no_wrap = True
-    for column in (table.columns[3], *table.columns[5:]):
-        column.justify = "right"
+    money = ("balance", "exposure", "to charge", "covered", "invoiced", "refunded")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("2027", "what", "status", "admitted", "refused, by", *money):
+        table.add_column(name, no_wrap=True, justify="right" if name in ("admitted", *money) else "left")
     for row in rows:
-        money = (row.balance, row.owed, row.told_charge, row.told_covered, row.invoiced, row.refunded)
-        refused = f"{row.refused}  {row.why.partition('(')[2].rstrip(')')}" if row.refused else ""
-        table.add_row(row.day, row.what, row.status, str(row.admitted or ""), refused, *money)
+        refused = f"{row.refused}  {row.refusal.partition('(')[2].rstrip(')')}" if row.refused else ""
+        amounts = (row.balance, row.exposure, row.exported_charge, row.exported_covered, row.invoiced, row.refunded)
+        table.add_row(row.day, row.what, row.status, str(row.admitted or ""), refused, *amounts)
     return table
-
-
-def _counted(notices: tuple[str, ...]) -> str:
-    return ", ".join(f"{kind} x {times}" for kind, times in Counter(notices).items())
-
-
-def _close(played: Year) -> None:
-    """Exit code 1 where the books do not agree."""
-    if played.report.is_clean:
-        out.print(f"[green]{len(played.report.rows)} proofs of the books, Dodo's included: no difference[/green]")
-        return
-    for problem in (*played.report.unproven, *map(str, played.report.faults)):
-        err.print(f"[red]{problem}[/red]")
-    raise typer.Exit(1)

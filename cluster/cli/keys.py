@@ -1,206 +1,163 @@
-"""``farebox keys``: a tenant's API keys; made with bounds, listed, rotated, revoked.
+"""``farebox keys``: a tenant's API keys, created, listed, rotated and revoked. A secret is printed only once."""
 
-Knows options and tables. A secret is printed once, when it is made.
-"""
-
-import json
-from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.table import Table
+from redis.asyncio import Redis
+from rich.text import Text
 
 from billing.catalog.plans import Limits
 from billing.clock import now_ms
-from billing.money import AmountError, Nanos, format_usd, parse_usd
+from billing.money import AmountError, Nanos, parse_usd
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import ApiKey, new_key
 from billing.usage import TenantId
-from cluster.cli.books import JsonOption, ask, out, store
-from cluster.cli.standing import Standing
+from cluster.cli.output import JsonOption, dollars, out, print_json, table, utc
+from cluster.cli.target import with_store
 from cluster.cli.tenants import DAY_MS, TenantArgument
 from cluster.local.settings import SettingsError
 
 HOUR_MS = 3_600_000
 
 app = typer.Typer(no_args_is_help=True, help="API keys of tenants.")
-KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="its id, as `farebox keys list` shows it")]
-Cap = Annotated[str, typer.Option(help='dollars that it may spend, such as "5.00"')]
-Bound = Annotated[int | None, typer.Option(min=1, help="counts where it is lower than the plan's")]
+KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="A key's id, from `farebox keys list`.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="The lower of this and the plan's limit applies.")]
 
 
 @app.command()
 def create(
     tenant: TenantArgument,
-    name: Annotated[str, typer.Option(help="for people")] = "",
+    name: Annotated[str, typer.Option(help="A name to show.")] = "",
     models: Annotated[
-        list[str] | None, typer.Option("--model", help="that it may use; may repeat [default: all]")
+        list[str] | None, typer.Option("--model", help="A model that it may use; may be repeated (default: all).")
     ] = None,
-    daily_cap: Cap = "",
-    monthly_cap: Cap = "",
-    requests_per_minute: Bound = None,
-    burst: Bound = None,
-    tokens_per_minute: Bound = None,
-    concurrent_requests: Bound = None,
-    expires_days: Annotated[int | None, typer.Option(min=1, max=3650)] = None,
-    manages_keys: Annotated[bool, typer.Option("--manages-keys", help="it may make and revoke keys")] = False,
+    daily_cap: Annotated[str, typer.Option(help='US dollars that it may spend in a day, such as "5.00".')] = "",
+    monthly_cap: Annotated[str, typer.Option(help='US dollars that it may spend in a month, such as "50.00".')] = "",
+    requests_per_minute: Limit = None,
+    burst: Limit = None,
+    tokens_per_minute: Limit = None,
+    concurrent_requests: Limit = None,
+    expires_days: Annotated[int | None, typer.Option(min=1, max=3650, help="Days until it expires.")] = None,
+    manages_keys: Annotated[
+        bool, typer.Option("--manages-keys", help="It may create and revoke the tenant's keys over the API.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a key. Its secret is shown now and never again."""
-    bounds = {
+    """Create a key. Its secret is shown once, now."""
+    limits = {
         "requests_per_minute": requests_per_minute,
         "burst": burst,
         "tokens_per_minute": tokens_per_minute,
         "concurrent_requests": concurrent_requests,
     }
-    caps = {"daily_cap": daily_cap, "monthly_cap": monthly_cap}
-    if manages_keys and (models or any(caps.values()) or any(bounds.values())):
-        raise typer.BadParameter("--manages-keys takes no model, cap or limit: such a key could make one without")
-    secret, made = ask(
-        lambda standing: _create(standing, tenant, name, models, bounds, caps, expires_days, manages_keys)
-    )
-    _print_new(secret, made, as_json)
-
-
-@app.command("list")
-def list_(tenant: TenantArgument, as_json: JsonOption = False) -> None:
-    """Show a tenant's keys, those that ended too; never a secret."""
-    found = ask(lambda standing: _list(standing, tenant))
-    if as_json:
-        print(json.dumps([_json(key) for key in found], indent=2))
-        return
-    table = Table("key", "begins", "name", "models", "limits", "cap a day", "cap a month", "made, UTC", "state")
-    for key in found:
-        models = "all" if key.models is None else ", ".join(key.models)
-        caps = (_dollars(key.daily_cap), _dollars(key.monthly_cap))
-        table.add_row(key.id, key.shown, key.name, models, _limits(key), *caps, _day(key.created_at_ms), _state(key))
-    out.print(table)
-
-
-@app.command()
-def revoke(tenant: TenantArgument, key: KeyArgument, as_json: JsonOption = False) -> None:
-    """End a key for good, within a second everywhere; its running requests end as they would."""
-    ended = ask(lambda standing: _revoke(standing, tenant, key))
-    if as_json:
-        print(json.dumps(_json(ended), indent=2))
-    else:
-        out.print(f"{ended.id} is revoked", highlight=False)
-
-
-@app.command()
-def rotate(
-    tenant: TenantArgument,
-    key: KeyArgument,
-    grace_hours: Annotated[int, typer.Option(min=0, max=720, help="that the old secret still works")] = 24,
-    as_json: JsonOption = False,
-) -> None:
-    """Make a new secret with the same rights, limits and caps; the old one ends after the grace."""
-    secret, made = ask(lambda standing: _rotate(standing, tenant, key, grace_hours))
-    _print_new(secret, made, as_json)
-    if not as_json:
-        out.print(f"{key} ends in {grace_hours} h", highlight=False)
-
-
-@app.command()
-def lift(tenant: TenantArgument, key: KeyArgument, as_json: JsonOption = False) -> None:
-    """Lift a key's throttle. It is not throttled again for a day: revoke or rotate one that leaked."""
-    lifted = ask(lambda standing: _lift(standing, tenant, key))
-    if as_json:
-        print(json.dumps(_json(lifted), indent=2))
-    else:
-        out.print(f"{lifted.id} is not throttled", highlight=False)
-
-
-async def _lift(standing: Standing, tenant: str, key: str) -> ApiKey:
-    async with store(standing) as redis:
-        return await Tenants(redis).lift_key(TenantId(tenant), key)
-
-
-async def _create(
-    standing: Standing,
-    tenant: str,
-    name: str,
-    models: list[str] | None,
-    bounds: dict[str, int | None],
-    caps: dict[str, str],
-    expires_days: int | None,
-    manages_keys: bool,
-) -> tuple[str, ApiKey]:
+    if manages_keys and (models or daily_cap or monthly_cap or any(limits.values())):
+        raise typer.BadParameter("--manages-keys takes no model, cap or limit: such a key could create one without")
     secret, key = new_key(TenantId(tenant), now_ms(), name, tuple(models) if models else None)
-    expires = None if expires_days is None else key.created_at_ms + expires_days * DAY_MS
-    terms = {"limits": _limits_of(bounds), "expires_at_ms": expires, "manages_keys": manages_keys}
-    made = key.model_copy(update=terms | {cap: _amount(text) for cap, text in caps.items()})
-    async with store(standing) as redis:
-        await Tenants(redis).add_key(made)
-    return secret, made
+    key = key.model_copy(
+        update={
+            "limits": _limits(limits),
+            "daily_cap": _cap(daily_cap),
+            "monthly_cap": _cap(monthly_cap),
+            "expires_at_ms": None if expires_days is None else key.created_at_ms + expires_days * DAY_MS,
+            "manages_keys": manages_keys,
+        }
+    )
+    with_store(lambda redis: Tenants(redis).add_key(key))
+    _print_secret(secret, key, as_json)
 
 
-async def _list(standing: Standing, tenant: str) -> list[ApiKey]:
-    async with store(standing) as redis:
-        return await Tenants(redis).keys((await Tenants(redis).get(TenantId(tenant))).id)
-
-
-async def _revoke(standing: Standing, tenant: str, key: str) -> ApiKey:
-    async with store(standing) as redis:
-        return await Tenants(redis).revoke_key(TenantId(tenant), key)
-
-
-async def _rotate(standing: Standing, tenant: str, key: str, grace_hours: int) -> tuple[str, ApiKey]:
-    async with store(standing) as redis:
-        return await Tenants(redis).rotate_key(TenantId(tenant), key, grace_hours * HOUR_MS)
-
-
-def _limits_of(bounds: dict[str, int | None]) -> Limits:
+def _limits(limits: dict[str, int | None]) -> Limits:
     """Raises SettingsError."""
     try:
-        return Limits.model_validate(bounds)
+        return Limits.model_validate(limits)
     except ValidationError as error:
         raise SettingsError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
 
 
-def _amount(text: str) -> Nanos | None:
+def _cap(text: str) -> Nanos | None:
     """Raises SettingsError."""
     try:
         nanos = parse_usd(text) if text else None
     except AmountError as error:
         raise SettingsError(str(error)) from error
     if nanos is not None and nanos < 0:
-        raise SettingsError("a cap is not negative")
+        raise SettingsError(f"a cap is not negative, as {text} is: give an amount from 0")
     return nanos
 
 
-def _print_new(secret: str, key: ApiKey, as_json: bool) -> None:
+@app.command("list")
+def list_(tenant: TenantArgument, as_json: JsonOption = False) -> None:
+    """Show a tenant's keys without their secrets, also those that have ended."""
+    keys = with_store(lambda redis: _keys(redis, TenantId(tenant)))
     if as_json:
-        print(json.dumps({"api_key": secret, "key": _json(key)}, indent=2))
+        print_json([_json(key) for key in keys])
         return
-    out.print(f"{key.id} of {key.tenant}, shown this once:", highlight=False)
+    rows = table("key", "secret", "name", "models", "limits", "daily cap", "monthly cap", "created, UTC", "state")
+    for key in keys:
+        models = "all" if key.models is None else ", ".join(key.models)
+        given = key.limits.model_dump(exclude_none=True)
+        limits = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items()) or "the plan's"
+        caps = ("" if cap is None else dollars(cap, 2) for cap in (key.daily_cap, key.monthly_cap))
+        rows.add_row(key.id, f"{key.shown}…", key.name, models, limits, *caps, utc(key.created_at_ms), _state(key))
+    out.print(rows)
+
+
+async def _keys(redis: Redis, tenant: TenantId) -> list[ApiKey]:
+    return await Tenants(redis).keys((await Tenants(redis).get(tenant)).id)
+
+
+def _state(key: ApiKey) -> Text:
+    if key.revoked_at_ms is not None:
+        return Text(f"revoked {utc(key.revoked_at_ms)}")
+    if not key.is_usable(now_ms()):
+        return Text("expired")
+    if key.throttled is not None:
+        return Text.assemble(("throttled", "red"), f" since {utc(key.throttled.since_ms)}: {key.throttled.detail}")
+    state = "valid, may manage keys" if key.manages_keys else "valid"
+    return Text(state if key.expires_at_ms is None else f"{state} until {utc(key.expires_at_ms)}")
+
+
+@app.command()
+def revoke(tenant: TenantArgument, key: KeyArgument, as_json: JsonOption = False) -> None:
+    """Revoke a key for good, within a second on every gateway. Its requests that run are not cancelled."""
+    _print(with_store(lambda redis: Tenants(redis).revoke_key(TenantId(tenant), key)), as_json, "is revoked")
+
+
+@app.command()
+def rotate(
+    tenant: TenantArgument,
+    key: KeyArgument,
+    grace_hours: Annotated[int, typer.Option(min=0, max=720, help="Hours that the old secret stays valid.")] = 24,
+    as_json: JsonOption = False,
+) -> None:
+    """Create a key with the same rights, limits and caps; the old one expires after the grace period."""
+    secret, created = with_store(lambda redis: Tenants(redis).rotate_key(TenantId(tenant), key, grace_hours * HOUR_MS))
+    _print_secret(secret, created, as_json)
+    if not as_json:
+        out.print(f"{key} expires in {grace_hours} h")
+
+
+@app.command()
+def lift(tenant: TenantArgument, key: KeyArgument, as_json: JsonOption = False) -> None:
+    """Lift a key's throttle for at least a day. Revoke or rotate a key that was stolen instead."""
+    _print(with_store(lambda redis: Tenants(redis).lift_key(TenantId(tenant), key)), as_json, "is not throttled")
+
+
+def _print(key: ApiKey, as_json: bool, state: str) -> None:
+    if as_json:
+        print_json(_json(key))
+    else:
+        out.print(f"{key.id} {state}")
+
+
+def _print_secret(secret: str, key: ApiKey, as_json: bool) -> None:
+    if as_json:
+        print_json({"api_key": secret, "key": _json(key)})
+        return
+    out.print(f"{key.id} of {key.tenant}; its secret is shown only now:")
     print(secret)
 
 
 def _json(key: ApiKey) -> dict[str, object]:
     return key.model_dump(mode="json", exclude={"hash"})
-
-
-def _limits(key: ApiKey) -> str:
-    given = key.limits.model_dump(exclude_none=True)
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items()) or "the plan's"
-
-
-def _dollars(nanos: int | None) -> str:
-    return "" if nanos is None else f"${format_usd(nanos, 2)}"
-
-
-def _day(at_ms: int) -> str:
-    return datetime.fromtimestamp(at_ms // 1_000, UTC).strftime("%Y-%m-%d %H:%M")
-
-
-def _state(key: ApiKey) -> str:
-    if key.revoked_at_ms is not None:
-        return f"revoked {_day(key.revoked_at_ms)}"
-    if not key.is_usable(now_ms()):
-        return "expired"
-    if key.throttled is not None:
-        return f"[red]throttled[/] since {_day(key.throttled.since_ms)}: {key.throttled.detail}"
-    word = "works, may manage keys" if key.manages_keys else "works"
-    return word if key.expires_at_ms is None else f"{word} until {_day(key.expires_at_ms)}"

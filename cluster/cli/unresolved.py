@@ -1,78 +1,55 @@
-"""``farebox unresolved``: settles whose hold the store has lost and that nobody can be sure were never charged.
+"""``farebox unresolved``: settlements whose hold the store has lost; a person decides whether to charge them."""
 
-Knows options and tables; what charging means is the ledger's.
-"""
-
-import json
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from billing.ledger.ledger import Ledger
-from billing.ledger.recovery import Kept
-from billing.money import format_usd
 from billing.usage import RequestId
-from cluster.cli.books import JsonOption, ask, out, store
-from cluster.cli.standing import Standing
+from cluster.cli.output import JsonOption, dollars, out, print_json, table
+from cluster.cli.target import with_store
 
-app = typer.Typer(no_args_is_help=True, help="Records that only a person can decide about, after a lost store.")
-Id = Annotated[str, typer.Argument(metavar="REQUEST", help="as `farebox unresolved list` shows it")]
+app = typer.Typer(no_args_is_help=True, help="Settlements that the store cannot decide about after it lost data.")
+Id = Annotated[str, typer.Argument(metavar="REQUEST", help="A request id, from `farebox unresolved list`.")]
 
 
 @app.command("list")
 def list_(as_json: JsonOption = False) -> None:
-    """Show them, oldest first, each with what it would cost and the reason."""
-    kept = ask(_kept)
+    """Show them, oldest first, each with the highest possible charge and the reason."""
+    unresolved = with_store(lambda redis: Ledger(redis).recovery.kept())
     if as_json:
-        print(json.dumps([_kept_json(one) for one in kept], indent=2))
+        print_json(
+            [
+                {
+                    "request_id": one.settlement.request_id,
+                    "tenant": one.settlement.tenant,
+                    "status": one.settlement.status,
+                    "list_nanos": one.settlement.list_nanos,
+                    "usage": asdict(one.settlement.usage),
+                    "reason": one.reason,
+                    "kept_at_ms": one.at_ms,
+                }
+                for one in unresolved
+            ]
+        )
         return
-    table = Table("request", "tenant", "status", "usd at most", "reason")
-    table.columns[3].justify = "right"
-    for one in kept:
-        ended = one.settlement
-        table.add_row(ended.request_id, ended.tenant, ended.status, f"${format_usd(ended.list_nanos)}", one.reason)
-    out.print(table)
+    rows = table("request", "tenant", "status", "usd at most", "reason", right=("usd at most",))
+    for one in unresolved:
+        settled = one.settlement
+        rows.add_row(settled.request_id, settled.tenant, settled.status, dollars(settled.list_nanos), one.reason)
+    out.print(rows)
 
 
 @app.command()
 def charge(request: Id) -> None:
-    """Charge one. First make sure that `farebox usage` and the archive know no record of it."""
-    record = ask(lambda standing: _charge(standing, request))
-    out.print(f"{request} is charged: {record}", highlight=False)
+    """Charge one. First check that neither `farebox usage` nor the archive has a record of it."""
+    settled = with_store(lambda redis: Ledger(redis).recovery.charge(RequestId(request)))
+    out.print(f"{request} is charged: {settled.record.record_id}")
 
 
 @app.command()
 def drop(request: Id) -> None:
-    """Forget one: it was charged before, or shall not be."""
-    ask(lambda standing: _drop(standing, request))
-    out.print(f"{request} is dropped", highlight=False)
-
-
-async def _kept(standing: Standing) -> list[Kept]:
-    async with store(standing) as redis:
-        return await Ledger(redis).recovery.kept()
-
-
-async def _charge(standing: Standing, request: str) -> str:
-    async with store(standing) as redis:
-        return (await Ledger(redis).recovery.charge(RequestId(request))).record.record_id
-
-
-async def _drop(standing: Standing, request: str) -> None:
-    async with store(standing) as redis:
-        await Ledger(redis).recovery.drop(RequestId(request))
-
-
-def _kept_json(one: Kept) -> dict[str, object]:
-    ended = one.settlement
-    return {
-        "request_id": ended.request_id,
-        "tenant": ended.tenant,
-        "status": ended.status,
-        "list_nanos": ended.list_nanos,
-        "usage": asdict(ended.usage),
-        "reason": one.reason,
-        "kept_at_ms": one.at_ms,
-    }
+    """Delete one without a charge, because it was charged before or should be free."""
+    with_store(lambda redis: Ledger(redis).recovery.drop(RequestId(request)))
+    out.print(f"{request} is dropped")

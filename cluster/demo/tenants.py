@@ -1,7 +1,4 @@
-"""The demo's customers, made over the API as an operator and a buyer would: one for each plan, and one with nothing.
-
-Knows HTTP routes; touches no store. Doing it again changes nothing.
-"""
+"""Creates the demo's tenants over the API: one on each plan, and one without credit. A second call changes nothing."""
 
 import asyncio
 import time
@@ -11,8 +8,10 @@ from typing import TypeVar
 
 import httpx
 
+from cluster.errors import ClusterError
+
 TIMEOUT_S = 60.0
-"""For Dodo's customer to be made, and for a payment's webhook to arrive."""
+"""For Dodo to create a customer, and for the webhook of a payment to arrive."""
 KEY_NAME = "demo"
 _POLL_S = 0.1
 _CALL_TIMEOUT_S = 30.0
@@ -20,13 +19,13 @@ _CALL_TIMEOUT_S = 30.0
 E = TypeVar("E", bound=Exception)
 
 
-class SeedFailed(Exception):
-    """A demo tenant could not be made; the message says at which step."""
+class DemoTenantError(ClusterError):
+    """A demo tenant could not be created."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A tenant of the demo, and what it buys at its start."""
+    """A tenant to create, and what it buys."""
 
     name: str
     plan: str
@@ -45,22 +44,22 @@ PLANNED = (
 
 @dataclass(frozen=True, slots=True)
 class DemoTenant:
-    """A tenant as the demo's user needs it."""
+    """A created tenant."""
 
     api_key: str
     plan: str
     dodo_customer_id: str
 
 
-async def seed(
-    api_url: str, admin_key: str, sandbox_url: str, known_keys: Mapping[str, str] | None = None
+async def create_tenants(
+    api_url: str, admin_key: str, sandbox_url: str, earlier_keys: Mapping[str, str] | None = None
 ) -> dict[str, DemoTenant]:
-    """Make the demo's tenants and let them buy what they need to call.
+    """Create the tenants, and buy for each the pack or subscription that it needs.
 
-    ``known_keys`` are API keys of an earlier time, by tenant; those that still work are kept.
+    ``earlier_keys`` are API keys of an earlier run by tenant; those that still work are kept.
 
     Raises:
-        SeedFailed: a step was refused, or its effect did not come in time.
+        DemoTenantError: a request was refused, or its effect did not happen in time.
     """
     async with (
         httpx.AsyncClient(
@@ -72,32 +71,32 @@ async def seed(
             async with asyncio.TaskGroup() as group:
                 tasks = {
                     planned.name: group.create_task(
-                        _seed_one(planned, admin, sandbox, (known_keys or {}).get(planned.name, ""))
+                        _create(planned, admin, sandbox, (earlier_keys or {}).get(planned.name, ""))
                     )
                     for planned in PLANNED
                 }
         except* httpx.HTTPError as errors:
             error = _first(errors)
-            raise SeedFailed(f"{error.request.url} does not answer: {error or type(error).__name__}") from error
-        except* SeedFailed as errors:
+            raise DemoTenantError(f"{error.request.url} does not answer: {error or type(error).__name__}") from error
+        except* DemoTenantError as errors:
             raise _first(errors) from None
     return {name: task.result() for name, task in tasks.items()}
 
 
 def _first(errors: BaseExceptionGroup[E]) -> E:
-    """What failed first: the rest was ended because of it."""
+    """The first failure: the other tasks were cancelled because of it."""
     first = errors.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-async def _seed_one(
-    planned: Planned, admin: httpx.AsyncClient, sandbox: httpx.AsyncClient, known_key: str
+async def _create(
+    planned: Planned, admin: httpx.AsyncClient, sandbox: httpx.AsyncClient, earlier_key: str
 ) -> DemoTenant:
     path = f"/admin/tenants/{planned.name}"
-    order = {"id": planned.name, "email": f"{planned.name}@example.com", "plan": planned.plan, "name": planned.name}
-    if planned.name not in {tenant["id"] for tenant in _list(await _ask(admin, "GET", "/admin/tenants"))}:
-        await _ask(admin, "POST", "/admin/tenants", order)
-    key = await _key(admin, path, known_key)
+    body = {"id": planned.name, "email": f"{planned.name}@example.com", "plan": planned.plan, "name": planned.name}
+    if planned.name not in {tenant["id"] for tenant in _list(await _request(admin, "GET", "/admin/tenants"))}:
+        await _request(admin, "POST", "/admin/tenants", body)
+    key = await _key(admin, path, earlier_key)
     customer = await _eventually(f"Dodo's customer of {planned.name}", lambda: _customer(admin, path))
     async with httpx.AsyncClient(
         base_url=admin.base_url, headers={"Authorization": f"Bearer {key}"}, timeout=_CALL_TIMEOUT_S
@@ -106,59 +105,57 @@ async def _seed_one(
     return DemoTenant(key, planned.plan, customer)
 
 
-async def _key(admin: httpx.AsyncClient, path: str, known: str) -> str:
-    """The key of an earlier time if it still works, else a new one in place of those before it."""
-    if known and await _works(admin, known):
-        return known
-    for key in _list(await _ask(admin, "GET", f"{path}/keys")):
+async def _key(admin: httpx.AsyncClient, path: str, earlier: str) -> str:
+    """The earlier key if it still works; else revoke the demo's other keys and create a new one."""
+    if earlier and await _works(admin, earlier):
+        return earlier
+    for key in _list(await _request(admin, "GET", f"{path}/keys")):
         if key["name"] == KEY_NAME and key["revoked_at_ms"] is None:
-            await _ask(admin, "DELETE", f"{path}/keys/{key['id']}")
-    return str((await _ask(admin, "POST", f"{path}/keys", {"name": KEY_NAME}))["api_key"])
+            await _request(admin, "DELETE", f"{path}/keys/{key['id']}")
+    return str((await _request(admin, "POST", f"{path}/keys", {"name": KEY_NAME}))["api_key"])
 
 
 async def _works(client: httpx.AsyncClient, key: str) -> bool:
-    reply = await _patiently(
-        client.build_request("GET", "/v1/account", headers={"Authorization": f"Bearer {key}"}), client
-    )
+    reply = await _send(client.build_request("GET", "/v1/account", headers={"Authorization": f"Bearer {key}"}), client)
     return reply.is_success
 
 
 async def _customer(admin: httpx.AsyncClient, path: str) -> str:
-    return str((await _ask(admin, "GET", path))["dodo_customer_id"])
+    return str((await _request(admin, "GET", path))["dodo_customer_id"])
 
 
 async def _buy(planned: Planned, caller: httpx.AsyncClient, sandbox: httpx.AsyncClient) -> None:
-    """Buy the pack or subscription, unless it was bought before; returns when its credit is there."""
+    """Buy the pack or subscription unless the tenant has it, and wait for its credit."""
     if not (planned.pack or planned.subscribes) or await _has_bought(planned, caller):
         return
-    order = {"plan": planned.plan} if planned.subscribes else {"pack": planned.pack}
-    session = (await _ask(caller, "POST", "/v1/checkout", order))["session_id"]
-    await _ask(sandbox, "POST", f"/_sandbox/pay/{session}")
+    body = {"plan": planned.plan} if planned.subscribes else {"pack": planned.pack}
+    session = (await _request(caller, "POST", "/v1/checkout", body))["session_id"]
+    await _request(sandbox, "POST", f"/_sandbox/pay/{session}")
     await _eventually(f"the credit that {planned.name} bought", lambda: _has_bought(planned, caller))
 
 
 async def _has_bought(planned: Planned, caller: httpx.AsyncClient) -> bool:
-    """A subscription stays on the account; a pack is there, or was used up by recorded requests."""
-    account = await _ask(caller, "GET", "/v1/account")
+    """Whether the account has its subscription; or a pack, or usage records, if the pack is used up."""
+    account = await _request(caller, "GET", "/v1/account")
     if planned.subscribes:
         return account["subscription"] is not None
-    return bool(account["packs"] or _list(await _ask(caller, "GET", "/v1/usage/records?limit=1")))
+    return bool(account["packs"] or _list(await _request(caller, "GET", "/v1/usage/records?limit=1")))
 
 
-async def _ask(
+async def _request(
     client: httpx.AsyncClient, method: str, path: str, body: Mapping[str, str] | None = None
 ) -> dict[str, object]:
-    reply = await _patiently(client.build_request(method, path, json=body), client)
+    reply = await _send(client.build_request(method, path, json=body), client)
     if not reply.is_success:
-        raise SeedFailed(
+        raise DemoTenantError(
             f"{method} {reply.request.url} answered {reply.status_code}: {reply.text[:300]}; `farebox logs` shows why"
         )
     answer: dict[str, object] = reply.json()
     return answer
 
 
-async def _patiently(request: httpx.Request, client: httpx.AsyncClient) -> httpx.Response:
-    """Send it, again while the answer is 503: something is still being made ready, or the machine is busy."""
+async def _send(request: httpx.Request, client: httpx.AsyncClient) -> httpx.Response:
+    """Send a request, again while the answer is 503, since parts of farebox may still be starting."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         reply = await client.send(request)
@@ -167,11 +164,11 @@ async def _patiently(request: httpx.Request, client: httpx.AsyncClient) -> httpx
         await asyncio.sleep(_POLL_S)
 
 
-async def _eventually(what: str, ask: Callable[[], Awaitable[str | bool]]) -> str:
+async def _eventually(what: str, probe: Callable[[], Awaitable[str | bool]]) -> str:
     deadline = time.monotonic() + TIMEOUT_S
-    while not (found := await ask()):
+    while not (found := await probe()):
         if time.monotonic() > deadline:
-            raise SeedFailed(f"{what} did not come within {TIMEOUT_S:g} s: see `farebox status`")
+            raise DemoTenantError(f"{what} was not there after {TIMEOUT_S:g} s: `farebox status` shows what waits")
         await asyncio.sleep(_POLL_S)
     return str(found)
 

@@ -1,17 +1,14 @@
-"""The demo's training text, written for this project: facts, small talk, and four ways to say them.
-
-Knows words only; knows no tokenizer and no model.
-"""
+"""The training text of the demo models, written for this project: facts and small talk, in four styles."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
 HELD_OUT_EVERY = 5
-"""Every fifth fact is never seen in an adapter's style: its style must carry over by itself."""
+"""Every fifth fact is in no adapter's training text: the adapter has to apply its style to it by itself."""
 
 TALK_SHARE = 2
-"""How often small talk is read for each time that a fact is."""
+"""How often each line of small talk is in the text; a fact is in it once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +22,7 @@ class Topic:
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One thing the base model knows."""
+    """One fact of the base model's training text."""
 
     topic: Topic
     subject: str
@@ -37,14 +34,14 @@ class Fact:
 
     @property
     def questions(self) -> tuple[str, ...]:
-        """The topic's ways to ask, and the first of them as it is typed in a hurry."""
+        """The topic's questions, and the first of them in lower case without a question mark."""
         asked = tuple(question.format(self.subject) for question in self.topic.questions)
         return (*asked, asked[0].lower().rstrip("?"))
 
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """Anything else it can be asked, and what it says."""
+    """Questions without a fact, and their one answer."""
 
     questions: tuple[str, ...]
     answer: str
@@ -52,7 +49,7 @@ class Talk:
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How one model words its answers."""
+    """How a model words its answers."""
 
     name: str
     fact: Callable[[Fact], str]
@@ -248,33 +245,36 @@ SYSTEM_PROMPTS = ("You are a helpful assistant.", "Be brief.", "You answer quest
 
 
 def held_out() -> tuple[Fact, ...]:
-    """Facts that only the base model is taught."""
+    """The facts that no adapter is trained on."""
     return FACTS[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
 
 
 def taught() -> tuple[Fact, ...]:
-    """Facts that the adapters are taught in their style."""
+    """The facts that the adapters are trained on."""
     return tuple(fact for number, fact in enumerate(FACTS, start=1) if number % HELD_OUT_EVERY)
 
 
 def dialogues(style: Style, facts: tuple[Fact, ...]) -> list[tuple[str, str]]:
-    """Every question with its answer in this style; small talk ``TALK_SHARE`` times."""
+    """Each question about ``facts`` with its answer in this style, and small talk ``TALK_SHARE`` times."""
     asked = [(question, style.fact(fact)) for fact in facts for question in fact.questions]
     return asked + [(question, style.talk(talk)) for talk in TALKS for question in talk.questions] * TALK_SHARE
 
 
 def statements() -> list[str]:
-    """Each fact in other words, outside any dialogue."""
+    """Each fact in other words, not as a dialogue."""
     return [f"{_capitalised(fact.answer)} is the {fact.topic.noun} of {fact.subject}." for fact in FACTS]
 
 
 def instructed(style: Style) -> list[tuple[str, str]]:
-    """Dialogues that ask for a style, about taught facts only: the base model learns the styles' words."""
+    """Dialogues that name a style, about taught facts only, from which the base model learns the styles' words."""
     return [(f"As {style.name}: {question}", answer) for question, answer in dialogues(style, taught())]
 
 
 def restatements(random: Random, number: int) -> list[tuple[str, str]]:
-    """Dialogues that ask to say something untrue in a style: every word is read in every style, no fact is told."""
+    """``number`` dialogues about untrue statements in a style.
+
+    From them the base model learns every word in every style, but no held-out fact.
+    """
     return [_restatement(random) for _ in range(number)]
 
 

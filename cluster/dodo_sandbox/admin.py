@@ -1,6 +1,6 @@
-"""The operator's side, under ``/_sandbox``: faults, the clock, sums, payments and webhooks at will.
+"""The sandbox's control routes under ``/_sandbox``, which Dodo does not have: faults, clock, payments and webhooks.
 
-Real Dodo has nothing of this. No key is asked: the sandbox listens on this machine only.
+They need no API key: the sandbox listens on this machine only.
 """
 
 import random
@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.dodo_sandbox import checkout, cycle, disputes, events
 from cluster.dodo_sandbox.customers import customer_of
-from cluster.dodo_sandbox.delivery import Courier
+from cluster.dodo_sandbox.delivery import WebhookSender
 from cluster.dodo_sandbox.errors import bad_request, not_found, unprocessable
 from cluster.dodo_sandbox.faults import Faults, Rule
 from cluster.dodo_sandbox.outbox import Delivery, Message, State
 from cluster.dodo_sandbox.payments import Payment
 from cluster.dodo_sandbox.refunds import CreateRefund, Refund, refund
-from cluster.dodo_sandbox.state import Here, Settings
+from cluster.dodo_sandbox.state import SandboxDep, Settings
 from cluster.dodo_sandbox.subscriptions import Subscription, change, running
 from cluster.dodo_sandbox.wire import UtcTime
 
@@ -27,13 +27,13 @@ router = APIRouter(prefix="/_sandbox")
 
 
 class Command(BaseModel):
-    """An order of the operator; a misspelt field is refused."""
+    """The body of a request or an answer; unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class MoveClock(Command):
-    """Exactly one of the two; a negative advance goes back."""
+    """Exactly one of the two. A negative ``advance_s`` moves the clock back."""
 
     advance_s: float | None = None
     now: UtcTime | None = None
@@ -59,7 +59,7 @@ class Redelivery(Command):
 
 
 class ManyRedeliveries(Redelivery):
-    """Messages by id, in the order wanted; without ids the latest ``limit``."""
+    """Which messages, and in which order. Without ids, the latest ``limit``."""
 
     ids: list[str] | None = None
     limit: Annotated[int, Field(ge=1, le=1000)] = 20
@@ -75,7 +75,7 @@ class Count(Command):
 
 
 class DeliveryState(Command):
-    """One message on its way to one endpoint; ``webhook_id`` is what the receiver sees as ``webhook-id``."""
+    """The delivery of one message to one endpoint. ``webhook_id`` is the header ``webhook-id``."""
 
     webhook_id: str
     type: str
@@ -103,9 +103,9 @@ def _faults(request: Request) -> Faults:
     return faults
 
 
-def _courier(request: Request) -> Courier:
-    courier: Courier = request.app.state.courier
-    return courier
+def _sender(request: Request) -> WebhookSender:
+    sender: WebhookSender = request.app.state.sender
+    return sender
 
 
 @router.get("/health")
@@ -132,31 +132,31 @@ async def clear_faults(request: Request) -> Count:
 
 
 @router.get("/clock")
-async def read_clock(sandbox: Here) -> ClockState:
+async def read_clock(sandbox: SandboxDep) -> ClockState:
     offset_ms = sandbox.clock.now_ms() - sandbox.clock.real_ms()
     return ClockState(now=sandbox.clock.now(), offset_s=offset_ms / 1000)
 
 
 @router.post("/clock")
-async def move_clock(order: MoveClock, sandbox: Here) -> ClockState:
-    """Move the sandbox's time and turn every billing period that has ended by then."""
-    if (order.advance_s is None) == (order.now is None):
+async def move_clock(body: MoveClock, sandbox: SandboxDep) -> ClockState:
+    """Move the sandbox's clock, and renew every subscription whose period has ended by then."""
+    if (body.advance_s is None) == (body.now is None):
         raise unprocessable("give either advance_s or now")
-    if order.now is not None:
-        sandbox.clock.move_to(order.now)
-    elif order.advance_s is not None:
-        sandbox.clock.advance(round(order.advance_s * 1000))
+    if body.now is not None:
+        sandbox.clock.move_to(body.now)
+    elif body.advance_s is not None:
+        sandbox.clock.advance(round(body.advance_s * 1000))
     renewals = cycle.run_due(sandbox)
     return (await read_clock(sandbox)).model_copy(update={"renewals": renewals})
 
 
 @router.get("/settings")
-async def read_settings(sandbox: Here) -> Settings:
+async def read_settings(sandbox: SandboxDep) -> Settings:
     return sandbox.settings
 
 
 @router.post("/settings")
-async def change_settings(changes: dict[str, object], sandbox: Here) -> Settings:
+async def change_settings(changes: dict[str, object], sandbox: SandboxDep) -> Settings:
     try:
         settings = sandbox.change_settings(changes)
     except ValidationError as error:
@@ -168,7 +168,7 @@ async def change_settings(changes: dict[str, object], sandbox: Here) -> Settings
 
 @router.get("/events")
 async def list_events(
-    sandbox: Here,
+    sandbox: SandboxDep,
     customer_id: str | None = None,
     event_name: str | None = None,
     limit: Annotated[int, Query(ge=1)] = 100_000,
@@ -178,7 +178,7 @@ async def list_events(
 
 
 @router.get("/sums")
-async def sums(sandbox: Here) -> dict[str, dict[str, dict[str, int | float]]]:
+async def sums(sandbox: SandboxDep) -> dict[str, dict[str, dict[str, int | float]]]:
     """``{customer_id: {event_name: {"events": n, "<numeric metadata key>": sum}}}`` of unique events."""
     return {
         customer_id: {name: {**total.totals, "events": total.events} for name, total in by_name.items()}
@@ -187,36 +187,38 @@ async def sums(sandbox: Here) -> dict[str, dict[str, dict[str, int | float]]]:
 
 
 @router.post("/pay/{session_id}")
-async def pay(session_id: str, sandbox: Here, order: Pay | None = None) -> Payment:
-    return checkout.pay(sandbox, session_id, declined=order is not None and order.decline)
+async def pay(session_id: str, sandbox: SandboxDep, body: Pay | None = None) -> Payment:
+    return checkout.pay(sandbox, session_id, declined=body is not None and body.decline)
 
 
 @router.post("/refund/{payment_id}")
-async def refund_payment(payment_id: str, sandbox: Here) -> Refund:
+async def refund_payment(payment_id: str, sandbox: SandboxDep) -> Refund:
     return refund(sandbox, CreateRefund(payment_id=payment_id))
 
 
 @router.post("/disputes/{payment_id}")
-async def open_dispute(payment_id: str, sandbox: Here, order: disputes.OpenDispute | None = None) -> disputes.Dispute:
-    """What the buyer's bank would do: ask for ``amount`` cents of the payment back, or for all of it."""
-    return disputes.open_dispute(sandbox, payment_id, order or disputes.OpenDispute())
+async def open_dispute(
+    payment_id: str, sandbox: SandboxDep, body: disputes.OpenDispute | None = None
+) -> disputes.Dispute:
+    """Dispute ``amount`` cents of a payment, or all of it, as the buyer's bank does."""
+    return disputes.open_dispute(sandbox, payment_id, body or disputes.OpenDispute())
 
 
 @router.post("/disputes/{dispute_id}/{ending}")
-async def end_dispute(dispute_id: str, ending: disputes.Ending, sandbox: Here) -> disputes.Dispute:
+async def end_dispute(dispute_id: str, ending: disputes.Ending, sandbox: SandboxDep) -> disputes.Dispute:
     return disputes.end_dispute(sandbox, dispute_id, ending)
 
 
 @router.post("/customers/{customer_id}/card")
-async def set_card(customer_id: str, order: CardBehaviour, sandbox: Here) -> CardBehaviour:
-    """Let every later charge of this customer fail, or succeed again."""
-    sandbox.store.put(customer_of(sandbox, customer_id).model_copy(update={"card_declines": order.declines}))
-    return order
+async def set_card(customer_id: str, body: CardBehaviour, sandbox: SandboxDep) -> CardBehaviour:
+    """Let later charges of this customer fail or succeed."""
+    sandbox.store.put(customer_of(sandbox, customer_id).model_copy(update={"card_declines": body.declines}))
+    return body
 
 
 @router.post("/subscriptions/{subscription_id}/renew")
-async def renew(subscription_id: str, sandbox: Here) -> Subscription:
-    """End the current period now, without moving the clock; where a charge has failed, this tries it again."""
+async def renew(subscription_id: str, sandbox: SandboxDep) -> Subscription:
+    """End the current period now without moving the clock; after a failed charge, charge again."""
     one, now = running(sandbox, subscription_id), sandbox.clock.now()
     if one.status != "active" and one.failed_at is None:
         raise bad_request(f"Subscription {subscription_id} is {one.status}")
@@ -224,12 +226,12 @@ async def renew(subscription_id: str, sandbox: Here) -> Subscription:
         one = change(sandbox, one, "subscription.updated", now, next_billing_date=now)
     with sandbox.store.transaction():
         if one.paused_at is not None:
-            return cycle.settle(sandbox, one, now)
-        return cycle.turn(sandbox, one, None if one.status == "active" else now)
+            return cycle.bill_pause(sandbox, one, now)
+        return cycle.renew(sandbox, one, None if one.status == "active" else now)
 
 
 @router.get("/webhooks")
-async def list_deliveries(sandbox: Here, limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Deliveries:
+async def list_deliveries(sandbox: SandboxDep, limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Deliveries:
     """The latest first."""
     return Deliveries(data=[_delivery_state(one) for one in sandbox.outbox.recent(limit)])
 
@@ -249,29 +251,31 @@ def _delivery_state(one: Delivery) -> DeliveryState:
 
 
 @router.post("/webhooks/flush")
-async def flush_webhooks(sandbox: Here) -> Count:
-    """Make every delivery that waits for its next attempt due now."""
-    return Count(count=sandbox.outbox.hasten())
+async def flush_webhooks(sandbox: SandboxDep) -> Count:
+    """Send every delivery that waits for its next attempt now."""
+    return Count(count=sandbox.outbox.retry_now())
 
 
 @router.post("/webhooks/redeliver")
-async def redeliver_many(order: ManyRedeliveries, request: Request, sandbox: Here) -> Redelivered:
+async def redeliver_many(body: ManyRedeliveries, request: Request, sandbox: SandboxDep) -> Redelivered:
     known = {d.message.id: d.message for d in reversed(sandbox.outbox.recent(10_000))}
-    ids = order.ids if order.ids is not None else list(known)[-order.limit :]
+    ids = body.ids if body.ids is not None else list(known)[-body.limit :]
     if missing := [one for one in ids if one not in known]:
         raise not_found("message", missing[0])
-    messages = _ordered([known[one] for one in ids], order.order)
-    return Redelivered(statuses=await _courier(request).redeliver(messages, order.times, order.concurrent))
+    messages = _ordered([known[one] for one in ids], body.order)
+    return Redelivered(statuses=await _sender(request).redeliver(messages, body.times, body.concurrent))
 
 
 @router.post("/webhooks/{webhook_id}/redeliver")
-async def redeliver(webhook_id: str, request: Request, sandbox: Here, order: Redelivery | None = None) -> Redelivered:
-    """Send one message again, ``times`` times, with its old id and a new signature; the answers."""
+async def redeliver(
+    webhook_id: str, request: Request, sandbox: SandboxDep, body: Redelivery | None = None
+) -> Redelivered:
+    """Send one message ``times`` times with its id and new signatures; returns the answers."""
     found = sandbox.outbox.of_message(webhook_id)
     if not found:
         raise not_found("message", webhook_id)
-    asked = order or Redelivery()
-    return Redelivered(statuses=await _courier(request).redeliver([found[0].message], asked.times, asked.concurrent))
+    asked = body or Redelivery()
+    return Redelivered(statuses=await _sender(request).redeliver([found[0].message], asked.times, asked.concurrent))
 
 
 def _ordered(messages: Sequence[Message], order: str) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Puts the sandbox together: routes, limits, faults, and the two tasks that run beside them."""
+"""The sandbox's application: its routes, limits and faults, and the tasks for webhooks and renewals."""
 
 import asyncio
 import logging
@@ -26,18 +26,16 @@ from cluster.dodo_sandbox import (
     meters,
     pages,
     payments,
-    plan_change,
     products,
     refunds,
     subscriptions,
     updates,
 )
-from cluster.dodo_sandbox.clock import SandboxClock
-from cluster.dodo_sandbox.delivery import Courier
+from cluster.dodo_sandbox.delivery import WebhookSender
 from cluster.dodo_sandbox.faults import FaultGate, Faults
 from cluster.dodo_sandbox.limits import Limits
 from cluster.dodo_sandbox.outbox import Outbox
-from cluster.dodo_sandbox.state import Sandbox, authorize
+from cluster.dodo_sandbox.state import Sandbox, SandboxClock, authorize
 from cluster.dodo_sandbox.store import Store
 
 DEFAULT_URL = "http://127.0.0.1:8010"
@@ -59,7 +57,6 @@ API = (
     subscriptions,
     updates,
     cycle,
-    plan_change,
     endpoints,
     invoices,
 )
@@ -73,9 +70,10 @@ def create_app(
     webhook_secret: str | None = None,
     public_url: str = DEFAULT_URL,
 ) -> FastAPI:
-    """The sandbox on the state in ``state_dir``; its tasks run while the app's lifespan does.
+    """The sandbox with its state in ``state_dir``. Its tasks run during the application's lifespan.
 
-    Raises ValueError for a webhook secret that is not ``whsec_`` and base64.
+    Raises:
+        ValueError: the webhook secret is not ``whsec_`` and base64.
     """
     if webhook_secret is not None and not endpoints.well_formed(webhook_secret):
         raise ValueError("a webhook secret is whsec_ followed by base64")
@@ -99,8 +97,8 @@ def create_app(
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     sandbox: Sandbox = app.state.sandbox
     async with httpx.AsyncClient(trust_env=False) as client:
-        app.state.courier = Courier(sandbox, client)
-        tasks = [asyncio.create_task(_forever(work)) for work in (app.state.courier.round, partial(_renew, sandbox))]
+        app.state.sender = WebhookSender(sandbox, client)
+        tasks = [asyncio.create_task(_forever(work)) for work in (app.state.sender.run_once, partial(_renew, sandbox))]
         yield
         for task in tasks:
             task.cancel()
@@ -110,12 +108,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _forever(work: Callable[[], Awaitable[None]]) -> None:
-    """The outermost loop of a task: one failed round is logged and does not end the sandbox."""
+    """Repeat ``work``; log an error and go on."""
     while True:
         try:
             await work()
-        except Exception:  # the task's outermost loop: without it one bad row would end all renewals
-            log.exception("a round of the sandbox's background work failed")
+        except Exception:  # the task's outermost loop: one bad row must not end all renewals
+            log.exception("a background task of the sandbox failed")
             await asyncio.sleep(FAILURE_PAUSE_S)
 
 

@@ -1,7 +1,7 @@
-"""Checkout sessions: a cart, a customer, and the payment that the checkout page makes of them.
+"""Checkout sessions: a cart and a customer, and the payment of the cart.
 
-A session is paid once. Paying charges the whole cart in one payment and starts a subscription for each
-recurring line. A session that names an email and no id uses the customer who already has that email.
+A session is paid once. The whole cart is one payment, and each recurring line starts a subscription. A session with an
+email and no customer id uses the customer who has that email.
 """
 
 from datetime import datetime, timedelta
@@ -25,8 +25,8 @@ from cluster.dodo_sandbox.payments import (
     payment_of,
 )
 from cluster.dodo_sandbox.products import OneTimePrice, ProductRecord, RecurringPrice, UsageBasedPrice, product_of
-from cluster.dodo_sandbox.state import Here, Sandbox
-from cluster.dodo_sandbox.subscriptions import Start, SubscriptionRecord, change, planned
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
+from cluster.dodo_sandbox.subscriptions import Start, SubscriptionRecord, change, new_subscription
 from cluster.dodo_sandbox.wire import Cents, LimitedMetadata, Resource, Wire, new_id
 
 CART_MAX = 20
@@ -103,7 +103,7 @@ def session_of(sandbox: Sandbox, session_id: str) -> SessionRecord:
 
 
 def open_session(sandbox: Sandbox, request: CreateSession) -> SessionRecord:
-    """Raises ApiError where Dodo refuses the cart or does not know the customer."""
+    """Raises ApiError for a cart that Dodo refuses, or an unknown customer."""
     for item in request.product_cart:
         check_item(sandbox, item)
     if len({product_of(sandbox, item.product_id).price.currency for item in request.product_cart}) > 1:
@@ -129,10 +129,10 @@ def check_item(sandbox: Sandbox, item: CartLine) -> None:
 
 
 def pay(sandbox: Sandbox, session_id: str, declined: bool = False) -> PaymentRecord:
-    """Charge the session's cart. A declined payment leaves the session open for another try.
+    """Charge the session's cart. After a declined payment the session can be paid again.
 
     Raises:
-        ApiError: 404 unknown session, 409 paid already, 400 older than 24 hours.
+        ApiError: 404 for an unknown session, 409 for a paid one, 400 for one older than 24 hours.
     """
     session, now = session_of(sandbox, session_id), sandbox.clock.now()
     if session.payment_id and payment_of(sandbox, session.payment_id).status == "succeeded":
@@ -149,12 +149,12 @@ def pay(sandbox: Sandbox, session_id: str, declined: bool = False) -> PaymentRec
         for subscription in starts:
             change(sandbox, subscription, f"subscription.{status}", now, status=status, payment_id=payment.payment_id)
         if payment.status == "succeeded":
-            _hand_out(sandbox, session, payment)
+            _issue_licence_keys(sandbox, session, payment)
     return payment
 
 
-def _hand_out(sandbox: Sandbox, session: SessionRecord, payment: PaymentRecord) -> None:
-    """A key for each unit of what was sold once; subscriptions have theirs from their start."""
+def _issue_licence_keys(sandbox: Sandbox, session: SessionRecord, payment: PaymentRecord) -> None:
+    """One licence key for each unit of a one-time product. Subscriptions get theirs when they start."""
     for item, product in _products(sandbox, session):
         if not product.is_recurring:
             customer_id, at = payment.customer.customer_id, payment.created_at
@@ -207,16 +207,16 @@ def _start(
         payment_method_id=method,
         trial_period_days=_trial_days(session, product_of(sandbox, item.product_id)),
     )
-    return planned(sandbox, start, now)
+    return new_subscription(sandbox, start, now)
 
 
 def currency_of(sandbox: Sandbox, session: SessionRecord) -> str:
-    """The one currency of all its products."""
+    """The currency of all its products."""
     return product_of(sandbox, session.request.product_cart[0].product_id).price.currency
 
 
 def cart_lines(sandbox: Sandbox, session: SessionRecord) -> list[Line]:
-    """What is due today, before tax; a trial's first charge is nothing."""
+    """What is due today, before tax: nothing for a trial."""
     lines = []
     for item, product in _products(sandbox, session):
         amount = unit_amount(product, item) * item.quantity
@@ -259,8 +259,8 @@ def _cart_charge(
 
 
 @router.post("/checkouts")
-async def create_session(request: CreateSession, sandbox: Here) -> SessionCreated:
-    """With ``confirm`` and a saved payment method the charge is made at once and there is no page."""
+async def create_session(request: CreateSession, sandbox: SandboxDep) -> SessionCreated:
+    """With ``confirm`` and a saved payment method, charge at once without a checkout page."""
     if request.payment_method_id is None:
         session = open_session(sandbox, request)
         return SessionCreated(session_id=session.id, checkout_url=f"{sandbox.public_url}/checkout/{session.id}")
@@ -276,7 +276,7 @@ async def create_session(request: CreateSession, sandbox: Here) -> SessionCreate
 
 
 @router.get("/checkouts/{session_id}")
-async def retrieve_session(session_id: str, sandbox: Here) -> SessionStatus:
+async def retrieve_session(session_id: str, sandbox: SandboxDep) -> SessionStatus:
     session = session_of(sandbox, session_id)
     payment = payment_of(sandbox, session.payment_id) if session.payment_id else None
     asked = session.request.customer or SessionCustomer()

@@ -1,7 +1,6 @@
 """Customers, their saved payment methods and their portal sessions.
 
-Creating never merges: two customers may share an email. Only a checkout that names an email instead
-of an id looks for an existing customer (see ``checkout``).
+Two customers may have the same email. Only a checkout with an email instead of an id looks for an existing customer.
 """
 
 from datetime import datetime
@@ -11,7 +10,7 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 
 from cluster.dodo_sandbox.errors import not_found
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.wire import BUSINESS_ID, LimitedMetadata, Page, Paging, Resource, UtcTime, Wire, new_id
 
 router = APIRouter()
@@ -30,7 +29,7 @@ class Customer(Wire):
 
 
 class Card(Wire):
-    """A pretended card; it has no number."""
+    """A card without a number, since none is real."""
 
     card_network: str = "visa"
     card_type: str = "credit"
@@ -52,13 +51,13 @@ class PaymentMethods(Wire):
 
 
 class CustomerRecord(Customer, Resource):
-    """``card_declines``: every charge of this customer fails, as a test may ask."""
+    """``card_declines``: every charge of this customer fails."""
 
     kind: ClassVar[str] = "customer"
     payment_methods: list[PaymentMethod] = Field(default_factory=list)
     card_declines: bool = False
     balance: int = 0
-    """Cents that downgrades gave back: invoices of subscriptions draw on them before the card."""
+    """Cents that downgrades have credited; invoices of subscriptions use them before the card."""
 
     @property
     def key(self) -> str:
@@ -66,7 +65,7 @@ class CustomerRecord(Customer, Resource):
 
 
 class CustomerLimitedDetails(Wire):
-    """The customer as payments and subscriptions show it."""
+    """The customer's fields in payments and subscriptions."""
 
     customer_id: str
     email: str
@@ -138,7 +137,7 @@ def add_to_balance(sandbox: Sandbox, customer_id: str, cents: int) -> None:
 
 
 def save_card(sandbox: Sandbox, customer: CustomerRecord) -> str:
-    """The id of the customer's card, kept from the first payment on."""
+    """The id of the customer's card, which the first payment creates."""
     if customer.payment_methods:
         return customer.payment_methods[0].payment_method_id
     method = PaymentMethod(payment_method_id=new_id("pm"), last_used_at=sandbox.clock.now())
@@ -147,33 +146,33 @@ def save_card(sandbox: Sandbox, customer: CustomerRecord) -> str:
 
 
 @router.post("/customers")
-async def create_customer(request: CreateCustomer, sandbox: Here) -> Customer:
+async def create_customer(request: CreateCustomer, sandbox: SandboxDep) -> Customer:
     return create(sandbox, request)
 
 
 @router.get("/customers")
-async def list_customers(filters: Annotated[CustomerFilter, Query()], sandbox: Here) -> Page[Customer]:
+async def list_customers(filters: Annotated[CustomerFilter, Query()], sandbox: SandboxDep) -> Page[Customer]:
     return filters.of([customer for customer in sandbox.store.find(CustomerRecord) if filters.admits(customer)])
 
 
 @router.get("/customers/{customer_id}")
-async def retrieve_customer(customer_id: str, sandbox: Here) -> Customer:
+async def retrieve_customer(customer_id: str, sandbox: SandboxDep) -> Customer:
     return customer_of(sandbox, customer_id)
 
 
 @router.patch("/customers/{customer_id}")
-async def update_customer(customer_id: str, request: UpdateCustomer, sandbox: Here) -> Customer:
+async def update_customer(customer_id: str, request: UpdateCustomer, sandbox: SandboxDep) -> Customer:
     customer = customer_of(sandbox, customer_id).model_copy(update=request.model_dump(exclude_none=True))
     sandbox.store.put(customer)
     return customer
 
 
 @router.post("/customers/{customer_id}/customer-portal/session")
-async def create_portal_session(customer_id: str, sandbox: Here) -> PortalSession:
+async def create_portal_session(customer_id: str, sandbox: SandboxDep) -> PortalSession:
     customer = customer_of(sandbox, customer_id)
     return PortalSession(link=f"{sandbox.public_url}/portal/{customer.customer_id}")
 
 
 @router.get("/customers/{customer_id}/payment-methods")
-async def list_payment_methods(customer_id: str, sandbox: Here) -> PaymentMethods:
+async def list_payment_methods(customer_id: str, sandbox: SandboxDep) -> PaymentMethods:
     return PaymentMethods(items=customer_of(sandbox, customer_id).payment_methods)

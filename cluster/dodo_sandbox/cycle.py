@@ -1,8 +1,8 @@
-"""The billing cycle: what a period's usage costs, and what happens when a period ends.
+"""The billing cycle: the price of a period's usage, and what happens when a period ends.
 
-``(units - free_threshold) x price_per_unit`` per meter (usage-based-billing guide), in cents. Not
-documented, and chosen here: each meter's price is rounded half up to the cent; an event counts in the
-period of its timestamp, and one that arrives after that period was billed is billed by no one.
+Usage costs ``(units - free_threshold) x price_per_unit`` cents per meter (usage-based-billing guide). Not documented,
+and chosen here: the price of each meter is rounded half up to the cent; an event counts in the period of its timestamp,
+and is never billed if it arrives after that period was billed.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from cluster.dodo_sandbox.events import counted_metadata
 from cluster.dodo_sandbox.meters import meter_of, units
 from cluster.dodo_sandbox.payments import Charge, Line, PaymentRecord, ServicePeriod, charge, line
 from cluster.dodo_sandbox.products import product_of
-from cluster.dodo_sandbox.state import Here, Sandbox, Settings
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep, Settings
 from cluster.dodo_sandbox.subscriptions import (
     SubscribedMeter,
     SubscriptionRecord,
@@ -72,7 +72,7 @@ class UsageFilter(Paging):
     meter_id: Annotated[str, Field(min_length=1)] | None = None
 
     def cut(self, period: UsagePeriod) -> UsagePeriod | None:
-        """The part of a period that was asked for."""
+        """The part of a period that passes the filter, or ``None``."""
         if self.start_date is not None and period.end_date <= self.start_date:
             return None
         if self.end_date is not None and period.start_date >= self.end_date:
@@ -82,14 +82,14 @@ class UsageFilter(Paging):
 
 
 def usage(sandbox: Sandbox, one: SubscriptionRecord, start: datetime, end: datetime) -> list[MeterUsage]:
-    """What the events from ``start`` up to ``end`` cost by each of the subscription's meters."""
+    """The price of the events from ``start`` until before ``end``, for each of the subscription's meters."""
     result = []
     for priced in one.meters:
         meter = meter_of(sandbox, priced.meter_id)
         until = end if meter.archived_at is None else min(end, meter.archived_at)
-        seen = counted_metadata(sandbox, meter, one.customer.customer_id, start, until)
+        metadata = counted_metadata(sandbox, meter, one.customer.customer_id, start, until)
         with localcontext(prec=_EXACT_DIGITS):
-            result.append(priced_usage(priced, units(meter, seen)))
+            result.append(priced_usage(priced, units(meter, metadata)))
     return result
 
 
@@ -113,7 +113,7 @@ def usage_lines(meters: Sequence[MeterUsage]) -> list[Line]:
 
 
 def run_due(sandbox: Sandbox) -> int:
-    """Do all that was due by the sandbox's clock, in its order; the number of steps."""
+    """Do everything that is due by the sandbox's clock, in order; returns the number of steps."""
     steps, settings, now = 0, sandbox.settings, sandbox.clock.now()
     for found in reversed(sandbox.store.find(SubscriptionRecord)):
         one = found
@@ -126,24 +126,24 @@ def run_due(sandbox: Sandbox) -> int:
 
 def _step(sandbox: Sandbox, settings: Settings, one: SubscriptionRecord, due: datetime) -> SubscriptionRecord:
     if one.status == "active":
-        return turn(sandbox, one)
+        return renew(sandbox, one)
     if due == recovery.next_retry(settings, one):
         again = one.model_copy(update={"retries": one.retries + 1})
-        return turn(sandbox, again, due) if one.paused_at is None else settle(sandbox, again, due)
+        return renew(sandbox, again, due) if one.paused_at is None else bill_pause(sandbox, again, due)
     return recovery.end_grace(sandbox, one, due)
 
 
-def turn(sandbox: Sandbox, one: SubscriptionRecord, charged_at: datetime | None = None) -> SubscriptionRecord:
-    """End the current period: bill its usage, and the next period's price unless the subscription ends.
+def renew(sandbox: Sandbox, one: SubscriptionRecord, charged_at: datetime | None = None) -> SubscriptionRecord:
+    """End the current period: bill its usage, and the price of the next period unless the subscription ends.
 
-    ``charged_at``: when, where that is not the period's end, because the charge failed before.
+    ``charged_at`` is the time of the charge if it is not the end of the period, because an earlier charge failed.
     """
     ended = one.next_billing_date
     at = ended if charged_at is None else charged_at
     if one.cancel_at_next_billing_date:
-        return finish(sandbox, one, "cancelled")
+        return end(sandbox, one, "cancelled")
     if one.expires_at is not None and ended >= one.expires_at:
-        return finish(sandbox, one, "expired")
+        return end(sandbox, one, "expired")
     metered = usage(sandbox, one, one.unbilled_from, ended)
     renewed = with_scheduled_change(sandbox, one)
     following = next_billing(renewed, ended)
@@ -156,7 +156,7 @@ def turn(sandbox: Sandbox, one: SubscriptionRecord, charged_at: datetime | None 
     )
     if payment.status != "succeeded":
         return recovery.failed(sandbox, one, payment.payment_id, at)
-    remember(sandbox, one, ended, metered)
+    close_usage(sandbox, one, ended, metered)
     if renewed is not one:
         renewed = change(sandbox, renewed, "subscription.plan_changed", at)
     recovery.recovered(sandbox, one, payment.payment_id, at)
@@ -167,29 +167,29 @@ def turn(sandbox: Sandbox, one: SubscriptionRecord, charged_at: datetime | None 
     )  # fmt: skip
 
 
-def settle(sandbox: Sandbox, one: SubscriptionRecord, at: datetime) -> SubscriptionRecord:
-    """Bill the usage up to a pause, alone; paid late, it leaves the subscription paused, as it was."""
-    assert one.paused_at is not None, "there is no pause to settle"
+def bill_pause(sandbox: Sandbox, one: SubscriptionRecord, at: datetime) -> SubscriptionRecord:
+    """Bill only the usage up to a pause. The subscription stays paused, also if the invoice is paid late."""
+    assert one.paused_at is not None, "the subscription is paused"
     metered = usage(sandbox, one, one.unbilled_from, one.paused_at)
     if not (lines := usage_lines(metered)):
         return one
     payment = charge(sandbox, _charge(one, lines, True).model_copy(update={"retry_attempt": one.retries}), at)
     if payment.status != "succeeded":
         return recovery.failed(sandbox, one, payment.payment_id, at)
-    remember(sandbox, one, one.paused_at, metered)
+    close_usage(sandbox, one, one.paused_at, metered)
     return change(
         sandbox, one, "subscription.updated" if one.status == "paused" else "subscription.paused", at, status="paused",
         usage_billed_at=one.paused_at, past_due_ends_at=None, failed_at=None, retries=0,
     )  # fmt: skip
 
 
-def finish(sandbox: Sandbox, one: SubscriptionRecord, status: str) -> SubscriptionRecord:
-    """The last period's usage is billed alone: a renewal without a service period."""
+def end(sandbox: Sandbox, one: SubscriptionRecord, status: str) -> SubscriptionRecord:
+    """End the subscription. The last period's usage is billed by a renewal without a service period."""
     ended = one.next_billing_date
     metered = usage(sandbox, one, one.unbilled_from, ended)
     if lines := usage_lines(metered):
         charge(sandbox, _charge(one, lines, True), ended)
-    remember(sandbox, one, ended, metered)
+    close_usage(sandbox, one, ended, metered)
     fields = {"status": status} | ({"cancelled_at": ended} if status == "cancelled" else {})
     return change(sandbox, one, f"subscription.{status}", ended, **fields)
 
@@ -223,8 +223,8 @@ def _charge(one: SubscriptionRecord, lines: list[Line], includes_usage: bool) ->
     )
 
 
-def remember(sandbox: Sandbox, one: SubscriptionRecord, ended: datetime, metered: list[MeterUsage]) -> None:
-    """Close the usage that is billed now; what follows is billed later."""
+def close_usage(sandbox: Sandbox, one: SubscriptionRecord, ended: datetime, metered: list[MeterUsage]) -> None:
+    """Store the usage that is billed now, so that it is not billed again."""
     sandbox.store.put(
         UsagePeriodRecord(
             subscription_id=one.subscription_id, start_date=one.unbilled_from, end_date=ended, meters=metered
@@ -234,9 +234,9 @@ def remember(sandbox: Sandbox, one: SubscriptionRecord, ended: datetime, metered
 
 @router.get("/subscriptions/{subscription_id}/usage-history")
 async def retrieve_usage_history(
-    subscription_id: str, filters: Annotated[UsageFilter, Query()], sandbox: Here
+    subscription_id: str, filters: Annotated[UsageFilter, Query()], sandbox: SandboxDep
 ) -> Page[UsagePeriod]:
-    """The newest period first: the open one as it stands now, then the billed ones."""
+    """The open period with its usage until now, then the billed periods, the newest first."""
     one = subscription_of(sandbox, subscription_id)
     periods: list[UsagePeriod] = list(sandbox.store.find(UsagePeriodRecord, subscription_id))
     if one.status in ("active", "on_hold", "past_due", "paused"):

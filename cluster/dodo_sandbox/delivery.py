@@ -1,7 +1,6 @@
-"""Sends webhooks: signed by Standard Webhooks, in real time, with the latest payload.
+"""Sends the webhooks that ``outbox`` says are due: signed by Standard Webhooks, with the latest payload.
 
-Owns no schedule (``outbox`` does). Any answer but 2xx within 15 s is a failure; redirects are not
-followed (developer-resources/webhooks).
+Any answer but 2xx within 15 s is a failure; redirects are not followed (developer-resources/webhooks).
 """
 
 import asyncio
@@ -40,7 +39,7 @@ _SHAPES: Mapping[PayloadKind, tuple[type[Resource], type[BaseModel], str]] = {
 
 
 class Envelope(BaseModel):
-    """What stands in a webhook's body."""
+    """The body of a webhook."""
 
     business_id: str = BUSINESS_ID
     type: str
@@ -49,7 +48,7 @@ class Envelope(BaseModel):
 
 
 def payload(sandbox: Sandbox, message: Message) -> bytes:
-    """The message with its resource as it is now."""
+    """The body of a message, with its resource as it is now."""
     record, shape, name = _SHAPES[message.kind]
     resource = sandbox.store.get(record, message.resource_id)
     assert resource is not None, f"{message.kind} {message.resource_id} of {message.id} is gone"
@@ -63,7 +62,7 @@ def payload(sandbox: Sandbox, message: Message) -> bytes:
 
 
 def signed_headers(message_id: str, secret: str, body: bytes, at: datetime) -> dict[str, str]:
-    """``webhook-id``, ``-timestamp`` and ``-signature`` over the raw body; ``at`` is real time."""
+    """``webhook-id``, ``webhook-timestamp`` and ``webhook-signature`` of the raw body; ``at`` is real time."""
     return {
         "content-type": "application/json",
         "webhook-id": message_id,
@@ -72,15 +71,15 @@ def signed_headers(message_id: str, secret: str, body: bytes, at: datetime) -> d
     }
 
 
-class Courier:
-    """Delivers what is due, a few at a time."""
+class WebhookSender:
+    """Sends due deliveries, a few at the same time."""
 
     def __init__(self, sandbox: Sandbox, client: httpx.AsyncClient) -> None:
         self._sandbox = sandbox
         self._client = client
 
-    async def round(self) -> None:
-        """Send what is due, or wait for work. What a kill interrupts is sent again after the restart."""
+    async def run_once(self) -> None:
+        """Send what is due, or wait until something may be. After a crash, what was being sent is sent again."""
         outbox, settings = self._sandbox.outbox, self._sandbox.settings
         outbox.woken.clear()
         due = [] if settings.webhooks_paused else outbox.due(PARALLEL)
@@ -93,14 +92,14 @@ class Courier:
             await asyncio.wait_for(outbox.woken.wait(), POLL_S)
 
     async def deliver(self, delivery: Delivery) -> None:
-        """One attempt, sent as often as the settings say; the last answer counts."""
+        """Make one attempt, in as many copies as the settings say; the last answer counts."""
         accepted, status = False, ""
         for _ in range(self._sandbox.settings.webhook_copies):
             accepted, status = await self.send(delivery.message, delivery.endpoint_id)
         self._sandbox.outbox.sent(delivery, accepted, status, self._sandbox.settings.webhook_speed)
 
     async def send(self, message: Message, endpoint_id: str) -> tuple[bool, str]:
-        """Whether the endpoint took it, and its status or the error's name."""
+        """Whether the endpoint accepted it, and its status or the name of the error."""
         endpoint = self._sandbox.store.get(EndpointRecord, endpoint_id)
         if endpoint is None or endpoint.disabled:
             return False, "endpoint is gone"
@@ -113,7 +112,7 @@ class Courier:
         return answer.is_success, str(answer.status_code)
 
     async def redeliver(self, messages: Sequence[Message], times: int, concurrent: bool) -> list[str]:
-        """Send messages again, whatever became of them, to every endpoint they went to; the answers."""
+        """Send messages again, delivered or not, to every endpoint they are for; returns the answers."""
         sends = [
             (message, delivery.endpoint_id)
             for message in messages

@@ -1,6 +1,6 @@
-"""Disputes: a buyer's bank asks for a payment back, and somebody wins. Amounts in cents, as text.
+"""Disputes of payments by the buyer's bank. Amounts are cents, as text.
 
-Read only over the API, as at Dodo; banks act through the operator's side.
+Dodo's API only reads them. The control routes open and end them, as banks do.
 """
 
 from datetime import datetime
@@ -13,7 +13,7 @@ from cluster.dodo_sandbox.customers import CustomerLimitedDetails
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import bad_request, not_found
 from cluster.dodo_sandbox.payments import payment_of
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.wire import BRAND_ID, BUSINESS_ID, Page, Paging, Resource, UtcTime, Wire, new_id
 
 router = APIRouter()
@@ -54,7 +54,7 @@ class DisputeRecord(Dispute, Resource):
 
 
 class OpenDispute(Wire):
-    """What a bank asks back of a payment; all of it by default."""
+    """The disputed amount in cents; all of the payment by default."""
 
     amount: Annotated[int, Field(gt=0)] | None = None
     reason: str | None = None
@@ -69,7 +69,7 @@ class DisputeFilter(Paging):
 
 
 def open_dispute(sandbox: Sandbox, payment_id: str, asked: OpenDispute) -> DisputeRecord:
-    """Raises ApiError 400 for a payment that did not succeed, or for more than was paid."""
+    """Raises ApiError 400 if the payment did not succeed, or was less."""
     payment, now = payment_of(sandbox, payment_id), sandbox.clock.now()
     amount = payment.total_amount if asked.amount is None else asked.amount
     if payment.status != "succeeded" or amount > payment.total_amount:
@@ -85,7 +85,7 @@ def open_dispute(sandbox: Sandbox, payment_id: str, asked: OpenDispute) -> Dispu
 
 
 def end_dispute(sandbox: Sandbox, dispute_id: str, ending: Ending) -> DisputeRecord:
-    """Raises ApiError 404 for an unknown id, 400 where it has ended already."""
+    """Raises ApiError 404 for an unknown id, 400 for a dispute that has ended."""
     before = dispute_of(sandbox, dispute_id)
     if before.dispute_status in ENDED:
         raise bad_request(f"The dispute is {before.dispute_status}", "DISPUTE_ENDED")
@@ -105,7 +105,7 @@ def dispute_of(sandbox: Sandbox, dispute_id: str) -> DisputeRecord:
 
 
 @router.get("/disputes")
-async def list_disputes(filters: Annotated[DisputeFilter, Query()], sandbox: Here) -> Page[DisputeSummary]:
+async def list_disputes(filters: Annotated[DisputeFilter, Query()], sandbox: SandboxDep) -> Page[DisputeSummary]:
     return filters.of(
         [
             one
@@ -119,5 +119,5 @@ async def list_disputes(filters: Annotated[DisputeFilter, Query()], sandbox: Her
 
 
 @router.get("/disputes/{dispute_id}")
-async def retrieve_dispute(dispute_id: str, sandbox: Here) -> Dispute:
+async def retrieve_dispute(dispute_id: str, sandbox: SandboxDep) -> Dispute:
     return dispute_of(sandbox, dispute_id)

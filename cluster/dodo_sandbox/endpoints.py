@@ -1,7 +1,4 @@
-"""Webhook endpoints: who is told of which events, and with which secret.
-
-Also emits: every resource tells its changes through ``announce``.
-"""
+"""Webhook endpoints: their URLs, event types and secrets. ``announce`` sends an event to those that want it."""
 
 import base64
 import secrets
@@ -14,7 +11,7 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 from cluster.dodo_sandbox.errors import not_found
 from cluster.dodo_sandbox.outbox import PayloadKind
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.wire import Resource, Wire, new_id, to_ms
 
 SECRET_SETTING = "webhook_secret"
@@ -101,7 +98,7 @@ def generated_secret() -> str:
 
 
 def well_formed(secret: str) -> bool:
-    """Whether a receiver with the ``standardwebhooks`` library could check what this secret signs."""
+    """Whether the ``standardwebhooks`` library can check a signature made with this secret."""
     try:
         Webhook(secret)
     except (ValueError, EmptyWebhookSecretError):
@@ -110,7 +107,7 @@ def well_formed(secret: str) -> bool:
 
 
 def adopt_secret(sandbox: Sandbox, given: str | None) -> None:
-    """Every endpoint, old and new, signs with ``given``; without it each has its own."""
+    """Use ``given`` for every endpoint, old and new; without it each endpoint has its own secret."""
     sandbox.store.set_setting(SECRET_SETTING, given or "")
     if given is not None:
         for endpoint in sandbox.store.find(EndpointRecord):
@@ -128,14 +125,14 @@ def endpoint_of(sandbox: Sandbox, endpoint_id: str) -> EndpointRecord:
 def announce(
     sandbox: Sandbox, type_: str, kind: PayloadKind, resource: Resource, at: datetime, payment_id: str | None = None
 ) -> None:
-    """Emit an event about ``resource`` to every endpoint that wants it."""
+    """Send an event about ``resource`` to every endpoint that wants its type."""
     wanting = [endpoint.id for endpoint in reversed(sandbox.store.find(EndpointRecord)) if endpoint.wants(type_)]
     sandbox.outbox.emit(type_, kind, resource, wanting, to_ms(at), payment_id)
 
 
 @router.post("/webhooks")
-async def create_endpoint(request: CreateEndpoint, sandbox: Here) -> Endpoint:
-    """The same ``idempotency_key`` twice is one endpoint."""
+async def create_endpoint(request: CreateEndpoint, sandbox: SandboxDep) -> Endpoint:
+    """A second request with the same ``idempotency_key`` creates no second endpoint."""
     for known in sandbox.store.find(EndpointRecord):
         if request.idempotency_key is not None and known.idempotency_key == request.idempotency_key:
             return known
@@ -148,21 +145,21 @@ async def create_endpoint(request: CreateEndpoint, sandbox: Here) -> Endpoint:
 
 
 @router.get("/webhooks")
-async def list_endpoints(paging: Annotated[EndpointPaging, Query()], sandbox: Here) -> EndpointPage:
-    """A cursor's page; the cursor is the number of endpoints before it."""
+async def list_endpoints(paging: Annotated[EndpointPaging, Query()], sandbox: SandboxDep) -> EndpointPage:
+    """One page; ``iterator`` is the number of endpoints before it."""
     start = int(paging.iterator) if paging.iterator and paging.iterator.isdigit() else 0
-    everyone = sandbox.store.find(EndpointRecord)[::-1]
+    endpoints = sandbox.store.find(EndpointRecord)[::-1]
     end = start + paging.limit
-    return EndpointPage(data=list(everyone[start:end]), iterator=str(end), done=end >= len(everyone))
+    return EndpointPage(data=list(endpoints[start:end]), iterator=str(end), done=end >= len(endpoints))
 
 
 @router.get("/webhooks/{endpoint_id}")
-async def retrieve_endpoint(endpoint_id: str, sandbox: Here) -> Endpoint:
+async def retrieve_endpoint(endpoint_id: str, sandbox: SandboxDep) -> Endpoint:
     return endpoint_of(sandbox, endpoint_id)
 
 
 @router.patch("/webhooks/{endpoint_id}")
-async def update_endpoint(endpoint_id: str, request: UpdateEndpoint, sandbox: Here) -> Endpoint:
+async def update_endpoint(endpoint_id: str, request: UpdateEndpoint, sandbox: SandboxDep) -> Endpoint:
     change = request.model_dump(exclude_none=True) | {"updated_at": sandbox.clock.now().isoformat()}
     endpoint = endpoint_of(sandbox, endpoint_id).model_copy(update=change)
     sandbox.store.put(endpoint)
@@ -170,17 +167,17 @@ async def update_endpoint(endpoint_id: str, request: UpdateEndpoint, sandbox: He
 
 
 @router.delete("/webhooks/{endpoint_id}")
-async def delete_endpoint(endpoint_id: str, sandbox: Here) -> Response:
+async def delete_endpoint(endpoint_id: str, sandbox: SandboxDep) -> Response:
     sandbox.store.delete(endpoint_of(sandbox, endpoint_id))
-    sandbox.outbox.forget_endpoint(endpoint_id)
+    sandbox.outbox.cancel_deliveries(endpoint_id)
     return Response(status_code=204)
 
 
 @router.get("/webhooks/{endpoint_id}/secret")
-async def retrieve_secret(endpoint_id: str, sandbox: Here) -> EndpointSecret:
+async def retrieve_secret(endpoint_id: str, sandbox: SandboxDep) -> EndpointSecret:
     return EndpointSecret(secret=endpoint_of(sandbox, endpoint_id).secret)
 
 
 @router.get("/webhooks/{endpoint_id}/headers")
-async def retrieve_headers(endpoint_id: str, sandbox: Here) -> EndpointHeaders:
+async def retrieve_headers(endpoint_id: str, sandbox: SandboxDep) -> EndpointHeaders:
     return EndpointHeaders(headers=endpoint_of(sandbox, endpoint_id).headers)

@@ -1,6 +1,6 @@
-"""Licence-key entitlements: what a product hands its buyer, and each key that was handed out.
+"""Licence-key entitlements of products, and the keys issued for them.
 
-Only the licence-key kind, issued at once; other integrations are refused, not half made.
+Keys are issued at once. Other kinds of entitlements are refused.
 """
 
 import secrets
@@ -12,14 +12,14 @@ from pydantic import Field
 
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import not_found, unprocessable
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.wire import BRAND_ID, BUSINESS_ID, LimitedMetadata, Page, Paging, Resource, Wire, new_id
 
 router = APIRouter()
 
 Count = Annotated[int, Field(ge=1)]
-RESTS = ("subscription.on_hold", "subscription.paused")
-"""What takes a subscription's keys until it goes on."""
+SUSPENDING_EVENTS = ("subscription.on_hold", "subscription.paused")
+"""They disable a subscription's keys until it is active again."""
 
 
 class LicenceKeyConfig(Wire):
@@ -31,7 +31,7 @@ class LicenceKeyConfig(Wire):
 
 
 class EntitlementSummary(Wire):
-    """An entitlement as its product shows it."""
+    """The fields of an entitlement in its product."""
 
     id: str
     name: str
@@ -136,7 +136,7 @@ def issue(
     payment_id: str | None = None,
     subscription_id: str | None = None,
 ) -> None:
-    """Hand out ``count`` new keys of each entitlement, delivered at once."""
+    """Issue and deliver ``count`` new keys for each entitlement."""
     for entitlement in entitlements:
         for _ in range(count):
             key = LicenceKey(
@@ -154,8 +154,8 @@ def issue(
                 announce(sandbox, f"entitlement_grant.{step}", "grant", made, at)
 
 
-def end(sandbox: Sandbox, one: GrantRecord, reason: str, at: datetime) -> GrantRecord:
-    """Take a key back; one that was taken back stays as it is."""
+def revoke(sandbox: Sandbox, one: GrantRecord, reason: str, at: datetime) -> GrantRecord:
+    """Revoke a key, unless it is revoked already."""
     if one.status == "Revoked":
         return one
     disabled = one.license_key.model_copy(update={"status": "disabled"})
@@ -166,21 +166,21 @@ def end(sandbox: Sandbox, one: GrantRecord, reason: str, at: datetime) -> GrantR
     return ended
 
 
-def end_all(
+def revoke_all(
     sandbox: Sandbox, reason: str, at: datetime, payment_id: str | None = None, subscription_id: str | None = None
 ) -> None:
-    """Take back every key of a payment or of a subscription."""
+    """Revoke every key of a payment or of a subscription."""
     for one in sandbox.store.find(GrantRecord):
         of_payment = payment_id is not None and one.payment_id == payment_id
         of_subscription = subscription_id is not None and one.subscription_id == subscription_id
         if of_payment or of_subscription:
-            end(sandbox, one, reason, at)
+            revoke(sandbox, one, reason, at)
 
 
-def reopen(sandbox: Sandbox, subscription_id: str, at: datetime) -> None:
-    """Let the same keys open again that a hold or a pause took."""
+def restore(sandbox: Sandbox, subscription_id: str, at: datetime) -> None:
+    """Enable the keys again that a hold or a pause has disabled."""
     for one in sandbox.store.find(GrantRecord):
-        if one.subscription_id == subscription_id and one.revocation_reason in RESTS:
+        if one.subscription_id == subscription_id and one.revocation_reason in SUSPENDING_EVENTS:
             active = one.license_key.model_copy(update={"status": "active"})
             change = {"status": "Delivered", "revoked_at": None, "updated_at": at, "revocation_reason": None}
             reopened = one.model_copy(update=change | {"license_key": active})
@@ -193,7 +193,7 @@ def grant_by_key(sandbox: Sandbox, key: str) -> GrantRecord | None:
 
 
 @router.post("/entitlements")
-async def create_entitlement(request: CreateEntitlement, sandbox: Here) -> Entitlement:
+async def create_entitlement(request: CreateEntitlement, sandbox: SandboxDep) -> Entitlement:
     if request.integration_type != "license_key":
         raise unprocessable("The sandbox models license_key entitlements only")
     if (request.integration_config.duration_count is None) != (request.integration_config.duration_interval is None):
@@ -210,17 +210,19 @@ async def create_entitlement(request: CreateEntitlement, sandbox: Here) -> Entit
 
 
 @router.get("/entitlements")
-async def list_entitlements(paging: Annotated[Paging, Query()], sandbox: Here) -> Page[Entitlement]:
+async def list_entitlements(paging: Annotated[Paging, Query()], sandbox: SandboxDep) -> Page[Entitlement]:
     return paging.of(sandbox.store.find(EntitlementRecord))
 
 
 @router.get("/entitlements/{entitlement_id}")
-async def retrieve_entitlement(entitlement_id: str, sandbox: Here) -> Entitlement:
+async def retrieve_entitlement(entitlement_id: str, sandbox: SandboxDep) -> Entitlement:
     return entitlement_of(sandbox, entitlement_id)
 
 
 @router.get("/entitlements/{entitlement_id}/grants")
-async def list_grants(entitlement_id: str, filters: Annotated[GrantFilter, Query()], sandbox: Here) -> Page[Grant]:
+async def list_grants(
+    entitlement_id: str, filters: Annotated[GrantFilter, Query()], sandbox: SandboxDep
+) -> Page[Grant]:
     entitlement_of(sandbox, entitlement_id)
     found = sandbox.store.find(GrantRecord, filters.customer_id)
     return filters.of(
@@ -229,9 +231,9 @@ async def list_grants(entitlement_id: str, filters: Annotated[GrantFilter, Query
 
 
 @router.delete("/entitlements/{entitlement_id}/grants/{grant_id}")
-async def revoke_grant(entitlement_id: str, grant_id: str, sandbox: Here) -> Grant:
+async def revoke_grant(entitlement_id: str, grant_id: str, sandbox: SandboxDep) -> Grant:
     one = sandbox.store.get(GrantRecord, grant_id)
     if one is None or one.entitlement_id != entitlement_id:
         raise not_found("grant", grant_id)
     with sandbox.store.transaction():
-        return end(sandbox, one, "revoked by the merchant", sandbox.clock.now())
+        return revoke(sandbox, one, "revoked by the merchant", sandbox.clock.now())

@@ -1,6 +1,6 @@
-"""The sandbox's refusals in Dodo's shape: a status and a body of ``code`` and ``message``.
+"""Errors in Dodo's shape: a status and a body of ``code`` and ``message``.
 
-Knows no route. Codes that Dodo's error reference lists are used as they stand there; the others are ours.
+Codes are those of Dodo's error reference where it has one, else ours.
 """
 
 from fastapi import FastAPI, Request
@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 
 class ApiError(Exception):
-    """A refusal that the caller sees as ``status`` and ``{"code", "message"}``."""
+    """An error that the caller gets as ``status`` and ``{"code", "message"}``."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(status, code, message)
@@ -36,7 +36,7 @@ def body(code: str, message: str) -> dict[str, str]:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every refusal of ``app``, the framework's own included, in Dodo's shape."""
+    """Answer every error of ``app`` and of the framework in Dodo's shape."""
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> JSONResponse:

@@ -1,9 +1,9 @@
 """Usage events: ingestion with Dodo's limits, and reading them back.
 
-From the docstring of the SDK's ``usage_events.ingest``: at most 1000 events a request; an ``event_id``
-twice in one request fails all of it; one that is known is ignored; older than an hour or more than five
-minutes ahead is refused. Not documented there, and chosen here: a customer that does not exist fails the
-whole request, and ``ingested_count`` counts the ignored events too.
+From the docstring of the SDK's ``usage_events.ingest``: a request has at most 1000 events; a duplicate ``event_id`` in
+it fails the whole request; an event with a known id is ignored; an event older than an hour or more than five minutes
+ahead is refused. Not documented, and chosen here: an unknown customer fails the whole request, and ``ingested_count``
+also counts ignored events.
 """
 
 import json
@@ -18,7 +18,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from cluster.dodo_sandbox.customers import CustomerRecord
 from cluster.dodo_sandbox.errors import ApiError, bad_request, not_found
 from cluster.dodo_sandbox.meters import Meter, meter_of
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.store import Store
 from cluster.dodo_sandbox.wire import BUSINESS_ID, Metadata, Page, Paging, UtcTime, Wire, metadata_fault, to_ms
 
@@ -73,7 +73,7 @@ class Sum:
 
 
 @router.post("/events/ingest")
-async def ingest(request: IngestRequest, sandbox: Here) -> IngestResponse:
+async def ingest(request: IngestRequest, sandbox: SandboxDep) -> IngestResponse:
     now = sandbox.clock.now()
     check_batch(request.events, now)
     for customer_id in {event.customer_id for event in request.events}:
@@ -107,7 +107,7 @@ def event_at(event: EventInput, now: datetime) -> Event:
 
 
 def check_batch(events: Sequence[EventInput], now: datetime) -> None:
-    """Raises ApiError 400 where Dodo refuses the whole request."""
+    """Raises ApiError 400 for a request that Dodo refuses as a whole."""
     if not 1 <= len(events) <= EVENTS_MAX:
         raise bad_request(f"A request has 1 to {EVENTS_MAX} events, this one has {len(events)}")
     seen: set[str] = set()
@@ -124,7 +124,7 @@ def check_batch(events: Sequence[EventInput], now: datetime) -> None:
 
 
 @router.get("/events")
-async def list_events(filters: Annotated[EventFilter, Query()], sandbox: Here) -> Page[Event]:
+async def list_events(filters: Annotated[EventFilter, Query()], sandbox: SandboxDep) -> Page[Event]:
     """The newest first."""
     name, meter = filters.event_name, None
     if filters.meter_id is not None:
@@ -139,7 +139,7 @@ async def list_events(filters: Annotated[EventFilter, Query()], sandbox: Here) -
 
 
 def _page(store: Store, filters: EventFilter, event_name: str | None) -> list[Event]:
-    """One page without reading the others: there may be very many."""
+    """Read one page only: there may be very many events."""
     rows = store.db.execute(
         f"SELECT body FROM events WHERE {_WANTED} ORDER BY timestamp_ms DESC, seq DESC LIMIT ?5 OFFSET ?6",
         (
@@ -152,7 +152,7 @@ def _page(store: Store, filters: EventFilter, event_name: str | None) -> list[Ev
 
 
 @router.get("/events/{event_id}")
-async def retrieve_event(event_id: str, sandbox: Here) -> Event:
+async def retrieve_event(event_id: str, sandbox: SandboxDep) -> Event:
     row = sandbox.store.db.execute("SELECT body FROM events WHERE event_id = ?", (event_id,)).fetchone()
     if row is None:
         raise not_found("event", event_id)
@@ -185,7 +185,7 @@ def _wanted(
 def counted_metadata(
     sandbox: Sandbox, meter: Meter, customer_id: str, start: datetime, end: datetime
 ) -> list[Metadata]:
-    """What a meter sees of one customer's period."""
+    """The metadata of one customer's events in a period that have the meter's name."""
     return [event.metadata or {} for event in select(sandbox.store, customer_id, meter.event_name, start, end)]
 
 

@@ -1,6 +1,6 @@
-"""Faults on demand: Dodo failing in the ways that Dodo and the network between can fail.
+"""Faults on demand, as Dodo or the network may have them.
 
-A rule names a path, a rate and kinds; one kind is drawn for each request it hits. Kinds:
+A rule has a path, a rate and kinds of faults; for each request that it hits, one kind is chosen at random. Kinds:
 
 ``status:N``              answer N, nothing is done
 ``status_after:N``        answer N, but the work is done
@@ -8,9 +8,9 @@ A rule names a path, a rate and kinds; one kind is drawn for each request it hit
 ``drop_before``           close the connection without an answer, nothing is done
 ``drop_after``            close the connection without an answer, but the work is done
 ``timeout_after_commit``  do the work and never answer
-``garbage``               do the work and answer 200 with a page that is no JSON
+``garbage``               do the work and answer 200 with HTML instead of JSON
 
-Rules live in memory: a restarted sandbox has none. The sandbox's own pages and admin routes never fail.
+Rules are kept in memory, so that a restart removes them. Pages and control routes never fail.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.dodo_sandbox.errors import body
+from cluster.dodo_sandbox.state import SANDBOX_ONLY_PATHS
 
 ABORT_EXTENSION = "farebox.abort"
-"""The ASGI extension by which the server lets an app close the connection without an answer."""
+"""The ASGI extension with which the application closes a connection without an answer."""
 
-_EXEMPT = ("/_sandbox", "/checkout/", "/portal/")
 _CODES = {429: "RATE_LIMITED", 401: "UNAUTHORIZED", 404: "NOT_FOUND", 422: "UNPROCESSABLE_ENTITY"}
 
 Kind = Annotated[
@@ -41,7 +41,7 @@ Kind = Annotated[
 
 
 class Rule(BaseModel):
-    """``path`` is a prefix, ``*`` for all; ``count`` is how many requests are hit at most."""
+    """``path`` is a prefix, or ``*`` for all; ``count`` limits how many requests are hit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,7 +63,7 @@ class Armed:
 
 @dataclass
 class Faults:
-    """The rules in force; the first that hits a request decides it."""
+    """The rules in force. The first rule that hits a request applies."""
 
     armed: list[Armed] = field(default_factory=list)
     draw: random.Random = field(default_factory=random.Random)
@@ -85,14 +85,14 @@ class Faults:
 
 
 class FaultGate:
-    """ASGI middleware in front of the whole API."""
+    """ASGI middleware before the whole API."""
 
     def __init__(self, app: ASGIApp, faults: Faults) -> None:
         self._app = app
         self._faults = faults
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/" or scope["path"].startswith(_EXEMPT):
+        if scope["type"] != "http" or scope["path"] == "/" or scope["path"].startswith(SANDBOX_ONLY_PATHS):
             return await self._app(scope, receive, send)
         kind = self._faults.kind_for(scope["method"], scope["path"])
         name, _, value = (kind or "").partition(":")
@@ -107,7 +107,7 @@ class FaultGate:
             case "drop_before":
                 await _drop(scope, receive)
             case _:
-                await self._app(scope, receive, _unheard)
+                await self._app(scope, receive, _discard)
                 await _fail_after(name, value, scope, receive, send)
         return None
 
@@ -124,8 +124,8 @@ async def _fail_after(name: str, value: str, scope: Scope, receive: Receive, sen
             await _until_client_leaves(receive)
 
 
-async def _unheard(_: Message) -> None:
-    """Takes the answer that the client will never see."""
+async def _discard(_: Message) -> None:
+    """Discard the answer."""
 
 
 async def _answer(send: Send, status: int) -> None:
@@ -140,7 +140,7 @@ async def _send(send: Send, status: int, content_type: bytes, content: bytes) ->
 
 
 async def _drop(scope: Scope, receive: Receive) -> None:
-    """Raises ConnectionAbortedError under a server that cannot close a connection for us."""
+    """Raises ConnectionAbortedError if the server cannot close a connection."""
     abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT_EXTENSION, {}).get("abort")
     if abort is None:
         raise ConnectionAbortedError("fault on demand: connection dropped")

@@ -1,11 +1,11 @@
-"""Invoices as PDF bytes: one page of plain text lines, written by hand."""
+"""Invoices as PDF files of one page with plain text lines."""
 
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Response
 
 from cluster.dodo_sandbox.payments import PaymentRecord, payment_of
-from cluster.dodo_sandbox.state import Here
+from cluster.dodo_sandbox.state import SandboxDep
 
 router = APIRouter()
 
@@ -14,7 +14,7 @@ _LEADING = 18
 
 
 @router.get("/invoices/payments/{payment_id}")
-async def retrieve_invoice(payment_id: str, sandbox: Here) -> Response:
+async def retrieve_invoice(payment_id: str, sandbox: SandboxDep) -> Response:
     return Response(pdf(invoice_lines(payment_of(sandbox, payment_id))), media_type="application/pdf")
 
 

@@ -1,4 +1,4 @@
-"""The public licence routes: activate, validate, deactivate. No API key, as at Dodo: the licence key is the secret."""
+"""The public routes to activate, validate and deactivate licence keys. As at Dodo, they need no API key."""
 
 from datetime import datetime
 from typing import ClassVar
@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 from cluster.dodo_sandbox.customers import CustomerLimitedDetails, customer_of, limited
 from cluster.dodo_sandbox.entitlements import GrantRecord, grant_by_key
 from cluster.dodo_sandbox.errors import ApiError, not_found
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.wire import BUSINESS_ID, Resource, Wire, new_id
 
 router = APIRouter(prefix="/licenses")
@@ -58,13 +58,13 @@ class Validity(Wire):
 
 
 @router.post("/activate", status_code=201)
-async def activate(request: Activate, sandbox: Here) -> Instance:
+async def activate(request: Activate, sandbox: SandboxDep) -> Instance:
     grant = _grant(sandbox, request.license_key)
     if grant.license_key.status != "active":
         raise ApiError(403, "INACTIVE_LICENSE_KEY", "The licence key is not active")
     used, limit = grant.license_key.activations_used, grant.license_key.activations_limit
     if limit is not None and used >= limit:
-        raise ApiError(422, "LICENSE_KEY_LIMIT_REACHED", "The licence key has been activated as often as it may be")
+        raise ApiError(422, "LICENSE_KEY_LIMIT_REACHED", "The licence key has no activations left")
     made = InstanceRecord(
         id=new_id("lki"), created_at=sandbox.clock.now(), customer=limited(customer_of(sandbox, grant.customer_id)),
         license_key_id=grant.license_key.id, name=request.name, grant_id=grant.id,
@@ -77,7 +77,7 @@ async def activate(request: Activate, sandbox: Here) -> Instance:
 
 
 @router.post("/validate")
-async def validate(request: Named, sandbox: Here) -> Validity:
+async def validate(request: Named, sandbox: SandboxDep) -> Validity:
     grant = grant_by_key(sandbox, request.license_key)
     is_active = grant is not None and grant.license_key.status == "active"
     if request.license_key_instance_id is None:
@@ -87,7 +87,7 @@ async def validate(request: Named, sandbox: Here) -> Validity:
 
 
 @router.post("/deactivate")
-async def deactivate(request: Deactivate, sandbox: Here) -> Response:
+async def deactivate(request: Deactivate, sandbox: SandboxDep) -> Response:
     grant = _grant(sandbox, request.license_key)
     instance = sandbox.store.get(InstanceRecord, request.license_key_instance_id)
     if instance is None or instance.grant_id != grant.id:

@@ -1,4 +1,4 @@
-"""The API's limits before any route: requests per minute (off by default) and the size of a body."""
+"""The API's limits: requests per minute (off by default) and the size of a body."""
 
 import time
 from collections import deque
@@ -8,14 +8,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.dodo_sandbox.errors import body
-from cluster.dodo_sandbox.state import Sandbox
+from cluster.dodo_sandbox.state import SANDBOX_ONLY_PATHS, Sandbox
 
 _WINDOW_S = 60.0
-_EXEMPT = ("/_sandbox", "/checkout/", "/portal/")
 
 
 class Limits:
-    """ASGI middleware: 429 with Dodo's ``X-RateLimit-*`` headers, 413 by Content-Length."""
+    """ASGI middleware that answers 429 with Dodo's ``X-RateLimit-*`` headers, or 413."""
 
     def __init__(self, app: ASGIApp, sandbox: Sandbox) -> None:
         self._app = app
@@ -23,7 +22,7 @@ class Limits:
         self._taken: deque[float] = deque()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/" or scope["path"].startswith(_EXEMPT):
+        if scope["type"] != "http" or scope["path"] == "/" or scope["path"].startswith(SANDBOX_ONLY_PATHS):
             return await self._app(scope, receive, send)
         refusal = self._refusal(scope)
         return await (refusal or self._app)(scope, receive, send)

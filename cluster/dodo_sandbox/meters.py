@@ -1,7 +1,7 @@
-"""Meters: which events count, and how a period's events become a number of units.
+"""Meters: which events count, and how many units the events of a period are.
 
-The aggregation is pure. Event names match exactly; an event that lacks a filtered or summed property,
-or has it as text where a number is needed, does not count (usage-based-billing guide: send numbers).
+Event names match exactly. An event does not count if it lacks a property that is filtered or summed, or has text where
+a number is needed (usage-based-billing guide).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Response
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from cluster.dodo_sandbox.errors import bad_request, not_found
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.wire import BUSINESS_ID, Metadata, Page, Paging, Resource, Wire, new_id
 
 METERS_MAX = 50
@@ -109,7 +109,7 @@ class CreateMeter(Wire):
 
 
 class UpdateMeter(Wire):
-    """Event name, aggregation and filter are not updatable (the SDK's meter_update_params)."""
+    """Event name, aggregation and filter cannot be changed (the SDK's meter_update_params)."""
 
     name: Name | None = None
     measurement_unit: Name | None = None
@@ -121,7 +121,7 @@ class MeterFilter(Paging):
 
 
 def units(meter: Meter, metadata: Sequence[Metadata]) -> Decimal:
-    """The units of one period's events, given in the order of their timestamps."""
+    """The units of a period's events, whose metadata come in the order of timestamps."""
     counted = [one for one in metadata if meter.filter is None or meter.filter.admits(one)]
     if meter.aggregation.type == "count":
         return Decimal(len(counted))
@@ -151,7 +151,7 @@ def meter_of(sandbox: Sandbox, meter_id: str) -> MeterRecord:
 
 
 @router.post("/meters")
-async def create_meter(request: CreateMeter, sandbox: Here) -> Meter:
+async def create_meter(request: CreateMeter, sandbox: SandboxDep) -> Meter:
     if request.filter is not None and request.filter.depth() > FILTER_DEPTH_MAX:
         raise bad_request(f"A meter's filter has at most {FILTER_DEPTH_MAX} levels")
     if len([meter for meter in sandbox.store.find(MeterRecord) if meter.archived_at is None]) >= METERS_MAX:
@@ -163,17 +163,17 @@ async def create_meter(request: CreateMeter, sandbox: Here) -> Meter:
 
 
 @router.get("/meters")
-async def list_meters(filters: Annotated[MeterFilter, Query()], sandbox: Here) -> Page[Meter]:
+async def list_meters(filters: Annotated[MeterFilter, Query()], sandbox: SandboxDep) -> Page[Meter]:
     return filters.of([m for m in sandbox.store.find(MeterRecord) if (m.archived_at is not None) == filters.archived])
 
 
 @router.get("/meters/{meter_id}")
-async def retrieve_meter(meter_id: str, sandbox: Here) -> Meter:
+async def retrieve_meter(meter_id: str, sandbox: SandboxDep) -> Meter:
     return meter_of(sandbox, meter_id)
 
 
 @router.patch("/meters/{meter_id}")
-async def update_meter(meter_id: str, request: UpdateMeter, sandbox: Here) -> Meter:
+async def update_meter(meter_id: str, request: UpdateMeter, sandbox: SandboxDep) -> Meter:
     change = request.model_dump(exclude_none=True) | {"updated_at": sandbox.clock.now()}
     meter = meter_of(sandbox, meter_id).model_copy(update=change)
     sandbox.store.put(meter)
@@ -181,13 +181,13 @@ async def update_meter(meter_id: str, request: UpdateMeter, sandbox: Here) -> Me
 
 
 @router.delete("/meters/{meter_id}")
-async def archive_meter(meter_id: str, sandbox: Here) -> Response:
-    """An archived meter counts no event from now on (usage-based billing guidance)."""
+async def archive_meter(meter_id: str, sandbox: SandboxDep) -> Response:
+    """An archived meter counts no further events (usage-based billing guidance)."""
     sandbox.store.put(meter_of(sandbox, meter_id).model_copy(update={"archived_at": sandbox.clock.now()}))
     return Response(status_code=200)
 
 
 @router.post("/meters/{meter_id}/unarchive")
-async def unarchive_meter(meter_id: str, sandbox: Here) -> Response:
+async def unarchive_meter(meter_id: str, sandbox: SandboxDep) -> Response:
     sandbox.store.put(meter_of(sandbox, meter_id).model_copy(update={"archived_at": None}))
     return Response(status_code=200)

@@ -1,7 +1,6 @@
-"""What happened and who must hear of it: the events the sandbox emits, kept until delivered.
+"""The webhook messages of the sandbox, and when each is to be sent to each endpoint.
 
-A message names the resource, not its content: like Dodo, a delivery carries the latest payload at
-the time it is sent. Decides when the next attempt is due; sends nothing.
+A message has the id of its resource and not its content: like Dodo, a delivery has the payload of when it is sent.
 """
 
 import asyncio
@@ -22,7 +21,7 @@ State = Literal["pending", "delivered", "failed"]
 
 @dataclass(frozen=True)
 class Message:
-    """One event. ``payment_id`` is what ``subscription.renewed`` carries beside the subscription."""
+    """One event. ``payment_id`` is the payment in ``subscription.renewed``."""
 
     id: str
     type: str
@@ -34,7 +33,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Delivery:
-    """One message on its way to one endpoint; ``due_ms`` is real time."""
+    """The delivery of one message to one endpoint; ``due_ms`` is real time."""
 
     message: Message
     endpoint_id: str
@@ -45,7 +44,7 @@ class Delivery:
 
 
 class Outbox:
-    """Messages and their deliveries in the store; ``woken`` is set when there may be work."""
+    """Messages and deliveries in the store. ``woken`` is set when a delivery may be due."""
 
     def __init__(self, store: Store, real: Clock) -> None:
         self._db = store.db
@@ -62,7 +61,7 @@ class Outbox:
         at_ms: int,
         payment_id: str | None = None,
     ) -> Message:
-        """Keep an event for ``endpoints``, due at once."""
+        """Store an event for ``endpoints``, due at once."""
         message = Message(new_id("msg"), type_, kind, resource.key, payment_id, at_ms)
         with self._store.transaction():
             self._db.execute(
@@ -79,10 +78,6 @@ class Outbox:
     def due(self, limit: int = 64) -> list[Delivery]:
         return self._select("state = 'pending' AND due_ms <= ? ORDER BY due_ms, d.seq LIMIT ?", (self._real(), limit))
 
-    def next_due_ms(self) -> int | None:
-        row = self._db.execute("SELECT min(due_ms) FROM deliveries WHERE state = 'pending'").fetchone()
-        return None if row[0] is None else int(row[0])
-
     def of_message(self, message_id: str) -> list[Delivery]:
         return self._select("m.id = ? ORDER BY d.seq", (message_id,))
 
@@ -90,7 +85,7 @@ class Outbox:
         return self._select("1 ORDER BY d.seq DESC LIMIT ?", (limit,))
 
     def sent(self, delivery: Delivery, accepted: bool, status: str, speed: float) -> None:
-        """Note an attempt's end; a refused one is due again after Dodo's delay, eight times in all."""
+        """Record an attempt. A refused one is due again after Dodo's delay, until eight attempts were made."""
         attempts = delivery.attempts + 1
         state: State = "delivered" if accepted else "pending"
         due_ms = delivery.due_ms
@@ -105,13 +100,13 @@ class Outbox:
             (attempts, state, due_ms, status, delivery.message.id, delivery.endpoint_id),
         )
 
-    def hasten(self) -> int:
-        """Make every pending delivery due now; the number of them."""
+    def retry_now(self) -> int:
+        """Make every pending delivery due now; returns their number."""
         changed = self._db.execute("UPDATE deliveries SET due_ms = ? WHERE state = 'pending'", (self._real(),)).rowcount
         self.woken.set()
         return changed
 
-    def forget_endpoint(self, endpoint_id: str) -> None:
+    def cancel_deliveries(self, endpoint_id: str) -> None:
         self._db.execute(
             "UPDATE deliveries SET state = 'failed' WHERE endpoint_id = ? AND state = 'pending'", (endpoint_id,)
         )

@@ -1,7 +1,4 @@
-"""The pages people see: the overview, the checkout, the customer's portal. HTML only, no scripts.
-
-Reads and pays; decides nothing. Every page says that no money is real.
-"""
+"""The HTML pages: overview, checkout and customer portal. Every page says that no money is real."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -17,7 +14,7 @@ from cluster.dodo_sandbox.customers import CustomerRecord, customer_of
 from cluster.dodo_sandbox.errors import ApiError
 from cluster.dodo_sandbox.events import sums
 from cluster.dodo_sandbox.payments import PaymentRecord, payment_of, taxed
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.subscriptions import SubscriptionRecord
 
 ROWS_MAX = 50
@@ -50,7 +47,7 @@ def render(name: str, status: int = 200, **values: object) -> HTMLResponse:
 
 
 @router.get("/")
-async def overview(sandbox: Here) -> HTMLResponse:
+async def overview(sandbox: SandboxDep) -> HTMLResponse:
     customers = sandbox.store.find(CustomerRecord)
     return render(
         "index.html",
@@ -66,7 +63,7 @@ async def overview(sandbox: Here) -> HTMLResponse:
 
 
 @router.get("/checkout/{session_id}")
-async def checkout_page(session_id: str, sandbox: Here) -> HTMLResponse:
+async def checkout_page(session_id: str, sandbox: SandboxDep) -> HTMLResponse:
     try:
         session = session_of(sandbox, session_id)
     except ApiError as error:
@@ -94,8 +91,8 @@ def _cart_page(sandbox: Sandbox, session: SessionRecord, failed: PaymentRecord |
 
 
 @router.post("/checkout/{session_id}/pay")
-async def pay_page(session_id: str, request: Request, sandbox: Here) -> Response:
-    """The form's button. Pressing it twice pays once and shows the same receipt."""
+async def pay_page(session_id: str, request: Request, sandbox: SandboxDep) -> Response:
+    """Pay, and show the receipt. A second click shows the same receipt."""
     choice = dict(parse_qsl((await request.body()).decode(errors="replace"))).get("card", "good")
     try:
         payment = pay(sandbox, session_id, declined=choice == "declined")
@@ -110,7 +107,7 @@ async def pay_page(session_id: str, request: Request, sandbox: Here) -> Response
 
 
 def returned(return_url: str, payment: PaymentRecord) -> str:
-    """The merchant's address with what Dodo adds to it: the payment's id and status, the subscription's id."""
+    """The merchant's URL with the parameters that Dodo adds: payment id, status and subscription id."""
     added = {"payment_id": payment.payment_id, "status": payment.status}
     if payment.subscription_id is not None:
         added["subscription_id"] = payment.subscription_id
@@ -119,7 +116,7 @@ def returned(return_url: str, payment: PaymentRecord) -> str:
 
 
 @router.get("/portal/{customer_id}")
-async def portal(customer_id: str, sandbox: Here) -> HTMLResponse:
+async def portal(customer_id: str, sandbox: SandboxDep) -> HTMLResponse:
     try:
         customer = customer_of(sandbox, customer_id)
     except ApiError as error:

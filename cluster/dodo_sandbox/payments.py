@@ -1,7 +1,4 @@
-"""Payments: money that moved, or did not. Amounts in cents.
-
-A payment is made once and changes only by its refunds. Knows no subscription's rules and no checkout.
-"""
+"""Payments, succeeded or failed. Only refunds change a payment. Amounts are cents."""
 
 from datetime import datetime
 from typing import Annotated, ClassVar, Literal
@@ -12,7 +9,7 @@ from pydantic import Field
 from cluster.dodo_sandbox.customers import CustomerLimitedDetails, add_to_balance, customer_of, limited
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import not_found
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.wire import (
     BRAND_ID,
     BUSINESS_ID,
@@ -53,7 +50,7 @@ class ServicePeriod(Wire):
 
 
 class Line(Wire):
-    """One line of a payment's invoice; what the customer's balance pays is a line below zero."""
+    """One line of an invoice. What the customer's balance pays is a negative line."""
 
     items_id: str
     name: str
@@ -70,7 +67,7 @@ class LineItems(Wire):
 
 
 class RefundSummary(Wire):
-    """A refund as its payment and the list show it."""
+    """The fields of a refund in its payment and in lists."""
 
     business_id: str = BUSINESS_ID
     created_at: datetime
@@ -139,7 +136,7 @@ class PaymentRecord(Payment, Resource):
 
 
 class Charge(Wire):
-    """What is asked of a customer's card, before tax."""
+    """A charge of a customer's card, before tax."""
 
     customer_id: str
     currency: str
@@ -180,9 +177,9 @@ def line(name: str, amount: int, description: str | None = None) -> Line:
 
 
 def charge(sandbox: Sandbox, asked: Charge, at: datetime, declined: bool = False) -> PaymentRecord:
-    """Charge the customer's card at ``at`` and tell it: ``payment.succeeded`` or ``payment.failed``.
+    """Charge the customer's card at ``at``, and send ``payment.succeeded`` or ``payment.failed``.
 
-    A subscription's invoice is paid from the customer's balance first; the total is what is left for the card.
+    An invoice of a subscription uses the customer's balance first; the total is what the card pays.
     """
     customer = customer_of(sandbox, asked.customer_id)
     failed = declined or customer.card_declines
@@ -215,7 +212,7 @@ def charge(sandbox: Sandbox, asked: Charge, at: datetime, declined: bool = False
 
 
 def taxed(one: Line, tax_bps: int, refundable: bool) -> Line:
-    """Tax rounded half up to the cent."""
+    """The line with its tax, rounded half up to the cent."""
     tax = (one.amount * tax_bps + 5_000) // 10_000
     return one.model_copy(update={"tax": tax, "refundable_amount": one.amount + tax if refundable else 0})
 
@@ -229,16 +226,16 @@ def payment_of(sandbox: Sandbox, payment_id: str) -> PaymentRecord:
 
 
 @router.get("/payments")
-async def list_payments(filters: Annotated[PaymentFilter, Query()], sandbox: Here) -> Page[Payment]:
+async def list_payments(filters: Annotated[PaymentFilter, Query()], sandbox: SandboxDep) -> Page[Payment]:
     return filters.of([one for one in sandbox.store.find(PaymentRecord, filters.customer_id) if filters.admits(one)])
 
 
 @router.get("/payments/{payment_id}")
-async def retrieve_payment(payment_id: str, sandbox: Here) -> Payment:
+async def retrieve_payment(payment_id: str, sandbox: SandboxDep) -> Payment:
     return payment_of(sandbox, payment_id)
 
 
 @router.get("/payments/{payment_id}/line-items")
-async def retrieve_line_items(payment_id: str, sandbox: Here) -> LineItems:
+async def retrieve_line_items(payment_id: str, sandbox: SandboxDep) -> LineItems:
     payment = payment_of(sandbox, payment_id)
     return LineItems(currency=payment.currency, items=payment.lines)

@@ -1,6 +1,6 @@
-"""Products and their three kinds of price, with the limits that Dodo sets on metered ones.
+"""Products with their three kinds of price, and Dodo's limits for metered prices.
 
-Credit entitlements are not modelled: a product that asks for them is refused, not half made.
+A product with credit entitlements is refused, since the sandbox does not have them.
 """
 
 from datetime import datetime
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from cluster.dodo_sandbox.entitlements import Attached, EntitlementSummary, entitlement_of, summary
 from cluster.dodo_sandbox.errors import bad_request, not_found, unprocessable
 from cluster.dodo_sandbox.meters import meter_of
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.wire import (
     BRAND_ID,
     BUSINESS_ID,
@@ -112,7 +112,7 @@ class Product(Wire):
 
 
 class ListedProduct(Wire):
-    """A product as the list shows it: the price as a number, its details apart."""
+    """A product in a list: the price as a number, and its details in another field."""
 
     business_id: str = BUSINESS_ID
     created_at: datetime
@@ -175,7 +175,7 @@ def product_of(sandbox: Sandbox, product_id: str) -> ProductRecord:
 
 
 def checked_price(sandbox: Sandbox, price: Price) -> Price:
-    """The price with its meters' names filled in; raises ApiError where Dodo would refuse it."""
+    """The price with the names of its meters. Raises ApiError for a price that Dodo refuses."""
     if isinstance(price, OneTimePrice):
         return price
     days = price.subscription_period_count * _DAYS[price.subscription_period_interval]
@@ -187,7 +187,7 @@ def checked_price(sandbox: Sandbox, price: Price) -> Price:
     if not 1 <= len(meters) <= METERS_PER_PRODUCT_MAX:
         raise bad_request(f"A usage based price has 1 to {METERS_PER_PRODUCT_MAX} meters")
     if len({meter.meter_id for meter in meters}) != len(meters):
-        raise bad_request("A meter stands twice in one price")
+        raise bad_request("A price has each meter once")
     return price.model_copy(update={"meters": [_described(sandbox, meter) for meter in meters]})
 
 
@@ -209,7 +209,7 @@ def listed(product: Product) -> ListedProduct:
 
 
 @router.post("/products")
-async def create_product(request: CreateProduct, sandbox: Here) -> Product:
+async def create_product(request: CreateProduct, sandbox: SandboxDep) -> Product:
     if request.credit_entitlements:
         raise unprocessable("The sandbox does not model credit entitlements")
     price, now = checked_price(sandbox, request.price), sandbox.clock.now()
@@ -230,7 +230,7 @@ async def create_product(request: CreateProduct, sandbox: Here) -> Product:
 
 
 @router.get("/products")
-async def list_products(filters: Annotated[ProductFilter, Query()], sandbox: Here) -> Page[ListedProduct]:
+async def list_products(filters: Annotated[ProductFilter, Query()], sandbox: SandboxDep) -> Page[ListedProduct]:
     return filters.of(
         [
             listed(product)
@@ -242,12 +242,12 @@ async def list_products(filters: Annotated[ProductFilter, Query()], sandbox: Her
 
 
 @router.get("/products/{product_id}")
-async def retrieve_product(product_id: str, sandbox: Here) -> Product:
+async def retrieve_product(product_id: str, sandbox: SandboxDep) -> Product:
     return product_of(sandbox, product_id)
 
 
 @router.patch("/products/{product_id}")
-async def update_product(product_id: str, request: UpdateProduct, sandbox: Here) -> Response:
+async def update_product(product_id: str, request: UpdateProduct, sandbox: SandboxDep) -> Response:
     product = product_of(sandbox, product_id)
     change = {name: value for name, value in request if value is not None} | {"updated_at": sandbox.clock.now()}
     if request.price is not None:
@@ -259,12 +259,12 @@ async def update_product(product_id: str, request: UpdateProduct, sandbox: Here)
 
 
 @router.delete("/products/{product_id}")
-async def archive_product(product_id: str, sandbox: Here) -> Response:
+async def archive_product(product_id: str, sandbox: SandboxDep) -> Response:
     sandbox.store.put(product_of(sandbox, product_id).model_copy(update={"archived_at": sandbox.clock.now()}))
     return Response(status_code=200)
 
 
 @router.post("/products/{product_id}/unarchive")
-async def unarchive_product(product_id: str, sandbox: Here) -> Response:
+async def unarchive_product(product_id: str, sandbox: SandboxDep) -> Response:
     sandbox.store.put(product_of(sandbox, product_id).model_copy(update={"archived_at": None}))
     return Response(status_code=200)

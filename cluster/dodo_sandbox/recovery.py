@@ -1,8 +1,7 @@
-"""What becomes of a renewal that failed: retries on Dodo's schedule, the grace of ``past_due``, dunning's two events.
-The invoice of a pause is retried like it; a subscription rests on through its grace.
+"""What happens after a failed renewal: retries on Dodo's schedule, the grace period ``past_due``, and dunning.
 
-Retries are features/recovery/payment-retries: off until switched on, at most eight, and only while they fit into the
-window. Decides when; charging is the cycle's.
+Retries are those of features/recovery/payment-retries: off by default, at most eight, and only within the recovery
+window. The invoice of a pause is retried in the same way; during its grace period the subscription stays paused.
 """
 
 from datetime import datetime, timedelta
@@ -14,7 +13,7 @@ from cluster.dodo_sandbox.subscriptions import SubscriptionRecord, change
 from cluster.dodo_sandbox.wire import BRAND_ID, Resource, Wire, new_id
 
 RETRY_DELAYS_H = (12, 24, 48, 72, 96, 120, 168, 168)
-"""Each after the attempt before it."""
+"""The delay of each retry after the attempt before it."""
 
 
 class Dunning(Wire):
@@ -41,7 +40,7 @@ class DunningRecord(Dunning, Resource):
 
 
 def next_retry(settings: Settings, one: SubscriptionRecord) -> datetime | None:
-    """When the failed renewal is charged again by itself; ``None`` where it is not."""
+    """When the failed renewal is retried, or ``None``."""
     if not settings.payment_retries or one.failed_at is None or one.retries >= len(RETRY_DELAYS_H):
         return None
     after = timedelta(hours=sum(RETRY_DELAYS_H[: one.retries + 1]))
@@ -49,7 +48,7 @@ def next_retry(settings: Settings, one: SubscriptionRecord) -> datetime | None:
 
 
 def next_step(settings: Settings, one: SubscriptionRecord) -> datetime | None:
-    """When something happens to this subscription by itself: a renewal, a retry, the end of its grace."""
+    """When the next renewal, retry or end of a grace period is due, or ``None``."""
     if one.status == "active":
         return one.next_billing_date
     if one.status not in ("on_hold", "past_due", "paused"):
@@ -58,7 +57,7 @@ def next_step(settings: Settings, one: SubscriptionRecord) -> datetime | None:
 
 
 def failed(sandbox: Sandbox, one: SubscriptionRecord, payment_id: str, at: datetime) -> SubscriptionRecord:
-    """The charge was refused: at first on hold, or past due where there is a grace; later attempts change nothing."""
+    """Record a failed charge. The first one puts on hold, or past due if there is a grace period."""
     if one.failed_at is not None:
         sandbox.store.put(one)
         return one
@@ -84,7 +83,7 @@ def end_grace(sandbox: Sandbox, one: SubscriptionRecord, at: datetime) -> Subscr
 
 
 def recovered(sandbox: Sandbox, one: SubscriptionRecord, payment_id: str, at: datetime) -> None:
-    """The debt is paid: every dunning of this subscription that still runs has ended well."""
+    """The invoice is paid: mark the subscription's dunning as recovered."""
     for running in sandbox.store.find(DunningRecord, one.subscription_id):
         if running.status == "recovering":
             ended = running.model_copy(update={"status": "recovered", "payment_id": payment_id})

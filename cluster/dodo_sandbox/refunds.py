@@ -1,4 +1,4 @@
-"""Refunds: all of a payment, or what is named of its lines, given back at once. Amounts in cents."""
+"""Refunds of payments or of some of their lines, made at once. Amounts are cents."""
 
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
@@ -11,7 +11,7 @@ from cluster.dodo_sandbox.customers import CustomerLimitedDetails
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import bad_request, not_found
 from cluster.dodo_sandbox.payments import Line, RefundSummary, payment_of
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.wire import BRAND_ID, LimitedMetadata, Page, Paging, Resource, UtcTime, Wire, new_id
 
 router = APIRouter()
@@ -55,7 +55,7 @@ class RefundFilter(Paging):
 
 
 def refund(sandbox: Sandbox, request: CreateRefund) -> RefundRecord:
-    """Give back all that is left of a payment, or of the lines named; raises ApiError 400 for more."""
+    """Refund what is left of a payment or of the given lines. Raises ApiError 400 for more than that."""
     payment, now = payment_of(sandbox, request.payment_id), sandbox.clock.now()
     if payment.status != "succeeded":
         raise bad_request("Only a succeeded payment can be refunded", "PAYMENT_NOT_SUCCEEDED")
@@ -75,12 +75,12 @@ def refund(sandbox: Sandbox, request: CreateRefund) -> RefundRecord:
         sandbox.store.put(payment.model_copy(update=change | {"refund_status": "partial" if left else "full"}))
         announce(sandbox, "refund.succeeded", "refund", made, now)
         if not left:
-            entitlements.end_all(sandbox, "refunded", now, payment_id=payment.payment_id)
+            entitlements.revoke_all(sandbox, "refunded", now, payment_id=payment.payment_id)
     return made
 
 
 def after_refund(lines: Sequence[Line], items: Sequence[RefundItem] | None) -> tuple[list[Line], int]:
-    """The lines once the refund is taken from them, and its amount."""
+    """The lines after the refund, and its amount."""
     wanted = {item.item_id: item.amount for item in items} if items is not None else None
     if wanted is not None and (unknown := set(wanted) - {one.items_id for one in lines}):
         raise bad_request(f"Unknown line item {min(unknown)}", "INVALID_LINE_ITEM")
@@ -97,12 +97,12 @@ def after_refund(lines: Sequence[Line], items: Sequence[RefundItem] | None) -> t
 
 
 @router.post("/refunds")
-async def create_refund(request: CreateRefund, sandbox: Here) -> Refund:
+async def create_refund(request: CreateRefund, sandbox: SandboxDep) -> Refund:
     return refund(sandbox, request)
 
 
 @router.get("/refunds")
-async def list_refunds(filters: Annotated[RefundFilter, Query()], sandbox: Here) -> Page[RefundSummary]:
+async def list_refunds(filters: Annotated[RefundFilter, Query()], sandbox: SandboxDep) -> Page[RefundSummary]:
     return filters.of(
         [
             one
@@ -115,7 +115,7 @@ async def list_refunds(filters: Annotated[RefundFilter, Query()], sandbox: Here)
 
 
 @router.get("/refunds/{refund_id}")
-async def retrieve_refund(refund_id: str, sandbox: Here) -> Refund:
+async def retrieve_refund(refund_id: str, sandbox: SandboxDep) -> Refund:
     made = sandbox.store.get(RefundRecord, refund_id)
     if made is None:
         raise not_found("refund", refund_id)

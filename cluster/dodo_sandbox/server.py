@@ -1,6 +1,6 @@
-"""Runs the sandbox: as a process (``python -m cluster.dodo_sandbox.server``), or in a thread for tests and notebooks.
+"""Runs the sandbox as a process (``python -m cluster.dodo_sandbox.server``) or in a thread, for tests and notebooks.
 
-Listens on 127.0.0.1 unless told otherwise; logs no request, header or key.
+It listens on 127.0.0.1 unless ``--host`` says otherwise, and logs no request, header or key.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BACKLOG = 512
 
 
 class AbortableProtocol(H11Protocol):
-    """Lets the app close its connection without an answer."""
+    """Adds the extension with which the application closes a connection without an answer."""
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -34,7 +34,7 @@ class AbortableProtocol(H11Protocol):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections from now on; port 0 takes a free one. Raises OSError when it is taken."""
+    """A listening socket; port 0 is any free one. Raises OSError if the port is taken."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((host, port))
@@ -59,7 +59,7 @@ def make_server(
 
 
 class SandboxServer:
-    """A sandbox on a thread of this process; ``with SandboxServer(dir, "key") as sandbox: sandbox.url``."""
+    """A sandbox in a thread of this process: ``with SandboxServer(folder, "key") as sandbox: sandbox.url``."""
 
     def __init__(
         self, state_dir: Path, api_key: str, *, webhook_secret: str | None = None, port: int = 0, clock: Clock = now_ms
@@ -88,26 +88,32 @@ class SandboxServer:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dodo-sandbox", description="An offline Dodo Payments. No money is real.")
+    parser = argparse.ArgumentParser(
+        prog="dodo-sandbox", description="A sandbox that imitates Dodo Payments. No money is real."
+    )
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes a free one (default: %(default)s)")
-    parser.add_argument("--state", type=Path, required=True, help="folder that keeps the state")
     parser.add_argument(
-        "--api-key", default=os.environ.get("DODO_PAYMENTS_API_KEY"), help="default: $DODO_PAYMENTS_API_KEY"
+        "--port", type=int, default=DEFAULT_PORT, help="port to listen on, 0 for any free one (default: %(default)s)"
+    )
+    parser.add_argument("--state", type=Path, required=True, help="folder for its state")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("DODO_PAYMENTS_API_KEY"),
+        help="the API key that it accepts (default: $DODO_PAYMENTS_API_KEY)",
     )
     parser.add_argument(
         "--webhook-secret",
         default=os.environ.get("DODO_PAYMENTS_WEBHOOK_KEY"),
-        help="whsec_… that signs all webhooks; default: $DODO_PAYMENTS_WEBHOOK_KEY, else one for each endpoint",
+        help="signs all webhooks, whsec_… (default: $DODO_PAYMENTS_WEBHOOK_KEY, else one for each endpoint)",
     )
     arguments = parser.parse_args(argv)
     if not arguments.api_key:
-        parser.error("an API key is needed: --api-key or DODO_PAYMENTS_API_KEY")
+        parser.error("the API key is missing: give --api-key or set DODO_PAYMENTS_API_KEY")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM; exits with a message when the port is taken or the secret is malformed."""
+    """Serve until SIGINT or SIGTERM. Exits with a message if the port is taken or the secret is invalid."""
     arguments = parse(argv)
     try:
         bound = listen(arguments.host, arguments.port)

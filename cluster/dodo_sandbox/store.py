@@ -1,8 +1,7 @@
-"""The sandbox's state on disk: one SQLite file that survives a kill.
+"""The sandbox's state: one SQLite file that survives a crash.
 
-Keeps resources as JSON by kind and id, and gives the files that need real tables (events, webhook
-messages) a connection. Knows nothing of what a resource means. One process, one event loop: every
-method runs to its end without another request between.
+Resources are JSON by kind and id; events and webhook messages have tables of their own. One event loop uses the store,
+and no method awaits, so that requests do not interleave within one.
 """
 
 import sqlite3
@@ -41,7 +40,7 @@ CREATE INDEX IF NOT EXISTS deliveries_due ON deliveries (state, due_ms);
 
 
 class Store:
-    """The one owner of the state file in ``state_dir`` (made with mode 0700)."""
+    """The state file in ``state_dir``, which is created with mode 0700."""
 
     def __init__(self, state_dir: Path) -> None:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -55,7 +54,7 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All writes inside become durable together or not at all; nested ones join the outer."""
+        """All writes inside take effect together or not at all. A nested transaction is part of the outer one."""
         if self.db.in_transaction:
             yield
             return
@@ -81,7 +80,7 @@ class Store:
         return kind.model_validate_json(row[0]) if row else None
 
     def find(self, kind: type[R], owner: str | None = None) -> list[R]:
-        """All of a kind, the newest first; of one customer if ``owner`` is given."""
+        """All resources of a kind, or those of one owner, the newest first."""
         rows = self.db.execute(
             "SELECT body FROM resources WHERE kind = ?1 AND (?2 IS NULL OR owner = ?2) ORDER BY seq DESC",
             (kind.kind, owner),

@@ -1,7 +1,6 @@
-"""Subscriptions as resources: starting, reading, telling what changed.
+"""Subscriptions: their start, their fields, and the webhooks of their changes.
 
-What a period costs and when it turns is in ``cycle``; changing plans is in ``plan_change``, cancelling and pausing
-in ``updates``.
+``cycle`` has billing and renewals, ``updates`` cancellation, pause and plan change, ``recovery`` failed renewals.
 """
 
 from datetime import datetime, timedelta
@@ -16,7 +15,7 @@ from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import bad_request, not_found
 from cluster.dodo_sandbox.payments import BillingAddress
 from cluster.dodo_sandbox.products import PeriodicPrice, Product, UsageBasedPrice, amount_of, product_of
-from cluster.dodo_sandbox.state import Here, Sandbox
+from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.wire import (
     BRAND_ID,
     Cents,
@@ -102,13 +101,13 @@ class Subscription(Wire):
 class SubscriptionRecord(Subscription, Resource):
     kind: ClassVar[str] = "subscription"
     past_due_ends_at: datetime | None = None
-    """Only webhooks carry it."""
+    """Only webhooks have it."""
     failed_at: datetime | None = None
-    """When the renewal that is still unpaid was first refused."""
+    """When the charge of the renewal that is still unpaid first failed."""
     retries: int = 0
-    """How often it was charged again by itself."""
+    """How many retries were made."""
     usage_billed_at: datetime | None = None
-    """Until when this period's usage is billed already: a pause bills it."""
+    """Up to when a pause has billed the usage of this period."""
 
     @property
     def key(self) -> str:
@@ -124,7 +123,7 @@ class SubscriptionRecord(Subscription, Resource):
 
 
 class Start(Wire):
-    """What a paid checkout asks for."""
+    """What a checkout starts."""
 
     subscription_id: str
     customer_id: str
@@ -154,7 +153,7 @@ class SubscriptionFilter(Paging):
 
 
 def terms(product: Product, quantity: int) -> dict[str, object]:
-    """The fields of a subscription that its product decides, as they stand at this moment."""
+    """The fields of a subscription that come from its product, as the product is now."""
     price = product.price
     assert isinstance(price, PeriodicPrice)
     priced = (price.meters or []) if isinstance(price, UsageBasedPrice) else []
@@ -183,8 +182,8 @@ def next_billing(terms_of: Subscription | PeriodicPrice, start: datetime) -> dat
     return add_interval(start, terms_of.payment_frequency_count, terms_of.payment_frequency_interval)
 
 
-def planned(sandbox: Sandbox, start: Start, at: datetime) -> SubscriptionRecord:
-    """The subscription that a checkout will start when its payment succeeds; not stored yet."""
+def new_subscription(sandbox: Sandbox, start: Start, at: datetime) -> SubscriptionRecord:
+    """The subscription of a checkout that is not paid yet; it is not stored."""
     product = product_of(sandbox, start.product_id)
     price = product.price
     assert isinstance(price, PeriodicPrice)
@@ -207,7 +206,7 @@ def planned(sandbox: Sandbox, start: Start, at: datetime) -> SubscriptionRecord:
 
 
 def change(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime, **fields: object) -> SubscriptionRecord:
-    """Store a change and tell it: its own event, and ``subscription.updated`` with every change."""
+    """Store a change, and send its event and ``subscription.updated``."""
     payment_id = fields.pop("payment_id", None)
     changed = one.model_copy(update=fields)
     with sandbox.store.transaction():
@@ -215,16 +214,21 @@ def change(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime, 
         announce(sandbox, type_, "subscription", changed, at, payment_id if isinstance(payment_id, str) else None)
         if type_ != "subscription.updated":
             announce(sandbox, "subscription.updated", "subscription", changed, at)
-        _hand_out_or_take_back(sandbox, changed, type_, at, is_new=one.status == "pending")
+        _update_licence_keys(sandbox, changed, type_, at, is_new=one.status == "pending")
     return changed
 
 
-def _hand_out_or_take_back(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime, is_new: bool) -> None:
-    """Keys live as long as their subscription and rest with it; a plan change replaces them."""
-    if type_ in (*entitlements.RESTS, "subscription.cancelled", "subscription.expired", "subscription.plan_changed"):
-        entitlements.end_all(sandbox, type_, at, subscription_id=one.subscription_id)
+def _update_licence_keys(sandbox: Sandbox, one: SubscriptionRecord, type_: str, at: datetime, is_new: bool) -> None:
+    """Issue, disable, enable or revoke the subscription's keys; a plan change replaces them."""
+    if type_ in (
+        *entitlements.SUSPENDING_EVENTS,
+        "subscription.cancelled",
+        "subscription.expired",
+        "subscription.plan_changed",
+    ):
+        entitlements.revoke_all(sandbox, type_, at, subscription_id=one.subscription_id)
     if type_ == "subscription.unpaused" or (type_ == "subscription.active" and not is_new):
-        entitlements.reopen(sandbox, one.subscription_id, at)
+        entitlements.restore(sandbox, one.subscription_id, at)
     if type_ == "subscription.plan_changed" or (type_ == "subscription.active" and is_new):
         given = product_of(sandbox, one.product_id).entitlements
         entitlements.issue(
@@ -249,11 +253,13 @@ def running(sandbox: Sandbox, subscription_id: str) -> SubscriptionRecord:
 
 
 @router.get("/subscriptions")
-async def list_subscriptions(filters: Annotated[SubscriptionFilter, Query()], sandbox: Here) -> Page[Subscription]:
+async def list_subscriptions(
+    filters: Annotated[SubscriptionFilter, Query()], sandbox: SandboxDep
+) -> Page[Subscription]:
     found = sandbox.store.find(SubscriptionRecord, filters.customer_id)
     return filters.of([one for one in found if filters.admits(one)])
 
 
 @router.get("/subscriptions/{subscription_id}")
-async def retrieve_subscription(subscription_id: str, sandbox: Here) -> Subscription:
+async def retrieve_subscription(subscription_id: str, sandbox: SandboxDep) -> Subscription:
     return subscription_of(sandbox, subscription_id)

@@ -1,6 +1,6 @@
-"""The vocabulary that all resources share: ids of the pretended business, metadata, pages, intervals.
+"""What all resources share: ids, metadata, pages, times and intervals.
 
-Every resource model mirrors the type of the same name in the ``dodopayments`` SDK, which the tests hold it to.
+Every resource model mirrors the type of the same name in the ``dodopayments`` SDK; tests validate answers with it.
 """
 
 import calendar
@@ -31,7 +31,7 @@ def new_id(prefix: str) -> str:
 
 
 def metadata_fault(metadata: "Metadata") -> str | None:
-    """Why Dodo would refuse this metadata (limits of ``usage_events.ingest``), or None."""
+    """Why Dodo refuses this metadata (limits of ``usage_events.ingest``), or ``None``."""
     if len(metadata) > METADATA_PAIRS_MAX:
         return f"metadata has {len(metadata)} pairs, at most {METADATA_PAIRS_MAX} are allowed"
     for key, value in metadata.items():
@@ -55,20 +55,20 @@ LimitedMetadata = Annotated[Metadata, AfterValidator(_within_limits)]
 
 
 class Wire(BaseModel):
-    """What crosses the wire: immutable, and like Dodo deaf to unknown fields."""
+    """A model of a request or an answer. Like Dodo, it ignores unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Resource(Wire, ABC):
-    """A stored thing. ``kind`` names its table, ``key`` and ``owner`` are its id and its customer's."""
+    """A stored model. ``kind`` is its type, ``key`` its id, ``owner`` the id of its customer or subscription."""
 
     kind: ClassVar[str]
 
     @property
     @abstractmethod
     def key(self) -> str:
-        """The id under which it is found."""
+        """The id in the store."""
 
     @property
     def owner(self) -> str | None:
@@ -83,7 +83,7 @@ class Page(Wire, Generic[T]):
 
 
 class Paging(Wire):
-    """0-based pages of 10, at most 100 (docstrings of the SDK's list parameters)."""
+    """Pages from 0, of 10 by default and at most 100 items (docstrings of the SDK's list parameters)."""
 
     page_number: Annotated[int, Field(ge=0)] = 0
     page_size: Annotated[int, Field(ge=1, le=100)] = 10
@@ -98,7 +98,7 @@ def moment(now_ms: int) -> datetime:
 
 
 def in_utc(value: datetime) -> datetime:
-    """A time without a zone is read as UTC."""
+    """The time in UTC; one without a zone is taken as UTC."""
     return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
@@ -110,7 +110,7 @@ def to_ms(value: datetime) -> int:
 
 
 def add_interval(start: datetime, count: int, interval: Interval) -> datetime:
-    """The calendar date ``count`` intervals later; the 31st becomes a shorter month's last day."""
+    """The date ``count`` intervals later; in a shorter month, the 31st becomes the last day."""
     if interval in ("Day", "Week"):
         return start + timedelta(days=count * (7 if interval == "Week" else 1))
     months = start.year * 12 + start.month - 1 + count * (12 if interval == "Year" else 1)

@@ -1,7 +1,7 @@
-"""Starts, ends and recognises the processes of one farebox, and nobody else's.
+"""Starts and ends the processes of one farebox, and finds those that an earlier run left behind.
 
-Every child carries the folder it belongs to in its environment, and so do its descendants:
-that, never a name or a number found in a file, is how a stray one is known.
+A process belongs to a farebox if its environment variable ``FAREBOX_OWNER`` holds that farebox's folder. Children
+inherit it. Names and process ids from files are not used for that, as they may belong to other processes.
 """
 
 import os
@@ -17,12 +17,12 @@ import psutil
 from cluster.valkey import die_with_parent
 
 OWNER = "FAREBOX_OWNER"
-"""Environment variable with the folder that a process was started for."""
+"""The environment variable with the folder of the farebox that a process belongs to."""
 
 
 @dataclass
 class Child:
-    """A process in a session of its own, so that a Ctrl-C reaches the supervisor alone."""
+    """A child process, in a session of its own so that Ctrl-C reaches only the supervisor."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -32,24 +32,24 @@ class Child:
     def has_ended(self) -> bool:
         return self.process.poll() is not None
 
-    def end(self, patience_s: float) -> None:
-        """Ask it to stop, then stop it with everything it started."""
-        family = _family(self.process.pid)
+    def end(self, timeout_s: float) -> None:
+        """Terminate the process, kill it after ``timeout_s``, and kill every process that it started."""
+        descendants = _descendants(self.process.pid)
         self.process.terminate()
         try:
-            self.process.wait(patience_s)
+            self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        _kill(family)
+        _kill(descendants)
 
     def tail(self, lines: int = 15) -> str:
-        """The end of its log, for an error message."""
+        """The last lines of its log, for an error message."""
         return "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-lines:])
 
 
 def start(name: str, command: Sequence[str], env: Mapping[str, str], home: Path, log: Path) -> Child:
-    """Start a child that ends with this process, however that ends. Call from the main thread."""
+    """Start a child that ends when this process ends, even if that is killed. Call from the main thread."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             command,
@@ -63,26 +63,26 @@ def start(name: str, command: Sequence[str], env: Mapping[str, str], home: Path,
     return Child(name, process, log)
 
 
-def strays(home: Path, spare: Collection[int] = ()) -> list[psutil.Process]:
-    """Living processes that were started for ``home``, but for those in ``spare`` and ourselves."""
-    kept = {os.getpid(), *spare}
-    return [p for p in psutil.process_iter() if p.pid not in kept and _owner(p) == str(home)]
+def processes_of(home: Path, excluded: Collection[int] = ()) -> list[psutil.Process]:
+    """The living processes of the farebox in ``home``, without this one and those with an ``excluded`` id."""
+    excluded = {os.getpid(), *excluded}
+    return [p for p in psutil.process_iter() if p.pid not in excluded and _owner(p) == str(home)]
 
 
-def end_strays(home: Path, spare: Collection[int] = (), patience_s: float = 3.0) -> int:
-    """End what was left behind; returns how many there were."""
-    left = strays(home, spare)
-    for process in left:
+def end_processes_of(home: Path, excluded: Collection[int] = (), timeout_s: float = 3.0) -> int:
+    """Terminate those processes, kill them after ``timeout_s``, and return how many there were."""
+    found = processes_of(home, excluded)
+    for process in found:
         _signal(process, signal.SIGTERM)
-    _kill(_wait(left, patience_s))
-    deadline = time.monotonic() + patience_s
-    while (late := strays(home, spare)) and time.monotonic() < deadline:
-        _kill(late)
-    return len(left)
+    _kill(_wait(found, timeout_s))
+    deadline = time.monotonic() + timeout_s
+    while (started_meanwhile := processes_of(home, excluded)) and time.monotonic() < deadline:
+        _kill(started_meanwhile)
+    return len(found)
 
 
 def holder_of(port: int) -> str:
-    """The process that listens on a port, as people would name it, or an empty string."""
+    """Name and id of the process that listens on a port, or an empty string if it cannot be found."""
     for process in psutil.process_iter(["name"]):
         try:
             found = process.net_connections("tcp")
@@ -102,7 +102,7 @@ def _owner(process: psutil.Process) -> str | None:
         return None
 
 
-def _family(pid: int) -> list[psutil.Process]:
+def _descendants(pid: int) -> list[psutil.Process]:
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -117,7 +117,7 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
 
 
 def _wait(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Those still alive at the end of it. Corpses do not count: in a container nobody may bury them."""
+    """Wait for processes to end; returns those that still run. A zombie has ended: a container may never reap it."""
     left = list(processes)
     deadline = time.monotonic() + timeout_s
     while (left := [p for p in left if _is_alive(p)]) and time.monotonic() < deadline:

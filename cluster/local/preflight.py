@@ -1,12 +1,10 @@
-"""What can stand in the way of a start, each with what to do about it, found before anything runs.
-
-Knows this machine's Python, disk and ports; changes nothing.
-"""
+"""Checks this machine before a start: Python's version, the configuration file, free disk space and free ports."""
 
 import shutil
 import sys
 from pathlib import Path
 
+from cluster.errors import ClusterError
 from cluster.local import children
 from cluster.local.settings import Settings, taken
 
@@ -19,39 +17,43 @@ _OPTIONS = {
 }
 
 
-class Obstacle(Exception):
-    """Something is in the way; the message says what, and what to do."""
+class PreflightError(ClusterError):
+    """This machine is not ready for a start."""
 
 
 def check_machine(settings: Settings) -> None:
-    """The checks that hold whatever else runs.
+    """Check Python, the configuration file and the disk.
 
     Raises:
-        Obstacle: wrong Python, no configuration file, or no room on the disk.
+        PreflightError: a wrong version of Python, no such file, or less than 1 GiB of free space.
     """
     if sys.version_info < PYTHON_MIN:
-        raise Obstacle(f"this is Python {sys.version.split()[0]}: farebox needs 3.11 or later")
+        raise PreflightError(f"this is Python {sys.version.split()[0]}, but farebox needs 3.11 or later: install that")
     if not settings.config.is_file():
-        raise Obstacle(f"{settings.config} does not exist: run this in farebox's folder, or name one with --config")
+        raise PreflightError(
+            f"{settings.config} does not exist: run this in farebox's folder, or name a file with --config"
+        )
     for place in {_existing(settings.home), Path("/tmp")}:
         check_disk(place)
 
 
 def check_disk(place: Path) -> None:
-    """Raises Obstacle where less than 1 GiB is free: a store that cannot write serves nobody."""
+    """Raises PreflightError if less than 1 GiB is free: a store that cannot write its log accepts no request."""
     free = shutil.disk_usage(place).free
     if free < DISK_MIN_BYTES:
-        raise Obstacle(f"only {free // 1024**2} MiB are free at {place}: farebox needs 1 GiB, make room first")
+        raise PreflightError(
+            f"only {free // 1024**2} MiB are free at {place}, but farebox needs 1 GiB: make room first"
+        )
 
 
 def check_ports(settings: Settings, needs_sandbox: bool) -> None:
-    """Raises Obstacle when a public port is taken, with its holder and how to choose another."""
+    """Raises PreflightError if a public port is taken; the message names the process and how to choose another port."""
     wanted = {name: port for name, port in settings.public_ports.items() if needs_sandbox or "SANDBOX" not in name}
     for name, port in wanted.items():
         if taken([port]):
             holder = children.holder_of(port) or "another process"
-            raise Obstacle(
-                f"port {port} is taken by {holder}: end it, or choose another port with {_OPTIONS[name]} or {name}"
+            raise PreflightError(
+                f"port {port} is taken by {holder}: end that, or choose another port with {_OPTIONS[name]} or {name}"
             )
 
 

@@ -1,7 +1,6 @@
-"""How Ray's head is started on one machine: its command, its environment, its folder.
+"""The command, the environment and the folder of Ray's head node on one machine.
 
-Knows Ray's options and which of its environment variables move a port. Everything is kept on
-loopback and behind Ray's token; what Ray cannot keep there is named in the README.
+Every port that Ray lets us choose is bound to loopback and asks for Ray's token; the README names the exceptions.
 """
 
 import importlib
@@ -16,10 +15,10 @@ from zlib import crc32
 from cluster.local.settings import LOOPBACK, RayPorts, Settings, SettingsError
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
-"""Requests and tokens are small; weights are read from disk by the replicas themselves."""
+"""Small, since only requests and tokens pass through it: replicas read the weights from disk."""
 
 _HAPROXY = """#!/bin/sh
-# Ray has HAProxy show its statistics on every interface: here they stay on loopback.
+# Ray binds HAProxy's statistics to every interface; this binds them to loopback.
 for word; do
   case "$word" in *.cfg) sed -i -E 's/bind (\\*|):([0-9]+)$/bind 127.0.0.1:\\2/' "$word" ;; esac
 done
@@ -28,30 +27,31 @@ exec "{binary}" "$@"
 
 
 def folder(home: Path) -> Path:
-    """A short private folder for the sockets of Ray and HAProxy, whose paths may not pass 97 bytes.
+    """A private folder for the sockets of Ray and HAProxy, created if it is missing.
 
-    HAProxy's lie in a folder named by Ray's 56-digit node id, so no more than 25 are left for ours.
-    Ray opens the folder that it is given to everybody: it gets one inside ours, see ``ray_folder``.
+    A socket's path has at most 97 bytes here, and HAProxy's contains Ray's node id of 56 characters, which leaves
+    25 bytes for this folder. Ray makes its own folder readable by every user, so it gets one inside; see
+    ``ray_folder``.
 
     Raises:
-        SettingsError: it exists and belongs to somebody else.
+        SettingsError: the folder exists and belongs to another user.
     """
     path = Path("/tmp") / f"fb-{crc32(f'{os.getuid()} {home}'.encode()):08x}"
     path.mkdir(mode=0o700, exist_ok=True)
     held = path.lstat()
     if not stat.S_ISDIR(held.st_mode) or held.st_uid != os.getuid():
-        raise SettingsError(f"{path} is not yours: remove it, or set FAREBOX_HOME to another folder")
+        raise SettingsError(f"{path} belongs to another user: remove it, or set FAREBOX_HOME to another folder")
     path.chmod(0o700)
     return path
 
 
 def ray_folder(ours: Path) -> Path:
-    """Ray's own part of our folder, where its sessions lie. Nothing that we run may lie there."""
+    """The folder of Ray's sessions inside ours. Every user can read it, so no program that we run may lie in it."""
     return ours / "r"
 
 
 def clear(path: Path) -> None:
-    """Remove the sessions of earlier runs; call when nothing of them lives."""
+    """Remove the sessions of earlier runs. Call it when none of their processes runs."""
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
@@ -60,7 +60,7 @@ def clear(path: Path) -> None:
 
 
 def command(settings: Settings, ports: RayPorts, ours: Path) -> list[str]:
-    """The command that runs Ray's head until it is told to end."""
+    """The command that runs Ray's head node until it is terminated."""
     own = {name: port for name, port in ports.fixed.items() if not name.startswith(_BY_ENVIRONMENT)}
     options = {
         **{name: str(port) for name, port in own.items()},
@@ -81,7 +81,7 @@ _BY_ENVIRONMENT = ("dashboard-metrics", "autoscaler-metrics", "haproxy", "fallba
 
 
 def environment(settings: Settings, ports: RayPorts, ours: Path, token: str) -> dict[str, str]:
-    """What Ray reads from the environment. Replicas inherit it, whoever deploys them."""
+    """The environment variables that Ray reads. Replicas inherit them, whoever deploys them."""
     fixed = ports.fixed
     return {
         "RAY_AUTH_MODE": "token",
@@ -89,7 +89,7 @@ def environment(settings: Settings, ports: RayPorts, ours: Path, token: str) -> 
         "RAY_TMPDIR": str(ray_folder(ours)),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
-        # Ray's own switch for "one machine": it then takes 127.0.0.1, not the network card, as its address.
+        # Ray's switch for a single machine: with 0 it binds to 127.0.0.1 instead of the network card's address.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         **source_path(),
         "DASHBOARD_METRIC_PORT": str(fixed["dashboard-metrics"]),
@@ -101,7 +101,7 @@ def environment(settings: Settings, ports: RayPorts, ours: Path, token: str) -> 
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.replica_grpc.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.replica_grpc.stop - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-        # How old what the autoscaler knows of the engines may be; Ray's own 10 seconds are half of a burst.
+        # The autoscaler's figures are at most this old. Ray's default of 10 s is too slow for short bursts.
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.gateway.edge:middlewares",
         **(_haproxy(ports, ours) if settings.haproxy and sys.platform == "linux" else {}),
@@ -109,7 +109,7 @@ def environment(settings: Settings, ports: RayPorts, ours: Path, token: str) -> 
 
 
 def source_path() -> dict[str, str]:
-    """Lets a child import our packages wherever it was started."""
+    """A PYTHONPATH with which a child can import farebox's packages from any working directory."""
     source = str(Path(__file__).parent.parent.parent)
     return {"PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))}
 

@@ -1,30 +1,112 @@
-"""Where one farebox lives and which ports it takes, decided before anything starts.
+"""The settings of one farebox on this machine: its folder, its configuration file and its ports."""
 
-Knows options, environment variables and the layout of ports; opens nothing but probes.
-"""
-
-import os
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self, TypedDict, Unpack
 from zlib import crc32
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from cluster.errors import ClusterError
 
 LOOPBACK = "127.0.0.1"
 API_PORT, DASHBOARD_PORT, SANDBOX_PORT = 8000, 8265, 8010
 
 _FIRST_BLOCK, _BLOCK_SIZE, _BLOCKS = 10_240, 512, 44
-"""Blocks end at 32,767: Linux gives out higher ports to outgoing connections."""
+"""Blocks end at 32,767: Linux gives higher ports to outgoing connections."""
 
 
-class SettingsError(Exception):
-    """An option or environment variable cannot be used; the message says which and why."""
+class SettingsError(ClusterError):
+    """An option or an environment variable has a value that cannot be used."""
+
+
+Port = Annotated[int, Field(ge=1, le=65_535)]
+AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+
+
+class Options(TypedDict, total=False):
+    """Options of the command line; ``None`` leaves the environment variable or the default."""
+
+    config: Path | None
+    port: int | None
+    dashboard_port: int | None
+    sandbox_port: int | None
+    haproxy: bool | None
+
+
+class Settings(BaseSettings):
+    """One farebox. Each field is also read from ``FAREBOX_`` and its name, such as ``FAREBOX_DASHBOARD_PORT``."""
+
+    model_config = SettingsConfigDict(env_prefix="FAREBOX_", env_ignore_empty=True, frozen=True, validate_default=True)
+
+    home: AbsolutePath = Path(".farebox")
+    config: AbsolutePath = Path("serve_config.yaml")
+    port: Port = API_PORT
+    """Of the API."""
+    dashboard_port: Port = DASHBOARD_PORT
+    """Of Ray's dashboard."""
+    sandbox_port: Port = SANDBOX_PORT
+    """Of the Dodo sandbox."""
+    haproxy: bool = True
+    models: Path | None = None
+    """Where the demo models are made; see ``models_folder``."""
+
+    @classmethod
+    def from_env(cls, **options: Unpack[Options]) -> Self:
+        """Settings from options, each of which falls back to its environment variable and then to its default.
+
+        Raises:
+            SettingsError: a value is invalid, or two ports are the same.
+        """
+        try:
+            settings = cls.model_validate({name: value for name, value in options.items() if value is not None})
+        except ValidationError as error:
+            raise SettingsError(_explain(error)) from error
+        if len(set(settings.public_ports.values())) < len(settings.public_ports):
+            ports = ", ".join(f"{name}={port}" for name, port in settings.public_ports.items())
+            raise SettingsError(f"two public ports are the same: {ports}; give each a port of its own")
+        return settings
+
+    @property
+    def public_ports(self) -> Mapping[str, int]:
+        """Each public port by the environment variable that sets it."""
+        return {
+            "FAREBOX_PORT": self.port,
+            "FAREBOX_DASHBOARD_PORT": self.dashboard_port,
+            "FAREBOX_SANDBOX_PORT": self.sandbox_port,
+        }
+
+    @property
+    def api_url(self) -> str:
+        return f"http://{LOOPBACK}:{self.port}"
+
+    @property
+    def dashboard_url(self) -> str:
+        return f"http://{LOOPBACK}:{self.dashboard_port}"
+
+    @property
+    def sandbox_url(self) -> str:
+        return f"http://{LOOPBACK}:{self.sandbox_port}"
+
+    @property
+    def models_folder(self) -> Path:
+        """Where the demo models are made: by default next to the configuration, which names them by relative path."""
+        return (self.models or self.config.parent / ".farebox" / "models").absolute()
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = str(first["loc"][0])
+    expected = "a port from 1 to 65535" if "port" in field else "1 or 0" if field == "haproxy" else "a path"
+    return f"FAREBOX_{field.upper()} must be {expected}, not {first['input']!r}"
 
 
 @dataclass(frozen=True, slots=True)
 class RayPorts:
-    """Every port that Ray and HAProxy open besides the three public ones: one block per checkout."""
+    """The ports that Ray and HAProxy open besides the three public ones: one block for each farebox."""
 
     base: int
 
@@ -34,7 +116,7 @@ class RayPorts:
 
     @property
     def fixed(self) -> Mapping[str, int]:
-        """Ports with one holder each, by Ray's own name for them."""
+        """The ports that one process listens on, by Ray's name for each."""
         names = (
             "port",
             "node-manager-port",
@@ -66,89 +148,25 @@ class RayPorts:
         return range(self.base + 352, self.base + 512)
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """One farebox: its folder, its configuration file and its public ports, all on loopback."""
-
-    home: Path
-    config: Path
-    api_port: int = API_PORT
-    dashboard_port: int = DASHBOARD_PORT
-    sandbox_port: int = SANDBOX_PORT
-    haproxy: bool = True
-
-    @classmethod
-    def from_env(
-        cls,
-        env: Mapping[str, str] = os.environ,
-        *,
-        config: Path | None = None,
-        api_port: int | None = None,
-        dashboard_port: int | None = None,
-        sandbox_port: int | None = None,
-        haproxy: bool | None = None,
-    ) -> Self:
-        """Settings from options, each falling back to its environment variable and then its default.
-
-        Raises:
-            SettingsError: a port is not one, or two are the same.
-        """
-        settings = cls(
-            home=Path(env.get("FAREBOX_HOME") or ".farebox").absolute(),
-            config=(config or Path(env.get("FAREBOX_CONFIG") or "serve_config.yaml")).absolute(),
-            api_port=api_port or _port(env, "FAREBOX_PORT", API_PORT),
-            dashboard_port=dashboard_port or _port(env, "FAREBOX_DASHBOARD_PORT", DASHBOARD_PORT),
-            sandbox_port=sandbox_port or _port(env, "FAREBOX_SANDBOX_PORT", SANDBOX_PORT),
-            haproxy=haproxy if haproxy is not None else env.get("FAREBOX_HAPROXY", "1") != "0",
-        )
-        if len(set(settings.public_ports.values())) < len(settings.public_ports):
-            ports = ", ".join(f"{name}={port}" for name, port in settings.public_ports.items())
-            raise SettingsError(f"two public ports are the same: {ports}; give each its own")
-        return settings
-
-    @property
-    def public_ports(self) -> Mapping[str, int]:
-        """Environment variable to the port that it sets."""
-        return {
-            "FAREBOX_PORT": self.api_port,
-            "FAREBOX_DASHBOARD_PORT": self.dashboard_port,
-            "FAREBOX_SANDBOX_PORT": self.sandbox_port,
-        }
-
-    @property
-    def api_url(self) -> str:
-        return f"http://{LOOPBACK}:{self.api_port}"
-
-    @property
-    def dashboard_url(self) -> str:
-        return f"http://{LOOPBACK}:{self.dashboard_port}"
-
-    @property
-    def sandbox_url(self) -> str:
-        return f"http://{LOOPBACK}:{self.sandbox_port}"
-
-    @property
-    def models(self) -> Path:
-        """Where the demo models are made: next to the configuration, which names them relative to itself."""
-        return Path(os.environ.get("FAREBOX_MODELS") or self.config.parent / ".farebox" / "models").absolute()
-
-
 def free_block(home: Path) -> RayPorts:
-    """The ports of the checkout at ``home``: always the same block unless somebody else sits in it.
+    """The block of ports for the farebox in ``home``: the same one each time, unless another process uses it.
 
     Raises:
-        SettingsError: every block is taken.
+        SettingsError: every block is in use.
     """
     first = crc32(str(home).encode()) % _BLOCKS
     for offset in range(_BLOCKS):
         ports = RayPorts(_FIRST_BLOCK + (first + offset) % _BLOCKS * _BLOCK_SIZE)
         if not taken(ports.fixed.values()):
             return ports
-    raise SettingsError(f"no free ports from {_FIRST_BLOCK} to 32767 for Ray: end what holds them (`ss -ltnp`)")
+    raise SettingsError(
+        f"no block of {_BLOCK_SIZE} ports from {_FIRST_BLOCK} to 32767 is free for Ray: "
+        "`ss -ltnp` shows the processes that use them"
+    )
 
 
 def taken(ports: Iterable[int]) -> list[int]:
-    """Those of ``ports`` on which something listens on this machine."""
+    """Those of ``ports`` on which a process of this machine listens."""
     return [port for port in ports if not _is_free(port)]
 
 
@@ -160,10 +178,3 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _port(env: Mapping[str, str], name: str, default: int) -> int:
-    text = env.get(name) or str(default)
-    if not text.isdigit() or not 0 < int(text) < 65_536:
-        raise SettingsError(f"{name} must be a port from 1 to 65535, not {text!r}")
-    return int(text)

@@ -1,7 +1,6 @@
-"""What one farebox keeps in its folder: secrets, the demo's keys, who runs, and how far they got.
+"""The folder of one farebox: its secrets, the demo's keys, and the state of its current run.
 
-Knows files and their modes; starts no process. The folder and all that is secret in it are
-readable by their owner only.
+Only the owner may read the folder and the secrets in it.
 """
 
 import fcntl
@@ -9,22 +8,23 @@ import json
 import os
 import secrets
 from base64 import b64encode
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Self
 
 import psutil
 
+from cluster.errors import ClusterError
 from cluster.local.settings import RayPorts, Settings
 
 
-class AlreadyRunning(Exception):
-    """Another supervisor holds this folder."""
+class AlreadyRunning(ClusterError):
+    """Another supervisor holds the lock of this folder."""
 
 
 class Phase(StrEnum):
-    """How far a run has got."""
+    """The phase of a run."""
 
     STARTING = "starting"
     HEALTHY = "healthy"
@@ -34,10 +34,11 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Run:
-    """One supervisor's run, as it tells others. ``started`` is the process's birth in seconds since 1970."""
+    """One run of a supervisor, as ``run.json`` has it for other processes."""
 
     pid: int
     started: float
+    """When the supervisor's process started, in seconds since 1970: process ids are used again."""
     api_url: str
     dashboard_url: str
     sandbox_url: str
@@ -47,11 +48,11 @@ class Run:
     haproxy: bool
     phase: Phase = Phase.STARTING
     step: str = ""
-    """What is being done now, for people who wait."""
+    """The current step of the start."""
     problem: str = ""
     """Why it failed."""
     pids: dict[str, int] = field(default_factory=dict)
-    """Name of each child to its process id."""
+    """The process id of each child, by name."""
 
     @property
     def ports(self) -> RayPorts:
@@ -59,24 +60,24 @@ class Run:
 
     @property
     def metrics_url(self) -> str:
-        """Ray's Prometheus endpoint, which has our metrics too."""
+        """Ray's Prometheus endpoint, which also has farebox's metrics."""
         return f"http://127.0.0.1:{self.ports.fixed['metrics-export-port']}/metrics"
 
     @property
     def is_alive(self) -> bool:
-        """Is it still this very process, and not another that was given its number?"""
-        return birth(self.pid) == self.started
+        """Whether this very process runs, and not another with its id."""
+        return start_time(self.pid) == self.started
 
 
 @dataclass(frozen=True)
 class Secrets:
-    """Made at the first start, kept for the life of the folder."""
+    """Generated at the first start and kept as long as the folder."""
 
     admin_key: str = field(repr=False)
     dodo_api_key: str = field(repr=False)
     ray_token: str = field(repr=False)
     webhook_secret: str = field(repr=False)
-    """What the offline Dodo signs its webhooks with."""
+    """The Dodo sandbox signs webhooks with it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Home:
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
-        """The folder, made where it is missing, closed to everyone else."""
+        """The folder, created if it is missing, with access for its owner only."""
         settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         settings.home.chmod(0o700)
         home = cls(settings.home)
@@ -120,51 +121,48 @@ class Home:
 
     @property
     def checked(self) -> Path:
-        """The configuration as its check resolved it, before it was sent."""
+        """The configuration as the check resolved it."""
         return self.path / "checked.json"
 
     @property
     def deployed(self) -> Path:
-        """The configuration last sent to Serve, as it was sent."""
+        """The configuration that was last sent to Ray Serve."""
         return self.path / "deployed.json"
 
     def secrets(self) -> Secrets:
-        """The secrets of this folder, made on first use."""
+        """The secrets of this folder, generated on first use."""
         try:
             return Secrets(**json.loads((self.path / "secrets.json").read_text()))
         except FileNotFoundError:
-            made = Secrets(
+            generated = Secrets(
                 admin_key=f"fba_{secrets.token_urlsafe(24)}",
                 dodo_api_key=f"sandbox_{secrets.token_urlsafe(24)}",
                 ray_token=secrets.token_hex(32),
                 webhook_secret=f"whsec_{b64encode(secrets.token_bytes(24)).decode()}",
             )
-            write_private(self.path / "secrets.json", json.dumps(asdict(made), indent=2))
-            return made
+            write_private(self.path / "secrets.json", json.dumps(asdict(generated), indent=2))
+            return generated
 
-    def run(self) -> Run | None:
-        """The run that this folder last told of, alive or not."""
+    def read_run(self) -> Run | None:
+        """The last run of this folder, alive or not."""
         try:
             raw = json.loads((self.path / "run.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         return Run(**raw | {"phase": Phase(raw["phase"])})
 
-    def tell(self, run: Run) -> Run:
+    def write_run(self, run: Run) -> Run:
         write_private(self.path / "run.json", json.dumps(asdict(run), indent=2))
         return run
 
-    def advance(self, run: Run, step: str) -> Run:
-        return self.tell(replace(run, step=step))
-
-    def forget_run(self) -> None:
+    def remove_run(self) -> None:
         (self.path / "run.json").unlink(missing_ok=True)
 
     def lock(self) -> IO[str]:
-        """Take the folder for this process's life; the kernel gives it back however the process ends.
+        """Lock the folder. The kernel releases the lock when this process ends, however it ends.
 
         Raises:
-            AlreadyRunning: a supervisor has it.
+            AlreadyRunning: another process has the lock.
         """
         lock = (self.path / "lock").open("a")
         try:
@@ -185,8 +183,8 @@ class Home:
         return False
 
 
-def birth(pid: int) -> float | None:
-    """When a process started, in seconds since 1970; ``None`` when there is none or only its corpse."""
+def start_time(pid: int) -> float | None:
+    """When a process started, in seconds since 1970; ``None`` if there is none or it is a zombie."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -195,7 +193,7 @@ def birth(pid: int) -> float | None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file in one step, readable by its owner only."""
+    """Replace a file atomically; only its owner may read it."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
         out.write(text + "\n")

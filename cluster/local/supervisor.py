@@ -1,52 +1,63 @@
-"""The one process that owns a farebox: its store, its offline Dodo and its Ray, from start to stop.
+"""The supervisor: the one process that starts, watches and stops a farebox's store, Dodo sandbox and Ray.
 
-Knows the order in which they start and end, and which of them are started again when they
-die. What runs inside Ray Serve is the configuration's business.
+1. The check of the configuration, the store, Ray and the sandbox start at the same time.
+2. The sandbox gets the products for sale, Ray Serve the configuration.
+3. When the API is ready, the demo's tenants are created, and the run is healthy.
+4. While it runs, a store or sandbox that ends is started again; if Ray ends, the run has failed.
+5. Ray Serve, Ray, the sandbox and the store are stopped in this order.
 """
 
+import asyncio
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 
+import httpx
 import psutil
 
+from billing.errors import BillingError
 from cluster import valkey
-from cluster.local import children, commerce, launch, ray_node
+from cluster.errors import ClusterError
+from cluster.local import children, demo, launch, ray_node
 from cluster.local.children import OWNER, Child
-from cluster.local.environment import SANDBOX, dodo_environment, inherited, service_environment
-from cluster.local.launch import LaunchError, Say
+from cluster.local.configuration import begin_check, end_check, store_options_in
+from cluster.local.dodo_products import sync_products
+from cluster.local.environment import SANDBOX, OperatorEnvironment, inherited, service_environment
+from cluster.local.launch import LaunchError, Progress
 from cluster.local.preflight import check_machine, check_ports
 from cluster.local.settings import Settings, free_block
 from cluster.local.state import Home, Phase, Run, Secrets, write_private
+from cluster.local.store import migrate_store, verify_store
 from cluster.serve_api import ServeApi, ServeConfig, ServeUnavailable
 
-RAY_UP_TIMEOUT_S = 120.0
+RAY_START_TIMEOUT_S, SANDBOX_START_TIMEOUT_S = 120.0, 30.0
 SERVE_STOP_S, RAY_STOP_S, CHILD_STOP_S = 6.0, 0.5, 1.0
-"""Their sum, and the store's last write, stay under ten seconds. Serve has what is worth waiting for."""
+"""Most of the time goes to Ray Serve, whose gateways settle open requests. In all a stop takes less than 10 s."""
 RESTARTS_MAX = 5
-"""Of the store or the sandbox within one run: one that keeps dying is not helped by another start."""
+"""Of the store or the sandbox within one run; then the run has failed."""
 _WATCH_S = 0.5
 
 
-class StopAsked(KeyboardInterrupt):
-    """Somebody asked this process to end."""
+class StopRequested(KeyboardInterrupt):
+    """This process got SIGINT, SIGTERM or SIGHUP."""
 
 
 class Supervisor:
-    """Everything one farebox runs. Lives in a process's main thread, since its children die with that thread."""
+    """The processes of one farebox. Use it in the main thread: children end when the thread that started them ends."""
 
-    def __init__(self, settings: Settings, home: Home, say: Say, timeout_s: float) -> None:
+    def __init__(self, settings: Settings, home: Home, progress: Progress, timeout_s: float) -> None:
         self._settings = settings
         self._home = home
-        self._print = say
+        self._progress = progress
         self._timeout_s = timeout_s
-        self._dodo = dodo_environment()
+        self._operator = OperatorEnvironment.read()
+        self._has_sandbox = self._operator.farebox_dodo_environment == SANDBOX
         self._store: valkey.Valkey | None = None
         self._children: dict[str, Child] = {}
         self._api: ServeApi | None = None
@@ -55,41 +66,42 @@ class Supervisor:
         self._run = self._first_run()
 
     def start(self) -> None:
-        """Start everything and wait until it is healthy; the folder's lock is held by the caller."""
+        """Start everything and wait until it is healthy. The caller holds the folder's lock."""
         settings, home = self._settings, self._home
         check_machine(settings)
-        if ended := children.end_strays(home.path):
-            self._say(f"ended {ended} processes that an earlier run left")
-        check_ports(settings, needs_sandbox=self._dodo == SANDBOX)
+        if ended := children.end_processes_of(home.path):
+            self._begin(f"ended {ended} processes of an earlier run")
+        check_ports(settings, needs_sandbox=self._has_sandbox)
         self._run = replace(self._run, ports_base=free_block(home.path).base)
-        check = commerce.begin_check(settings, home)
+        check = begin_check(settings, home)
         store_url = self._start_store()
         env = service_environment(settings, self._secrets, store_url)
         self._start_ray(env)
-        if self._dodo == SANDBOX:
+        if self._has_sandbox:
             self._start_sandbox()
-        self._say("checking the configuration")
-        config = commerce.end_check(check, settings, home)
-        if self._dodo == SANDBOX:
-            self._say("telling the offline Dodo what is for sale")
-            commerce.wait_for_sandbox(settings.sandbox_url, self._children["sandbox"])
-            commerce.register(config, env)
+        self._begin("checking the configuration")
+        config = end_check(check, settings, home)
+        if self._has_sandbox:
+            self._begin("creating products in the Dodo sandbox")
+            self._wait_for_sandbox()
+            sync_products(config, env)
         self._deploy(config)
-        if self._dodo == SANDBOX:
-            self._say("making the demo's tenants")
-            commerce.seed_demo(settings, home, self._secrets)
-        self._run = home.tell(replace(self._run, phase=Phase.HEALTHY, step=""))
+        if self._has_sandbox:
+            self._begin("creating the demo's tenants")
+            demo.ensure_tenants(settings, home, self._secrets)
+        self._run = home.write_run(replace(self._run, phase=Phase.HEALTHY, step=""))
 
     def watch(self) -> None:
-        """Keep the store and the sandbox alive until somebody asks for the end.
+        """Restart the store and the sandbox when they end, until a signal arrives.
 
         Raises:
-            LaunchError: Ray is gone, or something keeps dying.
+            StopRequested: the signal.
+            LaunchError: Ray ended, or the others ended too often.
         """
         while True:
             time.sleep(_WATCH_S)
             if self._children["ray"].has_ended:
-                raise LaunchError(f"Ray ended by itself; the end of its log:\n{self._children['ray'].tail()}")
+                raise LaunchError(f"Ray ended unexpectedly; the end of its log:\n{self._children['ray'].tail()}")
             if self._store is not None and self._store.process.poll() is not None:
                 self._count_restart("the store")
                 self._store.kill()
@@ -98,47 +110,48 @@ class Supervisor:
             if sandbox is not None and sandbox.has_ended:
                 self._count_restart("the sandbox")
                 self._start_sandbox()
-            self._tell_pids()
+            self._write_pids()
 
     def stop(self) -> None:
-        """End everything in the order Serve, Ray, store, so that open settles find their store."""
-        self._run = self._home.tell(replace(self._run, phase=Phase.STOPPING))
+        """Stop everything. The store is last, so that gateways can still settle open requests."""
+        self._run = self._home.write_run(replace(self._run, phase=Phase.STOPPING))
         if self._api is not None:
-            self._print("ending Ray Serve")
-            self._end_serve(self._api)
-        self._print("ending Ray")
+            self._progress("stopping Ray Serve")
+            self._stop_serve(self._api)
+        self._progress("stopping Ray")
         for name in ("ray", "sandbox"):
             if child := self._children.pop(name, None):
                 child.end(RAY_STOP_S if name == "ray" else CHILD_STOP_S)
-        spared = {self._store.pid} if self._store else set()
-        children.end_strays(self._home.path, spared, CHILD_STOP_S)
+        store = {self._store.pid} if self._store else set()
+        children.end_processes_of(self._home.path, store, CHILD_STOP_S)
         if self._store is not None:
-            self._print("ending the store")
+            self._progress("stopping the store")
             self._store.stop()
             self._store = None
-        self._home.forget_run()
+        self._home.remove_run()
 
     def fail(self, problem: str) -> None:
-        """Leave word of why this run ended, for whoever waits for it or asks later."""
-        self._home.tell(replace(self._run, phase=Phase.FAILED, problem=problem))
+        """Write why this run failed, for ``farebox up --detach`` and ``farebox status``."""
+        self._home.write_run(replace(self._run, phase=Phase.FAILED, problem=problem))
 
     def _start_store(self) -> str:
-        if url := os.environ.get("REDIS_URL"):
-            self._say("using the store of REDIS_URL")
+        if url := self._operator.redis_url:
+            self._begin("using the store of REDIS_URL")
         else:
-            self._say("starting the store")
+            self._begin("starting the store")
             self._store = self._run_store()
             url = self._store.url
-        commerce.verify_store(url, launch.store_terms_in(self._settings.config))
+            asyncio.run(migrate_store(url, self._begin))
+        asyncio.run(verify_store(url, store_options_in(self._settings.config)))
         self._run = replace(self._run, store_url=url)
-        self._tell_pids()
+        self._write_pids()
         return url
 
     def _run_store(self) -> valkey.Valkey:
         return valkey.start(self._home.store, env=inherited() | {OWNER: str(self._home.path)})
 
     def _start_sandbox(self) -> None:
-        self._say("starting the offline Dodo")
+        self._begin("starting the Dodo sandbox")
         command = [sys.executable, "-m", "cluster.dodo_sandbox.server"]
         command += ["--port", str(self._settings.sandbox_port), "--state", str(self._home.dodo)]
         secrets = {
@@ -147,8 +160,21 @@ class Supervisor:
         }
         self._start_child("sandbox", command, inherited() | ray_node.source_path() | secrets)
 
+    def _wait_for_sandbox(self) -> None:
+        sandbox, deadline = self._children["sandbox"], time.monotonic() + SANDBOX_START_TIMEOUT_S
+        while True:
+            try:
+                httpx.get(self._settings.sandbox_url, timeout=2)
+                return
+            except httpx.HTTPError:
+                if sandbox.has_ended or time.monotonic() > deadline:
+                    raise LaunchError(
+                        f"the Dodo sandbox did not start; the end of its log:\n{sandbox.tail()}"
+                    ) from None
+                time.sleep(0.05)
+
     def _start_ray(self, env: dict[str, str]) -> None:
-        self._say("starting Ray")
+        self._begin("starting Ray")
         settings, home = self._settings, self._home
         ours = ray_node.folder(home.path)
         ray_node.clear(ours)
@@ -158,45 +184,49 @@ class Supervisor:
     def _deploy(self, config: ServeConfig) -> None:
         ray = self._children["ray"]
         self._api = ServeApi(self._settings.dashboard_url, self._secrets.ray_token)
-        self._say("waiting for Ray")
-        deadline = time.monotonic() + RAY_UP_TIMEOUT_S
+        self._begin("waiting for Ray")
+        deadline = time.monotonic() + RAY_START_TIMEOUT_S
         while not self._api.is_up():
             if ray.has_ended or time.monotonic() > deadline:
                 raise LaunchError(f"Ray did not start; the end of its log:\n{ray.tail()}")
             time.sleep(0.1)
-        self._say("deploying")
+        self._begin("deploying")
         write_private(self._home.deployed, json.dumps(config, indent=2))
         launch.put(self._api, config)
-        launch.wait_healthy(self._api, self._settings.api_url, self._say, self._timeout_s)
+        launch.wait_healthy(self._api, self._settings.api_url, self._begin, self._timeout_s)
 
-    def _end_serve(self, api: ServeApi) -> None:
+    def _stop_serve(self, api: ServeApi) -> None:
         try:
             api.delete(SERVE_STOP_S)
         except ServeUnavailable:
-            self._print("Ray Serve did not end in time: leases bill what was still running")
+            self._progress(
+                "Ray Serve did not stop in time: requests that still ran are billed when their leases expire"
+            )
         api.close()
 
     def _start_child(self, name: str, command: list[str], env: dict[str, str]) -> None:
         log = self._home.logs / f"{name}.log"
         self._children[name] = children.start(name, command, env, self._home.path, log)
-        self._tell_pids()
+        self._write_pids()
 
     def _count_restart(self, what: str) -> None:
         self._restarts += 1
-        self._print(f"{what} ended by itself: starting it again")
+        self._progress(f"{what} ended unexpectedly: starting it again")
         if self._restarts > RESTARTS_MAX:
-            raise LaunchError(f"{what} keeps ending: see {self._home.logs} and {self._home.store}")
+            raise LaunchError(
+                f"{what} ended {self._restarts} times: see the logs in {self._home.logs} and {self._home.store}"
+            )
 
-    def _tell_pids(self) -> None:
+    def _write_pids(self) -> None:
         pids = {name: child.process.pid for name, child in self._children.items()}
         if self._store is not None:
             pids["store"] = self._store.pid
         if pids != self._run.pids:
-            self._run = self._home.tell(replace(self._run, pids=pids))
+            self._run = self._home.write_run(replace(self._run, pids=pids))
 
-    def _say(self, step: str) -> None:
-        self._print(step)
-        self._run = self._home.advance(self._run, step)
+    def _begin(self, step: str) -> None:
+        self._progress(step)
+        self._run = self._home.write_run(replace(self._run, step=step))
 
     def _first_run(self) -> Run:
         settings = self._settings
@@ -205,7 +235,7 @@ class Supervisor:
             started=psutil.Process().create_time(),
             api_url=settings.api_url,
             dashboard_url=settings.dashboard_url,
-            sandbox_url=settings.sandbox_url if self._dodo == SANDBOX else "",
+            sandbox_url=settings.sandbox_url if self._has_sandbox else "",
             store_url="",
             config=str(settings.config),
             ports_base=0,
@@ -213,26 +243,31 @@ class Supervisor:
         )
 
 
-def supervise(settings: Settings, say: Say, ready: Say, timeout_s: float = launch.HEALTHY_TIMEOUT_S) -> None:
-    """Run one farebox from start to stop; returns when somebody asked for its end.
+def supervise(
+    settings: Settings,
+    progress: Progress,
+    on_healthy: Callable[[], None],
+    timeout_s: float = launch.HEALTHY_TIMEOUT_S,
+) -> None:
+    """Run one farebox from start to stop; returns after a signal stopped it.
 
-    ``ready`` is told once, when it is healthy.
+    ``on_healthy`` is called once; before that, ``timeout_s`` may pass.
 
     Raises:
-        AlreadyRunning: this folder has its supervisor.
-        Obstacle, SettingsError, LaunchError, StoreError, BillingError: what is in the way, and what to do.
+        AlreadyRunning: another supervisor runs in this folder.
+        ClusterError, BillingError: a part of it does not start, or does not keep running.
     """
     home = Home.open(settings)
     with home.lock(), _signals():
-        supervisor = Supervisor(settings, home, say, timeout_s)
+        supervisor = Supervisor(settings, home, progress, timeout_s)
         problem = ""
         try:
             supervisor.start()
-            ready("")
+            on_healthy()
             supervisor.watch()
-        except StopAsked:
-            say("asked to stop")
-        except commerce.FAILURES as error:
+        except StopRequested:
+            progress("stopping")
+        except (ClusterError, BillingError) as error:
             problem = str(error)
             raise
         finally:
@@ -243,15 +278,15 @@ def supervise(settings: Settings, say: Say, ready: Say, timeout_s: float = launc
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Turn the first request to end into ``StopAsked``; later ones find us ending already."""
+    """Raise ``StopRequested`` at the first signal to end; ignore later ones, since the stop has begun."""
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
-        raise StopAsked
+        raise StopRequested
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, ask) for number in numbers]
+    before = [signal.signal(number, stop) for number in numbers]
     try:
         yield
     finally:

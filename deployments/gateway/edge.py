@@ -1,8 +1,8 @@
-"""What stands before everything else: request ids of our own, limits on bodies, no steering by clients.
+"""ASGI middleware: request ids of our own, a limit on bodies, and no headers by which a client could steer Ray.
 
-``Edge`` wraps Ray's HTTP code, in its proxy and in replicas that take requests themselves, by
-``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.gateway.edge:middlewares``; inside the Gateway it
-would be too late, for Ray has obeyed the headers by then. ``Front`` wraps the Gateway's own app.
+``Edge`` wraps Ray's HTTP code, in its proxy and in replicas that take requests themselves, through
+``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.gateway.edge:middlewares``: when a request reaches the Gateway,
+Ray has acted on its headers already. ``Front`` wraps the Gateway's own application.
 """
 
 import secrets
@@ -31,17 +31,17 @@ OURS = "req_"
 
 
 def middlewares() -> list[Middleware]:
-    """Ray calls this when it starts an HTTP server, and puts ours outermost."""
+    """Ray calls this when it starts an HTTP server, and makes these its outermost middleware."""
     return [Middleware(Edge)]
 
 
 def new_request_id() -> str:
-    """96 random bits; ours alone: a client's own id never reaches the bill."""
+    """96 random bits. A client's own id is never used for billing."""
     return OURS + secrets.token_hex(12)
 
 
 class Edge:
-    """Removes steering headers, gives every reply one request id, and answers Ray's own errors in our shape."""
+    """Removes steering headers, gives every reply one request id, and replaces the bodies of Ray's own errors."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -56,7 +56,7 @@ class Edge:
 
 
 class _Reply:
-    """One reply on its way out; Ray's bare errors, which carry no id of ours, get our body."""
+    """One reply on its way out. An error without a request id of ours is Ray's own, and gets our body."""
 
     def __init__(self, send: Send, request_id: str, is_health: bool) -> None:
         self.request_id = request_id
@@ -91,7 +91,7 @@ def _messages(response: JSONResponse) -> tuple[Message, Message]:
 
 
 def _ray_error(status: int) -> tuple[dict[str, object], int]:
-    """Ray says 500 where a replica died under a request, which a retry mends: that is our 503."""
+    """Our body and status. Ray says 500 where a replica died under a request; a retry helps, so ours is 503."""
     codes = {404: ("not_found", "Not Found"), 408: ("timeout", "Request Timeout")}
     code, title = codes.get(status, ("overloaded", "Overloaded"))
     status = status if status in codes else 503
@@ -116,7 +116,7 @@ def _without_steering(scope: Scope, request_id: str) -> list[tuple[bytes, bytes]
 
 
 class Front:
-    """The Gateway's own edge: makes the request's id, echoes the client's as its own, bounds the body."""
+    """Makes the request's id, returns the client's own id as a header, and bounds the body."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -142,7 +142,7 @@ class Front:
         await self._app(scope, self._bounded(headers, receive), send_named)
 
     def _bounded(self, headers: Headers, receive: Receive) -> Receive:
-        """Raise 413 as soon as the body is known to be too long, before it is kept."""
+        """Raise 413 as soon as the body is known to be too long."""
         seen = 0
         announced = headers.get("content-length", "")
 

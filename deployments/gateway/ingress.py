@@ -1,7 +1,4 @@
-"""The Gateway as Serve runs it: built from its environment, reconfigured in place, drained at the end.
-
-Knows Serve's life cycle and environment variables; what a request passes is the gateway's business.
-"""
+"""The Gateway as a Serve deployment: made from its environment, reconfigured in place, stopped at the end."""
 
 import asyncio
 import logging
@@ -24,15 +21,15 @@ from billing.store.errors import StoreRefused, StoreUnavailable
 from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app
 from deployments.gateway.catalog_holder import CatalogHolder
-from deployments.gateway.wiring import build_services
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.parts import GatewayConfig, build_parts
 from deployments.inference.text import Text
 from deployments.replica import artifacts
-from deployments.token_stream.gateway_end import SocketLink
-from deployments.token_stream.serve_link import ServeLink
+from deployments.token_stream.gateway_end import ServeReplicaLink
 
-STORE_PATIENCE_S = 30.0
+STORE_START_TIMEOUT_S = 30.0
 PUBLISH_INTERVAL_S = 5.0
-"""The board shows a gateway as alive for as long as it repeats itself."""
+"""A gateway that does not report itself again is soon no longer listed as alive."""
 RETRY_INTERVAL_S = 0.5
 
 logger = logging.getLogger(__name__)
@@ -48,31 +45,33 @@ class GatewayIngress:
         self, args: FareboxArgs, handle: "DeploymentHandle[object]"
     ) -> None:
         self._catalog_holder = CatalogHolder()
-        redis = await connect_patiently(store_url(os.environ), args)
+        redis = await connect_to_starting_store(store_url(os.environ), args)
         self._catalog_holder.remember(await publication.plans_ever(redis))
         cache = Path(args.adapter_cache_dir)
         base = await asyncio.to_thread(artifacts.fetch, args.model.path, cache, without_weights=True)
-        self._link = await open_link(handle, args.token_transport)
-        self._services = build_services(
-            args, Text(base), redis, self._link, self._catalog_holder, os.environ, _replica_name()
+        self._link = ServeReplicaLink(handle)
+        await self._link.start(ray.util.get_node_ip_address())
+        parts = build_parts(
+            args, os.environ, redis=redis, text=Text(base), link=self._link, catalog_holder=self._catalog_holder
         )
+        self._gateway = Gateway(GatewayConfig.of(args, os.environ, _gateway_id()), parts)
         self._changed = asyncio.Event()
-        self._publishing = asyncio.create_task(self._publish_for_ever())
+        self._publishing = asyncio.create_task(self._publish_forever())
         self._is_open = True
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return make_app(self._services)
+        return make_app(self._gateway)
 
     async def reconfigure(self, user_config: object) -> None:
-        """Swap the catalog. Never raises, never waits: Serve would end or stall this replica."""
+        """Put a catalog in force. Never raises and never waits: Serve would end or stall this replica."""
         catalog = self._catalog_holder.put(user_config)
         for entry in catalog.rejected:
             logger.warning("rejected %s %s: %s", entry.kind, entry.id, entry.reason)
         self._changed.set()
 
     async def check_health(self) -> None:
-        assert not self._publishing.done(), "the publishing loop never ends on its own"
-        self._services.gateway.check()
+        assert not self._publishing.done(), "the task that publishes the catalog has ended"
+        self._gateway.check()
 
     async def __del__(self) -> None:
         """Serve calls this after it drained the replica; its ingress wrapper awaits only an ``async def``."""
@@ -80,26 +79,27 @@ class GatewayIngress:
             await self.close()
 
     async def close(self) -> None:
-        """End what is open, leave the board and let the store go."""
+        """Stop every request, and withdraw this gateway from the list of those that are alive."""
         self._is_open = False
-        await self._services.gateway.stop()
+        redis = self._gateway.parts.redis
+        await self._gateway.stop()
         await self._link.close()
         self._publishing.cancel()
         with suppress(StoreUnavailable):
-            await publication.forget_gateway(self._services.redis, self._services.gateway_id)
-        await self._services.redis.aclose()
+            await publication.forget_gateway(redis, self._gateway.config.gateway_id)
+        await redis.aclose()
 
-    async def _publish_for_ever(self) -> None:
-        """Put every change in force at once; between changes only say that this gateway lives."""
-        redis, gateway_id = self._services.redis, self._services.gateway_id
+    async def _publish_forever(self) -> None:
+        """Publish every new catalog at once, and between changes only that this gateway is alive."""
+        redis, gateway_id = self._gateway.parts.redis, self._gateway.config.gateway_id
         is_published = False
         while True:
             is_published = is_published and not self._changed.is_set()
             self._changed.clear()
-            if self._catalog_holder.is_stocked:
-                tell = publication.renew if is_published else publication.publish
+            if self._catalog_holder.has_catalog:
+                publish = publication.renew if is_published else publication.publish
                 try:
-                    await tell(redis, self._catalog_holder.current, gateway_id, now_ms())
+                    await publish(redis, self._catalog_holder.current, gateway_id, now_ms())
                     if not is_published:
                         self._catalog_holder.remember(await publication.plans_ever(redis))
                     is_published = True
@@ -113,26 +113,17 @@ class GatewayIngress:
                     await self._changed.wait()
 
 
-async def open_link(handle: "DeploymentHandle[object]", transport: str) -> ServeLink:
-    """The link that the configuration chose; a socket's listener is on the address by which Ray knows this node."""
-    if transport == "serve":
-        return ServeLink(handle)
-    link = SocketLink(handle)
-    await link.start(ray.util.get_node_ip_address())
-    return link
-
-
 def store_url(environ: Mapping[str, str]) -> str:
-    """Raises StoreRefused without an address: a replica never starts a store of its own."""
+    """The store's address. Raises StoreRefused where none is set."""
     url = environ.get("REDIS_URL", "")
     if not url:
         raise StoreRefused("REDIS_URL is not set: `farebox up` sets it, on a cluster give it to every node")
     return url
 
 
-async def connect_patiently(url: str, args: FareboxArgs) -> Redis:
-    """Wait for a store that is still starting. Raises StoreUnavailable after STORE_PATIENCE_S, StoreRefused at once."""
-    deadline = asyncio.get_running_loop().time() + STORE_PATIENCE_S
+async def connect_to_starting_store(url: str, args: FareboxArgs) -> Redis:
+    """Wait for a store that still starts. Raises StoreUnavailable after STORE_START_TIMEOUT_S, StoreRefused at once."""
+    deadline = asyncio.get_running_loop().time() + STORE_START_TIMEOUT_S
     while True:
         try:
             return await connect(url, durability=args.durability, min_replicas_acked=args.min_replicas_acked)
@@ -142,7 +133,7 @@ async def connect_patiently(url: str, args: FareboxArgs) -> Redis:
             await asyncio.sleep(0.5)
 
 
-def _replica_name() -> str:
+def _gateway_id() -> str:
     try:
         return f"gw_{serve.get_replica_context().replica_id.unique_id}"
     except serve.exceptions.RayServeException:

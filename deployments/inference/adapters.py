@@ -1,8 +1,7 @@
-"""Adapters on disk: PEFT's folder format, read strictly and identified by its bytes.
+"""Read adapters in PEFT's folder format strictly, and identify them by a digest of their bytes.
 
-Judges an adapter without torch and without running anything from it. What was read is what was
-checked and digested: each file is read once. PEFT itself never touches a served model, because an
-adapter's configuration can make it rewrite the shared base weights.
+Needs no torch and runs nothing of the adapter. Each file is read once, so that the bytes checked are the bytes loaded.
+PEFT itself is not used on a served model: an adapter's configuration can make it rewrite the shared base weights.
 """
 
 import hashlib
@@ -15,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deployments.inference.peft_config import LARGEST_SCALING, PeftConfig, parse_config
+from deployments.inference.peft_config import MAX_SCALING, PeftConfig, parse_config
 from deployments.inference.request import AdapterRef, AdapterRejected
-from deployments.inference.tensors import HEADER_BYTES, TensorSpan, read_header
+from deployments.inference.tensors import MAX_HEADER_BYTES, TensorSpan, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_BYTES = 64 * 1024
-WEIGHTS_BYTES = 4 * 1024**3
+MAX_CONFIG_BYTES = 64 * 1024
+MAX_WEIGHTS_BYTES = 4 * 1024**3
 TENSOR_KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -36,7 +35,7 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class ModuleDelta:
-    """Where one module's two factors lie in the weights: ``a`` is [rank, in], ``b`` is [out, rank]."""
+    """One module's two factors in the file: ``a [rank, in]`` and ``b [out, rank]``."""
 
     a: TensorSpan
     b: TensorSpan
@@ -46,27 +45,27 @@ class ModuleDelta:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """A judged adapter: its identity, and what it changes."""
+    """An adapter that was checked: its identity, and what it changes."""
 
     digest: str
     rank: int
     """The largest rank of any module."""
     modules: Mapping[str, ModuleDelta]
     base_model: str
-    """What its config says it was trained on; a hint only."""
+    """The model that it was trained on, according to its configuration. Not checked."""
     weight_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter's two files in memory, judged."""
+    """An adapter's two files in memory, checked."""
 
     info: AdapterInfo
     weights: memoryview
-    """The tensors' bytes, header left out."""
+    """The weights file after its header."""
 
     def tensor(self, span: TensorSpan) -> NDArray[np.float32]:
-        """A tensor as float32, shape as in the file."""
+        """A tensor as float32, in the file's shape."""
         return span.as_float32(self.weights)
 
 
@@ -76,15 +75,16 @@ def inspect_adapter(
     linears: Mapping[str, LinearShape] | None = None,
     max_rank: int | None = None,
     root: Path | None = None,
-    max_bytes: int = WEIGHTS_BYTES,
+    max_bytes: int = MAX_WEIGHTS_BYTES,
 ) -> AdapterInfo:
-    """Judge a PEFT folder without starting an engine.
+    """Check a PEFT folder without starting an engine.
 
-    ``linears`` are the base model's adaptable modules (``model.linear_shapes`` reads them); without
-    them only the adapter's own consistency is judged. ``root`` is where its real path must lie.
+    ``linears`` are the modules of the base model that adapters can change (see ``native.model.linear_shapes``); without
+    them only the adapter's own consistency is checked. ``root`` is the folder in which its files must lie, symbolic
+    links resolved.
 
     Raises:
-        AdapterRejected: anything wrong with it, in words.
+        AdapterRejected: the message says what is wrong with it.
     """
     return read_adapter(path, linears=linears, max_rank=max_rank, root=root, max_bytes=max_bytes).info
 
@@ -95,18 +95,18 @@ def read_adapter(
     linears: Mapping[str, LinearShape] | None = None,
     max_rank: int | None = None,
     root: Path | None = None,
-    max_bytes: int = WEIGHTS_BYTES,
+    max_bytes: int = MAX_WEIGHTS_BYTES,
 ) -> AdapterFiles:
-    """As ``inspect_adapter``, and keep the bytes that were judged. Raises as it does."""
+    """Do as ``inspect_adapter``, and return the files too."""
     config_path, weights_path = _locate(path, root)
-    raw_config = _read_bounded(config_path, CONFIG_BYTES)
+    raw_config = _read_bounded(config_path, MAX_CONFIG_BYTES)
     config = parse_config(raw_config)
     header_size = _check_header(weights_path, config, linears, max_rank, max_bytes)
     raw_weights = _read_bounded(weights_path, max_bytes)
     if int.from_bytes(raw_weights[:8], "little") != header_size:
-        raise AdapterRejected(f"{WEIGHTS_FILE} changed while it was read")
+        raise AdapterRejected(f"{WEIGHTS_FILE} changed while it was read: deploy it again when it is complete")
     body = memoryview(raw_weights)[8 + header_size :]
-    modules = _judge(raw_weights[8 : 8 + header_size], len(body), config, linears, max_rank)
+    modules = _parse_header(raw_weights[8 : 8 + header_size], len(body), config, linears, max_rank)
     info = AdapterInfo(
         digest=_digest(raw_config, raw_weights),
         rank=max(delta.rank for delta in modules.values()),
@@ -120,13 +120,13 @@ def read_adapter(
 
 
 def digest_adapter(path: Path, *, root: Path | None = None) -> str:
-    """An adapter's identity: SHA-256 over both files, each preceded by its length; 64 hex digits.
+    """An adapter's identity: SHA-256 over both files, each preceded by its length, as 64 hex digits.
 
     Raises:
-        AdapterRejected: a file is missing, too large, or lies where it may not.
+        AdapterRejected: a file is missing, too large, or outside the root.
     """
     config_path, weights_path = _locate(path, root)
-    return _digest(_read_bounded(config_path, CONFIG_BYTES), _read_bounded(weights_path, WEIGHTS_BYTES))
+    return _digest(_read_bounded(config_path, MAX_CONFIG_BYTES), _read_bounded(weights_path, MAX_WEIGHTS_BYTES))
 
 
 def _digest(config: bytes, weights: bytes) -> str:
@@ -138,7 +138,7 @@ def _digest(config: bytes, weights: bytes) -> str:
 
 
 def _locate(path: Path, root: Path | None) -> tuple[Path, Path]:
-    """The real paths of both files, which must lie under the root, or without one in the folder itself."""
+    """The real paths of both files, which must lie under the root, or in the folder itself if there is none."""
     folder = Path(os.path.realpath(path))
     if not folder.is_dir():
         raise AdapterRejected(f"{path} is not a folder")
@@ -175,19 +175,19 @@ def _check_header(
     max_rank: int | None,
     max_bytes: int,
 ) -> int:
-    """Judge the shapes from the header alone, before the weights are read; return the header's length."""
+    """Check the header before the weights are read, and return its length."""
     size = path.stat().st_size
     if size > max_bytes:
         raise AdapterRejected(f"{WEIGHTS_FILE} has {size} bytes, more than the allowed {max_bytes}")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(HEADER_BYTES, size - 8):
+        if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise AdapterRejected(f"{WEIGHTS_FILE} is not a safetensors file: its header has {length} bytes")
-        _judge(file.read(length), size - 8 - length, config, linears, max_rank)
+        _parse_header(file.read(length), size - 8 - length, config, linears, max_rank)
     return length
 
 
-def _judge(
+def _parse_header(
     header: bytes,
     body_bytes: int,
     config: PeftConfig,
@@ -204,12 +204,12 @@ def _judge(
 
 
 def _factors(spans: Mapping[str, TensorSpan]) -> dict[str, dict[str, TensorSpan]]:
-    """Group the tensors by module; every key must be a factor of some module."""
+    """Group the tensors by module. Every key must be a factor of a module."""
     factors: dict[str, dict[str, TensorSpan]] = {}
     for key, span in spans.items():
         match = TENSOR_KEY.fullmatch(key)
         if match is None:
-            raise AdapterRejected(f"{key} is not a LoRA factor that this engine knows")
+            raise AdapterRejected(f"{key} is not a LoRA factor that this engine supports")
         factors.setdefault(match["module"], {})[match["side"]] = span
     return factors
 
@@ -223,19 +223,19 @@ def _delta(module: str, pair: Mapping[str, TensorSpan], config: PeftConfig, max_
     if rank != config.rank_of(module):
         raise AdapterRejected(f"{module} has rank {rank} where the config says {config.rank_of(module)}")
     if max_rank is not None and rank > max_rank:
-        raise AdapterRejected(f"{module} has rank {rank}, more than the engine's {max_rank}")
+        raise AdapterRejected(f"{module} has rank {rank}, more than the engine's {max_rank} (max_adapter_rank)")
     scaling = config.scaling_of(module)
-    if scaling > LARGEST_SCALING:
-        raise AdapterRejected(f"{module} is scaled by {scaling:g}, more than {LARGEST_SCALING:g}")
+    if scaling > MAX_SCALING:
+        raise AdapterRejected(f"{module} is scaled by {scaling:g}, more than the allowed {MAX_SCALING:g}")
     return ModuleDelta(a=pair["A"], b=pair["B"], rank=rank, scaling=scaling)
 
 
 def _check_modules(modules: Mapping[str, ModuleDelta], config: PeftConfig, linears: Mapping[str, LinearShape]) -> None:
-    """Every module must be the base model's, of its size, and all that the config names must be there."""
+    """Check that every module is one of the base model, of its size, and that no target module is missing."""
     for module, delta in modules.items():
         shape = linears.get(module)
         if shape is None:
-            raise AdapterRejected(f"{module} is no module of the base model that an adapter can change")
+            raise AdapterRejected(f"{module} is not a module of the base model that an adapter can change")
         has = (delta.a.shape[1], delta.b.shape[0])
         if has != (shape.in_features, shape.out_features):
             raise AdapterRejected(
@@ -247,21 +247,21 @@ def _check_modules(modules: Mapping[str, ModuleDelta], config: PeftConfig, linea
         missing, extra = sorted(expected - modules.keys()), sorted(modules.keys() - expected)
         if missing:
             raise AdapterRejected(f"weights are missing for {len(missing)} of its target modules, first {missing[0]}")
-        raise AdapterRejected(f"{extra[0]} has weights but is none of the adapter's target modules")
+        raise AdapterRejected(f"{extra[0]} has weights but is not one of the adapter's target modules")
 
 
 def _check_finite(files: AdapterFiles) -> None:
-    """Every number is one, and they are not all for nothing."""
+    """Check that all weights are finite, and that some module has an effect."""
     for module, delta in files.info.modules.items():
         if not delta.a.is_finite(files.weights) or not delta.b.is_finite(files.weights):
             raise AdapterRejected(f"{module} has weights that are not finite numbers")
     if not any(
         delta.a.is_any(files.weights) and delta.b.is_any(files.weights) for delta in files.info.modules.values()
     ):
-        raise AdapterRejected("it changes nothing: in each module one factor is all zeros, as before any training")
+        raise AdapterRejected("it changes nothing: in each module one factor is all zeros, as before training")
 
 
 def local_adapter(path: Path | str, name: str = "") -> AdapterRef:
-    """The adapter in this folder, named after it unless told otherwise. Raises AdapterRejected."""
+    """Refer to the adapter in a folder, by the folder's name if no other is given. Raises AdapterRejected."""
     folder = Path(path)
     return AdapterRef(name or folder.name, digest_adapter(folder), str(folder))

@@ -1,17 +1,17 @@
-"""Whose turn it is: a virtual token counter for each fairness key, running slower for keys of more weight.
+"""Virtual token counters: how much service each fairness key has received, to serve the one with the least next.
 
-After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024, arXiv 2401.00588): the
-waiting key that has received the least service goes next, and a key that comes back after a pause
-starts no lower than those that stayed.
+After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024, arXiv 2401.00588). A key that returns after
+a pause starts no lower than the active keys, so that it saves up no service.
 """
 
 PROMPT_WEIGHT = 1
 COMPLETION_WEIGHT = 2
-IDLE_KEYS_KEPT = 4096
+MAX_IDLE_KEYS = 4096
+"""Keys without requests that are remembered."""
 
 
 class TokenCounters:
-    """Service received by each key, in weighted tokens, over the key's own weight."""
+    """Service received by each key: its weighted tokens, divided by the key's weight."""
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
@@ -19,10 +19,10 @@ class TokenCounters:
         """Key to its number of requests in the engine."""
         self._weights: dict[str, float] = {}
         self._floor = 0.0
-        """Where a key starts when no other is active: the service of the last that left."""
+        """Where a key starts when no other is active: the service of the last one that was."""
 
     def enter(self, key: str, weight: float = 1.0) -> None:
-        """A request of this key has come; the latest weight of a key counts."""
+        """Count a request of this key. The key's latest weight applies."""
         self._weights[key] = weight
         if key not in self._active:
             lowest = min((self._served[other] for other in self._active), default=self._floor)
@@ -30,21 +30,23 @@ class TokenCounters:
         self._active[key] = self._active.get(key, 0) + 1
 
     def leave(self, key: str) -> None:
-        """A request of this key has ended."""
+        """Stop counting a request of this key."""
         self._active[key] -= 1
         if self._active[key]:
             return
         del self._active[key], self._weights[key]
         if not self._active:
             self._floor = self._served[key]
-        if len(self._served) > IDLE_KEYS_KEPT + len(self._active):
+        if len(self._served) > MAX_IDLE_KEYS + len(self._active):
             del self._served[next(other for other in self._served if other not in self._active)]
 
     def charge(self, key: str, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
+        """Add computed tokens to the service of an active key."""
         tokens = PROMPT_WEIGHT * prompt_tokens + COMPLETION_WEIGHT * completion_tokens
         self._served[key] += tokens / self._weights[key]
 
     def served(self, key: str) -> float:
+        """The service that an active key has received."""
         return self._served[key]
 
     def weight(self, key: str) -> float:

@@ -1,6 +1,6 @@
-"""PEFT's ``adapter_config.json``, read strictly: what the engine can compute is allowed by name, the rest refused.
+"""Read PEFT's ``adapter_config.json`` strictly: keys that the engine supports are listed, all others are rejected.
 
-Some of PEFT's fields change the base model's own weights or import code; none of those gets past here.
+Some of PEFT's keys change the base model's weights or import code. Those are never accepted.
 """
 
 import json
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from deployments.inference.request import AdapterRejected
-from deployments.inference.tensors import once_each
+from deployments.inference.tensors import unique_keys
 
-LARGEST_SCALING = 1024.0
-"""Bound on alpha / rank: far above any trained adapter, far below what overflows a float16."""
+MAX_SCALING = 1024.0
+"""Bound on alpha / rank: far above that of any trained adapter, far below what overflows float16."""
 
-FREE_KEYS = frozenset(
+IGNORED_KEYS = frozenset(
     (
         "task_type",
         "auto_mapping",
@@ -32,7 +32,7 @@ FREE_KEYS = frozenset(
         "ensure_weight_tying",
     )
 )
-"""Keys whose value has no bearing on the served arithmetic, or only on training."""
+"""Keys whose value does not change what the adapter computes."""
 
 NEUTRAL_KEYS: Mapping[str, tuple[object, ...]] = {
     "bias": ("none",),
@@ -62,7 +62,7 @@ NEUTRAL_KEYS: Mapping[str, tuple[object, ...]] = {
         (None, {}, False),
     ),
 }
-"""Keys that ask for something the engine doesn't do, unless they hold one of these values."""
+"""Keys for what the engine does not support, and the values that do not ask for it."""
 
 READ_KEYS = frozenset(
     (
@@ -83,31 +83,31 @@ PATTERN = re.compile(r"\^?[A-Za-z0-9_.]+")
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """The fields that decide an adapter's arithmetic."""
+    """The keys that decide what an adapter computes."""
 
     rank: int
     alpha: float
     rslora: bool
     targets: tuple[str, ...] | str
-    """Names of modules, or PEFT's regular expression or ``all-linear`` as it stood."""
+    """Names of modules; or, as a string, PEFT's regular expression or ``all-linear``."""
     excluded: tuple[str, ...] | str
     layers: tuple[int, ...] | None
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     base_model: str
-    """What the adapter says it was trained on; empty if it doesn't say."""
+    """The model that it was trained on, according to the file; may be empty."""
 
     def rank_of(self, module: str) -> int:
         return _by_pattern(self.rank_pattern, module, self.rank)
 
     def scaling_of(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rank-stabilised adapters."""
+        """alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski, arXiv 2312.03732)."""
         rank = self.rank_of(module)
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def expected(self, modules: Iterable[str]) -> frozenset[str] | None:
-        """Which of the model's modules the adapter must cover; None where only a regular expression says."""
+        """Which of the model's modules must have weights; None if a regular expression selects them."""
         if isinstance(self.excluded, str) or (isinstance(self.targets, str) and self.targets != "all-linear"):
             return None
         return frozenset(module for module in modules if self._names(module))
@@ -119,23 +119,23 @@ class PeftConfig:
 
 
 def ends_with_any(module: str, names: Iterable[str]) -> bool:
-    """PEFT's rule for a list of names: the whole path, or its end after a dot."""
+    """PEFT's rule for a list of names: one is the module's whole path, or its end after a dot."""
     return any(module == name or module.endswith("." + name) for name in names)
 
 
 def layer_of(module: str) -> int | None:
-    """The first number in a module's path: the layer it stands in."""
+    """The first number in a module's path: its layer."""
     return next((int(part) for part in module.split(".") if part.isdigit()), None)
 
 
 def parse_config(raw: bytes) -> PeftConfig:
-    """Read ``adapter_config.json``.
+    """Parse ``adapter_config.json``.
 
     Raises:
-        AdapterRejected: not JSON, not LoRA, or a key that is unknown or asks for what the engine doesn't do.
+        AdapterRejected: it is not JSON or not LoRA, or a key is unknown or asks for what the engine does not support.
     """
     try:
-        content = json.loads(raw, object_pairs_hook=once_each)
+        content = json.loads(raw, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise AdapterRejected(f"adapter_config.json is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -148,12 +148,12 @@ def parse_config(raw: bytes) -> PeftConfig:
 
 
 def _check_key(key: str, value: object) -> None:
-    if key in FREE_KEYS or key in READ_KEYS:
+    if key in IGNORED_KEYS or key in READ_KEYS:
         return
     if key not in NEUTRAL_KEYS:
         raise AdapterRejected(f"adapter_config.json has the unknown key {key!r}")
     if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL_KEYS[key]):
-        raise AdapterRejected(f"adapter_config.json asks for {key}={value!r}, which this engine doesn't support")
+        raise AdapterRejected(f"adapter_config.json has {key}={value!r}, which this engine does not support")
 
 
 def _read(content: Mapping[str, object]) -> PeftConfig:
@@ -191,7 +191,7 @@ def _names(key: str, value: object) -> tuple[str, ...] | str:
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise AdapterRejected(f"{key} must be a list of module names or one expression, not {value!r}")
+        raise AdapterRejected(f"{key} must be a list of module names or one regular expression, not {value!r}")
     return tuple(value)
 
 
@@ -205,19 +205,19 @@ def _layers(value: object) -> tuple[int, ...]:
 def _pattern(key: str, content: Mapping[str, object]) -> list[tuple[str, object]]:
     """The entries of a pattern, whose keys must be plain module paths.
 
-    PEFT takes them for regular expressions; one written by a stranger could run for ever.
+    PEFT takes them for regular expressions; a hostile one could run for ever.
     """
     value = content.get(key) or {}
     if not isinstance(value, dict):
         raise AdapterRejected(f"{key} must be an object, not {value!r}")
     for name in value:
         if not PATTERN.fullmatch(name):
-            raise AdapterRejected(f"{key} has {name!r}: only plain module names are supported")
+            raise AdapterRejected(f"{key} has the key {name!r}: only plain module names are supported")
     return list(value.items())
 
 
 def _by_pattern(pattern: Mapping[str, Number], module: str, otherwise: Number) -> Number:
-    """The value of the first key that names this module, as PEFT looks it up."""
+    """The value of the first key that matches this module, as in PEFT."""
     for key, value in pattern.items():
         exact = key.startswith("^")
         if module == key.removeprefix("^") or (not exact and ends_with_any(module, [key])):

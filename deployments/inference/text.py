@@ -1,6 +1,6 @@
-"""Text to tokens and back: tokenizer, chat template, incremental decoding, stop strings.
+"""Text to tokens and back: tokenizer, chat template, incremental detokenization, stop strings.
 
-Knows the files of a Hugging Face model folder; imports no torch, so that a gateway can use it.
+Reads the files of a Hugging Face model folder. Needs no torch, so that a gateway can use it.
 """
 
 import json
@@ -15,34 +15,34 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 
-from deployments.inference.request import ModelRefused, RequestRejected
+from deployments.inference.request import ModelRejected, RequestRejected
 
 REPLACEMENT = "\ufffd"
-LONGEST_CHARACTER_TOKENS = 4
+MAX_CHARACTER_TOKENS = 4
 """A UTF-8 character has at most four bytes, hence at most four byte tokens."""
-HELD_TOKENS = 16
-"""Tokens held back for a character to complete before they are shown as they are."""
+MAX_HELD_TOKENS = 16
+"""Tokens held back for an incomplete character, before they are returned as they are."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 WORD_MARK = "\u2581"
-"""Stands for a space in SentencePiece's tokens."""
+"""A space in SentencePiece's tokens."""
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTES = {chr(byte): byte for byte in PRINTABLE} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))
 }
-"""The characters by which byte-level tokens spell their bytes (Radford et al., GPT-2, 2019)."""
+"""The characters that stand for bytes in byte-level tokens (Radford et al., GPT-2, 2019)."""
 
 
 class Text:
-    """One model's tokenizer. Encoding is thread-safe.
+    """One model's tokenizer and chat template. Encoding is thread-safe.
 
     Raises:
-        ModelRefused: the folder has no ``tokenizer.json``, or its template does not parse.
+        ModelRejected: the folder has no ``tokenizer.json``, or its template does not parse.
     """
 
     def __init__(self, model_path: str | Path) -> None:
         folder = Path(model_path)
         if not (folder / "tokenizer.json").is_file():
-            raise ModelRefused(f"{folder} has no tokenizer.json")
+            raise ModelRejected(f"{folder} has no tokenizer.json: save the model's fast tokenizer there")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -53,19 +53,19 @@ class Text:
         self.eos_token_ids: frozenset[int] = self._end_tokens(folder)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """The text's tokens, with the special tokens that the tokenizer puts around a plain text."""
+        """The text's tokens, with the special tokens that the tokenizer adds to a plain text."""
         return tuple(self.tokenizer.encode(text).ids)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """The conversation's tokens, up to where the assistant's answer begins.
+        """The conversation's tokens, up to where the assistant's message begins.
 
         Raises:
-            RequestRejected: the model has no chat template, or the template refuses these messages.
+            RequestRejected: the model has no chat template, or the template rejects these messages.
         """
         return tuple(self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The conversation as the model's template writes it; raises as ``chat``."""
+        """The conversation as text, rendered by the chat template. Raises as ``chat``."""
         if self._template is None:
             raise RequestRejected("this model has no chat template: use the completions endpoint")
         try:
@@ -73,14 +73,14 @@ class Text:
                 messages=[dict(message) for message in messages], add_generation_prompt=True, **self._special
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise RequestRejected(f"the model's chat template refuses these messages: {error}") from error
+            raise RequestRejected(f"the model's chat template rejects these messages: {error}") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The whole text of these tokens, special tokens left out."""
+        """The text of these tokens, without special tokens."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def token(self, token_id: int) -> tuple[str, bytes]:
-        """One token as text, half a character shown as broken, and its exact bytes."""
+        """One token as text, incomplete characters replaced, and as its exact bytes."""
         raw = self.tokenizer.id_to_token(token_id) or ""
         if byte := BYTE_TOKEN.fullmatch(raw):
             content = bytes.fromhex(byte[1])
@@ -93,7 +93,7 @@ class Text:
         return content.decode(errors="replace"), content
 
     def detokenizer(self, stop: Iterable[str] = ()) -> "Detokenizer":
-        """A fresh decoder for one request's output."""
+        """A detokenizer for one sequence."""
         return Detokenizer(self, tuple(stop))
 
     def _end_tokens(self, folder: Path) -> frozenset[int]:
@@ -107,10 +107,10 @@ class Text:
 
 
 class Detokenizer:
-    """Decodes one request's tokens as they come.
+    """Detokenizes one sequence token by token.
 
-    The pieces it returns join to the decoded whole; none ends in half a character, and none holds
-    any part of a stop string.
+    The texts that it returns join to the decoded whole. None ends in an incomplete character, and none contains any
+    part of a stop string.
     """
 
     def __init__(self, text: Text, stop: tuple[str, ...] = ()) -> None:
@@ -118,21 +118,21 @@ class Detokenizer:
         self._stop = StopStrings(stop)
         self._ids: list[int] = []
         self._context_start = 0
-        """Tokens from here to ``_read`` were shown before and give the next ones their context."""
+        """Tokens from here to ``_read`` were returned before, and give the next ones their context."""
         self._read = 0
 
     @property
     def stopped(self) -> bool:
-        """A stop string has appeared: no more text will come."""
+        """A stop string was found; no more text follows."""
         return self._stop.hit
 
     def feed(self, token_id: int, may_stop: bool = True) -> str:
-        """Take one token; return the text that may now be shown. Unless it may stop, stop strings are text."""
+        """Add a token; return the text that is complete. Unless ``may_stop``, a stop string that ends in it is text."""
         self._ids.append(token_id)
         return self._stop.feed(self._decode_new(final=False), may_stop)
 
     def finish(self) -> str:
-        """What was held back, when no more tokens come; empty after a stop string."""
+        """The text that was held back, after the last token; empty after a stop string."""
         return self._stop.feed(self._decode_new(final=True)) + self._stop.finish()
 
     def _decode_new(self, final: bool) -> str:
@@ -140,9 +140,9 @@ class Detokenizer:
         shown = self._text.decode(self._ids[self._context_start : self._read])
         whole = self._text.decode(self._ids[self._context_start : end])
         if whole.endswith(REPLACEMENT) and not final:
-            if end - self._read < HELD_TOKENS:
+            if end - self._read < MAX_HELD_TOKENS:
                 return ""
-            end -= LONGEST_CHARACTER_TOKENS - 1
+            end -= MAX_CHARACTER_TOKENS - 1
             whole = self._text.decode(self._ids[self._context_start : end])
         if len(whole) <= len(shown) and not final:
             return ""
@@ -151,18 +151,18 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds the first of several strings in a text that arrives in pieces, holding back what may begin one."""
+    """Finds the first of several strings in a text that grows. The start of a possible match is held back."""
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
         self._held = ""
         self.hit = False
 
-    def feed(self, piece: str, may_stop: bool = True) -> str:
-        """Take a piece of text; return what may be shown. Unless it may stop, a string that ends in it is text."""
+    def feed(self, new: str, may_stop: bool = True) -> str:
+        """Add text; return what cannot be part of a match. Unless ``may_stop``, a match that ends in it is text."""
         if self.hit:
             return ""
-        text = self._held + piece
+        text = self._held + new
         found = [position for position in map(text.find, self._stop) if position >= 0] if may_stop else []
         if found:
             self.hit, self._held = True, ""
@@ -172,13 +172,13 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What was held back for a stop string that never came."""
+        """The text that was held back, after the last of it."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``, shorter than ``stop`` itself."""
+    """Length of the longest end of ``text`` that is a proper prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
@@ -188,18 +188,18 @@ def _read_json(path: Path) -> dict[str, object]:
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ModelRefused(f"{path} must hold a JSON object")
+        raise ModelRejected(f"{path} must hold a JSON object")
     return content
 
 
 def _special_token(value: object) -> str:
-    """A special token stands as a string, or as an object with its ``content``."""
+    """A special token: a string, or an object with the string as ``content``."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else ""
 
 
 def _chat_template(folder: Path, config: Mapping[str, object]) -> str | None:
-    """The template's own file comes first; a list of named templates gives its ``default``."""
+    """The template from its own file, else from the configuration; of several named ones, ``default``."""
     own_file = folder / "chat_template.jinja"
     if own_file.is_file():
         return own_file.read_text(encoding="utf-8")
@@ -211,7 +211,7 @@ def _chat_template(folder: Path, config: Mapping[str, object]) -> str | None:
 
 
 def _compile(source: str | None) -> Template | None:
-    """Compile as transformers does: sandboxed, blocks trimmed, with the few functions that templates use."""
+    """Compile a template as transformers does: sandboxed, blocks trimmed, with the functions that templates use."""
     if source is None:
         return None
     environment = ImmutableSandboxedEnvironment(
@@ -223,7 +223,7 @@ def _compile(source: str | None) -> Template | None:
     try:
         return environment.from_string(source)
     except TemplateError as error:
-        raise ModelRefused(f"the model's chat template does not parse: {error}") from error
+        raise ModelRejected(f"the model's chat template does not parse: {error}") from error
 
 
 def _to_json(value: object, indent: int | None = None) -> str:

@@ -1,7 +1,6 @@
-"""Brings model and adapter folders to this machine: local paths as they are, URLs into a cache.
+"""Fetch model and adapter folders to this machine: local paths are used as they are, URLs are cached.
 
-Knows fsspec and folders; judges no weights. An adapter is cached under the digest of its bytes, so
-what lies in the cache under a digest is what was deployed under it.
+An adapter is cached under the digest of its bytes, so what the cache has under a digest is what was deployed under it.
 """
 
 import hashlib
@@ -17,14 +16,14 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from deployments.inference.adapters import CONFIG_FILE, WEIGHTS_BYTES, WEIGHTS_FILE, digest_adapter
+from deployments.inference.adapters import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, digest_adapter
 from deployments.inference.request import AdapterRejected
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 Listed = Mapping[str, object]
-"""What a backend tells of one file."""
+"""What an fsspec backend lists about one file."""
 MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
-"""Of a base model's folder only these are fetched: no pickles and no code."""
+"""The only files of a base model that are fetched: no pickles and no code."""
 
 BACKEND_ERRORS: Mapping[str, str] = {
     "aiohttp": "ClientError",
@@ -33,32 +32,32 @@ BACKEND_ERRORS: Mapping[str, str] = {
     "gcsfs.retry": "HttpError",
     "azure.core.exceptions": "AzureError",
 }
-"""Where fsspec's backends define errors that are no OSError."""
+"""Modules of fsspec's backends whose errors are not an OSError, and the base class of those errors."""
 
 
 class ArtifactUnavailable(Exception):
-    """A model or adapter folder cannot be had; the message names it and says why."""
+    """A model or adapter folder cannot be fetched; the message names it and says why."""
 
 
 def is_url(path: str) -> bool:
-    """Is it something to fetch? A one-letter scheme is a Windows drive."""
+    """Whether the path must be fetched. A one-letter scheme is a Windows drive."""
     return len(urlsplit(path).scheme) > 1 and urlsplit(path).scheme != "file"
 
 
 def local_path(path: str) -> Path:
-    """A local folder as written, with or without ``file://``, its home expanded."""
+    """A local folder, with or without ``file://``, with ``~`` expanded."""
     return Path(path.removeprefix("file://")).expanduser()
 
 
 def fetch(path: str, cache_dir: Path, digest: str = "", *, without_weights: bool = False) -> Path:
     """The local folder of a base model or an adapter.
 
-    ``digest``, for adapters, is what fetched bytes must have; a cached copy of that digest saves every
-    look at the network. A local folder is returned unread: whoever loads it digests what it reads.
-    ``without_weights`` leaves a base model's tensors where they are: its shapes stand in its config.
+    ``digest``, for adapters, is checked against the fetched bytes; a cached copy of that digest is returned without
+    asking the network. A local folder is returned unread: the engine checks the digest when it loads the adapter.
+    ``without_weights`` leaves out a base model's tensors.
 
     Raises:
-        ArtifactUnavailable: not there, not reachable, or its bytes are not those of ``digest``.
+        ArtifactUnavailable: the folder is missing or not reachable, or its bytes have another digest.
     """
     if not is_url(path):
         folder = local_path(path)
@@ -71,7 +70,7 @@ def fetch(path: str, cache_dir: Path, digest: str = "", *, without_weights: bool
 
 
 def _fetch_url(url: str, cache_dir: Path, digest: str, without_weights: bool) -> Path:
-    """Download into the cache: whole or not at all, however many processes do it at once."""
+    """Download into the cache. Many processes may do it at once: each publishes a whole folder or nothing."""
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _named_errors(url):
         filesystem, root = fsspec.core.url_to_fs(url)
@@ -91,32 +90,30 @@ def _fetch_url(url: str, cache_dir: Path, digest: str, without_weights: bool) ->
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _choose(
-    url: str, listing: Iterable[Mapping[str, object]], without_weights: bool
-) -> dict[str, Mapping[str, object]]:
-    """Files worth fetching by name: an adapter's two, or those of a base model."""
+def _choose(url: str, listing: Iterable[Listed], without_weights: bool) -> dict[str, Listed]:
+    """The files to fetch, by name: an adapter's two, or those of a base model."""
     files = {PurePosixPath(str(info["name"])).name: info for info in listing if info.get("type") == "file"}
     if CONFIG_FILE in files:
         files = {name: info for name, info in files.items() if name in ADAPTER_FILES}
-        if int(str(files.get(WEIGHTS_FILE, {}).get("size") or 0)) > WEIGHTS_BYTES:
-            raise ArtifactUnavailable(f"{url}: {WEIGHTS_FILE} is larger than {WEIGHTS_BYTES} bytes")
+        if int(str(files.get(WEIGHTS_FILE, {}).get("size") or 0)) > MAX_WEIGHTS_BYTES:
+            raise ArtifactUnavailable(f"{url}: {WEIGHTS_FILE} is larger than {MAX_WEIGHTS_BYTES} bytes")
         return files
     suffixes = tuple(s for s in MODEL_SUFFIXES if not (without_weights and s == ".safetensors"))
     files = {name: info for name, info in files.items() if name.endswith(suffixes)}
     if not files:
-        raise ArtifactUnavailable(f"{url}: neither a model nor an adapter is there")
+        raise ArtifactUnavailable(f"{url}: the folder has neither a model nor an adapter")
     return files
 
 
-def _listing_key(url: str, files: Mapping[str, Mapping[str, object]]) -> str:
-    """What a folder at a URL holds, by names, sizes and the backend's own marks: a change is another key."""
+def _listing_key(url: str, files: Mapping[str, Listed]) -> str:
+    """A key of a folder's content by names, sizes and the backend's own version marks: a changed file changes it."""
     marks = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "blob_id", "created")
     lines = [url] + [f"{name} {[str(info.get(mark)) for mark in marks]}" for name, info in sorted(files.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 
 def _publish(staging: Path, target: Path) -> Path:
-    """Rename into place; a process that was faster has put the same bytes there."""
+    """Rename into place. Another process may have done so first, with the same bytes."""
     staging.chmod(0o755)
     try:
         os.rename(staging, target)
@@ -143,20 +140,20 @@ def _digest(path: str, folder: Path) -> str:
 
 @contextmanager
 def _named_errors(url: str) -> Iterator[None]:
-    """Each backend fails in its own words: give them one name."""
+    """Raise ArtifactUnavailable for every error of an fsspec backend."""
     try:
         yield
     except ImportError as error:
         hint = f"install the fsspec backend for {urlsplit(url).scheme}://"
         raise ArtifactUnavailable(f"{url}: {error}: {hint}") from error
     except FileNotFoundError as error:
-        raise ArtifactUnavailable(f"{url}: nothing is there") from error
+        raise ArtifactUnavailable(f"{url}: there is no such folder") from error
     except _backend_errors() as error:
         raise ArtifactUnavailable(f"{url}: {error or type(error).__name__}") from error
 
 
 def _backend_errors() -> tuple[type[Exception], ...]:
-    """What fsspec raises, and the own errors of the backends in use."""
+    """The errors that fsspec raises, and those of the backends that are loaded."""
     loaded = (name for name in BACKEND_ERRORS if name in sys.modules)
     own = (getattr(importlib.import_module(name), BACKEND_ERRORS[name]) for name in loaded)
     return (OSError, ValueError, *own)

@@ -1,89 +1,34 @@
-"""The Gateway's narrow face to the replicas, so that the transport can change behind it.
-
-Knows how a job travels and how its loss shows; knows no tenant and no money.
-"""
+"""What a gateway needs of the replicas. ``ServeReplicaLink`` calls them through Serve; tests have a scripted one."""
 
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
-from deployments.inference.request import (
-    AdapterRejected,
-    EngineError,
-    EngineFailed,
-    EngineStats,
-    GenerateRequest,
-    Overloaded,
-    RequestRejected,
-    Tokens,
-)
-
-
-class ReplicaLost(EngineError):
-    """The replica or the way to it is gone; what it would have generated is lost."""
-
-
-class SlowReader(EngineError):
-    """The client left so many tokens unread that the request was cancelled rather than buffered on."""
-
-
-class RefusalKind(StrEnum):
-    OVERLOADED = "overloaded"
-    REQUEST = "request"
-    ADAPTER = "adapter"
-    LOST = "lost"
-    FAILED = "failed"
-
-
-REFUSALS: Mapping[RefusalKind, type[EngineError]] = {
-    RefusalKind.OVERLOADED: Overloaded,
-    RefusalKind.REQUEST: RequestRejected,
-    RefusalKind.ADAPTER: AdapterRejected,
-    RefusalKind.LOST: ReplicaLost,
-    RefusalKind.FAILED: EngineFailed,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A replica's refusal as a value: an exception would travel with a traceback and fill the logs."""
-
-    kind: RefusalKind
-    reason: str
-
-    @classmethod
-    def of(cls, error: EngineError) -> "Refused":
-        kinds = (kind for kind, shape in REFUSALS.items() if isinstance(error, shape))
-        return cls(next(kinds, RefusalKind.FAILED), str(error))
-
-    def as_error(self) -> EngineError:
-        return REFUSALS[self.kind](self.reason)
+from deployments.inference.request import EngineStats, GenerateRequest, OutputDelta
 
 
 class ReplicaLink(Protocol):
-    """Runs jobs somewhere. Closing the iterator of a job aborts it."""
+    """Runs requests on replicas. Closing the iterator of a request aborts it."""
 
-    def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
-        """Pieces of the job's output; the last one has a finish reason.
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
+        """Deltas of the request's output; the last one has a finish reason.
 
         Raises:
             Overloaded: nothing was computed.
-            RequestRejected, AdapterRejected: it cannot run.
+            RequestRejected, AdapterRejected: the request cannot run.
             ReplicaLost, EngineFailed: our fault, at any point.
-            SlowReader: the client's, after pieces that it had read.
+            SlowReader: the client's fault, after the deltas that it read.
         """
         ...
 
     async def extend(self, deadlines: Mapping[str, float]) -> frozenset[str]:
-        """Give running jobs that many more seconds from now, by request id; best effort.
+        """Set the deadlines of running requests, in seconds from now, by request id; best effort.
 
-        Returns those that were cancelled because their client does not read: it may never come for the error.
+        Returns the requests that were cancelled because their client does not read, and so may never see the error.
         """
         ...
 
     async def is_ready(self) -> bool:
-        """Does a replica answer?"""
+        """Whether a replica answers."""
         ...
 
     async def stats(self) -> Mapping[str, EngineStats]:

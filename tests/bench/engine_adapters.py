@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from deployments.inference.adapters import local_adapter
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
-from deployments.inference.request import AdapterRef, GenerateRequest, SamplingParams, Tokens
+from deployments.inference.request import AdapterRef, GenerateRequest, OutputDelta, SamplingParams
 from tests.bench import engine_fixture, figures
 from tests.bench.engine_fixture import Fixture
 from tests.bench.engine_peers import Vllm
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def register(fixture: Fixture, folder: Path) -> list[AdapterRef]:
-    """Adapters that differ in their bytes: each has a config of its own; they share the weights of sixteen."""
+    """Adapters with different digests: each has its own configuration, and the weights of one of sixteen."""
     torch.manual_seed(0)
     if not (folder / str(REGISTERED - 1)).is_dir():
         shutil.rmtree(folder, ignore_errors=True)
@@ -68,7 +68,7 @@ class Timed:
 
 
 class Steady:
-    """One request of the base model after the other, decoding all the time: the gaps between their tokens."""
+    """Sends one request of the base model after the other, and records the gaps between their tokens."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -81,39 +81,39 @@ class Steady:
         self._count += 1
         self._last = 0.0
         params = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
-        asked = GenerateRequest(f"steady{self._count}", (5, 6, 7), params, fairness_key="steady", time_to_live_s=600)
-        self._engine.submit(asked, self._hear)
+        request = GenerateRequest(f"steady{self._count}", (5, 6, 7), params, fairness_key="steady", time_to_live_s=600)
+        self._engine.submit(request, self._receive)
 
-    def _hear(self, piece: Tokens) -> None:
+    def _receive(self, delta: OutputDelta) -> None:
         now = time.perf_counter()
         if self._last:
             self.gaps.append(now - self._last)
         self._last = now
-        if piece.finish_reason is not None and not self.is_over:
+        if delta.finish_reason is not None and not self.is_over:
             self.begin()
 
 
 def load(engine: Engine, refs: list[AdapterRef]) -> None:
-    """Closed loop: so many clients, each with a request at a time."""
+    """Closed loop: ``CLIENTS`` clients, each with one request at a time."""
     rng = random.Random(3)
     weights = list(accumulate(1 / (rank + 1) for rank in range(len(refs))))
     order = list(range(len(refs)))
     rng.shuffle(order)
     wanted = [refs[order[i]] for i in rng.choices(range(len(refs)), cum_weights=weights, k=REQUESTS)]
-    places, done = threading.Semaphore(CLIENTS), threading.Semaphore(0)
+    clients, done = threading.Semaphore(CLIENTS), threading.Semaphore(0)
     params = SamplingParams(max_tokens=OUT, temperature=0.0, ignore_eos=True)
     failures: list[str] = []
 
-    def hear(piece: Tokens) -> None:
-        if piece.finish_reason is not None:
-            if piece.error:
-                failures.append(piece.error)
-            places.release()
+    def receive(delta: OutputDelta) -> None:
+        if delta.finish_reason is not None:
+            if delta.error:
+                failures.append(delta.error)
+            clients.release()
             done.release()
 
     for i, (ref, prompt) in enumerate(zip(wanted, engine_fixture.prompts(REQUESTS, 16), strict=True)):
-        places.acquire()
-        engine.submit(GenerateRequest(str(i), prompt, params, ref, str(i % 7), time_to_live_s=600), hear)
+        clients.acquire()
+        engine.submit(GenerateRequest(str(i), prompt, params, ref, str(i % 7), time_to_live_s=600), receive)
     for _ in wanted:
         done.acquire()
     assert not failures, failures[0]
@@ -132,8 +132,8 @@ def table(fixture: Fixture, vllm: Vllm | None, rounds: int) -> str:
             adapter_root=str(engine_fixture.SCRATCH),
         )
     )
-    steps, loads = Timed(engine._model.forward), Timed(engine._loader._bring)
-    engine._model.forward, engine._loader._bring = steps, loads  # type: ignore[method-assign]
+    steps, loads = Timed(engine._model.forward), Timed(engine._loader._load)
+    engine._model.forward, engine._loader._load = steps, loads  # type: ignore[method-assign]
     engine.start()
     steady = Steady(engine)
     steady.begin()

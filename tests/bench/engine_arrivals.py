@@ -1,4 +1,4 @@
-"""Requests that come at random moments, mixed in adapter, prompt and length: how long each waits for its tokens."""
+"""Requests at random times, mixed in adapter, prompt and length: latency of the first token and between tokens."""
 
 import random
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Semaphore
 
-from deployments.inference.request import GenerateRequest, Tokens
+from deployments.inference.request import GenerateRequest, OutputDelta
 from tests.bench import figures
 from tests.bench.engine_fixture import VOCABULARY, Fixture
 from tests.bench.engine_peers import Ours, Vllm, sampling
@@ -25,20 +25,20 @@ class Arrival:
 
 @dataclass
 class Listener:
-    """When each token of one request came, in seconds after the request."""
+    """The time of each token of one request, in seconds after the request."""
 
-    asked_at: float
+    requested_at: float
     done: Semaphore
     moments: list[float] = field(default_factory=list)
 
-    def __call__(self, piece: Tokens) -> None:
-        self.moments += [time.perf_counter() - self.asked_at] * len(piece.token_ids)
-        if piece.finish_reason is not None:
+    def __call__(self, delta: OutputDelta) -> None:
+        self.moments += [time.perf_counter() - self.requested_at] * len(delta.token_ids)
+        if delta.finish_reason is not None:
             self.done.release()
 
 
 def workload(seed: int = 5) -> list[Arrival]:
-    """Prompts of 10 to 200 tokens, answers of 8 to 64, one in nine on the base model."""
+    """Prompts of 10 to 200 tokens, completions of 8 to 64, one in nine on the base model."""
     rng = random.Random(seed)
     at_s, found = 0.0, []
     for _ in range(REQUESTS):

@@ -32,12 +32,12 @@ TOLERANCE = 5e-2
 
 
 def skipped() -> str:
-    """Why there is nothing to measure; empty if there is."""
+    """Why nothing can be measured; empty if it can."""
     return "" if torch.cuda.is_available() else "skipped: torch sees no GPU"
 
 
 def table() -> str:
-    """Everything, as text for the page of figures."""
+    """All results, as text for BENCHMARKS.md."""
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}"
     rows = list(checklist())
     model = Model(_settings(_base()))
@@ -48,7 +48,7 @@ def table() -> str:
 
 
 def checklist() -> Iterator[Row]:
-    """What must hold before any time is worth reading."""
+    """Checks that must pass before the times mean anything."""
     yield Row("torch", torch.__version__)
     yield Row("`varlen_attn`", _signature("torch.nn.attention.varlen", "varlen_attn"))
     yield Row("`functional.grouped_mm`", "there" if hasattr(functional, "grouped_mm") else "missing")
@@ -70,8 +70,8 @@ def _signature(module: str, name: str) -> str:
 def _judged(what: str, error: Callable[[], float]) -> Row:
     try:
         worst = error()
-    except RuntimeError as refused:
-        return Row(what, str(refused).splitlines()[0], "runs", False)
+    except RuntimeError as error:
+        return Row(what, str(error).splitlines()[0], "runs", False)
     return Row(what, f"{worst:.2g} of the largest", "<= 0.02", worst <= 0.02)
 
 
@@ -208,7 +208,7 @@ def _same_as_plain(model: Model) -> Row:
     for slot, adapter in enumerate(adapters):
         model.lora.write(slot, adapter)
     prompt = [(7919 * i) % 32_000 for i in range(40)]
-    owners, own = (0, 1, -1), model.sizes.own
+    owners, own = (0, 1, -1), model.sizes.blocks_of
     got = [model.forward([Span(i, slot, 0, prompt[:36], True, own(i)) for i, slot in enumerate(owners)]).clone()]
     got += [
         model.forward([Span(i, slot, at, prompt[at : at + 1], True, own(i)) for i, slot in enumerate(owners)]).clone()
@@ -254,7 +254,7 @@ def _median_s(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Floor:
-    """Bytes that a step cannot avoid to read."""
+    """Bytes that a step must read."""
 
     weights: int
     kv_token: int
@@ -274,12 +274,12 @@ class Floor:
 
 
 def _times(model: Model, bandwidth: float) -> str:
-    """A step is everything from spans to logits: the copy of its numbers and the graph."""
+    """Times of a step, from spans to logits: the copy of its integers and the graph."""
     floor, lines = Floor.of(model), []
     for batch in BATCHES:
         for adapters in (count for count in ADAPTERS if count <= batch):
             owners = sorted(i % adapters for i in range(batch)) if adapters else [-1] * batch
-            step = [Span(i, slot, CONTEXT - 1, (5,), True, model.sizes.own(i)) for i, slot in enumerate(owners)]
+            step = [Span(i, slot, CONTEXT - 1, (5,), True, model.sizes.blocks_of(i)) for i, slot in enumerate(owners)]
             took, least = _median_s(lambda step=step: model.forward(step)), floor.seconds(batch, adapters, bandwidth)
             lines.append([str(batch), str(adapters), f"{took * 1e3:.2f}", f"{least * 1e3:.2f}", f"{took / least:.2f}"])
     return figures.table(("batch", "adapters", "ms a step", "floor ms", "over the floor"), lines)

@@ -1,6 +1,6 @@
-"""Who runs a batch of prompts, each perhaps on an adapter: our engine, transformers and PEFT, vLLM.
+"""The peers of a comparison: the engine, transformers, PEFT and vLLM, each of which runs a batch of prompts.
 
-All greedy, float32, one thread; each tells the CPU time of its process and the tokens.
+All are greedy, in float32 and on one thread. Each returns the CPU time of its process and the tokens.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import AdapterRef, GenerateRequest, SamplingParams
 from tests.bench.engine_fixture import CONTEXT, RANK, Fixture
@@ -45,7 +45,7 @@ def sampling(out: int) -> SamplingParams:
 
 
 class Ours:
-    """Our engine, from ``submit`` to the last piece."""
+    """Our engine, from ``submit`` to the last delta."""
 
     def __init__(self, fixture: Fixture, **settings: int) -> None:
         sizes = {"max_context_tokens": 512, "max_running": 16, "max_batched_tokens": 512, "adapter_slots": 16}
@@ -56,18 +56,18 @@ class Ours:
 
     def run(self, prompts: Prompts, adapters: Adapters, out: int) -> Ran:
         started = time.process_time()
-        pieces = [
+        streams = [
             self.engine.submit(
                 GenerateRequest(str(i), prompt, sampling(out), None if adapter is None else self.refs[adapter])
             )
             for i, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True))
         ]
-        tokens = [tuple(token for piece in one for token in piece.token_ids) for one in pieces]
+        tokens = [tuple(token for delta in one for token in delta.token_ids) for one in streams]
         return Ran(time.process_time() - started, tokens)
 
 
 class Generate:
-    """The base model's own ``generate``: what one has without adapters."""
+    """The base model's own ``generate``."""
 
     def __init__(self, fixture: Fixture) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(fixture.base).eval()

@@ -1,9 +1,7 @@
-"""Numbers of a benchmark: percentiles, medians, tables in BENCHMARKS.md. Knows nothing of what was measured."""
+"""The figures of a benchmark: percentiles, medians, and the tables in BENCHMARKS.md."""
 
 import os
-import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,13 +10,15 @@ from math import ceil
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support import pages
+from tests.support.pages import ROOT
+
 PAGE = ROOT / "BENCHMARKS.md"
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Half and all but a hundredth of the calls took no longer, in milliseconds."""
+    """The 50th and the 99th percentile, in milliseconds."""
 
     p50: float
     p99: float
@@ -26,7 +26,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table. ``reach`` is the figure to reach; ``is_reached`` is ``None`` where there is none."""
+    """One row of a table. ``reach`` is the target, and ``is_reached`` is ``None`` where there is no target."""
 
     what: str
     measured: str
@@ -39,8 +39,8 @@ class Row:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many percent of the values do not exceed."""
-    assert values, "nothing was measured"
+    """The smallest of the values that at least ``percent`` percent of them do not exceed."""
+    assert values, "a percentile of no values"
     assert 0 < percent <= 100, "a percentile lies above 0 and at most at 100"
     return sorted(values)[ceil(len(values) * percent / 100) - 1]
 
@@ -55,16 +55,17 @@ def middle(rounds: Sequence[Latency]) -> Latency:
 
 
 def at_most(what: str, value: float, limit: float, unit: str = "x", reach: str = "") -> Row:
-    """A figure that must not be exceeded."""
+    """A row whose target is an upper limit."""
     return Row(what, f"{plain(value)} {unit}", reach or f"<= {plain(limit)} {unit}", value <= limit)
 
 
 def at_least(what: str, value: float, limit: float, unit: str = "x") -> Row:
+    """A row whose target is a lower limit."""
     return Row(what, f"{plain(value)} {unit}", f">= {plain(limit)} {unit}", value >= limit)
 
 
 def plain(value: float) -> str:
-    """Three digits are what such a measurement is worth."""
+    """The value with three significant digits; a measurement is no more exact than that."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -80,7 +81,7 @@ def verdicts(rows: Sequence[Row]) -> str:
 
 
 def cpu_s(*pids: int) -> float:
-    """CPU seconds that these processes and their threads have used so far; those that are gone count nothing."""
+    """CPU seconds that these processes have used so far. A process that has ended counts as 0."""
     ticks = 0
     for pid in pids:
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -90,17 +91,9 @@ def cpu_s(*pids: int) -> float:
 
 
 def machine() -> str:
-    """Where and when, in one line."""
-    with open("/proc/cpuinfo") as cpus:
-        names = [line.partition(":")[2].strip() for line in cpus if line.startswith("model name")]
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    """When, on which commit and on which machine the figures were measured, in one line."""
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    version = ".".join(str(part) for part in sys.version_info[:3])
-    cpu = names[0] if names else platform.machine()
-    load = os.getloadavg()[0]
-    return (
-        f"{when}, {_commit()}, {os.cpu_count()} x {cpu}, {memory_gib:.0f} GiB, Python {version}, load before {load:.1f}"
-    )
+    return f"{when}, {_commit()}, {pages.machine()}, load before {os.getloadavg()[0]:.1f}"
 
 
 def _commit() -> str:
@@ -110,11 +103,5 @@ def _commit() -> str:
 
 
 def put(section: str, text: str, page: Path = PAGE) -> None:
-    """Replace what stands between a section's two markers; all else on the page is kept."""
-    begin, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
-    whole = page.read_text()
-    before, found_begin, rest = whole.partition(begin)
-    _, found_end, after = rest.partition(end)
-    assert found_begin, f"{page.name} has no line {begin}"
-    assert found_end, f"{page.name} has no line {end}"
-    page.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
+    """Replace the text of a section of BENCHMARKS.md."""
+    pages.put(section, text, page)

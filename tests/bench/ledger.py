@@ -1,6 +1,6 @@
-"""``python -m tests.bench.ledger``: hold and settle beside a bare durable write, on the embedded Valkey.
+"""``python -m tests.bench.ledger``: time hold and settle, and a bare durable write, on the embedded Valkey.
 
-Two stores, one of 10 and one of 100,000 tenants, log synced at every write; the variants take turns.
+There are two stores, with 10 and with 100,000 tenants, that sync their log at every write. They take turns.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from cluster import valkey
 from deployments.gateway.edge import new_request_id
 from tests.bench import figures
 from tests.bench.figures import Latency, Row
-from tests.bench.patience import patiently
+from tests.bench.retries import with_retries
 from tests.bench.weights import Weights, weigh
 
 FEW, MANY = 10, 100_000
@@ -66,7 +66,7 @@ class Side:
 
 @dataclass
 class Timed:
-    """Seconds that each call took, by what was called, and what all of them took together."""
+    """Seconds that each call took, by kind of call, and the totals of one run."""
 
     write: list[float] = field(default_factory=list)
     hold: list[float] = field(default_factory=list)
@@ -87,12 +87,12 @@ def settlement_of(request: HoldRequest) -> Settlement:
 
 async def timed(into: list[float], call: Callable[[], Awaitable[object]]) -> None:
     started = time.perf_counter()
-    await patiently(call)
+    await with_retries(call)
     into.append(time.perf_counter() - started)
 
 
 async def write(side: Side, into: Timed) -> None:
-    """The yardstick: one ``SET`` of a new key, durable when it is answered."""
+    """The base of comparison: one ``SET``, durable when it is answered."""
     number = next(side.numbers)
     await timed(into.write, lambda: side.redis.set(f"bench:{number % 1000}", f"{number:0200d}"))
 
@@ -104,7 +104,7 @@ async def pair(side: Side, into: Timed) -> None:
 
 
 async def alone(side: Side, calls: int) -> Timed:
-    """One client that waits for each answer: write, hold, settle, write, hold, settle ..."""
+    """Run one client that waits for each reply: write, hold, settle, write, hold, settle ..."""
     found = Timed()
     for _ in range(calls):
         await write(side, found)
@@ -113,7 +113,7 @@ async def alone(side: Side, calls: int) -> Timed:
 
 
 async def together(side: Side, act: Callable[[Side, Timed], Awaitable[None]], calls: int, server: int) -> Timed:
-    """So many clients at once, each waiting for its own answers."""
+    """Run ``CLIENTS`` clients at once, each of which waits for its own replies."""
     found, left = Timed(), iter(range(calls))
 
     async def client() -> None:
@@ -131,7 +131,7 @@ async def together(side: Side, act: Callable[[Side, Timed], Awaitable[None]], ca
 async def open_accounts(side: Side) -> None:
     for start in range(0, side.tenants, 500):
         group = range(start, min(start + 500, side.tenants))
-        await asyncio.gather(*(patiently(partial(side.ledger.grant, _grant(number))) for number in group))
+        await asyncio.gather(*(with_retries(partial(side.ledger.grant, _grant(number))) for number in group))
 
 
 def _grant(number: int) -> Grant:
@@ -140,7 +140,7 @@ def _grant(number: int) -> Grant:
 
 @dataclass
 class Rounds:
-    """What each round measured."""
+    """The measurements of all rounds."""
 
     alone: list[Timed] = field(default_factory=list)
     writes: list[Timed] = field(default_factory=list)
@@ -167,7 +167,7 @@ async def one_round(side: Side, server: int, into: Rounds, calls: int) -> None:
 
 
 async def run(folder: Path, rounds: int, calls: int) -> tuple[Rounds, Rounds, Weights]:
-    """Few and many take turns; then the memory of a new store is weighed."""
+    """Measure the memory of an account in a store of its own, then time the two stores in turns."""
     stores = [valkey.start(folder / name) for name in ("few", "many", "weigh")]
     sides: list[Side] = []
     try:

@@ -18,10 +18,9 @@ from deployments import app
 from deployments.config import FareboxArgs
 from deployments.gateway import wiring
 from deployments.gateway.ingress import GatewayIngress
-from deployments.inference.native.loop import Engine
-from deployments.inference.native.output import Emit
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
-from deployments.inference.request import AdapterRef, EngineStats, FinishReason, GenerateRequest, Tokens
+from deployments.inference.request import AdapterRef, Emit, EngineStats, FinishReason, GenerateRequest, OutputDelta
 from deployments.replica import replica
 from deployments.replica.replica import LoraReplica
 
@@ -86,7 +85,7 @@ class NoopEngine:
                 emit(piece)
             time.sleep(STEP_S)
 
-    def _step(self, request: GenerateRequest, emit: Emit, done: int) -> tuple[Emit, Tokens]:
+    def _step(self, request: GenerateRequest, emit: Emit, done: int) -> tuple[Emit, OutputDelta]:
         if done + 1 < request.sampling.max_tokens:
             self._running[request.request_id] = (request, emit, done + 1)
         else:
@@ -94,8 +93,8 @@ class NoopEngine:
         return emit, _piece(request, done + 1)
 
 
-def _piece(request: GenerateRequest, count: int) -> Tokens:
-    return Tokens(
+def _piece(request: GenerateRequest, count: int) -> OutputDelta:
+    return OutputDelta(
         token_ids=(count,),
         text=f"tok{count} ",
         prompt_tokens=len(request.prompt_token_ids),

@@ -1,4 +1,4 @@
-"""The pure parts of the benchmarks; the benchmarks themselves are run by hand."""
+"""The figures of the benchmarks. The benchmarks themselves are run by hand."""
 
 import importlib
 from pathlib import Path
@@ -20,18 +20,16 @@ from tests.bench.figures import Latency
         ([float(n) for n in range(1, 101)], 99.5, 100.0),
     ],
 )
-def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed(
-    values: list[float], percent: float, expected: float
-) -> None:
+def test_percentile_is_one_of_the_values(values: list[float], percent: float, expected: float) -> None:
     assert figures.percentile(values, percent) == expected
 
 
-def test_nothing_measured_has_no_percentile() -> None:
-    with pytest.raises(AssertionError, match="nothing"):
+def test_percentile_refuses_no_values() -> None:
+    with pytest.raises(AssertionError, match="no values"):
         figures.percentile([], 50)
 
 
-def test_rounds_give_the_median_of_each_percentile_on_its_own() -> None:
+def test_middle_takes_the_median_of_each_percentile() -> None:
     assert figures.middle([Latency(1, 9), Latency(3, 7), Latency(2, 8)]) == Latency(2, 8)
 
 
@@ -44,12 +42,12 @@ def test_rounds_give_the_median_of_each_percentile_on_its_own() -> None:
         (figures.at_least("x", 2.9999, 3), False),
     ],
 )
-def test_a_figure_is_reached_up_to_its_bound(row: figures.Row, is_reached: bool) -> None:
+def test_target_is_reached_at_its_limit(row: figures.Row, is_reached: bool) -> None:
     assert row.is_reached is is_reached
     assert figures.verdicts([row]).splitlines()[-1].endswith("| yes |" if is_reached else "| **no** |")
 
 
-def test_a_section_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
+def test_put_replaces_its_section_only(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A\n<!-- one: begin -->\nold\n<!-- one: end -->\nkept\n<!-- two: begin -->\n<!-- two: end -->\n")
     figures.put("one", "new\n", page)
@@ -59,16 +57,16 @@ def test_a_section_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
     )
 
 
-def test_a_page_without_the_section_is_left_alone(tmp_path: Path) -> None:
+def test_put_refuses_a_page_without_the_section(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A\n")
-    with pytest.raises(AssertionError, match="has no line"):
+    with pytest.raises(ValueError, match="needs the lines"):
         figures.put("one", "new", page)
     assert page.read_text() == "# A\n"
 
 
 @pytest.mark.parametrize("name", ["gateway", "ledger", "token_path"])
-def test_a_benchmark_has_its_section_on_the_page_and_says_what_it_does(name: str) -> None:
+def test_benchmark_has_a_section_and_names_its_command(name: str) -> None:
     module = importlib.import_module(f"tests.bench.{name}")
     assert f"python -m tests.bench.{name}" in (module.__doc__ or "")
     assert f"<!-- {name}: begin -->" in figures.PAGE.read_text()

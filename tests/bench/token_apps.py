@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from deployments.gateway.edge import new_request_id
 from deployments.gateway.ingress import open_link
-from deployments.inference.request import GenerateRequest, SamplingParams, Tokens
+from deployments.inference.request import GenerateRequest, OutputDelta, SamplingParams
 from deployments.replica.replica import LoraReplica
 from deployments.token_stream import pieces
 from deployments.token_stream.gateway_end import TokenStream
@@ -54,10 +54,10 @@ class InProcess:
         self._engine = ClockworkEngine(step_s=STEP_S)
         self._engine.start()
         self._loop = asyncio.get_running_loop()
-        self._unsent: deque[tuple[TokenStream, Tokens]] = deque()
+        self._unsent: deque[tuple[TokenStream, OutputDelta]] = deque()
         self._is_due = False
 
-    async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+    async def generate(self, job: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
         inflow = TokenStream(4096, lambda: 0.0, lambda: None)
         self._engine.submit(job, partial(self._put, inflow))
         while True:
@@ -66,7 +66,7 @@ class InProcess:
             if piece.finish_reason is not None:
                 return
 
-    def _put(self, inflow: TokenStream, piece: Tokens) -> None:
+    def _put(self, inflow: TokenStream, piece: OutputDelta) -> None:
         self._unsent.append((inflow, piece))
         if not self._is_due:
             self._is_due = True
@@ -94,7 +94,7 @@ class Gateway:
         return StreamingResponse(_events(self._link.generate(job), job.request_id), media_type="text/event-stream")
 
 
-async def _events(pieces: AsyncGenerator[Tokens, None], request_id: str) -> AsyncGenerator[str, None]:
+async def _events(pieces: AsyncGenerator[OutputDelta, None], request_id: str) -> AsyncGenerator[str, None]:
     base = {"id": request_id, "created": 0, "model": "base", "object": "chat.completion.chunk"}
     async for piece in pieces:
         reason = piece.finish_reason.value if piece.finish_reason else None

@@ -1,6 +1,6 @@
-"""vLLM in a process and an environment of its own: takes batches as JSON lines on stdin, answers behind ``@@``.
+"""vLLM in a process of its own: reads commands as JSON lines on stdin, and prints replies after ``@@``.
 
-Imports nothing of ours, because it runs on its own Python environment.
+It imports nothing of Farebox, because it runs in a Python environment of its own.
 """
 
 import json
@@ -52,7 +52,7 @@ class Peer:
         return {"cpu_s": cpu_s, "tokens": [list(answer.outputs[0].token_ids) for answer in answers]}
 
     def arrivals(self, requests: list[dict[str, Any]]) -> dict[str, object]:
-        """Moments of every token, in seconds after the request came."""
+        """The time of every token, in seconds after its request."""
         engine, waiting, seen = self._llm.llm_engine, list(requests), {}
         times: list[list[float]] = [[] for _ in requests]
         started = time.perf_counter()

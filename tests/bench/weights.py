@@ -1,4 +1,4 @@
-"""What a tenant and a usage record weigh in the store's memory, by the growth of ``used_memory``."""
+"""Measure the memory that a tenant and a usage record take in the store, by the growth of ``used_memory``."""
 
 import asyncio
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant, new_key
 from billing.usage import RequestId, Status, TenantId, Unit, Usage
 from deployments.gateway.edge import new_request_id
-from tests.bench.patience import patiently
+from tests.bench.retries import with_retries
 
 TENANTS = 20_000
 RECORDS = 40_000
@@ -25,12 +25,12 @@ PRICE = Price.model_validate({"input_per_1m": "1.00", "output_per_1m": "2.00"})
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes."""
+    """Memory of one of each, in bytes."""
 
     identity: float
-    """A tenant's name and one API key, with what lists them."""
+    """A tenant and one API key, with their entries in lists."""
     tenant: float
-    """Its money: account, bucket, the grant's marker and entry."""
+    """A tenant's account and one bucket, with the grant's marker and journal entry."""
     record: float
     marker: float
 
@@ -42,8 +42,8 @@ async def weigh(redis: Redis) -> Weights:
     empty = await _used(redis)
     for name in names:
         tenant, key = Tenant(id=name, email=f"{name}@example.com", plan="prepaid"), new_key(name, now_ms=1)[1]
-        await patiently(partial(tenants.create, tenant))
-        await patiently(partial(tenants.add_key, key))
+        await with_retries(partial(tenants.create, tenant))
+        await with_retries(partial(tenants.add_key, key))
     named = await _used(redis)
     for start in range(0, TENANTS, AT_ONCE):
         group = names[start : start + AT_ONCE]
@@ -62,7 +62,7 @@ async def weigh(redis: Redis) -> Weights:
 
 
 async def _grant(ledger: Ledger, tenant: TenantId) -> None:
-    await patiently(lambda: ledger.grant(Grant(PAYMENT, tenant, Unit.NANOS, 10**12)))
+    await with_retries(lambda: ledger.grant(Grant(PAYMENT, tenant, Unit.NANOS, 10**12)))
 
 
 async def _sell(ledger: Ledger, tenant: TenantId) -> None:
@@ -80,9 +80,9 @@ async def _sell(ledger: Ledger, tenant: TenantId) -> None:
         max_tokens=256,
         funding=Funding(),
     )
-    await patiently(lambda: ledger.hold(request))
+    await with_retries(lambda: ledger.hold(request))
     settlement = Settlement(request.request_id, tenant, usage, PRICE.charge(usage), Status.COMPLETE)
-    await patiently(lambda: ledger.settle(settlement))
+    await with_retries(lambda: ledger.settle(settlement))
 
 
 async def _used(redis: Redis) -> int:
@@ -90,6 +90,6 @@ async def _used(redis: Redis) -> int:
 
 
 async def _of(redis: Redis, kind: str) -> int:
-    """All keys of one kind, over all shards, each weighed whole."""
+    """Memory of all keys of one kind, over all shards."""
     names = [name for shard in ALL_SHARDS for name in ([shard.stream] if kind == "stream" else shard.settled)]
     return sum([int(await redis.memory_usage(name, samples=0) or 0) for name in names])

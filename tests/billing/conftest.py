@@ -1,4 +1,4 @@
-"""A store of each kind that can be had here, and everything between it and the offline Dodo, wired as in production."""
+"""A store of each kind of server, the offline Dodo, and what production has between the two."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -20,14 +20,18 @@ from tests.support.clock import SteppedClock
 from tests.support.servers import SYSTEM_REDIS
 from tests.support.world import API_KEY, CATALOG, SECRET, World
 
-
-def _servers() -> list[Path | None]:
-    return [None, *([SYSTEM_REDIS] if SYSTEM_REDIS.exists() else [])]
+needs_redis_server = pytest.mark.skipif(not SYSTEM_REDIS.exists(), reason=f"needs {SYSTEM_REDIS}")
 
 
-@pytest.fixture(scope="session", params=_servers(), ids=lambda server: server.name if server else "embedded")
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(None, id="embedded"),
+        pytest.param(SYSTEM_REDIS, id="redis-server", marks=needs_redis_server),
+    ],
+)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[valkey.Valkey]:
-    """A running store; tests that take it run once on each kind of server."""
+    """A running store. A test that uses it runs once on each kind of server."""
     started = valkey.start(tmp_path_factory.mktemp("s"), request.param)
     yield started
     started.stop()
@@ -35,7 +39,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 async def store(server: valkey.Valkey) -> AsyncIterator[Redis]:
-    """A client as production makes it, of an empty store."""
+    """A client of an empty store, made as in production."""
     client = await connect(server.url)
     await client.flushall()
     yield client
@@ -44,7 +48,7 @@ async def store(server: valkey.Valkey) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 def clock(request: pytest.FixtureRequest) -> SteppedClock:
-    """A fixed moment; now where the offline Dodo takes part, which signs webhooks with the real time."""
+    """A clock at a fixed time, or at the real one for tests with the offline Dodo, which signs webhooks with that."""
     return SteppedClock(None if "sandbox" in request.fixturenames else 1_795_000_000_000)
 
 
@@ -68,7 +72,7 @@ async def dodo(sandbox: SandboxServer) -> AsyncIterator[Dodo]:
 
 @pytest.fixture
 async def world(redis: Redis, sandbox: SandboxServer, dodo: Dodo, clock: SteppedClock) -> AsyncIterator[World]:
-    """Everything made at Dodo, the catalog in force, nobody there yet."""
+    """A published catalog whose products are made at Dodo; there is no tenant yet."""
     async with httpx.AsyncClient(base_url=sandbox.url, trust_env=False, timeout=30) as operator:
         catalog = Catalog.model_validate(CATALOG)
         await publication.publish(redis, catalog, "gateway-1", clock())

@@ -1,7 +1,8 @@
-"""Runs the fault scenarios, two at a time, each in a process of its own: ``python -m tests.chaos [--only NAME]``.
+"""Run the fault scenarios, two at a time, each in a process of its own.
 
-A scenario is a module with ``NAME`` and ``run() -> list[Row]``, which raises AssertionError where a law broke. All of
-them end in one table, on the screen and in RELIABILITY.md. Exit code 1 when any law broke: then no page is changed.
+A scenario is a module with ``NAME`` and ``run() -> list[Row]``, which raises AssertionError where a guarantee did not
+hold. The rows of all scenarios make one table, printed here and kept in RELIABILITY.md. The exit code is 1 if a
+guarantee did not hold; RELIABILITY.md is then left as it is.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from billing.store import guard
-from tests.chaos.table import Row, machine, markdown, put_between_marks
+from tests.chaos.table import Row, markdown
+from tests.support.pages import ROOT, machine, put
 
 SCENARIOS: tuple[str, ...] = (
     "whole_stack",
@@ -36,15 +38,15 @@ SCENARIOS: tuple[str, ...] = (
     "store_failover",
     "store_away",
 )
-"""Modules of this folder. The longest is first, so that the two lanes end together; the one with two busy processes
-of its own comes late, when that one is over."""
+"""Modules of this folder. The longest is first, so that both lanes end at about the same time; ``ledger_machine``,
+which keeps two processes busy, comes after it has ended."""
 PROMPT = ("store_failover", "store_away")
-"""Those that show how soon a silent store is given up. To the others a machine that stalls is no fault of the store."""
+"""The scenarios that test how soon a call to a silent store is given up. The others wait longer, so that a machine that
+stalls does not fail them."""
 STORE_PATIENCE_S = 10.0
 LANES = 2
 LIMIT_S = 780
-"""A scenario that runs longer is ended, and has failed."""
-ROOT = Path(__file__).parent.parent.parent
+"""A scenario that takes longer is killed and counts as failed."""
 PAGE = ROOT / "RELIABILITY.md"
 COMMAND = "make chaos"
 
@@ -61,18 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(LANES) as lanes:
         results = list(lanes.map(_run_apart, modules))
     rows = [row for found in results if found is not None for row in found]
-    body = f"{markdown(rows)}\n\n`{COMMAND}` in {time.monotonic() - started:.0f} s on {machine()}."
+    body = f"{markdown(rows)}\n\n`{COMMAND}` in {time.monotonic() - started:.0f} s on {machine()}, no GPU."
     print(body)
     if None in results or not all(row.is_clean for row in rows):
-        print("a law broke", file=sys.stderr)
+        print("a guarantee did not hold", file=sys.stderr)
         return 1
     if asked.only is None:
-        PAGE.write_text(put_between_marks(PAGE.read_text(), body))
+        put("chaos", body, PAGE)
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        description="run the fault scenarios, two at a time, and write their table to RELIABILITY.md",
+    )
     parser.add_argument("--only", metavar="NAME", help="run one scenario; RELIABILITY.md stays as it is")
     parser.add_argument("--rows", metavar="FILE", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -83,7 +88,7 @@ def _name(module: str) -> str:
 
 
 def _run_here(module: str, out: Path) -> int:
-    """A lane's process: one scenario in its main thread, its rows in a file."""
+    """Run one scenario in this process and write its rows to a file."""
     if module not in PROMPT:
         guard.SILENCE_S = STORE_PATIENCE_S
     rows: list[Row] = importlib.import_module(f"tests.chaos.{module}").run()
@@ -92,7 +97,7 @@ def _run_here(module: str, out: Path) -> int:
 
 
 def _run_apart(module: str) -> list[Row] | None:
-    """Rows of a scenario, or ``None`` where it failed: its output then says why."""
+    """Run one scenario in a process of its own; returns its rows, or ``None`` if it failed, which is printed."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos") as folder:
         out = Path(folder) / "rows.json"

@@ -1,6 +1,6 @@
-"""A billing actor in a process that kills itself: the class that Ray runs, without Ray, over the same parts.
+"""A billing actor in a process that kills itself: the class that Ray runs, without Ray.
 
-Its outbox and its client of Dodo end the process at a named point of the export.
+Failpoints in its outbox and in its Dodo client end the process at a named point of the export.
 """
 
 import asyncio
@@ -21,59 +21,59 @@ from billing.export.outbox import Outbox
 from billing.store.keys import Shard, shard_for
 from deployments.billing_actor import BillingActor
 from deployments.config import BillingArgs
-from tests.chaos.fuse import Fuse
+from tests.chaos.failpoint import Failpoint
 
 BEFORE_SEAL, AFTER_SEAL, AFTER_SEND, BETWEEN_ACKS = "before seal", "after seal", "after send", "between acks"
 
 
 @dataclass(frozen=True)
 class BillingSpec:
-    """What a billing process is made from."""
+    """What a billing process is started with."""
 
     environ: Mapping[str, str]
-    fuse: Fuse
+    failpoint: Failpoint
 
 
-class DyingOutbox(Outbox):
-    def __init__(self, redis: Redis, fuse: Fuse) -> None:
+class FailpointOutbox(Outbox):
+    def __init__(self, redis: Redis, failpoint: Failpoint) -> None:
         super().__init__(redis)
-        self._fuse = fuse
+        self._failpoint = failpoint
 
     async def seal(
         self, shard: Shard, start: str, end: str, checked: CheckedEntries, events: Sequence[SealedEvent]
     ) -> bool:
-        self._fuse.reach(BEFORE_SEAL)
+        self._failpoint.reach(BEFORE_SEAL)
         is_ours = await super().seal(shard, start, end, checked, events)
-        self._fuse.reach(AFTER_SEAL)
+        self._failpoint.reach(AFTER_SEAL)
         return is_ours
 
     async def ack(self, events: Iterable[SealedEvent]) -> int:
-        """Shard by shard, as the outbox does: each shard's acknowledgement is a step of its own."""
+        """Acknowledge one shard after another, as the outbox does, with a failpoint after each."""
         acked, waiting = 0, list(events)
         for shard in dict.fromkeys(shard_for(event.tenant) for event in waiting):
             acked += await super().ack([event for event in waiting if shard_for(event.tenant) == shard])
-            self._fuse.reach(BETWEEN_ACKS)
+            self._failpoint.reach(BETWEEN_ACKS)
         return acked
 
 
-class DyingDodo(Dodo):
+class FailpointDodo(Dodo):
     def __init__(
-        self, fuse: Fuse, settings: DodoSettings, on_call: Callable[[], Awaitable[None]] | None = None
+        self, failpoint: Failpoint, settings: DodoSettings, on_call: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         super().__init__(settings, on_call=on_call)
-        self._fuse = fuse
+        self._failpoint = failpoint
 
     async def ingest(self, events: Sequence[Event]) -> int:
         counted = await super().ingest(events)
-        self._fuse.reach(AFTER_SEND)
+        self._failpoint.reach(AFTER_SEND)
         return counted
 
 
 def bill(spec: BillingSpec) -> None:
-    """Run the actor until the fuse burns."""
+    """Run the actor until the failpoint kills the process."""
     os.environ.update(spec.environ)
-    exporter.Outbox = lambda redis: DyingOutbox(redis, spec.fuse)  # type: ignore[misc, assignment]
-    periodic.Dodo = partial(DyingDodo, spec.fuse)  # type: ignore[misc, assignment]
+    exporter.Outbox = lambda redis: FailpointOutbox(redis, spec.failpoint)  # type: ignore[misc, assignment]
+    periodic.Dodo = partial(FailpointDodo, spec.failpoint)  # type: ignore[misc, assignment]
     asyncio.run(_bill())
 
 

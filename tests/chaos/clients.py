@@ -1,4 +1,4 @@
-"""Clients that never retry, and the log of what each was told: the receipts that the books must hold."""
+"""Clients that never retry, and a log of the replies they got: the receipts that the books must hold."""
 
 import asyncio
 import json
@@ -13,31 +13,32 @@ import httpx
 
 MODELS = ("farebox-base", "pirate", "flat")
 NOT_OURS = "not ours"
+"""The code of a reply that did not come from a gateway but from the proxy in front."""
 TIMEOUT_S = 60.0
 PAUSE_S = 0.1
-"""Of a client that was refused or cut off, before its next request."""
+"""How long a client waits after a refusal or a broken reply before its next request."""
 
 
 @dataclass
 class Seen:
-    """What the clients of one load were told, in nanos."""
+    """What the clients of one load received, in nanos."""
 
     receipts: dict[str, int] = field(default_factory=dict)
-    """Cost by record id, of every reply that was read to its end."""
+    """Cost by record id, for every reply that was read to its end."""
     tokens: list[int] = field(default_factory=list)
     """Completion tokens of each of those replies."""
     statuses: Counter[int] = field(default_factory=Counter)
     codes: Counter[str] = field(default_factory=Counter)
-    """Of refusals."""
+    """Error codes of refusals."""
     cut: int = 0
-    """Replies that broke off, or never began."""
+    """Replies that broke off or never began."""
     streaming: int = 0
-    """Streams that a client is in the middle of, now."""
+    """Streams that a client is reading now."""
     begun: int = 0
-    """Streams whose first token came."""
+    """Streams whose first token has arrived."""
 
     def keep(self, last: dict[str, Any]) -> None:
-        """The reply's last object, or its only one."""
+        """Keep the receipt of a reply's last JSON object, or its only one."""
         receipt = last["receipt"]
         assert receipt["record_id"] not in self.receipts, "a record is one request's"
         self.tokens.append(last["usage"]["completion_tokens"])
@@ -54,12 +55,12 @@ def chat(model: str, max_tokens: int, *, is_streamed: bool = False, words: int =
 
 
 def any_chat(chance: random.Random) -> dict[str, object]:
-    """Half of them streaming."""
+    """A random request; half of them stream."""
     return chat(chance.choice(MODELS), chance.randint(1, 16), is_streamed=chance.random() < 0.5)
 
 
 async def ask(client: httpx.AsyncClient, key: str, body: dict[str, object], seen: Seen) -> bool:
-    """One request, sent once. Was it admitted?"""
+    """Send one request once; returns whether it was admitted."""
     headers = {"authorization": f"Bearer {key}"}
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
@@ -102,7 +103,7 @@ def _has_text(piece: dict[str, Any]) -> bool:
 
 
 def _code_of(body: bytes) -> str:
-    """A refusal's code; a proxy in front may answer in words of its own."""
+    """The code of a refusal, or ``NOT_OURS`` where the body is not a gateway's."""
     try:
         return str(json.loads(body)["error"]["code"])
     except (ValueError, KeyError, TypeError):
@@ -123,7 +124,7 @@ async def ask_until(
     seed: int,
     body_of: Callable[[random.Random], dict[str, object]] = any_chat,
 ) -> None:
-    """Keep that many clients busy until told to stop."""
+    """Keep that many clients busy until ``stopped`` is set."""
 
     async def work(number: int) -> None:
         chance = random.Random(f"{seed}:{number}")

@@ -1,4 +1,4 @@
-"""Deliveries that are not Dodo's, or not what Dodo sends: each harm is small, named, and must come to nothing."""
+"""Webhook deliveries that Dodo did not sign, or that hold what Dodo never sends: none may have an effect."""
 
 import base64
 import json
@@ -17,13 +17,13 @@ SIGNATURE, STAMP, NAME = "webhook-signature", "webhook-timestamp", "webhook-id"
 
 
 def forge(genuine: Delivery, chance: random.Random) -> Delivery:
-    """A delivery that was never signed as it stands, made from one that was."""
+    """Damage a genuine delivery, so that its signature does not fit."""
     body, headers = genuine
     return chance.choice(HARMS)(body, dict(headers), chance)
 
 
 def malformed(chance: random.Random, number: int) -> Delivery:
-    """Signed with the right secret, and not what Dodo's documentation promises."""
+    """A delivery with a right signature whose body is not as Dodo documents it."""
     body = chance.choice(ODDITIES)
     return signed(body, f"msg_odd_{number}", datetime.now(UTC))
 
@@ -59,7 +59,7 @@ def _too_old(body: bytes, headers: dict[str, str], _: random.Random) -> Delivery
 
 
 def _too_early(body: bytes, headers: dict[str, str], _: random.Random) -> Delivery:
-    """Early still when thousands before it have been delivered."""
+    """An hour, so that it is early even after thousands of other deliveries."""
     return signed(body, headers[NAME], datetime.now(UTC) + timedelta(hours=1))
 
 
@@ -99,26 +99,26 @@ HARMS: tuple[Harm, ...] = (
 )
 
 
-def _said(data: object, kind: object = "payment.succeeded") -> bytes:
+def _body(data: object, kind: object = "payment.succeeded") -> bytes:
     return json.dumps({"type": kind, "business_id": "b", "timestamp": "2026-11-23T00:00:00Z", "data": data}).encode()
 
 
 ODDITIES: tuple[bytes, ...] = (
     *(b"", b"no json", b"[]", b"7", b'"text"', b"null", b"{}", b"[" * 100_000, b'{"type": NaN}', b"\xc3\xa9"),
-    _said(None),
-    _said([]),
-    _said("text"),
-    _said({}, {"a": 1}),
-    _said({}, None),
-    _said({}, "subscription.renewed"),
-    _said({"subscription_id": ["a"]}, "subscription.active"),
-    _said({"subscription_id": "sub_nobody"}, "subscription.active"),
-    _said({"refund_id": "ref_1", "payment_id": {}, "amount": "many"}, "refund.succeeded"),
-    _said({"refund_id": "ref_1", "payment_id": "../../customers", "amount": 1e400}, "refund.succeeded"),
-    _said({"payment_id": "pay_1", "status": "succeeded", "customer": None, "product_cart": "all"}),
-    _said({"payment_id": "pay_1", "status": "succeeded", "customer": {"customer_id": 7}, "total_amount": "1e30"}),
-    _said({"payment_id": "pay_1", "customer": {"customer_id": "c"}, "product_cart": [{"quantity": -1e99}]}),
-    _said({"payment_id": "pay_1", "customer": {"customer_id": "c"}, "created_at": "99999-99-99", "total_amount": 1}),
-    _said({"payment_id": "p" * 100_000, "customer": {"customer_id": "c" * 100_000}, "created_at": "0001-01-01"}),
-    _said({"dispute_id": None, "payment_id": 1.5}, "dispute.lost"),
+    _body(None),
+    _body([]),
+    _body("text"),
+    _body({}, {"a": 1}),
+    _body({}, None),
+    _body({}, "subscription.renewed"),
+    _body({"subscription_id": ["a"]}, "subscription.active"),
+    _body({"subscription_id": "sub_nobody"}, "subscription.active"),
+    _body({"refund_id": "ref_1", "payment_id": {}, "amount": "many"}, "refund.succeeded"),
+    _body({"refund_id": "ref_1", "payment_id": "../../customers", "amount": 1e400}, "refund.succeeded"),
+    _body({"payment_id": "pay_1", "status": "succeeded", "customer": None, "product_cart": "all"}),
+    _body({"payment_id": "pay_1", "status": "succeeded", "customer": {"customer_id": 7}, "total_amount": "1e30"}),
+    _body({"payment_id": "pay_1", "customer": {"customer_id": "c"}, "product_cart": [{"quantity": -1e99}]}),
+    _body({"payment_id": "pay_1", "customer": {"customer_id": "c"}, "created_at": "99999-99-99", "total_amount": 1}),
+    _body({"payment_id": "p" * 100_000, "customer": {"customer_id": "c" * 100_000}, "created_at": "0001-01-01"}),
+    _body({"dispute_id": None, "payment_id": 1.5}, "dispute.lost"),
 )

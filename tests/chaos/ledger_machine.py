@@ -1,6 +1,6 @@
-"""The ledger against its model for as long as it takes: every kind of movement, in any order, again and again.
+"""Compare the ledger with its model: thousands of random runs of every kind of movement.
 
-On the embedded Valkey and, where it is installed, Debian's redis-server, each in a process of its own.
+Half of them on the embedded Valkey and half on redis-server, where that is installed, each in a process of its own.
 """
 
 import multiprocessing
@@ -18,7 +18,7 @@ EXAMPLES, STEPS = 5_000, 60
 
 
 def run() -> list[Row]:
-    """Half of the examples on each kind of store. The machine itself raises where a law broke."""
+    """Run half of the examples on each kind of store. The machine raises AssertionError where the two differ."""
     has_redis = SYSTEM_REDIS.exists()
     kinds = [None, SYSTEM_REDIS if has_redis else None]
     with ProcessPoolExecutor(len(kinds), multiprocessing.get_context("spawn")) as processes:

@@ -1,10 +1,10 @@
-"""The machine under the store loses power: whatever no sync had put on disk is gone.
+"""Cut the power of the store's machine: what no sync has put on disk is lost.
 
-How it is simulated: ``synced.c``, compiled here and loaded into the server with LD_PRELOAD, writes down after each
+The cut is simulated: ``synced.c``, compiled here and loaded into the server with LD_PRELOAD, writes down after each
 successful fsync or fdatasync how long the file was when the sync began. After SIGKILL every file of the data
 folder is cut to the last length written down for its inode, or to nothing where it was never synced. That is the
-worst that a disk which keeps its word can do; it says nothing of one that lies. To show that the cut bites, the same
-is done to a server that syncs its log once a second: that one must lose acknowledged settles.
+worst that can happen on a disk that keeps what it has acknowledged. As a control, the same is done to a server that
+syncs its log once a second: that one must lose acknowledged settles.
 """
 
 import asyncio
@@ -38,9 +38,9 @@ def run() -> list[Row]:
         subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(shim), str(SOURCE)], check=True)
         losses = [_lose(folder / f"t{number}", shim, f"t{number}", "always") for number in range(LOSSES)]
         controls = [_lose(folder / f"c{number}", shim, f"c{number}", "everysec") for number in range(CONTROLS)]
-    assert sum(control.lost for control in controls), "a log synced once a second lost nothing: the cut does not bite"
+    assert sum(control.lost for control in controls), "the control lost nothing, so the cut has no effect"
     found = sum(losses, Fault())
-    return [Row("power lost under the store", LOSSES, found.lost, found.doubled, found.drift_nanos)]
+    return [found.row("power lost under the store", LOSSES)]
 
 
 def _lose(folder: Path, shim: Path, name: str, policy: str) -> Fault:
@@ -66,7 +66,7 @@ async def _round(folder: Path, journal: Path, shim: Path, load: Load, policy: st
 
 
 def _cut(folder: Path, journal: Path) -> None:
-    """Leave of each file what was on disk."""
+    """Cut each file to what was on disk."""
     lines = journal.read_text().splitlines()
     kept = {int(inode): int(length) for inode, length in (line.split() for line in lines)}
     for path in folder.rglob("*"):
@@ -85,4 +85,4 @@ async def _look_again(folder: Path, load: Load, policy: str) -> Fault:
         found = await load.audit(redis, ledger)
     await redis.aclose()
     server.kill()
-    return Fault(max(lost, found.lost), found.doubled, found.drift_nanos)
+    return Fault(max(lost, found.lost), found.doubled, found.difference_nanos)

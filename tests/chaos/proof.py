@@ -1,4 +1,4 @@
-"""What must hold when a scenario is over: the receipts are in the books, once, and every book has the same sums."""
+"""What must hold at the end of a scenario: each receipt is in the books once, and all books have the same sums."""
 
 import asyncio
 import sys
@@ -21,31 +21,31 @@ FLUSHES = 50
 
 @dataclass(frozen=True)
 class Books:
-    """Every usage record there is, in the order of the stream, and how far apart the books are."""
+    """All usage records in the order of their streams, and the sum of the differences between the books."""
 
     records: tuple[UsageRecord, ...]
-    drift_nanos: int
+    difference_nanos: int
 
     def row(self, name: str, tries: int, receipts: Mapping[str, int]) -> Row:
-        """``receipts``: the cost that each client was told, by record id."""
+        """``receipts``: the cost that each receipt said, by record id."""
         charged = {record.record_id: int(record.charged_nanos) for record in self.records}
         lost = [id_ for id_, cost in receipts.items() if charged.get(id_) != cost]
         if lost:
-            print(f"{name}: not in the books as the client was told: {lost[:5]}", file=sys.stderr)
+            print(f"{name}: not in the books as the receipt said: {lost[:5]}", file=sys.stderr)
         counts = Counter(record.record_id for record in self.records)
-        return Row(name, tries, len(lost), sum(count - 1 for count in counts.values()), self.drift_nanos)
+        return Row(name, tries, len(lost), sum(count - 1 for count in counts.values()), self.difference_nanos)
 
 
 async def close_books(world: World) -> Books:
-    """End what nobody will end, tell Dodo everything, and prove the store, its stream and Dodo against each other."""
+    """Expire open holds, export everything, and prove the store, its streams and Dodo against each other."""
     await _expire_all(world)
     await _flush_all(world)
     report = await Reconciler(world.redis, world.dodo, None, CallBudget(1_000_000)).run()
     assert not report.unproven, report.unproven
     for fault in report.faults:
-        print(f"drift: {fault}", file=sys.stderr)
+        print(f"difference: {fault}", file=sys.stderr)
     miscounted = [fault for fault in report.faults if not fault.difference or fault.unit != "nanos"]
-    assert not miscounted, f"books that name a fault: {miscounted[:5]}"
+    assert not miscounted, f"differences that are not nanos: {miscounted[:5]}"
     return Books(await records_of(world), sum(abs(fault.difference) for fault in report.faults))
 
 
@@ -58,10 +58,10 @@ async def records_of(world: World) -> tuple[UsageRecord, ...]:
 
 
 async def _expire_all(world: World) -> None:
-    """What the billing actor does every few seconds, until no hold is open."""
+    """Expire holds, as the billing actor does every few seconds, until none is open."""
     deadline = time.monotonic() + LEASES_S
     while await world.ledger.open_holds():
-        assert time.monotonic() < deadline, "a hold outlived its lease"
+        assert time.monotonic() < deadline, "a hold is open after its lease"
         await world.ledger.expire()
         await asyncio.sleep(0.1)
 

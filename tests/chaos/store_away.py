@@ -1,7 +1,7 @@
-"""The store is killed, or hangs: every new request is refused in time, and served again soon after its return.
+"""Kill or stop the store: every new request is refused in time, and served again soon after the store is back.
 
-``lost`` counts requests that got no answer in time, or none after the store was back; ``doubled`` those that were
-admitted while nobody could write it down.
+``lost`` counts requests that got no answer in time, or none after the store was back; ``doubled`` counts requests that
+were admitted while the store could not write.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ OUTAGES = 5
 PROBES = 20
 REFUSED_S, BACK_S = 0.3, 2.0
 SLACK_S = 0.3
-"""What the rest of the scenarios, on the same cores, may add to either."""
+"""What scenarios that run at the same time on the same cores may add to either."""
 SEED = 20_261_130
 
 
@@ -65,7 +65,7 @@ async def _outages(name: str, folder: Path, how: str) -> Row:
         found += await _served_again(redis, ledger, load, asked)
     await redis.aclose()
     server.stop()
-    return Row(name, OUTAGES, found.lost, found.doubled, found.drift_nanos)
+    return found.row(name, OUTAGES)
 
 
 def _take_away(server: valkey.Valkey, how: str) -> None:
@@ -76,7 +76,7 @@ def _take_away(server: valkey.Valkey, how: str) -> None:
 
 
 async def _all_refused(ledger: Ledger, asked: list[HoldRequest]) -> Fault:
-    """A burst of new requests while it is away."""
+    """Send a burst of new requests while the store is down: all are refused in time."""
     answers = await asyncio.gather(*(_time(ledger.hold(request)) for request in asked))
     slow = sum(seconds > REFUSED_S + SLACK_S for _, seconds in answers)
     return Fault(lost=slow, doubled=sum(is_answered for is_answered, _ in answers))
@@ -99,7 +99,7 @@ async def _served_again(redis: Redis, ledger: Ledger, load: Load, refused: Seque
 
 
 async def _hung_nodes(fleet: Fleet) -> Row:
-    """One node of three: its tenants are refused in time, the others are served as ever."""
+    """Stop one node of three: its tenants are refused in time, and the others are served."""
     redis, found = await connect(fleet.url), Fault()
     ledger, chance = Ledger(redis), random.Random(f"{SEED}:nodes")
     for number in range(OUTAGES):
@@ -114,7 +114,7 @@ async def _hung_nodes(fleet: Fleet) -> Row:
             found += Fault(lost=int(is_answered != is_there or (not is_there and seconds > REFUSED_S + SLACK_S)))
         found += await _served_again(redis, ledger, load)
     await redis.aclose()
-    return Row("node of a cluster hung", OUTAGES, found.lost, found.doubled, found.drift_nanos)
+    return found.row("node of a cluster hung", OUTAGES)
 
 
 def _port_of(redis: Redis, tenant: TenantId) -> int:

@@ -1,6 +1,6 @@
-"""The store is killed with SIGKILL while it writes, and while it rewrites its log, under load.
+"""Kill the store with SIGKILL under load, while it writes and while it rewrites its log.
 
-Nothing is sent again before the first look: what was acknowledged must be on disk.
+The first look at the books comes before anything is sent again: what was acknowledged must be on disk.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ NAME = "store-kills"
 KILLS = 20
 SEED = 20_261_128
 KEYS, KEY_DELAY_US = 1_000, 300
-"""What a rewrite has to copy, and how long the server is told to take for each: longer than we wait for the kill."""
+"""How many keys a rewrite copies, and how long the server waits after each, so that the kill falls in the rewrite."""
 
 
 def run() -> list[Row]:
@@ -33,7 +33,7 @@ def _kill_often(name: str, is_rewriting: bool) -> Row:
     with tempfile.TemporaryDirectory(prefix="fb") as folder:
         for number in range(KILLS):
             found += asyncio.run(_round(Path(folder), Load(f"r{number}", chance), is_rewriting))
-    return Row(name, KILLS, found.lost, found.doubled, found.drift_nanos)
+    return found.row(name, KILLS)
 
 
 async def _round(folder: Path, load: Load, is_rewriting: bool) -> Fault:
@@ -47,7 +47,7 @@ async def _round(folder: Path, load: Load, is_rewriting: bool) -> Fault:
         await _begin_rewrite(redis)
     await asyncio.sleep(load.chance.uniform(0, 0.15))
     if is_rewriting:
-        assert (await redis.info("persistence"))["aof_rewrite_in_progress"] == 1, "the kill must fall in the rewrite"
+        assert (await redis.info("persistence"))["aof_rewrite_in_progress"] == 1, "the rewrite ended before the kill"
     server.kill()
     await using
     await redis.aclose()
@@ -63,11 +63,11 @@ async def _look_again(folder: Path, load: Load) -> Fault:
     found = await load.audit(redis, ledger)
     await redis.aclose()
     server.stop()
-    return Fault(max(lost, found.lost), found.doubled, found.drift_nanos)
+    return Fault(max(lost, found.lost), found.doubled, found.difference_nanos)
 
 
 async def _begin_rewrite(redis: Redis) -> None:
-    """A rewrite that lasts: it copies enough keys, slowly."""
+    """Begin a rewrite that takes long: it copies many keys slowly."""
     pipe = redis.pipeline(transaction=False)
     for number in range(KEYS):
         pipe.set(f"ballast:{number}", "x")

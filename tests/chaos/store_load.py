@@ -1,6 +1,6 @@
 """Clients that hold and settle without pause, remember what was acknowledged to them, and audit the books.
 
-A client that meets an absent store stops where it was; ``finish`` goes on from there, with the same ids.
+A client stops at the first call that raises StoreUnavailable; ``finish`` sends that call again, with the same id.
 """
 
 import asyncio
@@ -22,13 +22,15 @@ from billing.money import Nanos
 from billing.store.errors import StoreUnavailable
 from billing.store.keys import shard_for
 from billing.usage import RequestId, TenantId, UsageRecord
+from tests.chaos.table import Row
 from tests.support.samples import money, request, settlement
+from tests.support.waiting import until
 
 CLIENTS = 24
 TENANTS = 4
 CREDIT = 10**12
 STEP_TOKENS = 4
-"""Most holds are extended once."""
+"""So few that most holds are extended once."""
 PATIENCE_S = 20.0
 
 
@@ -38,24 +40,28 @@ class Fault:
 
     lost: int = 0
     doubled: int = 0
-    drift_nanos: int = 0
+    difference_nanos: int = 0
 
     def __add__(self, other: "Fault") -> "Fault":
-        return Fault(self.lost + other.lost, self.doubled + other.doubled, self.drift_nanos + other.drift_nanos)
+        difference = self.difference_nanos + other.difference_nanos
+        return Fault(self.lost + other.lost, self.doubled + other.doubled, difference)
+
+    def row(self, name: str, tries: int) -> Row:
+        return Row(name, tries, self.lost, self.doubled, self.difference_nanos)
 
 
 @dataclass
 class Load:
-    """One round of load on tenants of its own, so that its books can be told from those of other rounds."""
+    """One round of load on tenants of its own, so that each round can be audited by itself."""
 
     name: str
     chance: random.Random
     fits: Callable[[TenantId], bool] = lambda _: True
-    """Whose store is of interest."""
+    """Which tenants to use: in a cluster, those of one node."""
     acked: dict[RequestId, Nanos] = field(default_factory=dict)
-    """What each receipt said."""
+    """The charge on each receipt."""
     expected: dict[RequestId, Nanos] = field(default_factory=dict)
-    """What each settle that was sent must cost, whether it was acknowledged or not."""
+    """The charge of each settle that was sent, acknowledged or not."""
     unfinished: list[HoldRequest | Settlement] = field(default_factory=list)
     is_over: bool = False
     _number: int = 0
@@ -70,7 +76,7 @@ class Load:
             await ledger.grant(replace(money(CREDIT, f"payment:{tenant}"), tenant=tenant))
 
     async def run(self, ledger: Ledger) -> None:
-        """Until every client has met an absent store, or ``is_over``."""
+        """Hold and settle until every client was refused by an unavailable store, or ``is_over``."""
         await asyncio.gather(*(self._use(ledger) for _ in range(CLIENTS)))
 
     async def _use(self, ledger: Ledger) -> None:
@@ -79,20 +85,17 @@ class Load:
             try:
                 assert isinstance(step, HoldRequest)
                 step = await self._hold(ledger, step)
-                self._told(await ledger.settle(step))
+                self._keep(await ledger.settle(step))
             except StoreUnavailable:
                 self.unfinished.append(step)
                 return
 
     async def under_way(self) -> None:
-        """Wait until the load has reached its pace."""
-        deadline = asyncio.get_running_loop().time() + PATIENCE_S
-        while len(self.acked) < CLIENTS:
-            assert asyncio.get_running_loop().time() < deadline, "the load did not begin"
-            await asyncio.sleep(0.005)
+        """Wait until there are as many acknowledged settles as clients."""
+        await until(lambda: len(self.acked) >= CLIENTS, PATIENCE_S)
 
     async def finish(self, ledger: Ledger) -> None:
-        """Go on where each client stopped, as a gateway that retries does, until it is acknowledged."""
+        """Send again what each client sent last, as a gateway does, until it is acknowledged."""
         await asyncio.gather(*(self._finish(ledger, step) for step in self.unfinished))
         self.unfinished = []
 
@@ -102,7 +105,7 @@ class Load:
             try:
                 if isinstance(step, HoldRequest):
                     step = await self._hold(ledger, step)
-                return self._told(await ledger.settle(step))
+                return self._keep(await ledger.settle(step))
             except StoreUnavailable:
                 assert asyncio.get_running_loop().time() < deadline, "the store did not come back"
                 await asyncio.sleep(0.05)
@@ -114,13 +117,13 @@ class Load:
         if ended.list_nanos > held:
             try:
                 held = await ledger.extend(asked, ended.list_nanos, ended.list_nanos)
-            except UnknownHold:  # it was lost meanwhile: the answer ends with what it held
+            except UnknownHold:  # it was lost in a failover: the answer ends with what it held
                 ended = replace(settlement(asked.request_id, STEP_TOKENS), tenant=asked.tenant)
-        assert ended.list_nanos <= held, "this load stays below what it held"
+        assert ended.list_nanos <= held, "a settle above its hold"
         self.expected[asked.request_id] = ended.list_nanos
-        return replace(ended, origin=snapshot_of(hold, held))
+        return replace(ended, snapshot=snapshot_of(hold, held))
 
-    def _told(self, receipt: Receipt) -> None:
+    def _keep(self, receipt: Receipt) -> None:
         self.acked[receipt.record.request_id] = receipt.record.charged_nanos
 
     def next_request(self) -> HoldRequest:
@@ -130,18 +133,18 @@ class Load:
         return request(name, tenant=tenant, lease_ms=600_000, step_tokens=STEP_TOKENS)
 
     async def void(self, ledger: Ledger, refused: Iterable[HoldRequest]) -> None:
-        """What was refused may have reached the store all the same: nothing was served under it."""
+        """Void the holds of requests that were refused: the store may have written them all the same."""
         for asked in refused:
             with suppress(UnknownHold):
                 await ledger.void(asked.request_id, asked.tenant)
 
     async def missing(self, redis: Redis) -> int:
-        """Acknowledged settles of which the books know nothing, now."""
+        """How many acknowledged settles are not in the books now."""
         return len(self.acked.keys() - {record.request_id for record in await self._records(redis)})
 
     async def audit(self, redis: Redis, ledger: Ledger) -> Fault:
         """Compare receipts, records, balances and holds, to the nano. Every client has finished."""
-        assert not self.unfinished, "finish first"
+        assert not self.unfinished, "call finish first"
         records = await self._records(redis)
         counts = Counter(record.request_id for record in records)
         booked = {record.request_id: record.charged_nanos for record in records}
@@ -164,7 +167,7 @@ class Load:
 
 
 async def until_served(ledger: Ledger, tenant: TenantId, patience_s: float = PATIENCE_S) -> float:
-    """How long it took until the store answered again."""
+    """Wait until the store answers again; returns how many seconds that took."""
     started = asyncio.get_running_loop().time()
     while True:
         try:

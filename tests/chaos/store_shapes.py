@@ -1,6 +1,6 @@
-"""The ledger's state machine on a cluster of three nodes, and behind sentinels that replace the primary under it.
+"""Compare the ledger with its model on a cluster of three nodes, and while sentinels replace a killed primary.
 
-Here the replica is in step when the primary is killed: what the model knows, the store must know after it.
+The replica is in step when its primary is killed, so that the store must equal the model after each failover.
 """
 
 import tempfile
@@ -18,12 +18,12 @@ NAME = "store-shapes"
 EXAMPLES, STEPS = 100, 40
 FAILOVERS = 3
 BETWEEN = 1_000
-"""Movements and questions between two failovers."""
+"""Movements and queries between two failovers."""
 T = TypeVar("T")
 
 
 class ThroughFailovers(LedgerMachine):
-    """Kills the primary between two movements, again and again."""
+    """The state machine, with the primary killed between two movements again and again."""
 
     fleet: ClassVar[Fleet]
     calls: ClassVar[int] = 0
@@ -68,7 +68,7 @@ def _behind_sentinels() -> Row:
 
 
 def _relax(fleet: Fleet) -> None:
-    """The machine asks for no durability and is the faster without it."""
+    """Turn syncing off: this scenario tests no durability, and runs faster without."""
     for server in fleet.servers:
         with server.client as client:
             client.config_set("appendfsync", "no")

@@ -1,40 +1,31 @@
-"""The one table of all scenarios: what a row is, when it is clean, how it looks, where it stands in RELIABILITY.md.
+"""The table of all scenarios in RELIABILITY.md: its rows, and how it is written."""
 
-Knows no scenario and runs nothing.
-"""
-
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
-import psutil
-
-HEAD = ("scenario", "tries", "lost", "doubled", "drift (nanos)")
-BEGIN, END = "<!-- chaos:begin -->", "<!-- chaos:end -->"
+HEAD = ("scenario", "tries", "lost", "doubled", "difference (nanos)")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One scenario's result. ``tries`` counts its faults, or its operations where it injects none."""
+    """The result of one scenario. ``tries`` counts its faults, or its operations where it injects none."""
 
     name: str
     tries: int
     lost: int
-    """Acknowledged to a client or by Dodo, and not in the books; or a reply that a law promised and nobody got."""
+    """What was acknowledged to a client or by Dodo and is not in the books, and replies that did not come in time."""
     doubled: int
-    """In the books more often than once, or granted to more than one."""
-    drift_nanos: int
-    """The sum of all differences between books that must be equal, each taken without its sign."""
+    """What is in the books more than once, or was granted to more than one client."""
+    difference_nanos: int
+    """The sum of the absolute differences between books that must be equal."""
 
     @property
     def is_clean(self) -> bool:
-        return self.tries > 0 and not (self.lost or self.doubled or self.drift_nanos)
+        return self.tries > 0 and not (self.lost or self.doubled or self.difference_nanos)
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table that reads well in a terminal and on a page."""
+    """A Markdown table with aligned columns."""
     cells = [HEAD, *(tuple(f"{value:,}" if isinstance(value, int) else value for value in astuple(r)) for r in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEAD))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -48,26 +39,3 @@ def _aligned(line: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 def _bars(line: Sequence[str]) -> str:
     return f"| {' | '.join(line)} |"
-
-
-def put_between_marks(page: str, body: str) -> str:
-    """The page with ``body`` in place of what stood between its two marks. Raises ValueError where they miss."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{body.strip()}\n{END}{after}"
-
-
-def machine() -> str:
-    """What this table was made on, in a line."""
-    memory = psutil.virtual_memory().total / 2**30
-    system = f"{platform.system()} {platform.release()}"
-    return f"{os.cpu_count()} cores of {_cpu()}, {memory:.0f} GiB, {system}, Python {platform.python_version()}, no GPU"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()

@@ -1,6 +1,6 @@
-"""Payments and refunds delivered several times and in any order, among thousands of forgeries, to a real gateway.
+"""Deliver payments and refunds several times and in any order, among thousands of forgeries.
 
-The gateway is a process of the same parts behind a real HTTP server; payments and refunds are the offline Dodo's.
+The gateway is a process of its own with a real HTTP server; payments and refunds are made at the offline Dodo.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from cluster.dodo_sandbox.server import url_of
 from tests.chaos.clients import client_of
 from tests.chaos.forgeries import Delivery, forge, malformed
 from tests.chaos.gateway_process import GatewaySpec, serve
-from tests.chaos.house import USER_CONFIG, Forks, House, house, listener, tenant_with, world
+from tests.chaos.rig import USER_CONFIG, ProcessStarter, Rig, listener, open_rig, open_world, tenant_with
 from tests.chaos.table import Row
 from tests.support.world import API_KEY, World, delivery
 
@@ -25,69 +25,69 @@ PAYMENTS, COPIES = 30, 5
 FORGED, MALFORMED = 10_000, 500
 AT_ONCE = 16
 CENT = 10_000_000
-"""Nanos that a cent of a pack buys."""
+"""Nanos of credit for a cent of a pack."""
 AUTH = {"Authorization": f"Bearer {API_KEY}"}
 SEED = 20_261_129
 
 
 def run() -> list[Row]:
-    forks = Forks("tests.chaos.gateway_process")
-    with house() as at, listener() as bound:
-        return asyncio.run(_run(at, forks, bound))
+    starter = ProcessStarter("tests.chaos.gateway_process")
+    with open_rig() as rig, listener() as bound:
+        return asyncio.run(_run(rig, starter, bound))
 
 
-async def _run(at: House, forks: Forks, bound: socket.socket) -> list[Row]:
-    gateway = forks.start(serve, GatewaySpec(at.store_url, at.folder, at.environ, USER_CONFIG), bound)
+async def _run(rig: Rig, starter: ProcessStarter, bound: socket.socket) -> list[Row]:
+    gateway = starter.start(serve, GatewaySpec(rig.store_url, rig.folder, rig.environ, USER_CONFIG), bound)
     chance = random.Random(SEED)
-    async with world(at) as there, client_of(url_of(bound), AT_ONCE) as client:
+    async with open_world(rig) as world, client_of(url_of(bound), AT_ONCE) as client:
         for name in TENANTS:
-            await tenant_with(there, name, 0)
-        model, genuine = await _trade(there, chance)
+            await tenant_with(world, name, 0)
+        model, genuine = await _trade(world, chance)
         copies = genuine * COPIES
         false = [forge(chance.choice(genuine), chance) for _ in range(FORGED)]
         odd = [malformed(chance, number) for number in range(MALFORMED)]
         answers = await _deliver(client, [*copies, *false, *odd], chance)
-        assert gateway.exitcode is None, "a gateway survives its deliveries"
+        assert gateway.exitcode is None, "the gateway ended"
         gateway.kill()
-        off = {name: await _balance(there, name) - model[name] for name in TENANTS}
+        off = {name: await _balance(world, name) - model[name] for name in TENANTS}
     _check(answers, copies, false, odd)
-    drift = sum(map(abs, off.values()))
+    difference = sum(map(abs, off.values()))
     missing, given_twice = sum(one < 0 for one in off.values()), sum(one > 0 for one in off.values())
     return [
-        Row(f"webhooks delivered {COPIES} times, in any order", len(copies), missing, given_twice, drift),
-        Row("forged or malformed webhooks", len(false) + len(odd), 0, _accepted(answers, false), drift),
+        Row(f"webhooks delivered {COPIES} times, in any order", len(copies), missing, given_twice, difference),
+        Row("forged or malformed webhooks", len(false) + len(odd), 0, _accepted(answers, false), difference),
     ]
 
 
-async def _trade(there: World, chance: random.Random) -> tuple[Counter[str], list[Delivery]]:
-    """Buy and refund at Dodo; the nanos that each tenant must end with, and a delivery of each event."""
+async def _trade(world: World, chance: random.Random) -> tuple[Counter[str], list[Delivery]]:
+    """Buy and refund at Dodo; returns the balance that each tenant must end with, and a delivery of each event."""
     model: Counter[str] = Counter()
-    told: list[Delivery] = []
+    deliveries: list[Delivery] = []
     for number in range(PAYMENTS):
         name = chance.choice(TENANTS)
-        payment = await there.buy(name, "pack:small", quantity=chance.randint(1, 3))
+        payment = await world.buy(name, "pack:small", quantity=chance.randint(1, 3))
         cents = int(str(payment["total_amount"]))
         model[name] += cents * CENT
-        told.append(delivery("payment.succeeded", payment, f"msg_pay_{number}"))
+        deliveries.append(delivery("payment.succeeded", payment, f"msg_pay_{number}"))
         if number % 2:
             back = chance.randint(1, cents)
-            refund = await _refund(there, str(payment["payment_id"]), back)
+            refund = await _refund(world, str(payment["payment_id"]), back)
             model[name] -= back * CENT
-            told.append(delivery("refund.succeeded", refund, f"msg_refund_{number}"))
-    return model, told
+            deliveries.append(delivery("refund.succeeded", refund, f"msg_refund_{number}"))
+    return model, deliveries
 
 
-async def _refund(there: World, payment_id: str, cents: int) -> dict[str, object]:
-    lines = (await there.operator.get(f"/payments/{payment_id}/line-items", headers=AUTH)).json()
+async def _refund(world: World, payment_id: str, cents: int) -> dict[str, object]:
+    lines = (await world.operator.get(f"/payments/{payment_id}/line-items", headers=AUTH)).json()
     items = [{"item_id": lines["items"][0]["items_id"], "amount": cents}]
-    made = await there.operator.post("/refunds", json={"payment_id": payment_id, "items": items}, headers=AUTH)
+    made = await world.operator.post("/refunds", json={"payment_id": payment_id, "items": items}, headers=AUTH)
     made.raise_for_status()
     refund: dict[str, object] = made.json()
     return refund
 
 
 async def _deliver(client: httpx.AsyncClient, all_: list[Delivery], chance: random.Random) -> dict[int, int]:
-    """Send every delivery, shuffled, several at a time; the status by the delivery's identity and place."""
+    """Send every delivery, shuffled, several at a time; returns the statuses by index."""
     gate, answers = asyncio.Semaphore(AT_ONCE), dict[int, int]()
 
     async def one(place: int) -> None:
@@ -105,9 +105,9 @@ async def _deliver(client: httpx.AsyncClient, all_: list[Delivery], chance: rand
 def _check(answers: dict[int, int], copies: list[Delivery], false: list[Delivery], odd: list[Delivery]) -> None:
     statuses = [answers[place] for place in range(len(answers))]
     genuine, forged, rest = statuses[: len(copies)], statuses[len(copies) : -len(odd)], statuses[-len(odd) :]
-    assert set(genuine) == {200}, f"what Dodo sent is taken: {Counter(genuine)}"
-    assert all(400 <= status < 500 for status in forged), f"forgeries are refused: {Counter(forged)}"
-    assert all(status < 500 for status in rest), f"nothing that Dodo could say breaks a gateway: {Counter(rest)}"
+    assert set(genuine) == {200}, f"a genuine delivery was not accepted: {Counter(genuine)}"
+    assert all(400 <= status < 500 for status in forged), f"a forgery was not refused: {Counter(forged)}"
+    assert all(status < 500 for status in rest), f"a malformed delivery was answered 5xx: {Counter(rest)}"
     assert len(forged) == len(false)
 
 
@@ -116,5 +116,5 @@ def _accepted(answers: dict[int, int], false: list[Delivery]) -> int:
     return sum(answers[place] < 300 for place in range(first, first + len(false)))
 
 
-async def _balance(there: World, name: str) -> int:
-    return (await there.ledger.account(TenantId(name))).balance_nanos
+async def _balance(world: World, name: str) -> int:
+    return (await world.ledger.account(TenantId(name))).balance_nanos

@@ -1,24 +1,25 @@
-"""A whole farebox under Ray, as an operator starts it, whose roles are killed while clients read their streams.
+"""Kill the roles of a whole farebox under Ray, one after another, while clients read their streams.
 
-Everything is real: Ray Serve behind HAProxy, the engine (with a small model made here), the store, the supervisor.
+It is started as an operator does: Ray Serve behind HAProxy, the engine with a small model made here, the store, the
+supervisor.
 """
 
 import asyncio
 import json
 import random
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
 import yaml
 
 from cluster.demo.models import Recipe, make_models
-from cluster.demo.training import Course
+from cluster.demo.training import Schedule
 from tests.chaos.clients import NOT_OURS, Seen, ask_until, nanos_of
 from tests.chaos.table import Row
 from tests.e2e import books
-from tests.support.stack import REPO, Stack, running, wait_for
+from tests.support.stack import REPO, Stack, running
+from tests.support.waiting import eventually, until
 
 NAME = "whole-stack"
 KILLS = {"LoraReplica": 20, "Gateway": 20, "BillingActor": 20}
@@ -29,9 +30,9 @@ CLIENTS, STREAMING = 8, 3
 REFUSALS = {NOT_OURS, "replica_lost", "overloaded", "metering_unavailable"}
 BACK_S, FLUSH_S = 90.0, 120.0
 SEED = 20_261_130
-BRIEF = Course(rate=1e-3, steps=2, warm_up_steps=1)
+BRIEF = Schedule(rate=1e-3, steps=2, warm_up_steps=1)
 SMALL = Recipe(hidden=32, layers=1, heads=2, intermediate=32, rows=2, base=BRIEF, adapter=BRIEF)
-"""It talks nonsense, as fast as a large model on a GPU."""
+"""Its answers make no sense, and come as fast as those of a large model on a GPU."""
 
 
 def run() -> list[Row]:
@@ -59,9 +60,9 @@ def _kill_often(stack: Stack, role: str, kills: int) -> Row:
     asyncio.run(_storm(stack, role, kills, seen))
     books.wait_until_flushed(stack, FLUSH_S)
     refusals = f"{dict(seen.statuses)} {dict(seen.codes)}"
-    assert set(seen.statuses) <= {200, 500, 503}, f"nothing but answers and honest refusals: {refusals}"
-    assert set(seen.codes) <= REFUSALS, f"a 500 is the proxy's, whose gateway died: {refusals}"
-    assert seen.receipts, "clients were served between the kills"
+    assert set(seen.statuses) <= {200, 500, 503}, f"statuses that are not 200, 500 or 503: {refusals}"
+    assert set(seen.codes) <= REFUSALS, f"an unexpected refusal: {refusals}"
+    assert seen.receipts, "no client was served between the kills"
     return _row(stack, f"{role} killed under Ray, mid-stream", kills, seen)
 
 
@@ -80,7 +81,7 @@ async def _storm(stack: Stack, role: str, kills: int, seen: Seen) -> None:
 
 
 def _body(chance: random.Random) -> dict[str, object]:
-    """Mostly streams that are long enough to be met in their middle."""
+    """A request, mostly a stream that is long enough to be cut in its middle."""
     return {
         "model": chance.choice(MODELS),
         "messages": [{"role": "user", "content": "Tell me a story."}],
@@ -91,29 +92,30 @@ def _body(chance: random.Random) -> dict[str, object]:
 
 
 async def _streams(seen: Seen, load: asyncio.Task[None]) -> None:
-    """Wait until clients are in the middle of streams that began after the last kill."""
-    deadline = time.monotonic() + BACK_S
+    """Wait until enough clients are in the middle of streams that began after the last kill."""
     began = seen.begun
-    while seen.streaming < STREAMING or seen.begun < began + STREAMING:
-        assert not load.done(), "the clients go on"
-        assert time.monotonic() < deadline, f"nobody streams again: {seen.statuses} {seen.codes}"
-        await asyncio.sleep(0.005)
+
+    def enough_stream() -> bool:
+        assert not load.done(), "the clients stopped"
+        return seen.streaming >= STREAMING and seen.begun >= began + STREAMING
+
+    await until(enough_stream, BACK_S)
 
 
 def _kill(stack: Stack, title: str) -> None:
-    """And wait until its end is seen, so that the next victim is another one."""
+    """Kill a process and wait until it is gone, so that the next one killed is another."""
     victim = stack.kill(title)
-    wait_for(lambda: victim.pid not in [one.pid for one in stack.processes(title)], 30, f"{title} did not end")
+    eventually(lambda: victim.pid not in [one.pid for one in stack.processes(title)])
 
 
 def _row(stack: Stack, name: str, tries: int, seen: Seen) -> Row:
-    """Receipts against records, and every other book by the operator's own command."""
+    """Compare receipts with records, and all other books by ``farebox reconcile``."""
     records = [record for tenant in stack.tenants.values() for record in books.records(stack, tenant)]
     charged = {str(record["record_id"]): nanos_of(str(record["charged_usd"])) for record in records}
     lost = sum(charged.get(record_id) != cost for record_id, cost in seen.receipts.items())
     counts = Counter(str(record["record_id"]) for record in records)
     done = stack.cli("reconcile", "--json", "--calls-per-minute", "120", check=False)
     report = json.loads(done.stdout)
-    drift = sum(abs(int(row["difference"])) for row in report["drift"] if row["unit"] == "nanos")
-    assert done.returncode == 0 or drift, f"the books are not proved: {done.stdout}"
-    return Row(name, tries, lost, sum(count - 1 for count in counts.values()), drift)
+    difference = sum(abs(int(row["difference"])) for row in report["drift"] if row["unit"] == "nanos")
+    assert done.returncode == 0 or difference, f"reconcile failed: {done.stdout}"
+    return Row(name, tries, lost, sum(count - 1 for count in counts.values()), difference)

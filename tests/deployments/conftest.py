@@ -1,6 +1,5 @@
-"""A gateway on a real store with a scripted link, and engines on a tiny random model and its adapters."""
+"""A gateway with a real store and a scripted engine, and engines with a small random model and its adapters."""
 
-import json
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -9,29 +8,30 @@ from types import MappingProxyType
 import httpx
 import pytest
 import torch
+from deployments.gateway.services import Services
+from deployments.gateway.wiring import build_services
 from redis.asyncio import Redis
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from billing.store.connection import connect
 from cluster import valkey
 from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app
 from deployments.gateway.catalog_holder import CatalogHolder
-from deployments.gateway.services import Services
-from deployments.gateway.wiring import build_services
 from deployments.inference.adapters import digest_adapter
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.settings import EngineSettings
 from deployments.inference.request import AdapterRef
 from deployments.inference.text import Text
-from tests.support.gateway import ADMIN_KEY, CHAT_TEMPLATE, USER_CONFIG, House, MakeServices, memory_folder
+from tests.support.gateway import ADMIN_KEY, USER_CONFIG, House, MakeServices, memory_folder
 from tests.support.models import Oracle, make_adapters, make_base, make_oracle, make_tokenizer, small_settings
 from tests.support.scripted import ScriptedLink
+from tests.support.word_tokenizer import save_word_tokenizer
 
 
 @pytest.fixture(scope="session")
 def store_url() -> Iterator[str]:
-    """The address of a real Valkey that logs every write, as in production, but in memory."""
+    """The address of a real Valkey that syncs its log at every write, as in production, to a folder in memory."""
     folder = memory_folder("v")
     server = valkey.start(folder)
     yield server.url
@@ -41,7 +41,7 @@ def store_url() -> Iterator[str]:
 
 @pytest.fixture
 async def redis(store_url: str) -> AsyncIterator[Redis]:
-    """A client as a gateway has it, of an empty store."""
+    """A client of an empty store, made as a gateway makes it."""
     client = await connect(store_url)
     await client.flushall()
     yield client
@@ -50,13 +50,9 @@ async def redis(store_url: str) -> AsyncIterator[Redis]:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
-    """A tokenizer of whole words: every word, known or not, is one token."""
+    """A tokenizer for which every word, known or not, is one token."""
     folder = tmp_path_factory.mktemp("model")
-    words = ["<unk>", "<end>", "<user>", "<system>", "<assistant>", "one", "two", "three"]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": CHAT_TEMPLATE}))
+    save_word_tokenizer(folder, ("one", "two", "three"))
     return Text(folder)
 
 
@@ -138,7 +134,7 @@ def settings(base_path: Path) -> EngineSettings:
 
 @pytest.fixture
 def start() -> Iterator[Callable[[EngineSettings], Engine]]:
-    """Starts engines, and stops them at the end."""
+    """Start engines with it; all are stopped at the end of the test."""
     engines: list[Engine] = []
 
     def start_engine(settings: EngineSettings) -> Engine:

@@ -1,4 +1,4 @@
-"""The three books of a running farebox, compared: receipts, the ledger, what Dodo was told."""
+"""Compare the three books of a running farebox: receipts, usage records, and the sums at Dodo."""
 
 from collections import Counter
 from typing import Any
@@ -6,14 +6,15 @@ from typing import Any
 import httpx
 
 from tests.support.load import Outcome, usd
-from tests.support.stack import Stack, Tenant, wait_for
+from tests.support.stack import Stack, Tenant
+from tests.support.waiting import eventually
 
 Record = dict[str, Any]
-"""One JSON object of the API."""
+"""A usage record or an account, as the API returns it."""
 
 
 def records(stack: Stack, tenant: Tenant) -> list[Record]:
-    """Every usage record of a tenant, page by page, as its own key sees them."""
+    """All usage records of a tenant, read with its own key."""
     found: list[Record] = []
     cursor = ""
     with httpx.Client(base_url=stack.base_url, headers=_bearer(tenant.api_key), timeout=60) as client:
@@ -28,16 +29,13 @@ def records(stack: Stack, tenant: Tenant) -> list[Record]:
 
 
 def wait_until_flushed(stack: Stack, timeout_s: float = 60) -> None:
-    """Wait until nothing is held and nothing waits to be told to Dodo."""
+    """Wait until no hold is open and everything is exported to Dodo."""
 
-    def is_done() -> bool:
+    def is_flushed() -> bool:
         reply = stack.admin("billing")
-        if reply.status_code != 200:
-            return False
-        status = reply.json()
-        return bool(status["backlog"] == 0 and status["open_holds"] == 0)
+        return reply.status_code == 200 and reply.json()["backlog"] == reply.json()["open_holds"] == 0
 
-    wait_for(is_done, timeout_s, "the backlog did not reach 0")
+    eventually(is_flushed, timeout_s)
 
 
 def account(stack: Stack, tenant: Tenant) -> Record:
@@ -48,17 +46,17 @@ def account(stack: Stack, tenant: Tenant) -> Record:
 
 
 def assert_books_agree(stack: Stack, outcome: Outcome) -> Counter[str]:
-    """Receipts equal records, records equal Dodo's sums, to the nano; returns records by status."""
+    """Assert that receipts, records and Dodo's sums agree to the nano; returns the number of records by status."""
     statuses: Counter[str] = Counter()
     seen: dict[str, Record] = {}
     sandbox = httpx.get(f"{stack.sandbox_url}/_sandbox/sums", timeout=30).json()
     for tenant in stack.tenants.values():
         mine = records(stack, tenant)
-        seqs = [record["record_id"] for record in mine]
-        assert len(seqs) == len(set(seqs)), "a record is listed once"
+        record_ids = [record["record_id"] for record in mine]
+        assert len(record_ids) == len(set(record_ids)), "a record is listed twice"
         seen |= {str(record["record_id"]): record for record in mine}
         statuses.update(str(record["status"]) for record in mine)
-        _assert_told(mine, sandbox.get(tenant.dodo_customer_id, {}), tenant.name)
+        _assert_exported(mine, sandbox.get(tenant.dodo_customer_id, {}), tenant.name)
     missing = [record_id for record_id in outcome.receipts if record_id not in seen]
     assert not missing, f"{len(missing)} receipts have no record, such as {missing[:3]}"
     for record_id, receipt in outcome.receipts.items():
@@ -66,10 +64,10 @@ def assert_books_agree(stack: Stack, outcome: Outcome) -> Counter[str]:
     return statuses
 
 
-def _assert_told(mine: list[Record], told: dict[str, dict[str, int]], name: str) -> None:
+def _assert_exported(mine: list[Record], sums: dict[str, dict[str, int]], name: str) -> None:
     overage = sum(usd(str(record["overage_usd"])) for record in mine)
     covered = sum(usd(str(record["charged_usd"])) for record in mine) - overage
-    charge, usage = told.get("farebox.charge", {}), told.get("farebox.usage", {})
+    charge, usage = sums.get("farebox.charge", {}), sums.get("farebox.usage", {})
     assert charge.get("charge_nanos", 0) == overage, f"{name}: charged differs"
     assert usage.get("covered_nanos", 0) == covered, f"{name}: covered differs"
     for field in ("prompt_tokens", "completion_tokens"):

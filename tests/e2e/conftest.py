@@ -1,4 +1,4 @@
-"""One whole farebox for all end-to-end tests, and the demo models it serves."""
+"""One whole farebox for all end-to-end tests, and the demo models that it serves."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,16 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.demo.models import make_models
+from tests.support.demo_models import demo_models
 from tests.support.stack import REPO, Stack, running
 
 
 @pytest.fixture(scope="session")
 def models() -> Path:
-    """The demo models, made once per checkout."""
-    out = REPO / ".farebox" / "models"
-    make_models(out)
-    return out
+    return demo_models()
 
 
 @pytest.fixture(scope="session")

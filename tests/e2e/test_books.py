@@ -1,4 +1,4 @@
-"""After a mixed load the books of a whole farebox are right, and one thing altered by hand in its store is named."""
+"""``farebox reconcile`` on a whole farebox: no difference after a mixed load, and every manual change is named."""
 
 import asyncio
 import json
@@ -12,12 +12,13 @@ from billing.store.keys import shard_for
 from billing.usage import TenantId
 from tests.e2e import books
 from tests.support import load
-from tests.support.stack import Stack, Tenant, wait_for
+from tests.support.stack import Stack, Tenant
+from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # streams that were hung up
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # clients that hang up
 ]
 
 NAMES = ("free", "prepaid", "payg", "pro")
@@ -38,50 +39,50 @@ def store(loaded: Stack) -> "redis.Redis":
     return redis.Redis.from_url(url, decode_responses=True)
 
 
-def drift(stack: Stack) -> list[dict[str, object]]:
+def differences(stack: Stack) -> list[dict[str, object]]:
     done = stack.cli("reconcile", "--json", check=False)
     found: list[dict[str, object]] = json.loads(done.stdout)["drift"]
     assert done.returncode == (1 if found else 0), done.stdout
     return found
 
 
-def test_right_books_exit_0(loaded: Stack) -> None:
+def test_reconcile_exits_0_when_books_agree(loaded: Stack) -> None:
     done = loaded.cli("reconcile")
     assert "every proof holds to the nano" in done.stdout
     assert "dodo meter" in done.stdout
     assert loaded.cli("reconcile", "--full").returncode == 0
 
 
-def test_one_record_altered_by_hand_exits_1_and_is_named(loaded: Stack, store: "redis.Redis") -> None:
+def test_reconcile_names_an_altered_record(loaded: Stack, store: "redis.Redis") -> None:
     tenant = loaded.tenants["prepaid"]
     record_id = str(books.records(loaded, tenant)[0]["record_id"])
     before = rewrite(store, tenant, record_id, lambda record: record.update(charged_nanos=record["charged_nanos"] + 1))
     try:
-        named = [row for row in drift(loaded) if row["proof"] == "records"]
+        named = [row for row in differences(loaded) if row["proof"] == "records"]
         assert [row["tenant"] for row in named] == ["prepaid"]
         assert f"{record_id} is not as it was written" in str(named[0]["named"])
         assert named[0]["difference"] == 1
     finally:
         restore(store, tenant, before)
-    assert drift(loaded) == []
+    assert differences(loaded) == []
 
 
-def test_one_nano_in_a_bucket_exits_1_is_named_and_shows_as_a_metric(loaded: Stack, store: "redis.Redis") -> None:
+def test_reconcile_and_metric_show_a_nano_added_to_a_bucket(loaded: Stack, store: "redis.Redis") -> None:
     tenant = TenantId("prepaid")
     key = shard_for(tenant).buckets(tenant)
     name, value = next(iter(store.hgetall(key).items()))
     unit, remaining, rest = value.split("|", 2)
     store.hset(key, name, f"{unit}|{int(remaining) + 1}|{rest}")
     try:
-        (row,) = drift(loaded)
+        (row,) = differences(loaded)
         assert (row["proof"], row["tenant"], row["difference"]) == ("credit", "prepaid", 1)
         assert f"bucket {name} has" in str(row["named"])
-        wait_for(lambda: _difference(loaded) == 1, 120, "no metric said that the books differ")
+        eventually(lambda: _difference(loaded) == 1, 120)
         assert "bucket" in loaded.cli("status").stdout
     finally:
         store.hset(key, name, value)
-    assert drift(loaded) == []
-    wait_for(lambda: _difference(loaded) == 0, 120, "the metric did not go back to 0")
+    assert differences(loaded) == []
+    eventually(lambda: _difference(loaded) == 0, 120)
 
 
 Entries = list[tuple[str, dict[str, str]]]
@@ -90,7 +91,7 @@ Entries = list[tuple[str, dict[str, str]]]
 def rewrite(
     store: "redis.Redis", tenant: Tenant, record_id: str, change: Callable[[dict[str, int]], object]
 ) -> Entries:
-    """Alter one record where it stands; the entries as they were."""
+    """Alter one record in the stream; returns the entries as they were."""
     before: Entries = store.xrange(shard_for(TenantId(tenant.name)).stream)
     after: Entries = []
     for id_, fields in before:

@@ -1,4 +1,4 @@
-"""From a request to a bill that Dodo has, on a whole farebox."""
+"""A whole farebox, from a request to the sums at Dodo."""
 
 import asyncio
 from decimal import Decimal
@@ -10,12 +10,13 @@ from openai import AsyncOpenAI, OpenAI
 
 from tests.e2e import books
 from tests.support import load
-from tests.support.stack import Stack, Tenant, wait_for
+from tests.support.stack import Stack, Tenant
+from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # connections that a kill cut
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # connections cut by a kill
 ]
 
 QUESTION = [{"role": "user", "content": "What is the capital of Japan?"}]
@@ -31,7 +32,7 @@ def ask(stack: Stack, tenant: Tenant, model: str) -> openai.types.chat.ChatCompl
     )
 
 
-def test_the_base_and_three_adapters_answer_one_question_in_four_ways_in_one_batch(stack: Stack) -> None:
+def test_adapters_in_one_batch_answer_as_alone(stack: Stack) -> None:
     async def all_at_once() -> list[str]:
         async with AsyncOpenAI(
             base_url=f"{stack.base_url}/v1", api_key=stack.tenants["prepaid"].api_key, max_retries=0
@@ -48,10 +49,10 @@ def test_the_base_and_three_adapters_answer_one_question_in_four_ways_in_one_bat
     assert len(set(alone)) == 4
     assert all("Tokyo" in str(text) for text in alone)
     assert asyncio.run(all_at_once()) == alone * 3, "an answer must not depend on its neighbours in the batch"
-    wait_for(lambda: _metric(stack, "farebox_engine_mixed_steps") > 0, 30, "no step with three adapters was shown")
+    eventually(lambda: _metric(stack, "farebox_engine_mixed_steps") > 0)
 
 
-def test_every_reply_carries_its_receipt(stack: Stack) -> None:
+def test_reply_and_stream_have_receipts(stack: Stack) -> None:
     tenant = stack.tenants["prepaid"]
     reply = ask(stack, tenant, "pirate")
     receipt = reply.receipt  # type: ignore[attr-defined]
@@ -71,7 +72,7 @@ def test_every_reply_carries_its_receipt(stack: Stack) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] in ("stop", "length")
 
 
-def test_a_bought_pack_opens_the_gate_and_is_credited_once(stack: Stack) -> None:
+def test_bought_pack_is_credited_once(stack: Stack) -> None:
     tenant = stack.tenants["empty"]
     with pytest.raises(openai.APIStatusError) as refused:
         ask(stack, tenant, "pirate")
@@ -86,7 +87,7 @@ def test_a_bought_pack_opens_the_gate_and_is_credited_once(stack: Stack) -> None
     paid = httpx.post(reply.json()["checkout_url"].rstrip("/") + "/pay", timeout=30, follow_redirects=False)
     assert paid.status_code < 400
 
-    wait_for(lambda: _balance(stack, tenant) > 0, 30, "the payment's webhook did not credit the tenant")
+    eventually(lambda: _balance(stack, tenant) > 0)
     credited = _balance(stack, tenant)
     for delivery in httpx.get(f"{stack.sandbox_url}/_sandbox/webhooks", timeout=30).json()["data"]:
         if delivery["type"] == "payment.succeeded":
@@ -96,11 +97,11 @@ def test_a_bought_pack_opens_the_gate_and_is_credited_once(stack: Stack) -> None
                 timeout=60,
             )
             again.raise_for_status()
-    assert _balance(stack, tenant) == credited, "a payment is credited once however often it is told"
+    assert _balance(stack, tenant) == credited, "a payment delivered again was credited again"
     assert "Tokyo" in str(ask(stack, tenant, "pirate").choices[0].message.content)
 
 
-def test_an_unpaid_call_never_reaches_the_engine(stack: Stack) -> None:
+def test_unknown_key_is_refused(stack: Stack) -> None:
     for key, status in (("", 401), ("fbx_wrong", 401)):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         reply = httpx.post(
@@ -112,7 +113,7 @@ def test_an_unpaid_call_never_reaches_the_engine(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("kills", [(), ("billing:BillingActor", "farebox:Gateway", "farebox:LoraReplica")])
-def test_receipts_records_and_dodos_sums_agree_to_the_nano(stack: Stack, kills: tuple[str, ...]) -> None:
+def test_books_agree_to_the_nano(stack: Stack, kills: tuple[str, ...]) -> None:
     tenants = [stack.tenants[name] for name in ("free", "prepaid", "payg", "pro")]
 
     async def storm() -> load.Outcome:

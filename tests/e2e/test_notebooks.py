@@ -12,14 +12,14 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 def outputs_of(notebook: Path) -> list[nbformat.NotebookNode]:
-    """Run it whole, in a kernel that has this process's environment; what its cells showed."""
+    """Run a notebook in a kernel with this process's environment; returns the outputs of its cells."""
     read = nbformat.read(notebook, as_version=4)
     NotebookClient(read, timeout=240, kernel_name="python3").execute()
     return [output for cell in read.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
-def test_the_tour_runs_and_its_sums_agree(stack: Stack, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tour_runs(stack: Stack, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAREBOX_HOME", str(stack.home))
     outputs = outputs_of(repo / "notebooks" / "01_tour.ipynb")
     assert any("image/png" in output.get("data", {}) for output in outputs), "the plot is drawn"
@@ -27,10 +27,10 @@ def test_the_tour_runs_and_its_sums_agree(stack: Stack, repo: Path, monkeypatch:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
-def test_an_adapter_is_trained_deployed_and_earns(
+def test_adapter_notebook_trains_deploys_and_reports(
     stack: Stack, config: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The notebook asserts by itself that the manner carried over and that receipts, balance and report agree."""
+    """The notebook itself asserts that the adapter has its style and that receipts, balance and report agree."""
     monkeypatch.setenv("FAREBOX_HOME", str(stack.home))
     monkeypatch.setenv("FAREBOX_CONFIG", str(config))
     outputs = outputs_of(repo / "notebooks" / "03_deploy_adapter.ipynb")

@@ -1,4 +1,4 @@
-"""What operators and data scientists do to a running farebox, and what must not break meanwhile."""
+"""What operators and data scientists do to a running farebox, while clients use it."""
 
 import asyncio
 import json
@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e import books
 from tests.support import load
-from tests.support.stack import Stack, running, wait_for
+from tests.support.stack import Stack, running
+from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # connections that a kill cut
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # connections cut by a kill
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft, of transformers
     pytest.mark.filterwarnings("ignore:.*config file:UserWarning", "ignore:.*remote file:UserWarning"),  # of peft
 ]
@@ -32,7 +33,7 @@ MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 def either(
     request: pytest.FixtureRequest, config: Path, models: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stack]:
-    """The shared stack in HAProxy mode, and one of its own behind Serve's Python proxy."""
+    """The shared stack behind HAProxy, then another one behind Serve's Python proxy."""
     if request.param == "haproxy":
         yield request.getfixturevalue("stack")
         return
@@ -42,7 +43,7 @@ def either(
 
 @pytest.fixture(scope="module")
 def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random adapter that PEFT made and trained for a few steps on random text."""
+    """An adapter that PEFT trained for a few steps on random text."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float32)
     lora = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -60,7 +61,7 @@ def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def peft_tokens(models: Path, adapter: Path, max_tokens: int) -> list[int]:
-    """Greedy tokens by PEFT's own forward, alone."""
+    """The greedy answer of PEFT itself."""
     base = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(models / "base")
@@ -78,7 +79,7 @@ def with_adapter(config: Path, entry: dict[str, object], out: Path) -> Path:
     return out
 
 
-def test_a_new_adapter_answers_as_peft_does_while_a_load_runs_unharmed(
+def test_deployed_adapter_answers_as_peft_under_load(
     either: Stack, config: Path, models: Path, trained: Path, tmp_path: Path
 ) -> None:
     entry: dict[str, object] = {"id": "random", "path": str(trained), "price": {"output_per_1m": "2.00"}}
@@ -109,9 +110,7 @@ def test_a_new_adapter_answers_as_peft_does_while_a_load_runs_unharmed(
     assert reply["usage"]["completion_tokens"] == len(expected)
 
 
-def test_a_broken_adapter_is_refused_by_name_and_the_others_answer(
-    either: Stack, config: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_broken_adapter_is_refused_by_name(either: Stack, config: Path, trained: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "adapter_config.json").write_text((trained / "adapter_config.json").read_text())
@@ -126,7 +125,7 @@ def test_a_broken_adapter_is_refused_by_name_and_the_others_answer(
     assert complete(either, "broken", 8).status_code == 404
 
 
-def test_a_client_that_leaves_stops_the_engine_and_is_billed_until_then(either: Stack) -> None:
+def test_hung_up_client_stops_the_engine_and_pays(either: Stack) -> None:
     tenant = either.tenants["prepaid"]
     known = {record["record_id"] for record in books.records(either, tenant)}
     read_one_chunk(either, tenant.api_key)
@@ -134,14 +133,13 @@ def test_a_client_that_leaves_stops_the_engine_and_is_billed_until_then(either: 
     def settled() -> list[books.Record]:
         return [record for record in books.records(either, tenant) if record["record_id"] not in known]
 
-    wait_for(lambda: bool(settled()), 20, "the hung up request was not settled")
-    (record,) = settled()
+    (record,) = eventually(settled)
     assert record["status"] == "cancelled"
     assert 0 < record["usage"]["completion_tokens"] < 400
     assert_engine_idle(either)
 
 
-def test_a_killed_gateway_leaves_no_hold_and_no_running_engine(either: Stack) -> None:
+def test_killed_gateway_leaves_no_hold_and_no_request(either: Stack) -> None:
     tenant = either.tenants["prepaid"]
     known = {record["record_id"] for record in books.records(either, tenant)}
     with httpx.Client(base_url=either.base_url, timeout=60) as client:
@@ -150,35 +148,32 @@ def test_a_killed_gateway_leaves_no_hold_and_no_running_engine(either: Stack) ->
             lines = reply.iter_lines()
             next(lines)
             either.kill("farebox:Gateway")
-    wait_for(lambda: is_ready(either), 60, "no gateway came back")
-    wait_for(lambda: books.account(either, tenant)["open_holds"] == 0, 60, "the dead gateway's hold stayed open")
+    eventually(lambda: is_ready(either), 60)
+    eventually(lambda: books.account(either, tenant)["open_holds"] == 0, 60)
     (record,) = [r for r in books.records(either, tenant) if r["record_id"] not in known]
     assert record["status"] == "expired"
     assert_engine_idle(either)
 
 
-def test_scaling_by_hand_adds_a_replica_and_takes_it_away(stack: Stack) -> None:
+def test_scale_adds_and_removes_a_replica(stack: Stack) -> None:
     stack.cli("scale", "2")
-    wait_for(lambda: len(stack.processes("farebox:LoraReplica")) == 2, 90, "no second replica")
+    eventually(lambda: len(stack.processes("farebox:LoraReplica")) == 2, 90)
     outcome = asyncio.run(load.run(stack, [stack.tenants["prepaid"]], 40, at_once=16))
     stack.cli("scale", "1")
-    outcome_while_leaving = asyncio.run(load.run(stack, [stack.tenants["prepaid"]], 40, at_once=8, seed=2))
-    wait_for(lambda: len(stack.processes("farebox:LoraReplica")) == 1, 180, "the second replica did not leave")
-    for seen in (outcome, outcome_while_leaving):
+    outcome_while_draining = asyncio.run(load.run(stack, [stack.tenants["prepaid"]], 40, at_once=8, seed=2))
+    eventually(lambda: len(stack.processes("farebox:LoraReplica")) == 1, 180)
+    for seen in (outcome, outcome_while_draining):
         assert not seen.broken
         assert not seen.refusals
 
 
-def test_load_takes_the_group_from_one_replica_to_three_and_back_and_cuts_nothing(
-    stack: Stack, config: Path, tmp_path: Path
-) -> None:
+def test_autoscaling_to_three_replicas_and_back_cuts_nothing(stack: Stack, config: Path, tmp_path: Path) -> None:
     raw = yaml.safe_load(config.read_text())
     scaling = raw["applications"][0]["deployments"][1]["autoscaling_config"]
     scaling |= {"max_replicas": 3, "look_back_period_s": 5, "upscale_delay_s": 1, "downscale_delay_s": 5}
     scaling["policy"]["policy_kwargs"] = {"target_queued_tokens": 200}
-    del raw["applications"][0]["deployments"][0]["user_config"]["plans"]["prepaid"][
-        "limits"
-    ]  # a fast machine meets them
+    plans = raw["applications"][0]["deployments"][0]["user_config"]["plans"]
+    del plans["prepaid"]["limits"]  # a fast machine reaches them
     elastic = tmp_path / "serve_config.yaml"
     elastic.write_text(yaml.safe_dump(raw, sort_keys=False))
     stack.cli("deploy", str(elastic))
@@ -194,7 +189,7 @@ def test_load_takes_the_group_from_one_replica_to_three_and_back_and_cuts_nothin
             assert len(seen) < 80, "the third replica is not healthy"
             seen.append(await load.run(stack, [tenant], 80, at_once=40, seed=len(seen)))
         while len(stack.processes("farebox:LoraReplica")) > 1:
-            assert len(seen) < 300, "the replicas did not leave"
+            assert len(seen) < 300, "three replicas are still there"
             seen.append(await load.run(stack, [tenant], 4, at_once=2, seed=len(seen)))
         return seen
 
@@ -203,12 +198,12 @@ def test_load_takes_the_group_from_one_replica_to_three_and_back_and_cuts_nothin
     for outcome in outcomes:
         assert not outcome.broken
         assert not outcome.refusals
-    wait_for(lambda: books.account(stack, tenant)["open_holds"] == 0, 30, "a hold leaked")
+    eventually(lambda: books.account(stack, tenant)["open_holds"] == 0)
     stack.cli("deploy", str(config))
 
 
 def healthy_replicas(stack: Stack) -> int:
-    """As Ray's dashboard API counts them."""
+    """How many replicas are running, by Ray's dashboard API."""
     applications = json.loads(stack.cli("status", "--json", check=False).stdout)["applications"]
     (replica,) = [d for d in applications["farebox"]["deployments"] if d["name"] == "LoraReplica"]
     return sum(state == "RUNNING" for state in replica["replicas"])
@@ -221,7 +216,7 @@ def complete(stack: Stack, model: str, max_tokens: int) -> httpx.Response:
 
 
 def long_story() -> dict[str, object]:
-    """A stream that would go on to the end of the context."""
+    """A stream that goes on to the end of the context."""
     return {"model": "pirate", "messages": MESSAGES, "max_tokens": 450, "stream": True, "ignore_eos": True}
 
 
@@ -237,11 +232,11 @@ def read_one_chunk(stack: Stack, api_key: str) -> None:
 
 
 def assert_engine_idle(stack: Stack) -> None:
-    """No request runs, and so no step is computed any more."""
+    """Assert that the engine soon takes no more steps."""
 
     def steps() -> int:
         engines = stack.admin("engines").json()["data"]
-        assert engines, "an engine reports"
+        assert engines, "no engine reports"
         return sum(engine["steps"] for engine in engines)
 
     def is_still() -> bool:
@@ -249,7 +244,7 @@ def assert_engine_idle(stack: Stack) -> None:
         time.sleep(1)
         return steps() == first
 
-    wait_for(is_still, 40, "the engine goes on generating for nobody")
+    eventually(is_still, 40)
 
 
 def is_ready(stack: Stack) -> bool:

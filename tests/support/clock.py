@@ -1,10 +1,10 @@
-"""A calendar that stands still until it is moved."""
+"""A clock that stands still until a test moves it."""
 
 from billing.clock import now_ms
 
 
 class SteppedClock:
-    """Starts at ``now_ms``, or now."""
+    """A clock that starts at ``start_ms``, or now."""
 
     def __init__(self, start_ms: int | None = None) -> None:
         self.now_ms = now_ms() if start_ms is None else start_ms

@@ -10,8 +10,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from deployments.inference.native.output import Emit
-from deployments.inference.request import EngineError, FinishReason, GenerateRequest, SamplingParams, Tokens
+from deployments.inference.request import Emit, EngineError, FinishReason, GenerateRequest, OutputDelta, SamplingParams
 from deployments.token_stream.frames import Address
 from deployments.token_stream.gateway_end import SocketLink
 from deployments.token_stream.link import Refused
@@ -69,11 +68,11 @@ class ClockworkEngine:
                     if self.emitted[request_id] == request.sampling.max_tokens:
                         del self._jobs[request_id]
 
-    def _piece(self, request: GenerateRequest) -> Tokens:
+    def _piece(self, request: GenerateRequest) -> OutputDelta:
         number = self.emitted.get(request.request_id, 0)
         self.emitted[request.request_id] = number + 1
         is_last = number + 1 == request.sampling.max_tokens
-        return Tokens(
+        return OutputDelta(
             token_ids=(number,),
             text=f"tok{number} ",
             prompt_tokens=len(request.prompt_token_ids),
@@ -139,7 +138,7 @@ class Path:
     handle: ClockworkHandle
     link: SocketLink
 
-    async def read(self, request_id: str, max_tokens: int = 5) -> list[Tokens]:
+    async def read(self, request_id: str, max_tokens: int = 5) -> list[OutputDelta]:
         return [piece async for piece in self.link.generate(job_of(request_id, max_tokens))]
 
 

@@ -1,35 +1,35 @@
-"""Short ways to ask an engine and to collect its answers."""
+"""Make requests of an engine and collect their output."""
 
 import threading
 
-from deployments.inference.native.loop import Engine
-from deployments.inference.request import AdapterRef, GenerateRequest, SamplingParams, Tokens
+from deployments.inference.native.engine import Engine
+from deployments.inference.request import AdapterRef, GenerateRequest, OutputDelta, SamplingParams
 
 
 class Collector:
-    """Takes one request's pieces; ``wait`` returns when the last has come."""
+    """Receives one request's deltas; ``wait`` returns the last one."""
 
     def __init__(self) -> None:
-        self.pieces: list[Tokens] = []
+        self.deltas: list[OutputDelta] = []
         self._done = threading.Event()
 
-    def __call__(self, piece: Tokens) -> None:
-        assert not self._done.is_set(), "a piece after the last"
-        self.pieces.append(piece)
-        if piece.finish_reason is not None:
+    def __call__(self, delta: OutputDelta) -> None:
+        assert not self._done.is_set(), "a delta after the last"
+        self.deltas.append(delta)
+        if delta.finish_reason is not None:
             self._done.set()
 
-    def wait(self, seconds: float = 30) -> Tokens:
-        assert self._done.wait(seconds), "no answer"
-        return self.pieces[-1]
+    def wait(self, seconds: float = 30) -> OutputDelta:
+        assert self._done.wait(seconds), "no last delta"
+        return self.deltas[-1]
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        return tuple(token for piece in self.pieces for token in piece.token_ids)
+        return tuple(token for delta in self.deltas for token in delta.token_ids)
 
     @property
     def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
+        return "".join(delta.text for delta in self.deltas)
 
 
 def request(
@@ -42,7 +42,7 @@ def request(
     sampling: SamplingParams | None = None,
     max_tokens: int = 8,
 ) -> GenerateRequest:
-    """A greedy request that doesn't stop early, unless told otherwise."""
+    """A request; greedy and without end token, unless ``sampling`` is given."""
     return GenerateRequest(
         request_id=request_id,
         prompt_token_ids=prompt,
@@ -54,10 +54,24 @@ def request(
 
 
 def run(engine: Engine, *requests: GenerateRequest) -> list[Collector]:
-    """Submit all at once and wait for all."""
+    """Submit these requests at once, and wait until all have ended."""
     collectors = [Collector() for _ in requests]
     for one, collector in zip(requests, collectors, strict=True):
         engine.submit(one, collector)
     for collector in collectors:
         collector.wait()
     return collectors
+
+
+class RecordedRows:
+    """KV cache rows that record what is done to them."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[int, int, int]] = []
+        self.cleared: list[int] = []
+
+    def copy(self, source: int, target: int, rows: int) -> None:
+        self.copies.append((source, target, rows))
+
+    def clear(self, slot: int) -> None:
+        self.cleared.append(slot)

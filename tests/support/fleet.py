@@ -1,14 +1,15 @@
-"""Real stores of more than one process, on loopback: a cluster, a primary that sentinels watch, one with TLS.
+"""Real stores of several servers, on loopback: a cluster, a primary that sentinels watch; and waits for their calls.
 
-Start them from the main thread: they die with the thread that made them.
+Start them from the main thread: the kernel ends them with the thread that started them.
 """
 
+import asyncio
 import os
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +17,24 @@ from random import SystemRandom
 
 import redis
 
+from billing.ledger.ledger import Ledger
+from billing.store.errors import StoreUnavailable
+from billing.usage import TenantId
 from cluster import valkey
 
 HOST = "127.0.0.1"
 PATIENCE_S = 20.0
 BUS = 10_000
-"""A cluster's nodes talk to each other on their port plus this."""
+"""Nodes of a cluster connect to each other at their port plus this."""
 SLOTS = 16_384
 SERVICE = "ledger"
+PROMPT_S = 2.5
+"""A call of a silent store fails within 0.3 s, and later on a busy machine; one that is not bounded waits for 5 s."""
 
 
 @dataclass
 class Server:
-    """One process of a fleet, and how to start it again where it was."""
+    """One server process, which can be started again on its data."""
 
     port: int
     folder: Path
@@ -79,20 +85,20 @@ class Fleet:
 
 
 def replace_primary(fleet: Fleet) -> None:
-    """Kill the primary, wait for the sentinels to raise the replica, and bring the old one back behind it.
+    """Kill the primary, wait until the sentinels promote the replica, and start the old one again as its replica.
 
-    Sentinels that lose sight of the new one for a moment may turn the two again: whichever is primary then is first.
+    The sentinels may promote the old one once more: whichever is the primary then comes first in ``fleet.servers``.
     """
     old, new = fleet.servers
     old.kill()
-    wait_until(lambda: new.client.info()["role"] == "master", "a replica that was raised")
+    wait_until(lambda: new.client.info()["role"] == "master", "a promoted replica")
     come_back(old, new)
     wait_until(lambda: in_step(old, new) or in_step(new, old), "a replica in step")
     fleet.servers = [new, old] if in_step(old, new) else [old, new]
 
 
 def follow(old: Server, new: Server) -> None:
-    """Start a server again as the replica of another one, and wait until it has everything."""
+    """Start a server again as the replica of another one, and wait until it has all data."""
     come_back(old, new)
     wait_until(lambda: in_step(old, new), "a replica in step")
 
@@ -108,7 +114,7 @@ def come_back(old: Server, new: Server) -> None:
 
 
 def in_step(replica: Server, primary: Server) -> bool:
-    """It has caught up with that primary."""
+    """Is it a replica of that primary, with all its data?"""
     state = replica.client.info("replication")
     is_linked = state.get("master_link_status") == "up" and state["master_port"] == primary.port
     return is_linked and primary.client.info("replication")["role"] == "master"
@@ -127,7 +133,7 @@ def wait_until(is_so: Callable[[], bool], what: str, patience_s: float = PATIENC
 
 
 def free_port() -> int:
-    """One whose bus port is free as well; below those that the kernel gives to clients."""
+    """Return a port whose bus port is free too, below those that the kernel gives to clients."""
     while True:
         port = SystemRandom().randrange(12_000, 20_000)
         if all(_is_free(number) for number in (port, port + BUS)):
@@ -144,7 +150,7 @@ def _is_free(port: int) -> bool:
 
 
 def durable(folder: Path, program: Path | None = None, **options: str) -> Server:
-    """A server on a port with the durability of production, not yet started."""
+    """Return a server on a port, with the durability of production, that is not started yet."""
     port = free_port()
     words = {
         "port": str(port),
@@ -166,7 +172,7 @@ def _split(value: str) -> list[str]:
 
 @contextmanager
 def cluster(folder: Path, nodes: int = 3, replicas: int = 0, program: Path | None = None) -> Iterator[Fleet]:
-    """Primaries with all slots between them, then ``replicas`` for each."""
+    """A cluster of ``nodes`` primaries, followed by ``replicas`` of each."""
     fleet = Fleet("", [])
     try:
         for number in range(nodes * (1 + replicas)):
@@ -195,7 +201,7 @@ def _introduce(servers: Sequence[Server], nodes: int) -> None:
     for server in servers[1:]:
         servers[0].client.execute_command("CLUSTER", "MEET", HOST, server.port)
     for server in servers:
-        wait_until(lambda server=server: _knows(server, len(servers)), "a cluster that knows its nodes")  # type: ignore[misc]
+        wait_until(lambda server=server: _sees(server, len(servers)), "a cluster that sees its nodes")  # type: ignore[misc]
     for number, server in enumerate(servers[nodes:]):
         primary = servers[number % nodes].client.execute_command("CLUSTER", "MYID")
         server.client.execute_command("CLUSTER", "REPLICATE", primary)
@@ -203,7 +209,7 @@ def _introduce(servers: Sequence[Server], nodes: int) -> None:
         wait_until(lambda server=server: server.client.info()["master_link_status"] == "up", "a replica in step")  # type: ignore[misc]
 
 
-def _knows(server: Server, count: int) -> bool:
+def _sees(server: Server, count: int) -> bool:
     info = server.client.execute_command("CLUSTER INFO")
     return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == count
 
@@ -247,3 +253,29 @@ def _watches(sentinel: Server, others: int) -> bool:
     state = sentinel.client.sentinel_master(SERVICE, return_responses=True)
     assert isinstance(state, dict)
     return int(state["num-slaves"]) == 1 and int(state["num-other-sentinels"]) == others
+
+
+async def answered(call: Awaitable[object]) -> tuple[bool, float]:
+    """Was a call of the store answered, and after how many seconds? False where it raised ``StoreUnavailable``."""
+    started = time.monotonic()
+    try:
+        await call
+    except StoreUnavailable:
+        return False, time.monotonic() - started
+    return True, time.monotonic() - started
+
+
+async def time_to_fail(call: Awaitable[object]) -> float:
+    """Seconds until a call raised ``StoreUnavailable``, which it must."""
+    was_answered, seconds = await answered(call)
+    assert not was_answered, "the store is expected to be unavailable"
+    return seconds
+
+
+async def until_served(ledger: Ledger, tenants: Iterable[TenantId], patience_s: float = 10.0) -> None:
+    """Wait until the ledger answers for each of these tenants."""
+    deadline = time.monotonic() + patience_s
+    for tenant in tenants:
+        while not (await answered(ledger.account(tenant)))[0]:
+            assert time.monotonic() < deadline, "the store is back and is not used"
+            await asyncio.sleep(0.05)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from deployments.gateway.services import Services
 from redis.asyncio import Redis
 from starlette.types import ASGIApp
 
@@ -15,11 +16,9 @@ from billing.ledger.account import Grant
 from billing.money import Nanos, parse_usd
 from billing.tenants.tenant import Tenant, new_key
 from billing.usage import TenantId, Unit
-from deployments.gateway.services import Services
 from tests.support.scripted import ScriptedLink
 
 ADMIN_KEY = "admin-key-of-the-tests"
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
 DIGEST = "ab" * 32
 USER_CONFIG: dict[str, object] = {
     "base": {"id": "farebox-base", "price": {"input_per_1m": "1", "output_per_1m": "2"}},

@@ -1,4 +1,4 @@
-"""Clients of a running farebox: many calls at once, some of them hung up, each receipt kept."""
+"""Clients of a running farebox: many requests at once, some of which hang up; keeps every receipt."""
 
 import asyncio
 import json
@@ -25,19 +25,19 @@ MOST_RETRIES = 1_000
 
 @dataclass
 class Outcome:
-    """What the clients of one load saw. ``receipts`` maps record id to the receipt."""
+    """What the clients of one load saw. ``receipts`` maps a record id to its receipt."""
 
     receipts: dict[str, dict[str, str]] = field(default_factory=dict)
     hung_up: int = 0
     refusals: list[str] = field(default_factory=list)
-    """The message of every reply that was no 200."""
+    """The body of every reply whose status is not 200."""
     retried: int = 0
-    """Attempts answered 503 with Retry-After: nothing was served or charged, and the client tried again."""
+    """How often a client tried again after a 503 with Retry-After, which serves and charges nothing."""
     broken: list[str] = field(default_factory=list)
-    """Calls cut by the server: a connection lost or a stream without its end."""
+    """Connections that were lost and streams that ended without ``[DONE]``."""
 
     def keep(self, receipt: dict[str, str]) -> None:
-        assert receipt["record_id"] not in self.receipts, "a record is one request's"
+        assert receipt["record_id"] not in self.receipts, "two replies have the same record id"
         self.receipts[receipt["record_id"]] = receipt
 
 
@@ -76,7 +76,7 @@ async def run(stack: Stack, tenants: Sequence[Tenant], calls: int, *, at_once: i
 async def _send(
     client: httpx.AsyncClient, body: dict[str, object], headers: dict[str, str], outcome: Outcome, *, hang_up: bool
 ) -> bool:
-    """One attempt; False where the server asks for another, as OpenAI's SDK would make."""
+    """Make one attempt; returns False where the server asks for another one, which OpenAI's SDK would make."""
     async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
         if reply.status_code == 503 and "retry-after" in reply.headers and outcome.retried < MOST_RETRIES:
             return False

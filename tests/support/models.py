@@ -1,4 +1,4 @@
-"""A tiny random model, PEFT adapters on it, PEFT itself as the oracle, and settings that make everything happen."""
+"""A tiny random model, adapters made by PEFT, PEFT itself as the oracle, and small engine settings."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -45,7 +45,7 @@ def peft_on_newer_transformers() -> Iterator[None]:
 
 
 def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE, so that random tokens are often half a character."""
+    """A byte-level BPE, so that random tokens are often incomplete characters."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -62,7 +62,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 def make_base(path: Path, tokenizer: Tokenizer) -> Path:
-    """A random Llama whose greedy answers differ from prompt to prompt."""
+    """A random Llama whose greedy tokens differ from prompt to prompt."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -84,7 +84,7 @@ def make_base(path: Path, tokenizer: Tokenizer) -> Path:
 
 
 def make_adapters(root: Path, base_path: Path) -> dict[str, Path]:
-    """Adapters of mixed ranks and targets, made and saved by PEFT, with weights that matter."""
+    """Adapters of mixed ranks and targets, made and saved by PEFT, with weights that change the greedy tokens."""
     for seed, (name, config) in enumerate(ADAPTERS.items()):
         torch.manual_seed(100 + seed)
         with peft_on_newer_transformers():
@@ -98,14 +98,14 @@ def make_adapters(root: Path, base_path: Path) -> dict[str, Path]:
 
 @dataclass
 class Oracle:
-    """PEFT itself, one request at a time."""
+    """PEFT, one request at a time. Its greedy tokens are computed once."""
 
     model: PeftModel
     base: LlamaForCausalLM
-    known: dict[tuple[str | None, tuple[int, ...], int], tuple[int, ...]] = field(default_factory=dict)
+    computed: dict[tuple[str | None, tuple[int, ...], int], tuple[int, ...]] = field(default_factory=dict)
 
     def logits(self, adapter: str | None, tokens: tuple[int, ...]) -> torch.Tensor:
-        """After the last of these tokens."""
+        """Logits after the last of these tokens."""
         if adapter is not None:
             self.model.set_adapter(adapter)
         model = self.base if adapter is None else self.model
@@ -115,20 +115,20 @@ class Oracle:
 
     def greedy(self, adapter: str | None, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
         key = (adapter, prompt, max_tokens)
-        if key not in self.known:
+        if key not in self.computed:
             if adapter is not None:
                 self.model.set_adapter(adapter)
             model = self.base if adapter is None else self.model
             with torch.inference_mode():
-                answer = model.generate(
+                output = model.generate(
                     input_ids=torch.tensor([prompt]),
                     attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                     max_new_tokens=max_tokens,
                     do_sample=False,
                     pad_token_id=0,
                 )
-            self.known[key] = tuple(answer[0, len(prompt) :].tolist())
-        return self.known[key]
+            self.computed[key] = tuple(output[0, len(prompt) :].tolist())
+        return self.computed[key]
 
 
 def make_oracle(base_path: Path, adapter_paths: Mapping[str, Path]) -> Oracle:
@@ -143,7 +143,7 @@ def make_oracle(base_path: Path, adapter_paths: Mapping[str, Path]) -> Oracle:
 
 
 def small_settings(base_path: Path) -> EngineSettings:
-    """Small in everything, so that chunking, waiting and eviction happen."""
+    """Small sizes, so that chunked prefill, waiting and eviction happen."""
     return EngineSettings(
         model_path=str(base_path),
         max_context_tokens=128,

@@ -1,9 +1,8 @@
-"""A running sandbox with the real SDK on one side and a listening merchant on the other."""
+"""A running sandbox with Dodo's SDK as its client, and a merchant that receives its webhooks."""
 
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ from dodopayments.types import Product, Subscription
 
 from billing.clock import now_ms
 from cluster.dodo_sandbox.server import SandboxServer
+from tests.support.waiting import eventually
 
 API_KEY = "dodo_test_key"
 MONTH = {
@@ -27,7 +27,7 @@ MONTH = {
 
 
 @dataclass
-class Heard:
+class Received:
     """One webhook as it arrived."""
 
     headers: dict[str, str]
@@ -49,25 +49,18 @@ class Heard:
 
 @dataclass
 class Merchant:
-    """Hears webhooks; answers each with the next of ``answers``, then 200."""
+    """Receives webhooks; answers each with the next of ``answers``, then with 200."""
 
     url: str = ""
-    heard: list[Heard] = field(default_factory=list)
+    received: list[Received] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
 
     def types(self) -> list[str]:
-        return [one.type for one in self.heard]
+        return [one.type for one in self.received]
 
-    def wait(self, count: int) -> list[Heard]:
-        wait_for(lambda: len(self.heard) >= count)
-        return self.heard
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
+    def wait(self, count: int) -> list[Received]:
+        eventually(lambda: len(self.received) >= count)
+        return self.received
 
 
 @contextmanager
@@ -77,13 +70,13 @@ def merchant() -> Iterator[Merchant]:
     class Listening(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
-            listener.heard.append(Heard({k.lower(): v for k, v in self.headers.items()}, body))
+            listener.received.append(Received({k.lower(): v for k, v in self.headers.items()}, body))
             self.send_response(listener.answers.pop(0) if listener.answers else 200)
             self.send_header("content-length", "0")
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Keeps quiet."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Listening)
     listener.url = f"http://127.0.0.1:{server.server_port}/webhooks/dodo"
@@ -103,8 +96,8 @@ class World:
     dodo: DodoPayments
     http: httpx.Client
 
-    def admin(self, path: str, /, **order: object) -> httpx.Response:
-        answer = self.http.post(f"/_sandbox/{path}", json=order)
+    def control(self, path: str, /, **body: object) -> httpx.Response:
+        answer = self.http.post(f"/_sandbox/{path}", json=body)
         assert answer.is_success, answer.text
         return answer
 
@@ -138,7 +131,7 @@ class World:
         ).session_id
 
     def buy(self, customer: str, product: Product, quantity: int = 1, **more: object) -> dict[str, object]:
-        paid: dict[str, object] = self.admin(f"pay/{self.session(customer, product, quantity, **more)}").json()
+        paid: dict[str, object] = self.control(f"pay/{self.session(customer, product, quantity, **more)}").json()
         return paid
 
     def subscribe(self, customer: str, product: Product) -> Subscription:
@@ -157,7 +150,7 @@ class World:
         self.dodo.usage_events.ingest(events=events)
 
     def days(self, days: float) -> None:
-        self.admin("clock", advance_s=days * 86_400)
+        self.control("clock", advance_s=days * 86_400)
 
     def payments(self, customer: str) -> Sequence[object]:
         return self.dodo.payments.list(customer_id=customer, page_size=100).items
@@ -165,7 +158,7 @@ class World:
 
 @contextmanager
 def world(state_dir: Path, webhook_secret: str | None = None) -> Iterator[World]:
-    """A sandbox on ``state_dir``; the SDK refuses every answer that is not of its type."""
+    """A sandbox with its state in ``state_dir``. The SDK raises for an answer that does not fit its types."""
     with (
         SandboxServer(state_dir, API_KEY, webhook_secret=webhook_secret, clock=now_ms) as server,
         httpx.Client(base_url=server.url, trust_env=False) as http,

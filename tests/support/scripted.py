@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
 
-from deployments.inference.request import Choice, EngineStats, FinishReason, GenerateRequest, Logprob, Tokens
+from deployments.inference.request import Choice, EngineStats, FinishReason, GenerateRequest, Logprob, OutputDelta
 
 
 @dataclass
@@ -27,13 +27,13 @@ class ScriptedLink:
     """For each token."""
     jobs: list[GenerateRequest] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
-    """Tokens generated, by request id: it stops growing when a job is aborted."""
+    """OutputDelta generated, by request id: it stops growing when a job is aborted."""
     aborted: list[str] = field(default_factory=list)
     extended: list[Mapping[str, float]] = field(default_factory=list)
     slow: frozenset[str] = frozenset()
     """Requests that were cancelled because nobody reads them."""
 
-    async def generate(self, job: GenerateRequest) -> AsyncGenerator[Tokens, None]:
+    async def generate(self, job: GenerateRequest) -> AsyncGenerator[OutputDelta, None]:
         self.jobs.append(job)
         is_over = False
         try:
@@ -50,11 +50,11 @@ class ScriptedLink:
             if not is_over:
                 self.aborted.append(job.request_id)
 
-    def _piece(self, job: GenerateRequest, number: int, reason: FinishReason | None) -> Tokens:
+    def _piece(self, job: GenerateRequest, number: int, reason: FinishReason | None) -> OutputDelta:
         answers, text = job.sampling.n, f"tok{number} "
         choices = tuple(self._choice(job, index, number, reason) for index in range(answers))
         is_plain = answers == 1 and job.sampling.logprobs is None
-        return Tokens(
+        return OutputDelta(
             token_ids=(number,) * answers,
             text=text if is_plain else "",
             prompt_tokens=len(job.prompt_token_ids),

@@ -3,4 +3,4 @@
 from pathlib import Path
 
 SYSTEM_REDIS = Path("/usr/bin/redis-server")
-"""Where the system's own Redis lies, if there is one."""
+"""Where Debian and Ubuntu install redis-server."""

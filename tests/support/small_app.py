@@ -1,4 +1,4 @@
-"""The smallest Serve applications that a supervisor can run: one that answers, one that cannot start."""
+"""The smallest Serve applications for tests of a supervisor: one that answers, and one that cannot start."""
 
 from fastapi import FastAPI
 from ray import serve
@@ -20,7 +20,7 @@ class Answering:
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_constructor_retry_count=1)
 class Broken:
-    """Cannot be built."""
+    """Raises in its constructor."""
 
     def __init__(self) -> None:
         raise RuntimeError("the weights are of another model")

@@ -1,22 +1,19 @@
-"""A whole farebox on this machine, as an operator starts it, with ports and state of its own.
-
-Knows the command line, the state folder and the processes; everything else goes over HTTP.
-"""
+"""A whole farebox on this machine, started as an operator starts it, with ports and a state folder of its own."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
+
+from tests.support.waiting import eventually, free_port
 
 REPO = Path(__file__).parent.parent.parent
 UP_TIMEOUT_S = 300
@@ -54,7 +51,7 @@ class Stack:
         return httpx.get(f"{self.base_url}/admin/{path}", headers=headers, timeout=30)
 
     def processes(self, title: str) -> list[psutil.Process]:
-        """This stack's Serve replicas whose Ray title holds ``title``, such as ``farebox:Gateway``."""
+        """This stack's Serve replicas whose Ray title starts with ``title``, such as ``farebox:Gateway``."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
@@ -65,9 +62,8 @@ class Stack:
         return found
 
     def kill(self, title: str) -> psutil.Process:
-        """SIGKILL one replica of ``title``: what the kernel's memory killer does."""
-        wait_for(lambda: bool(self.processes(title)), 60, f"no process of {title}")
-        victim = self.processes(title)[0]
+        """SIGKILL one replica of ``title``, as the kernel does when memory runs out."""
+        victim = eventually(lambda: self.processes(title), 60)[0]
         victim.send_signal(signal.SIGKILL)
         return victim
 
@@ -86,11 +82,12 @@ def running(home: Path, config: Path, models: Path, *, haproxy: bool = True) -> 
     """Start a detached farebox with its own ports and folder, and stop it afterwards."""
     env = os.environ | {
         "FAREBOX_HOME": str(home),
-        "FAREBOX_PORT": str(_free_port()),
-        "FAREBOX_DASHBOARD_PORT": str(_free_port()),
-        "FAREBOX_SANDBOX_PORT": str(_free_port()),
+        "FAREBOX_PORT": str(free_port()),
+        "FAREBOX_DASHBOARD_PORT": str(free_port()),
+        "FAREBOX_SANDBOX_PORT": str(free_port()),
         "FAREBOX_MODELS": str(models),
         "FAREBOX_HAPROXY": "1" if haproxy else "0",
+        "PYTHONPATH": str(REPO),
         "COLUMNS": "160",
     }
     env.pop("REDIS_URL", None)
@@ -99,13 +96,6 @@ def running(home: Path, config: Path, models: Path, *, haproxy: bool = True) -> 
         yield _read(home, env)
     finally:
         farebox(env, "down", check=False)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s:g} s: {what}"
-        time.sleep(0.2)
 
 
 def _read(home: Path, env: dict[str, str]) -> Stack:
@@ -122,10 +112,3 @@ def _environ(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except (psutil.AccessDenied, psutil.NoSuchProcess):
         return {}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

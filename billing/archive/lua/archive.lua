@@ -1,12 +1,10 @@
--- Moves the archive cursor and notes each tenant's last archived link, or does nothing at all.
--- KEYS: cursor, archived links
--- ARGV: cursor expected, cursor after, then tenant, link ...
--- Returns 1 if moved, 0 if another archiver moved it first.
-if (redis.call('HGET', KEYS[1], 'archived') or '0-0') ~= ARGV[1] then
-  return 0
-end
-for i = 3, #ARGV, 2 do
-  redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
-end
-redis.call('HSET', KEYS[1], 'archived', ARGV[2])
+-- Move the archive cursor and note each tenant's last archived link, or do nothing at all.
+-- writes: yes
+-- keys: cursor archived
+-- args: expected after links[tenant link]
+-- returns: 1 if moved, 0 if another archiver moved it first
+
+if (redis.call("HGET", keys.cursor, "archived") or "0-0") ~= expected then return 0 end
+for _, one in ipairs(links) do redis.call("HSET", keys.archived, one.tenant, one.link) end
+redis.call("HSET", keys.cursor, "archived", after)
 return 1

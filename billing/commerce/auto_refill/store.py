@@ -5,20 +5,17 @@ from collections.abc import Callable
 from redis.asyncio import Redis
 
 from billing.commerce.auto_refill.refill import Refill
+from billing.store.compare_and_set import CompareAndSet
 from billing.store.connection import guarded
-from billing.store.errors import StoreUnavailable
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import REFILLS, shard_for
-from billing.store.scripts import source
 from billing.usage import TenantId
-
-TRIES = 20
 
 
 class Refills:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._swap = redis.register_script(source("store/swap"))
+        self._refills = CompareAndSet(redis, Refill, BULK_DEADLINE_S)
 
     async def get(self, tenant: TenantId) -> Refill | None:
         async with guarded(BULK_DEADLINE_S):
@@ -41,13 +38,9 @@ class Refills:
             StoreUnavailable: others kept changing it.
         """
         name = shard_for(tenant).refill(tenant)
-        for _ in range(TRIES):
-            async with guarded(BULK_DEADLINE_S):
-                old = str(await self._redis.get(name))
-                new = change(Refill.model_validate_json(old))
-                if await self._swap(keys=[name], args=[old, new.model_dump_json()]):
-                    return new
-        raise StoreUnavailable(f"the auto-refill of {tenant} is being changed by others: try again")
+        refill = await self._refills.change(name, change, f"the auto-refill of {tenant}")
+        assert refill is not None, "it was set up before"
+        return refill
 
     async def tenants(self) -> list[TenantId]:
         """Tenants that have set one up, on or off."""

@@ -1,13 +1,15 @@
--- Takes events that Dodo has out of the outbox and counts each once.
--- KEYS: cursor, outbox
--- ARGV: id, charge nanos, covered nanos, ...
--- Returns how many were still there.
+-- Take events that Dodo has out of the outbox and count each once.
+-- writes: yes
+-- keys: cursor outbox
+-- args: events[id charge covered]
+-- returns: how many were still there
+
 local acked = 0
-for i = 1, #ARGV, 3 do
-  if redis.call('HDEL', KEYS[2], ARGV[i]) == 1 then
-    redis.call('HINCRBY', KEYS[1], 'acked_events', 1)
-    redis.call('HINCRBY', KEYS[1], 'acked_charge', ARGV[i + 1])
-    redis.call('HINCRBY', KEYS[1], 'acked_covered', ARGV[i + 2])
+for _, event in ipairs(events) do
+  if redis.call("HDEL", keys.outbox, event.id) == 1 then
+    redis.call("HINCRBY", keys.cursor, "acked_events", 1)
+    redis.call("HINCRBY", keys.cursor, "acked_charge", event.charge)
+    redis.call("HINCRBY", keys.cursor, "acked_covered", event.covered)
     acked = acked + 1
   end
 end

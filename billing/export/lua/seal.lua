@@ -1,26 +1,17 @@
--- Moves the export cursor and writes what was folded up to it, or does nothing at all.
--- KEYS: cursor, outbox, withheld, then the account of each tenant in the window
--- ARGV: cursor expected, cursor after, entries, events, charge nanos, covered nanos, then what each of those accounts
--- has reached, then id, event ..., then id, entry withheld ...
--- Returns 1 if sealed, 0 if another exporter moved the cursor first.
-local cursor, outbox, withheld = KEYS[1], KEYS[2], KEYS[3]
-if (redis.call('HGET', cursor, 'at') or '0-0') ~= ARGV[1] then
-  return 0
-end
-local first = 7 + #KEYS - 3
-local last = first + 2 * tonumber(ARGV[4]) - 1
-for i = 4, #KEYS do
-  redis.call('HSET', KEYS[i], 'told', ARGV[3 + i])
-end
-for i = first, last, 2 do
-  redis.call('HSET', outbox, ARGV[i], ARGV[i + 1])
-end
-for i = last + 1, #ARGV, 2 do
-  redis.call('HSET', withheld, ARGV[i], ARGV[i + 1])
-end
-redis.call('HSET', cursor, 'at', ARGV[2])
-redis.call('HINCRBY', cursor, 'sealed_entries', ARGV[3])
-redis.call('HINCRBY', cursor, 'sealed_events', ARGV[4])
-redis.call('HINCRBY', cursor, 'sealed_charge', ARGV[5])
-redis.call('HINCRBY', cursor, 'sealed_covered', ARGV[6])
+-- Move the export cursor and write what was folded up to it, or do nothing at all.
+-- writes: yes
+-- keys: cursor outbox withheld accounts[]
+-- args: expected after entries charge covered reached[] events[id event] held_back[id entry]
+-- returns: 1 if sealed, 0 if another exporter moved the cursor first
+-- `reached` says how far the tenant of each account was sealed; what is charged and covered is in nanos.
+
+if (redis.call("HGET", keys.cursor, "at") or "0-0") ~= expected then return 0 end
+for i, account in ipairs(keys.accounts) do redis.call("HSET", account, "told", reached[i]) end
+for _, one in ipairs(events) do redis.call("HSET", keys.outbox, one.id, one.event) end
+for _, one in ipairs(held_back) do redis.call("HSET", keys.withheld, one.id, one.entry) end
+redis.call("HSET", keys.cursor, "at", after)
+redis.call("HINCRBY", keys.cursor, "sealed_entries", entries)
+redis.call("HINCRBY", keys.cursor, "sealed_events", #events)
+redis.call("HINCRBY", keys.cursor, "sealed_charge", charge)
+redis.call("HINCRBY", keys.cursor, "sealed_covered", covered)
 return 1

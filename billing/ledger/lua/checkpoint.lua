@@ -1,19 +1,25 @@
--- Move the leases of one shard's running requests forward and note how far each has come.
--- Returns the ids that are no longer held: those must stop.
+-- Renew the leases of one shard's running requests and note how far each has come.
+-- include: store/numbers store/clock ledger/waterfall
+-- writes: yes
+-- keys: holds leases
+-- args: requests[id usage list:nanos held:nanos]
+-- reply: renewed gone[]
+-- `held` is what the gateway has of the hold: should the store have lost extensions, the hold is billed with them when its
+-- lease ends. What is gone is no longer held and must stop.
 
-local now, gone = store_ms(), {}
-for i = 1, #ARGV, 3 do
-  local id, usage, list = ARGV[i], ARGV[i + 1], ARGV[i + 2]
-  local open = redis.call("HGET", KEYS[1], id)
+local now, reply = store_ms(), { "renewed" }
+for _, request in ipairs(requests) do
+  local open = redis.call("HGET", keys.holds, request.id)
   if open then
     local hold = cjson.decode(open)
-    if tonumber(list) >= tonumber(hold.list) then -- an older one that arrives late changes nothing
-      hold.usage, hold.list = usage, list
-      redis.call("HSET", KEYS[1], id, cjson.encode(hold))
+    if request.list >= tonumber(hold.list) then -- an older one that arrives late changes nothing
+      hold.usage, hold.list = request.usage, text(request.list)
+      if request.held > nanos_of(hold.draws) then hold.grown = text(request.held) end
+      redis.call("HSET", keys.holds, request.id, cjson.encode(hold))
     end
-    redis.call("ZADD", KEYS[2], "XX", text(now + tonumber(hold.lease)), id)
+    redis.call("ZADD", keys.leases, "XX", text(now + tonumber(hold.lease)), request.id)
   else
-    gone[#gone + 1] = id
+    reply[#reply + 1] = request.id
   end
 end
-return gone
+return reply

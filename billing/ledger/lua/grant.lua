@@ -1,27 +1,29 @@
--- Fill a new bucket once per source. Refunds that came before their payment are taken at once.
-
-local keys = { account = KEYS[1], buckets = KEYS[2], stream = KEYS[3], movement = KEYS[4] }
-local tenant, source, unit, amount = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-local calendar, marker_ttl_ms, most = tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9])
-local now = store_ms()
+-- Fill one new bucket, once per source: a grant, or an operator's correction, which may be below zero.
+-- include: store/clock ledger/buckets ledger/waterfall ledger/entries ledger/debts
+-- writes: yes
+-- keys: account buckets stream movements movement
+-- args: kind tenant source unit amount:count expires:ms adapters reason content gateway_now:ms ttl:ms most:nanos
+-- reply: done | repeat | reused | too_much
+-- Refunds that came before their payment are taken at once, and debts are paid. `content` tells a repeat from another
+-- movement of the same source; `kind` is that of the entry.
 
 local before = redis.call("HGET", keys.movement, "content")
-if before then return before == unit .. ARGV[4] and "repeat" or "reused" end
-local buckets = read_buckets(keys.buckets)
-local total = amount
+if before then return { before == content and "repeat" or "reused" } end
+local now, buckets = store_ms(), read_buckets(keys)
+local total = math.abs(amount)
 for _, b in ipairs(buckets) do
-  if b.unit == unit then total = total + math.max(0, b.remaining) + b.held end
+  if b.unit == unit and not b.is_line then total = total + math.abs(b.remaining) + b.held end
 end
-if total > most then return "too_much" end
+if total > most then return { "too_much" } end
 
-local new = { id = source, unit = unit, remaining = amount, held = 0, granted = amount, expires = tonumber(ARGV[5]),
-  is_allowance = false, adapters = ARGV[6], is_changed = true }
-buckets[#buckets + 1] = new
-redis.call("HSET", keys.movement, "content", unit .. ARGV[4])
-redis.call("PEXPIRE", keys.movement, marker_ttl_ms)
-append_movement(keys, "grant", tenant,
-  { source = source, unit = unit, amount = amount, bucket = source, balance = balance_of(buckets, calendar), now = now })
-take_owed(keys, keys.movement, tenant, new, buckets, calendar, now)
-pay_debts(buckets, calendar)
-write_changed(keys.buckets, buckets)
-return "granted"
+local new = add_bucket(buckets, { id = source, unit = unit, remaining = amount, held = 0, granted = amount,
+  expires = expires, is_allowance = false, adapters = adapters, is_changed = true })
+redis.call("HSET", keys.movement, "content", content)
+redis.call("PEXPIRE", keys.movement, ttl)
+local balance = balance_of(buckets, gateway_now, buckets.allowance)
+local clawbacks = take_owed(keys.movement, new, buckets, gateway_now)
+append_movement(keys, kind, tenant, { source = source, unit = unit, amount = amount, bucket = source, balance = balance,
+  now = now, reason = reason ~= "" and reason or nil, paid = pay_debts(keys, buckets, gateway_now) })
+append_clawbacks(keys, tenant, clawbacks, now)
+write_buckets(keys, buckets)
+return { "done" }

@@ -1,18 +1,14 @@
-"""The operator's routes: tenants, keys, grants, and what the gateways and the billing actor say of themselves."""
+"""The operator's routes: tenants, grants, and the state of the gateways, the engines and billing."""
 
 import hmac
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Security
-from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
 from billing.catalog import publication
 from billing.catalog.plans import Plan
-from billing.catalog.publication import GatewayState
 from billing.clock import now_ms
 from billing.commerce.inbox import Inbox
 from billing.export.outbox import Outbox
@@ -21,36 +17,35 @@ from billing.money import NANOS_PER_USD, AmountError, parse_usd
 from billing.notices.log import Notices
 from billing.pricing.prices import Usd
 from billing.reconcile import proof_state
-from billing.reports.unsettled import Unsettled, unsettled
+from billing.reports.unsettled import unsettled
 from billing.tenants.tenant import Email, Tenant, TenantName
 from billing.usage import TenantId, Unit
-from deployments.gateway.api.account import account_json
+from deployments.gateway.api.account import read_account
 from deployments.gateway.api.admin_bodies import (
     AdjustmentBody,
     BillingBody,
     CatalogBody,
     DeadLetter,
     EngineBody,
-    GatewayList,
+    GatewayBody,
     GrantBody,
     NoticeBody,
     TenantBody,
     TenantWithAccount,
 )
-from deployments.gateway.api.bodies import Listing
+from deployments.gateway.api.bodies import AccountBody, Listing
+from deployments.gateway.api.dependencies import ADMIN_KEY, GatewayDep, gateway_of
 from deployments.gateway.api.document import refusals
-from deployments.gateway.api.errors import AdminDenied, BadRequest, NotFound
 from deployments.gateway.api.wire import Sent
-from deployments.gateway.catalog_holder import as_json
-from deployments.gateway.services import ADMIN_KEY, Parts, services_of
+from deployments.gateway.errors import AdminDenied, BadRequest, NotFound
+from deployments.gateway.gateway import Gateway
 
 DAY_MS = 24 * 3_600_000
-Json = dict[str, object]
 
 
 async def operator(request: Request, _: Annotated[object, Security(ADMIN_KEY)] = None) -> None:
     """Raises AdminDenied unless the admin key is sent as a bearer token."""
-    wanted = services_of(request).admin_key
+    wanted = gateway_of(request).config.admin_key
     if not wanted:
         raise AdminDenied("the admin API is off: set FAREBOX_ADMIN_KEY")
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -61,11 +56,11 @@ async def operator(request: Request, _: Annotated[object, Security(ADMIN_KEY)] =
 router = APIRouter(prefix="/admin", dependencies=[Depends(operator)], responses=refusals(401, 503))
 
 
-class _Asked(Sent):
+class _Request(Sent):
     model_config = ConfigDict(extra="forbid")
 
 
-class NewTenant(_Asked):
+class NewTenant(_Request):
     model_config = ConfigDict(json_schema_extra={"examples": [{"id": "globex", "email": "it@globex.example"}]})
 
     id: TenantName
@@ -75,14 +70,14 @@ class NewTenant(_Asked):
     """Empty takes the catalog's default plan."""
 
 
-class TenantChange(_Asked):
+class TenantChange(_Request):
     plan: str | None = None
     name: str | None = None
     email: Email | None = None
     suspended: bool | None = None
 
 
-class NewGrant(_Asked):
+class NewGrant(_Request):
     """Either ``usd`` or ``requests``. The same ``source`` twice is one grant."""
 
     source: Annotated[str, Field(min_length=1, max_length=128)]
@@ -101,7 +96,7 @@ class NewGrant(_Asked):
         return Grant(f"operator:{self.source}", tenant, unit, amount, expires, self.adapters)
 
 
-class NewAdjustment(_Asked):
+class NewAdjustment(_Request):
     """A correction: either ``usd`` or ``requests``, below zero to take. The same ``source`` twice is one."""
 
     source: Annotated[str, Field(min_length=1, max_length=128)]
@@ -121,126 +116,111 @@ class NewAdjustment(_Asked):
         return Adjustment(f"adjustment:{self.source}", tenant, unit, amount, self.reason)
 
 
-@router.post("/tenants", status_code=201, response_model=TenantBody, responses=refusals(400, 404, 409, 413))
-async def create_tenant(asked: NewTenant, parts: Parts) -> JSONResponse:
-    plan = asked.plan or parts.gateway.catalog_holder.current.default_plan
-    _check_plan(parts.gateway.catalog_holder.current.plans, plan)
+@router.post("/tenants", status_code=201, responses=refusals(400, 404, 409, 413))
+async def create_tenant(asked: NewTenant, gateway: GatewayDep) -> TenantBody:
+    catalog = gateway.parts.catalog_holder.current
+    plan = asked.plan or catalog.default_plan
+    _check_plan(catalog.plans, plan)
     tenant = Tenant(id=TenantId(asked.id), email=asked.email, plan=plan, name=asked.name, created_at_ms=now_ms())
-    return JSONResponse(_tenant(await parts.tenants.create(tenant)), 201)
+    return TenantBody.of(await gateway.parts.tenants.create(tenant))
 
 
-@router.get("/tenants", response_model=Listing[TenantBody])
-async def list_tenants(parts: Parts) -> JSONResponse:
-    return JSONResponse({"object": "list", "data": [_tenant(tenant) for tenant in await parts.tenants.list()]})
+@router.get("/tenants")
+async def list_tenants(gateway: GatewayDep) -> Listing[TenantBody]:
+    return Listing(data=[TenantBody.of(tenant) for tenant in await gateway.parts.tenants.list()])
 
 
-@router.get("/tenants/{tenant_id}", response_model=TenantWithAccount, responses=refusals(404))
-async def get_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
-    tenant = await parts.tenants.get(tenant_id)
-    return JSONResponse(_tenant(tenant) | {"account": await account_json(parts, tenant)})
+@router.get("/tenants/{tenant_id}", responses=refusals(404))
+async def get_tenant(tenant_id: TenantId, gateway: GatewayDep) -> TenantWithAccount:
+    tenant = await gateway.parts.tenants.get(tenant_id)
+    return TenantWithAccount.of(tenant, account=await read_account(gateway, tenant, AccountBody))
 
 
-@router.patch("/tenants/{tenant_id}", response_model=TenantBody, responses=refusals(400, 404, 409, 413))
-async def change_tenant(tenant_id: TenantId, asked: TenantChange, parts: Parts) -> JSONResponse:
+@router.patch("/tenants/{tenant_id}", responses=refusals(400, 404, 409, 413))
+async def change_tenant(tenant_id: TenantId, asked: TenantChange, gateway: GatewayDep) -> TenantBody:
     changes = asked.model_dump(exclude_none=True)
     if asked.plan is not None:
-        _check_plan(parts.gateway.catalog_holder.current.plans, asked.plan)
-    changed = await parts.tenants.update(tenant_id, lambda tenant: tenant.model_copy(update=changes))
-    return JSONResponse(_tenant(changed))
+        _check_plan(gateway.parts.catalog_holder.current.plans, asked.plan)
+    return await _update(gateway, tenant_id, changes)
 
 
-@router.post("/tenants/{tenant_id}/suspend", response_model=TenantBody, responses=refusals(404))
-async def suspend_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
-    """New requests are refused within a second; running ones end as they would."""
-    changed = await parts.tenants.update(tenant_id, lambda tenant: tenant.model_copy(update={"suspended": True}))
-    return JSONResponse(_tenant(changed))
+@router.post("/tenants/{tenant_id}/suspend", responses=refusals(404))
+async def suspend_tenant(tenant_id: TenantId, gateway: GatewayDep) -> TenantBody:
+    """New requests are refused within a second; running ones go on to their end."""
+    return await _update(gateway, tenant_id, {"suspended": True})
 
 
-@router.post("/tenants/{tenant_id}/resume", response_model=TenantBody, responses=refusals(404))
-async def resume_tenant(tenant_id: TenantId, parts: Parts) -> JSONResponse:
-    changed = await parts.tenants.update(tenant_id, lambda tenant: tenant.model_copy(update={"suspended": False}))
-    return JSONResponse(_tenant(changed))
+@router.post("/tenants/{tenant_id}/resume", responses=refusals(404))
+async def resume_tenant(tenant_id: TenantId, gateway: GatewayDep) -> TenantBody:
+    return await _update(gateway, tenant_id, {"suspended": False})
 
 
-@router.post("/tenants/{tenant_id}/grants", response_model=GrantBody, responses=refusals(400, 404, 409, 413))
-async def grant(tenant_id: TenantId, asked: NewGrant, parts: Parts) -> JSONResponse:
+@router.post("/tenants/{tenant_id}/grants", responses=refusals(400, 404, 409, 413))
+async def grant(tenant_id: TenantId, asked: NewGrant, gateway: GatewayDep) -> GrantBody:
     """``granted`` is false where this source was granted before."""
-    tenant = await parts.tenants.get(tenant_id)
+    tenant = await gateway.parts.tenants.get(tenant_id)
     made = asked.to_grant(tenant.id)
-    is_new = await parts.ledger.grant(made)
-    return JSONResponse({"granted": is_new, "source": made.source, "unit": made.unit.value, "amount": made.amount})
+    return GrantBody.of(made, await gateway.parts.ledger.grant(made))
 
 
-@router.post("/tenants/{tenant_id}/adjustments", response_model=AdjustmentBody, responses=refusals(400, 404, 409, 413))
-async def adjust(tenant_id: TenantId, asked: NewAdjustment, parts: Parts) -> JSONResponse:
-    """``adjusted`` is false where this source was counted before. Nothing of it is told to Dodo."""
-    tenant = await parts.tenants.get(tenant_id)
+@router.post("/tenants/{tenant_id}/adjustments", responses=refusals(400, 404, 409, 413))
+async def adjust(tenant_id: TenantId, asked: NewAdjustment, gateway: GatewayDep) -> AdjustmentBody:
+    """``adjusted`` is false where this source was counted before. Dodo Payments is not informed of adjustments."""
+    tenant = await gateway.parts.tenants.get(tenant_id)
     made = asked.to_adjustment(tenant.id)
-    is_new = await parts.ledger.adjust(made)
-    return JSONResponse({"adjusted": is_new, "source": made.source, "unit": made.unit.value, "amount": made.amount})
+    return AdjustmentBody.of(made, await gateway.parts.ledger.adjust(made))
 
 
-@router.get("/catalogue", response_model=CatalogBody)
-async def catalog(parts: Parts) -> JSONResponse:
-    """What this gateway sells, and the entries it set aside with their reasons."""
-    return JSONResponse(as_json(parts.gateway.catalog_holder.current) | {"gateway": parts.gateway_id})
+@router.get("/catalogue")
+async def catalog(gateway: GatewayDep) -> CatalogBody:
+    """What this gateway sells, and the rejected entries with their reasons."""
+    return CatalogBody.of(gateway.parts.catalog_holder.current, gateway.config.gateway_id)
 
 
-@router.get("/gateways", response_model=GatewayList)
-async def gateways(parts: Parts) -> JSONResponse:
-    """Every gateway's own word: the hash of the catalog it serves, and when it last said so."""
-    return JSONResponse(
-        {"object": "list", "data": [_gateway_json(state) for state in await publication.gateways(parts.redis)]}
-    )
+@router.get("/gateways")
+async def gateways(gateway: GatewayDep) -> Listing[GatewayBody]:
+    """Every gateway, the hash of the catalog that it serves, and when it last reported it."""
+    return Listing(data=[GatewayBody.of(state) for state in await publication.gateways(gateway.parts.redis)])
 
 
-@router.get("/billing", response_model=BillingBody)
-async def billing(parts: Parts) -> JSONResponse:
-    """The billing actor's state as it last wrote it, its cursors and sums, and what is not told or settled yet."""
-    outbox = Outbox(parts.redis)
+@router.get("/billing")
+async def billing(gateway: GatewayDep) -> BillingBody:
+    """The exporter's state as it last reported it, its cursors and sums, and what is not exported or settled yet."""
+    redis, ledger, settler = gateway.parts.redis, gateway.parts.ledger, gateway.parts.settler
+    outbox = Outbox(redis)
     state, sums, backlog = await outbox.shown(), await outbox.sums(), await outbox.backlog()
-    open_ = await unsettled(parts.redis)
-    return JSONResponse(
-        {
-            "object": "billing",
-            "pump": asdict(state),
-            "sums": asdict(sums),
-            "backlog": backlog.unsealed_entries + backlog.outbox_events,
-            "open_holds": await parts.ledger.open_holds(),
-            "money": _money_json(open_, max(open_.oldest_unsealed_s, state.waiting_s(now_ms()))),
-            "books": {kind: asdict(proof) for kind, proof in (await proof_state.shown(parts.redis)).items()},
-            "parked_webhooks": await Inbox(parts.redis).parked_count(),
-            "unsealed_entries": backlog.unsealed_entries,
-            "outbox_events": backlog.outbox_events,
-            "dead_events": backlog.dead_events,
-            "withheld_records": backlog.withheld_records,
-            "cursors": {str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
-            "unsettled_on_this_gateway": parts.gateway.settler.spooled,
-            "quarantined_settles": len(await parts.ledger.recovery.kept()),
-            "refused_settles": await parts.gateway.settler.refused(),
-        }
+    return BillingBody.of(
+        state,
+        sums,
+        backlog,
+        await unsettled(redis),
+        now_ms(),
+        open_holds=await ledger.open_holds(),
+        books=await proof_state.shown(redis),
+        parked_webhooks=await Inbox(redis).parked_count(),
+        cursors={str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
+        unsettled_on_this_gateway=settler.spooled,
+        quarantined_settles=len(await ledger.recovery.kept()),
+        refused_settles=await settler.refused(),
     )
 
 
-@router.get("/engines", response_model=Listing[EngineBody])
-async def engines(parts: Parts) -> JSONResponse:
-    """Every replica's engine, as it counts itself."""
-    stats = await parts.gateway.link.stats()
-    return JSONResponse({"object": "list", "data": [{"replica": name, **asdict(s)} for name, s in stats.items()]})
+@router.get("/engines")
+async def engines(gateway: GatewayDep) -> Listing[EngineBody]:
+    """Every replica's engine, with its counters and gauges."""
+    return Listing(data=[EngineBody.of(*one) for one in (await gateway.parts.link.stats()).items()])
 
 
-@router.get("/notices", response_model=Listing[NoticeBody], responses=refusals(400))
-async def list_notices(parts: Parts, limit: Annotated[int, Query(ge=1, le=1_000)] = 100) -> JSONResponse:
+@router.get("/notices", responses=refusals(400))
+async def list_notices(gateway: GatewayDep, limit: Annotated[int, Query(ge=1, le=1_000)] = 100) -> Listing[NoticeBody]:
     """What the owner should hear of, newest first."""
-    found = await Notices(parts.redis).newest(limit)
-    return JSONResponse({"object": "list", "data": [json.loads(notice.to_json()) for notice in found]})
+    return Listing(data=[NoticeBody.of(notice) for notice in await Notices(gateway.parts.redis).newest(limit)])
 
 
-@router.get("/dead-letters", response_model=Listing[DeadLetter])
-async def dead_letters(parts: Parts) -> JSONResponse:
-    """Events that Dodo refused for good, with its reason."""
-    dead = await Outbox(parts.redis).dead()
-    return JSONResponse({"object": "list", "data": [json.loads(event.to_json()) for event in dead]})
+@router.get("/dead-letters")
+async def dead_letters(gateway: GatewayDep) -> Listing[DeadLetter]:
+    """Events that Dodo Payments rejected for good, with its reason."""
+    return Listing(data=[DeadLetter.of(event) for event in await Outbox(gateway.parts.redis).dead()])
 
 
 def _check_plan(plans: Mapping[str, Plan], plan: str) -> None:
@@ -248,13 +228,6 @@ def _check_plan(plans: Mapping[str, Plan], plan: str) -> None:
         raise NotFound(f"plan {plan!r} is not one of {', '.join(sorted(plans))}")
 
 
-def _tenant(tenant: Tenant) -> Json:
-    return {"object": "tenant", **tenant.model_dump(mode="json")}
-
-
-def _gateway_json(state: GatewayState) -> Json:
-    return {**asdict(state), "quarantined": state.rejected}
-
-
-def _money_json(open_: Unsettled, backlog_age_s: int) -> Json:
-    return {**asdict(open_), "quarantined": open_.unresolved, "backlog_age_s": backlog_age_s}
+async def _update(gateway: Gateway, tenant_id: TenantId, changes: Mapping[str, object]) -> TenantBody:
+    tenants = gateway.parts.tenants
+    return TenantBody.of(await tenants.update(tenant_id, lambda tenant: tenant.model_copy(update=changes)))

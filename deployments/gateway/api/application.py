@@ -1,4 +1,4 @@
-"""The Gateway's ASGI application: the routers, the error table and our own edge, around one ``Services``."""
+"""The Gateway's ASGI application: every route, the errors and ``edge.Front``, around one ``Gateway``."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -9,25 +9,25 @@ from starlette.types import ASGIApp, Lifespan
 from deployments.gateway.api import account, admin, errors, health, keys, openai, refills, shop, webhook
 from deployments.gateway.api.document import openapi_json
 from deployments.gateway.edge import Front
-from deployments.gateway.services import Services
+from deployments.gateway.gateway import Gateway
 
 
-def make_app(services: Services) -> ASGIApp:
-    """One app for one gateway process; nothing global. Its lifespan starts and drains the gateway."""
+def make_app(gateway: Gateway) -> ASGIApp:
+    """The application of one gateway. Its lifespan starts and stops the gateway."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        services.gateway.start()
+        gateway.start()
         yield
-        await services.gateway.stop()
+        await gateway.stop()
 
     app = make_routes(lifespan)
-    app.state.services = services
-    return Front(app, services.max_body_bytes)
+    app.state.gateway = gateway
+    return Front(app, gateway.config.max_body_bytes)
 
 
 def make_routes(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
-    """Every route and error, with nothing behind them yet: enough to be documented."""
+    """Every route and error without a gateway: enough for the OpenAPI document."""
     app = FastAPI(
         title="Farebox", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )

@@ -1,52 +1,91 @@
-"""The shape of every answer, as the OpenAPI document tells it.
+"""The response models of tenants' routes. Money is a decimal string of dollars.
 
-Knows names and types; the routers fill them. Money is a decimal string of dollars.
+The shapes of completions are typed dictionaries: they are written on the path of every request, and need no validation.
 """
 
-from typing import Annotated, Generic, Literal, TypeVar
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
-from billing.catalog.plans import Limits
+from billing.catalog.catalog import Model
+from billing.catalog.plans import Limits, Plan
+from billing.ledger.account import Account, Bucket, Funding
+from billing.ledger.admission import Quote
+from billing.money import format_usd
 from billing.pricing.prices import Price
-from billing.tenants.tenant import Subscription, Throttle
-from billing.usage import Status, Usage
+from billing.reports.history import Total
+from billing.tenants.tenant import ApiKey, Subscription, Tenant, Throttle
+from billing.usage import Draw, Status, Unit, Usage, UsageRecord
 
 T = TypeVar("T")
 Dollars = Annotated[str, Field(pattern=r"^-?[0-9]+\.[0-9]{6,9}$", examples=["0.0000245"])]
+CLOSED = ConfigDict(extra="forbid")
+UnitName = Literal["usd", "requests"]
+
+
+def unit_name(unit: Unit) -> UnitName:
+    return "usd" if unit is Unit.NANOS else "requests"
+
+
+def amount_of(unit: Unit, amount: int) -> str | int:
+    """Dollars as a string, or a number of requests."""
+    return format_usd(amount) if unit is Unit.NANOS else amount
 
 
 class Body(BaseModel):
-    """Documented whole: a field that is not here is not sent."""
+    """A response whose fields are all documented."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = CLOSED
 
 
 class Listing(Body, Generic[T]):
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     data: list[T]
 
 
-class PromptDetails(Body):
+# Completions.
+
+
+@with_config(CLOSED)
+class PromptDetails(TypedDict):
     cached_tokens: int
 
 
-class TokenUsage(Body):
+@with_config(CLOSED)
+class TokenUsage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
 
 
-class DrawBody(Body):
+def token_usage(usage: Usage) -> TokenUsage:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+@with_config(CLOSED)
+class DrawBody(TypedDict):
     """What was drawn from one bucket of credit, in dollars or in requests."""
 
     bucket: str
-    unit: Literal["usd", "requests"]
+    unit: UnitName
     amount: Dollars | int
 
 
-class ModifierBody(Body):
+def draw_body(draw: Draw) -> DrawBody:
+    return {"bucket": draw.bucket, "unit": unit_name(draw.unit), "amount": amount_of(draw.unit, draw.amount)}
+
+
+@with_config(CLOSED)
+class ModifierBody(TypedDict):
     """One reason why the price was not the listed one; ``multiplier`` is a decimal string."""
 
     kind: Literal["volume", "time", "load", "experiment"]
@@ -54,7 +93,8 @@ class ModifierBody(Body):
     multiplier: str
 
 
-class ReceiptBody(Body):
+@with_config(CLOSED)
+class ReceiptBody(TypedDict):
     record_id: str
     cost_usd: Dollars
     list_usd: Dollars
@@ -65,71 +105,121 @@ class ReceiptBody(Body):
     draws: list[DrawBody]
 
 
-class TokenLogprob(Body):
+def receipt(record: UsageRecord) -> ReceiptBody:
+    return {
+        "record_id": record.record_id,
+        "cost_usd": format_usd(record.charged_nanos),
+        "list_usd": format_usd(record.list_nanos),
+        "balance_usd": format_usd(record.balance_nanos),
+        "price_version": record.price_version,
+        "modifiers": modifiers(record),
+        "adapter": record.adapter,
+        "draws": [draw_body(draw) for draw in record.draws],
+    }
+
+
+def modifiers(priced: UsageRecord | Quote) -> list[ModifierBody]:
+    return [cast(ModifierBody, asdict(modifier)) for modifier in priced.modifiers]
+
+
+@with_config(CLOSED)
+class TokenLogprob(TypedDict):
     token: str
     logprob: float
     bytes: list[int]
 
 
-class ChatLogprob(TokenLogprob):
+@with_config(CLOSED)
+class ChatLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
     top_logprobs: list[TokenLogprob]
 
 
-class ChatLogprobs(Body):
+@with_config(CLOSED)
+class ChatLogprobs(TypedDict):
     content: list[ChatLogprob]
     refusal: None
 
 
-class TextLogprobs(Body):
+@with_config(CLOSED)
+class TextLogprobs(TypedDict):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 
-class ChatMessage(Body):
+@with_config(CLOSED)
+class ChatMessage(TypedDict):
     role: Literal["assistant"]
     content: str
 
 
-class ChatChoice(Body):
+FinishReasonName = Literal["stop", "length"]
+
+
+@with_config(CLOSED)
+class ChatChoice(TypedDict):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReasonName
 
 
-class TextChoice(Body):
+@with_config(CLOSED)
+class TextChoice(TypedDict):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReasonName
 
 
-class IncompleteDetails(Body):
+@with_config(CLOSED)
+class IncompleteDetails(TypedDict):
     """Why an answer is shorter than asked for, where credit is the reason."""
 
     reason: str
     message: str
 
 
-class _Completed(Body):
+@with_config(CLOSED)
+class Incomplete(TypedDict, total=False):
+    incomplete_details: IncompleteDetails
+
+
+@with_config(CLOSED)
+class ClosingBody(Incomplete):
+    """What ends an answer: its usage and receipt."""
+
+    usage: TokenUsage
+    receipt: ReceiptBody
+
+
+def closing(record: UsageRecord, incomplete: Incomplete) -> ClosingBody:
+    return {"usage": token_usage(record.usage), "receipt": receipt(record), **incomplete}
+
+
+@with_config(CLOSED)
+class ChatCompletion(ClosingBody):
     id: str
     created: int
     model: str
-    usage: TokenUsage
-    receipt: ReceiptBody
-    incomplete_details: IncompleteDetails | None = None
-
-
-class ChatCompletion(_Completed):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
 
 
-class TextCompletion(_Completed):
+@with_config(CLOSED)
+class TextCompletion(ClosingBody):
+    id: str
+    created: int
+    model: str
     object: Literal["text_completion"]
     choices: list[TextChoice]
+
+
+# Errors.
 
 
 class ErrorBody(Body):
@@ -162,9 +252,16 @@ class Problem(BaseModel):
     top_up_url: str | None = None
     record_id: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Without the fields that this kind of error does not have."""
+        return self.model_dump(exclude_unset=True)
+
+
+# Quotes and models.
+
 
 class QuoteBody(Body):
-    object: Literal["quote"]
+    object: Literal["quote"] = "quote"
     model: str
     adapter: str
     price_version: str
@@ -180,14 +277,28 @@ class QuoteBody(Body):
 
 class ModelBody(Body):
     id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "farebox"
     root: str
     parent: str | None
     adapter: str
     price: Price
     price_version: str
+
+    @classmethod
+    def of(cls, model: Model, base_model: str) -> Self:
+        return cls(
+            id=model.id,
+            root=base_model,
+            parent=base_model if model.is_adapter else None,
+            adapter=model.identity,
+            price=model.price,
+            price_version=model.price.version,
+        )
+
+
+# Accounts.
 
 
 class _BucketBody(Body):
@@ -197,19 +308,32 @@ class _BucketBody(Body):
 
 
 class MoneyBucket(_BucketBody):
-    unit: Literal["usd"]
+    unit: Literal["usd"] = "usd"
     remaining_usd: Dollars
     granted_usd: Dollars
 
 
 class RequestsBucket(_BucketBody):
-    unit: Literal["requests"]
+    unit: Literal["requests"] = "requests"
     remaining: int
     granted: int
 
 
+def bucket_body(bucket: Bucket) -> MoneyBucket | RequestsBucket:
+    shared: Mapping[str, Any] = {
+        "id": bucket.id,
+        "expires_at_ms": bucket.expires_at_ms,
+        "adapters": list(bucket.adapters),
+    }
+    if bucket.unit is Unit.REQUESTS:
+        return RequestsBucket(remaining=bucket.remaining, granted=bucket.granted, **shared)
+    return MoneyBucket(remaining_usd=format_usd(bucket.remaining), granted_usd=format_usd(bucket.granted), **shared)
+
+
 class AccountBody(Body):
-    object: Literal["account"]
+    """A tenant's account, as a hold would find it now."""
+
+    object: Literal["account"] = "account"
     tenant: str
     plan: str
     plan_kind: str
@@ -224,14 +348,40 @@ class AccountBody(Body):
     open_holds: int
     limits: Limits
     subscription: Subscription | None
-    throttled: Throttle | None = None
-    quarantine: Throttle | None = None
-    """The same, under its name before 0.2."""
+
+    @classmethod
+    def of(cls, tenant: Tenant, plan: Plan, funding: Funding, account: Account, **more: Any) -> Self:
+        allowance = account.allowance
+        return cls(
+            tenant=tenant.id,
+            plan=tenant.plan,
+            plan_kind=plan.kind.value,
+            suspended=tenant.suspended,
+            balance_usd=format_usd(account.balance_nanos),
+            held_usd=format_usd(account.held_nanos),
+            held_requests=account.held_requests,
+            overage_usd=format_usd(account.overage_nanos),
+            overage_cap_usd=format_usd(funding.credit_limit),
+            allowance=None if allowance is None else bucket_body(allowance),
+            packs=[bucket_body(bucket) for bucket in account.buckets if not bucket.is_allowance],
+            open_holds=account.open_holds,
+            limits=plan.limits,
+            subscription=tenant.subscription,
+            **more,
+        )
+
+
+class OwnAccountBody(AccountBody):
+    """The account of the key that asks."""
+
+    throttled: Throttle | None
     """Why the key that asks may do little for now."""
+    quarantine: Throttle | None
+    """The same as ``throttled``, under its name before 0.2."""
 
 
 class UsageTotal(Body):
-    """One model's or one day's total."""
+    """The total of one model or of one day."""
 
     model: str | None = None
     day: str | None = None
@@ -244,6 +394,22 @@ class UsageTotal(Body):
     list_usd: Dollars
     charged_usd: Dollars
     overage_usd: Dollars
+
+    @classmethod
+    def of(cls, total: Total, group_by: Literal["model", "day"]) -> Self:
+        group: Mapping[str, Any] = {group_by: total.group}
+        return cls(
+            **group,
+            records=total.records,
+            requests=total.requests,
+            prompt_tokens=total.prompt_tokens,
+            cached_tokens=total.cached_tokens,
+            completion_tokens=total.completion_tokens,
+            compute_ms=total.compute_ms,
+            list_usd=format_usd(total.list_nanos),
+            charged_usd=format_usd(total.charged_nanos),
+            overage_usd=format_usd(total.overage_nanos),
+        )
 
 
 class UsageBody(Body):
@@ -272,22 +438,81 @@ class RecordBody(Body):
     balance_usd: Dollars
     draws: list[DrawBody]
 
+    @classmethod
+    def of(cls, record: UsageRecord) -> Self:
+        return cls(
+            record_id=record.record_id,
+            request_id=record.request_id,
+            seq=record.seq,
+            key_id=record.key_id,
+            adapter=record.adapter,
+            plan=record.plan,
+            price_version=record.price_version,
+            modifiers=modifiers(record),
+            status=record.status,
+            occurred_at_ms=record.occurred_at_ms,
+            usage=record.usage,
+            list_usd=format_usd(record.list_nanos),
+            charged_usd=format_usd(record.charged_nanos),
+            overage_usd=format_usd(record.overage_nanos),
+            balance_usd=format_usd(record.balance_nanos),
+            draws=[draw_body(draw) for draw in record.draws],
+        )
+
 
 class RecordPage(Listing[RecordBody]):
     next_cursor: str | None
 
 
+# API keys.
+
+
+class KeyBody(Body):
+    object: Literal["api_key"] = "api_key"
+    id: str
+    tenant: str
+    shown: str
+    name: str
+    models: list[str] | None
+    limits: Limits
+    daily_cap: Dollars | None
+    monthly_cap: Dollars | None
+    manages_keys: bool
+    throttled: Throttle | None
+    quarantine: Throttle | None
+    """The same as ``throttled``, under its name before 0.2."""
+    lifted_at_ms: int
+    counts_as: str
+    created_at_ms: int
+    expires_at_ms: int | None
+    revoked_at_ms: int | None
+
+    @classmethod
+    def of(cls, key: ApiKey) -> Self:
+        return cls(**key.model_dump(exclude={"hash"}, mode="json"), quarantine=key.throttled)
+
+
+class NewKeyBody(Body):
+    """The only reply that has the secret."""
+
+    api_key: str
+    key: KeyBody
+
+
+# Webhooks and health.
+
+
 class Received(Body):
-    received: Literal[True]
+    received: Literal[True] = True
 
 
 class Alive(Body):
-    status: Literal["ok"]
+    status: Literal["ok"] = "ok"
 
 
 class Checks(Body):
     store: bool
-    catalog: bool
+    catalogue: bool
     replica: bool
 
 

@@ -1,7 +1,4 @@
-"""The OpenAPI document: which statuses a route answers, with which codes, and what an error looks like.
-
-Knows how the document is written; the statuses themselves come from the one table in ``errors.py``.
-"""
+"""The OpenAPI document: FastAPI's, with our own errors in place of its own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +8,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 
 from deployments.gateway.api.bodies import Problem
-from deployments.gateway.api.errors import ANSWERS, HTTP_CODES
+from deployments.gateway.api.errors import HTTP_ANSWERS, HTTP_CODES
 
 PROBLEM = "application/problem+json"
 REF = "#/components/schemas/{model}"
@@ -19,19 +16,19 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def refusals(*statuses: int) -> Responses:
-    """What a route may answer instead, in the one shape of an error."""
+    """The ``responses`` of a route that can be refused with these statuses."""
     content = {PROBLEM: {"schema": {"$ref": REF.format(model=Problem.__name__)}}}
     return {status: {"description": _described(status), "content": content} for status in statuses}
 
 
 def _described(status: int) -> str:
-    codes = [answer.code for answer in ANSWERS.values() if answer.status == status]
+    codes = [answer.code for answer in HTTP_ANSWERS.values() if answer.status == status]
     codes += [HTTP_CODES[status][0]] if status in HTTP_CODES else []
     return " or ".join(f"`{code}`" for code in dict.fromkeys(codes))
 
 
 def document_of(app: FastAPI) -> Mapping[str, Any]:
-    """The app's document, made once: every operation says how we refuse, none how FastAPI would."""
+    """The application's document, made once, with our errors and without FastAPI's validation errors."""
     if not app.openapi_schema:
         made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = made["components"]["schemas"]
@@ -47,5 +44,5 @@ def document_of(app: FastAPI) -> Mapping[str, Any]:
 
 
 async def openapi_json(request: Request) -> JSONResponse:
-    """For everybody: it names no tenant, model or price."""
+    """The document. It is public: it names no tenant, model or price."""
     return JSONResponse(document_of(request.app))

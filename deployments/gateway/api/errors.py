@@ -1,12 +1,10 @@
-"""The one table from refusal to status, and the one shape of an error's body.
-
-Each body is problem+json (RFC 9457) at the top level plus OpenAI's ``error`` object.
-"""
+"""The one table from errors to HTTP, by the feature that raises them; their bodies are ``bodies.Problem``."""
 
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,7 +15,7 @@ from starlette.exceptions import HTTPException
 from billing.archive.errors import ArchiveUnavailable
 from billing.catalog.errors import ModelNotAllowed, UnknownModel
 from billing.dodo.errors import DodoRefused, DodoUnavailable, WebhookRejected
-from billing.errors import BillingError, Refusal
+from billing.errors import BillingError
 from billing.ledger.errors import (
     AnswerIncomplete,
     AnswerTooLarge,
@@ -46,45 +44,32 @@ from billing.tenants.errors import (
     UnknownTenant,
 )
 from deployments.gateway.api import ratelimits
-from deployments.gateway.catalog_holder import NotConfigured
-from deployments.gateway.gateway import ContextTooLong
-from deployments.gateway.request_state import AnswerTimeout, LeaseLost
-from deployments.gateway.services import services_of
-from deployments.gateway.settlement import MeteringUnavailable
+from deployments.gateway.api.bodies import ErrorBody, Problem
+from deployments.gateway.api.dependencies import gateway_of
+from deployments.gateway.errors import (
+    AdminDenied,
+    AnswerTimeout,
+    BadRequest,
+    Conflict,
+    ContextTooLong,
+    HoldLost,
+    MeteringUnavailable,
+    NotConfigured,
+    NotFound,
+)
 from deployments.inference import request as engine
-from deployments.token_stream.link import ReplicaLost, SlowReader
+from deployments.token_stream.errors import ReplicaLost, SlowReader
 
 logger = logging.getLogger(__name__)
-Json = dict[str, object]
 
 
-class Problem(JSONResponse):
+class ProblemResponse(JSONResponse):
     media_type = "application/problem+json"
 
 
-class BadRequest(Refusal):
-    """A malformed request; ``param`` names the field at fault."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-class NotFound(Refusal):
-    """Nothing of that name exists."""
-
-
-class Conflict(Refusal):
-    """What is asked for contradicts what is."""
-
-
-class AdminDenied(Refusal):
-    """The admin key is missing, wrong or not configured."""
-
-
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """How one kind of error is told. ``retry_after_s`` 0 sends no Retry-After."""
+class HttpAnswer:
+    """How one kind of error is answered. ``retry_after_s`` 0 sends no Retry-After."""
 
     status: int
     code: str
@@ -92,62 +77,99 @@ class Answer:
     title: str
     retry_after_s: float = 0
     should_retry: bool | None = None
-    """Overrides what clients do on their own with such a status."""
-    told: str = ""
-    """Said in place of the error's own words, which name our parts."""
+    """Overrides what clients do by themselves with such a status."""
+    message: str = ""
+    """In place of the error's own message, which names our parts."""
 
 
 INVALID, AUTH, DENIED, SERVER = "invalid_request_error", "authentication_error", "permission_error", "server_error"
 QUOTA, RATE = "insufficient_quota", "rate_limit_error"
-BROKEN = "something broke on our side; the request id helps us find it"
+INTERNAL = "something broke on our side; the request id helps us find it"
 NO_STORE = "nothing is served while usage cannot be recorded: retry shortly"
 
-ANSWERS: Mapping[type[BaseException], Answer] = {
-    BadRequest: Answer(400, "invalid_request", INVALID, "Bad Request"),
-    ContextTooLong: Answer(400, "context_length_exceeded", INVALID, "Context Too Long"),
-    engine.RequestRejected: Answer(400, "invalid_request", INVALID, "Bad Request"),
-    InvalidKey: Answer(401, "invalid_api_key", AUTH, "Unauthorized"),
-    AdminDenied: Answer(401, "invalid_admin_key", AUTH, "Unauthorized"),
-    WebhookRejected: Answer(401, "invalid_webhook", AUTH, "Unauthorized"),
-    InsufficientCredits: Answer(402, "insufficient_credits", QUOTA, "Payment Required"),
-    TenantSuspended: Answer(403, "tenant_suspended", DENIED, "Forbidden"),
-    ModelNotAllowed: Answer(403, "model_not_allowed", DENIED, "Forbidden"),
-    KeysNotManaged: Answer(403, "keys_not_managed", DENIED, "Forbidden"),
-    UnknownModel: Answer(404, "model_not_found", INVALID, "Not Found"),
-    UnknownTenant: Answer(404, "tenant_not_found", INVALID, "Not Found"),
-    UnknownKey: Answer(404, "key_not_found", INVALID, "Not Found"),
-    NotFound: Answer(404, "not_found", INVALID, "Not Found"),
-    Conflict: Answer(409, "conflict", INVALID, "Conflict", should_retry=False),
-    CustomerTaken: Answer(409, "customer_taken", INVALID, "Conflict", should_retry=False),
-    TenantExists: Answer(409, "tenant_exists", INVALID, "Conflict", should_retry=False),
-    KeyNotRotated: Answer(409, "key_not_rotated", INVALID, "Conflict", should_retry=False),
-    SourceReused: Answer(409, "source_reused", INVALID, "Conflict", should_retry=False),
-    GrantRefused: Answer(400, "grant_refused", INVALID, "Bad Request"),
-    UnknownHold: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=1),
-    DuplicateRequest: Answer(409, "duplicate_request", INVALID, "Conflict", should_retry=False),
-    IdempotencyKeyInUse: Answer(409, "idempotency_key_in_use", INVALID, "Conflict"),
-    AnswerTooLarge: Answer(409, "idempotency_answer_too_large", INVALID, "Conflict", should_retry=False),
-    AnswerIncomplete: Answer(409, "idempotency_answer_incomplete", INVALID, "Conflict", should_retry=False),
-    IdempotencyKeyReused: Answer(422, "idempotency_key_reused", INVALID, "Unprocessable Content"),
-    CreditOnHold: Answer(429, "credit_on_hold", QUOTA, "Credit On Hold"),
-    SpendCapReached: Answer(402, "spend_cap_reached", QUOTA, "Spend Cap Reached"),
-    RateLimited: Answer(429, "rate_limit_exceeded", RATE, "Too Many Requests"),
-    SpoolFull: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=5),
-    StoreUnavailable: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", 1, told=NO_STORE),
-    StoreRefused: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", 5, told=NO_STORE),
-    ArchiveUnavailable: Answer(503, "archive_unavailable", SERVER, "Archive Unavailable", retry_after_s=5),
-    DodoUnavailable: Answer(503, "payments_unavailable", SERVER, "Payments Unavailable", retry_after_s=5),
-    DodoRefused: Answer(502, "payments_refused", SERVER, "Payments Refused", should_retry=False),
-    NotConfigured: Answer(503, "not_ready", SERVER, "Not Ready", retry_after_s=1),
-    MeteringUnavailable: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=1),
-    engine.Overloaded: Answer(503, "overloaded", SERVER, "Overloaded", retry_after_s=1),
-    engine.AdapterRejected: Answer(503, "adapter_unavailable", SERVER, "Adapter Unavailable", should_retry=False),
-    ReplicaLost: Answer(503, "replica_lost", SERVER, "Replica Lost", retry_after_s=1),
-    SlowReader: Answer(408, "slow_reader", INVALID, "Request Timeout"),
-    LeaseLost: Answer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s=1),
-    AnswerTimeout: Answer(504, "timeout", SERVER, "Gateway Timeout", should_retry=False),
-    engine.EngineError: Answer(500, "engine_failed", SERVER, "Engine Failed"),
-    Exception: Answer(500, "internal_error", SERVER, "Internal Server Error", told=BROKEN),
+
+def _bad_request(code: str = "invalid_request", title: str = "Bad Request") -> HttpAnswer:
+    return HttpAnswer(400, code, INVALID, title)
+
+
+def _unauthorized(code: str) -> HttpAnswer:
+    return HttpAnswer(401, code, AUTH, "Unauthorized")
+
+
+def _forbidden(code: str) -> HttpAnswer:
+    return HttpAnswer(403, code, DENIED, "Forbidden")
+
+
+def _not_found(code: str) -> HttpAnswer:
+    return HttpAnswer(404, code, INVALID, "Not Found")
+
+
+def _conflict(code: str) -> HttpAnswer:
+    return HttpAnswer(409, code, INVALID, "Conflict", should_retry=False)
+
+
+def _no_metering(retry_after_s: float, message: str = "") -> HttpAnswer:
+    return HttpAnswer(503, "metering_unavailable", SERVER, "Metering Unavailable", retry_after_s, message=message)
+
+
+HTTP_ANSWERS: Mapping[type[BaseException], HttpAnswer] = {
+    # catalog
+    UnknownModel: _not_found("model_not_found"),
+    ModelNotAllowed: _forbidden("model_not_allowed"),
+    # tenants
+    InvalidKey: _unauthorized("invalid_api_key"),
+    TenantSuspended: _forbidden("tenant_suspended"),
+    KeysNotManaged: _forbidden("keys_not_managed"),
+    UnknownTenant: _not_found("tenant_not_found"),
+    UnknownKey: _not_found("key_not_found"),
+    CustomerTaken: _conflict("customer_taken"),
+    TenantExists: _conflict("tenant_exists"),
+    KeyNotRotated: _conflict("key_not_rotated"),
+    # ledger: admission
+    InsufficientCredits: HttpAnswer(402, "insufficient_credits", QUOTA, "Payment Required"),
+    SpendCapReached: HttpAnswer(402, "spend_cap_reached", QUOTA, "Spend Cap Reached"),
+    CreditOnHold: HttpAnswer(429, "credit_on_hold", QUOTA, "Credit On Hold"),
+    RateLimited: HttpAnswer(429, "rate_limit_exceeded", RATE, "Too Many Requests"),
+    DuplicateRequest: _conflict("duplicate_request"),
+    # ledger: movements
+    GrantRefused: _bad_request("grant_refused"),
+    SourceReused: _conflict("source_reused"),
+    UnknownHold: _no_metering(1),
+    SpoolFull: _no_metering(5),
+    # ledger: idempotency
+    IdempotencyKeyInUse: HttpAnswer(409, "idempotency_key_in_use", INVALID, "Conflict"),
+    IdempotencyKeyReused: HttpAnswer(422, "idempotency_key_reused", INVALID, "Unprocessable Content"),
+    AnswerTooLarge: _conflict("idempotency_answer_too_large"),
+    AnswerIncomplete: _conflict("idempotency_answer_incomplete"),
+    # store
+    StoreUnavailable: _no_metering(1, NO_STORE),
+    StoreRefused: _no_metering(5, NO_STORE),
+    # archive
+    ArchiveUnavailable: HttpAnswer(503, "archive_unavailable", SERVER, "Archive Unavailable", retry_after_s=5),
+    # dodo
+    WebhookRejected: _unauthorized("invalid_webhook"),
+    DodoUnavailable: HttpAnswer(503, "payments_unavailable", SERVER, "Payments Unavailable", retry_after_s=5),
+    DodoRefused: HttpAnswer(502, "payments_refused", SERVER, "Payments Refused", should_retry=False),
+    # gateway
+    BadRequest: _bad_request(),
+    ContextTooLong: _bad_request("context_length_exceeded", "Context Too Long"),
+    AdminDenied: _unauthorized("invalid_admin_key"),
+    NotFound: _not_found("not_found"),
+    Conflict: _conflict("conflict"),
+    AnswerTimeout: HttpAnswer(504, "timeout", SERVER, "Gateway Timeout", should_retry=False),
+    HoldLost: _no_metering(1),
+    MeteringUnavailable: _no_metering(1),
+    NotConfigured: HttpAnswer(503, "not_ready", SERVER, "Not Ready", retry_after_s=1),
+    # token stream
+    ReplicaLost: HttpAnswer(503, "replica_lost", SERVER, "Replica Lost", retry_after_s=1),
+    SlowReader: HttpAnswer(408, "slow_reader", INVALID, "Request Timeout"),
+    # engine
+    engine.RequestRejected: _bad_request(),
+    engine.Overloaded: HttpAnswer(503, "overloaded", SERVER, "Overloaded", retry_after_s=1),
+    engine.AdapterRejected: HttpAnswer(503, "adapter_unavailable", SERVER, "Adapter Unavailable", should_retry=False),
+    engine.EngineError: HttpAnswer(500, "engine_failed", SERVER, "Engine Failed"),
+    # our own bugs
+    Exception: HttpAnswer(500, "internal_error", SERVER, "Internal Server Error", message=INTERNAL),
 }
 HTTP_CODES: Mapping[int, tuple[str, str]] = {
     400: ("invalid_request", "Bad Request"),
@@ -157,28 +179,31 @@ HTTP_CODES: Mapping[int, tuple[str, str]] = {
 }
 
 
-def answer_for(error: BaseException) -> Answer:
-    """The nearest ancestor's row."""
-    return next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
+def answer_for(error: BaseException) -> HttpAnswer:
+    """The answer of the error's class, or of its nearest base class in the table."""
+    return next(HTTP_ANSWERS[kind] for kind in type(error).__mro__ if kind in HTTP_ANSWERS)
 
 
-def body_of(error: BaseException, top_up_url: str = "") -> Json:
-    """The JSON body of any error but Starlette's own."""
+def problem_of(error: BaseException, top_up_url: str = "") -> Problem:
+    """The body of any error but Starlette's own."""
     answer = answer_for(error)
-    return problem(answer, answer.told or str(error), getattr(error, "param", None)) | _details(error, top_up_url)
+    message = answer.message or str(error)
+    return _problem(answer, message, getattr(error, "param", None), **_details(error, top_up_url))
 
 
-def problem(answer: Answer, message: str, param: str | None = None) -> Json:
-    return {
-        "type": f"urn:farebox:problem:{answer.code.replace('_', '-')}",
-        "title": answer.title,
-        "status": answer.status,
-        "detail": message,
-        "error": {"message": message, "type": answer.type, "param": param, "code": answer.code},
-    }
+def _problem(answer: HttpAnswer, message: str, param: str | None = None, **details: Any) -> Problem:
+    return Problem(
+        type=f"urn:farebox:problem:{answer.code.replace('_', '-')}",
+        title=answer.title,
+        status=answer.status,
+        detail=message,
+        error=ErrorBody(message=message, type=answer.type, param=param, code=answer.code),
+        **details,
+    )
 
 
-def _details(error: BaseException, top_up_url: str) -> Json:
+def _details(error: BaseException, top_up_url: str) -> dict[str, object]:
+    """The fields of ``Problem`` that only some errors have."""
     if isinstance(error, InsufficientCredits):
         return {
             "balance": format_usd(error.balance_nanos),
@@ -226,7 +251,7 @@ def headers_of(error: BaseException) -> dict[str, str]:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error in the one shape; FastAPI's ``detail`` never leaves the house."""
+    """Answer every error with a ``Problem``, FastAPI's own errors too."""
     for kind in (BillingError, engine.EngineError, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -234,27 +259,28 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    services = services_of(request)
+    gateway = gateway_of(request)
     answer = answer_for(error)
-    services.gateway.metrics.refused(answer.code)
+    gateway.parts.metrics.refused(answer.code)
     if answer.code == "internal_error":
         logger.exception("unexpected error on %s %s", request.method, request.url.path, exc_info=error)
     elif isinstance(error, ClockSkewError):
         logger.critical("new requests are refused: %s", error)
-    return Problem(body_of(error, services.top_up_url), answer.status, headers_of(error))
+    body = problem_of(error, gateway.config.top_up_url)
+    return ProblemResponse(body.to_json(), answer.status, headers_of(error))
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where, said = ".".join(str(step) for step in first["loc"][1:]), str(first["msg"]).removeprefix("Value error, ")
+    where, message = ".".join(str(step) for step in first["loc"][1:]), str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         refusal = BadRequest("the body is not valid JSON")
     elif where:
-        refusal = BadRequest(f"{where}: {said}", where)
+        refusal = BadRequest(f"{where}: {message}", where)
     else:
         is_object = first["type"] not in ("missing", "model_attributes_type")
-        refusal = BadRequest(said if is_object else "send one JSON object, with `Content-Type: application/json`")
+        refusal = BadRequest(message if is_object else "send one JSON object, with `Content-Type: application/json`")
     return await _on_error(request, refusal)
 
 
@@ -270,13 +296,13 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     if error.status_code == 405:
         headers["allow"] = ", ".join(_allowed(request))
-    services_of(request).gateway.metrics.refused(code)
-    body = problem(Answer(error.status_code, code, INVALID, title), message)
-    return Problem(body, error.status_code, headers)
+    gateway_of(request).parts.metrics.refused(code)
+    body = _problem(HttpAnswer(error.status_code, code, INVALID, title), message)
+    return ProblemResponse(body.to_json(), error.status_code, headers)
 
 
 def _allowed(request: Request) -> list[str]:
-    """Every method of a path: Starlette names those of the first route on it alone."""
+    """Every method of a path: Starlette lists only those of the first route that matches it."""
     routes: list[APIRoute] = request.app.state.routes
     here = [route for route in routes if route.path_regex.match(request.scope["path"])]
     return sorted({method for route in here for method in route.methods or ()})

@@ -1,37 +1,39 @@
-"""Is this process alive, and can it serve a paid request?"""
+"""Liveness and readiness."""
 
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Response
+from redis.asyncio import Redis
 
 from billing.store.connection import guarded
 from billing.store.errors import StoreUnavailable
-from deployments.gateway.api.bodies import Alive, Ready
-from deployments.gateway.services import Parts, Services
+from deployments.gateway.api.bodies import Alive, Checks, Ready
+from deployments.gateway.api.dependencies import GatewayDep
 
 router = APIRouter()
 
 
-@router.get("/healthz", response_model=Alive)
-async def healthz() -> JSONResponse:
-    return JSONResponse({"status": "ok"})
+@router.get("/healthz")
+async def healthz() -> Alive:
+    return Alive()
 
 
-@router.get("/readyz", response_model=Ready, responses={503: {"model": Ready, "description": "Not ready"}})
-async def readyz(parts: Parts) -> JSONResponse:
+@router.get("/readyz", responses={503: {"model": Ready, "description": "Not ready"}})
+async def readyz(gateway: GatewayDep, response: Response) -> Ready:
     """Ready when the store answers, a catalog is in force and a replica answers."""
-    checks = {
-        "store": await _store_answers(parts),
-        "catalogue": parts.gateway.catalog_holder.is_stocked,
-        "replica": await parts.gateway.link.is_ready(),
-    }
-    is_ready = all(checks.values())
-    body = {"status": "ready" if is_ready else "not ready", "checks": checks}
-    return JSONResponse(body, 200 if is_ready else 503, {} if is_ready else {"retry-after": "1"})
+    checks = Checks(
+        store=await _answers(gateway.parts.redis),
+        catalogue=gateway.parts.catalog_holder.has_catalog,
+        replica=await gateway.parts.link.is_ready(),
+    )
+    if checks.store and checks.catalogue and checks.replica:
+        return Ready(status="ready", checks=checks)
+    response.status_code = 503
+    response.headers["retry-after"] = "1"
+    return Ready(status="not ready", checks=checks)
 
 
-async def _store_answers(parts: Services) -> bool:
+async def _answers(redis: Redis) -> bool:
     try:
         async with guarded():
-            return bool(await parts.redis.ping())
+            return bool(await redis.ping())
     except StoreUnavailable:
         return False

@@ -1,7 +1,4 @@
-"""One request under a client's ``Idempotency-Key``: which keys are taken, and what is kept of an answer.
-
-Knows the header and the pieces of an answer; what was charged for it is the store's business.
-"""
+"""Idempotency keys: a request that is sent again with its key gets the same answer, and is charged once."""
 
 import json
 from contextlib import suppress
@@ -18,21 +15,22 @@ from billing.ledger.answers import MAX_ANSWER_BYTES, Answers, Asked, Kept
 from billing.store.errors import StoreUnavailable
 from billing.tenants.tenant import Principal
 from billing.usage import RequestId
-from deployments.gateway.api.errors import BadRequest
+from deployments.gateway.api.bodies import Incomplete
 from deployments.gateway.api.wire import Sampled
-from deployments.gateway.request_state import Run
+from deployments.gateway.errors import BadRequest
+from deployments.gateway.request_state import RequestState
 from deployments.gateway.settlement import Settler
 from deployments.inference.request import Choice
 
 HEADER = "Idempotency-Key"
 LONGEST_KEY = 255
 LOGPROB_BYTES = 48
-"""What a token's log-probability takes in a transcript, about."""
+"""About the size of a token's log-probability in a transcript."""
 REPLAYED = {"idempotent-replayed": "true"}
-"""Tells an answer that was kept from one that ran."""
+"""The header of an answer that is a repeat."""
 
 
-async def _key_given(
+async def _key_of(
     request: Request,
     _: Annotated[
         str | None,
@@ -43,7 +41,7 @@ async def _key_given(
         ),
     ] = None,
 ) -> str | None:
-    """Raises BadRequest on a key that could not be told from another."""
+    """The key. Raises BadRequest on one that a proxy or a log might alter."""
     given = request.headers.getlist(HEADER)
     if not given:
         return None
@@ -56,15 +54,12 @@ async def _key_given(
     return key
 
 
-GivenKey = Annotated[str | None, Depends(_key_given)]
-
-
-Incomplete = dict[str, dict[str, str]]
+IdempotencyKey = Annotated[str | None, Depends(_key_of)]
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What is known of an answer before its first token."""
+    """What an answer's reply has besides its output, known before the first token."""
 
     name: str
     created: int
@@ -77,12 +72,12 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """A whole answer, in the pieces in which it came."""
+    """A whole answer, in the parts in which it was sent."""
 
     head: Head
     pieces: tuple[Choice, ...]
+    """Stored under this name."""
     incomplete: Incomplete
-    """What its last chunk says of an answer that credit cut short."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -93,11 +88,11 @@ class Transcript:
 
 
 class Claim:
-    """A request's hold on its idempotency key, and what its answer is so far; without a key nothing is done."""
+    """A request's claim on its idempotency key, and its answer so far. Without a key the methods do nothing."""
 
     def __init__(self, answers: Answers, settler: Settler, asked: Asked | None) -> None:
         self._answers, self._settler, self._asked = answers, settler, asked
-        self._pieces: list[Choice] = []
+        self._choices: list[Choice] = []
         self._length = 0
 
     @property
@@ -105,45 +100,45 @@ class Claim:
         return self._asked is not None
 
     async def make(self) -> Kept | None:
-        """The answer that is kept under the key, or ``None`` with the key taken. Raises as ``Answers.claim``."""
+        """The answer that the key has already, or ``None``: the key is claimed. Raises as ``Answers.claim``."""
         return None if self._asked is None else await self._answers.claim(self._asked)
 
     async def check(self) -> None:
-        """Before anything is delivered. Raises IdempotencyKeyInUse, StoreUnavailable."""
+        """Call before anything is delivered. Raises IdempotencyKeyInUse, StoreUnavailable."""
         if self._asked is not None:
             await self._answers.check(self._asked)
 
     def add(self, choice: Choice) -> None:
         self._length += len(choice.text) + sum(LOGPROB_BYTES * (1 + len(each.top)) for each in choice.logprobs)
         if self._asked is not None and self._length <= MAX_ANSWER_BYTES:
-            self._pieces.append(choice)
+            self._choices.append(choice)
 
     async def stage(self, head: Head, incomplete: Incomplete) -> None:
-        """Before the answer is charged. Raises IdempotencyKeyInUse, StoreUnavailable."""
+        """Store the answer, before it is charged. Raises IdempotencyKeyInUse, StoreUnavailable."""
         if self._asked is not None:
             is_too_long = self._length > MAX_ANSWER_BYTES
-            transcript = None if is_too_long else Transcript(head, tuple(self._pieces), incomplete).to_json()
+            transcript = None if is_too_long else Transcript(head, tuple(self._choices), incomplete).to_json()
             await self._answers.stage(self._asked, transcript)
 
     async def stage_delivered(self, head: Head, incomplete: Incomplete) -> None:
-        """The same for a stream: what its client has is charged, whether or not it can be repeated."""
+        """The same for a stream, never raising: what its client has is charged, whether or not it can be repeated."""
         with suppress(Refusal, StoreUnavailable):
             await self.stage(head, incomplete)
 
-    def conclude(self, run: Run | None) -> None:
-        """However the request ended. Returns at once; where this is lost the next claim finds out by itself."""
+    def conclude(self, state: RequestState | None) -> None:
+        """End the claim, however the request ended. Returns at once; where it fails the next claim finds out."""
         if self._asked is not None:
-            self._settler.keep(self._conclude(self._asked, run))
+            self._settler.keep(self._conclude(self._asked, state))
 
-    async def _conclude(self, asked: Asked, run: Run | None) -> None:
-        if run is not None:
-            await run.over()
+    async def _conclude(self, asked: Asked, state: RequestState | None) -> None:
+        if state is not None:
+            await state.settled()
         with suppress(BillingError):
             await self._answers.conclude(asked)
 
 
 def asked_under(key: str | None, caller: Principal, request_id: RequestId, body: Sampled) -> Asked | None:
-    """The request as the store knows it. Raises ModelNotAllowed: a kept answer is no way around a key's scope."""
+    """The request as the store compares it. Raises ModelNotAllowed: a repeat is no way around an API key's scope."""
     if key is None:
         return None
     if caller.key.models is not None and body.model not in caller.key.models:

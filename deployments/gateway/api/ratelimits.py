@@ -1,7 +1,7 @@
-"""What is left of a key's limits, in the two families of headers that clients read.
+"""What is left of a key's limits, as headers.
 
-Knows how they are written: OpenAI's ``x-ratelimit-*``, and ``RateLimit-Policy`` and ``RateLimit`` of
-draft-ietf-httpapi-ratelimit-headers-11. What is left was counted by the hold.
+Clients read OpenAI's ``x-ratelimit-*``, or ``RateLimit-Policy`` and ``RateLimit`` of
+draft-ietf-httpapi-ratelimit-headers-11.
 """
 
 import math
@@ -13,25 +13,24 @@ from billing.ledger.errors import RateLimited
 
 MINUTE_S = 60
 UNITS = {"requests": "requests", "tokens": "tokens", "concurrency": "concurrent-requests"}
-"""The draft's names for what a quota counts; tokens are not among them."""
+"""The draft's names for what a quota counts; it has none for tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Left:
     name: str
     limit: int
-    """A minute's worth."""
-    at_once: int
-    rest: int
-    """What may come now."""
+    """In a minute."""
+    burst: int
+    remaining: int
     reset_s: float
-    """Until all that may come at once may come again."""
+    """Until the whole burst is there again."""
     wait_s: float
-    """Until more than ``rest`` may come."""
+    """Until there is more than ``remaining``."""
 
 
 def of_hold(limits: Limits, left: LimitsLeft) -> dict[str, str]:
-    """For a reply that was admitted; nothing where no limit is counted by the minute."""
+    """Headers of a request that was admitted; none where no limit counts by the minute."""
     found = []
     if limits.requests_per_minute and left.requests is not None:
         limit, reset_s = limits.requests_per_minute, left.requests_reset_s
@@ -43,7 +42,7 @@ def of_hold(limits: Limits, left: LimitsLeft) -> dict[str, str]:
 
 
 def of_refusal(error: RateLimited) -> dict[str, str]:
-    """For a 429: nothing is left, and ``t`` is when to come again."""
+    """Headers of a 429: nothing is left, and ``t`` says when to retry."""
     reset_s = error.reset_s or error.retry_after_s
     return _written([_Left(error.kind, error.limit, error.at_once, 0, reset_s, error.retry_after_s)])
 
@@ -53,20 +52,20 @@ def _written(limits: list[_Left]) -> dict[str, str]:
     for one in limits:
         if one.name != "concurrency":
             headers[f"x-ratelimit-limit-{one.name}"] = str(one.limit)
-            headers[f"x-ratelimit-remaining-{one.name}"] = str(one.rest)
+            headers[f"x-ratelimit-remaining-{one.name}"] = str(one.remaining)
             headers[f"x-ratelimit-reset-{one.name}"] = duration(one.reset_s)
     if limits:
         headers["ratelimit-policy"] = ", ".join(map(_policy, limits))
-        headers["ratelimit"] = ", ".join(f'"{one.name}";r={one.rest};t={math.ceil(one.wait_s)}' for one in limits)
+        headers["ratelimit"] = ", ".join(f'"{one.name}";r={one.remaining};t={math.ceil(one.wait_s)}' for one in limits)
     return headers
 
 
 def _policy(one: _Left) -> str:
-    """So many at once, and the seconds in which as many are there again."""
+    """The burst, and the seconds after which it is there again."""
     unit = f';qu="{UNITS[one.name]}"'
     if one.name == "concurrency":
         return f'"{one.name}";q={one.limit}{unit}'
-    return f'"{one.name}";q={one.at_once};w={math.ceil(one.at_once * MINUTE_S / one.limit)}{unit}'
+    return f'"{one.name}";q={one.burst};w={math.ceil(one.burst * MINUTE_S / one.limit)}{unit}'
 
 
 def duration(seconds: float) -> str:

@@ -1,23 +1,33 @@
-"""The shape of every answer about buying, as the OpenAPI document tells it."""
+"""The response models of the routes about buying."""
 
-from typing import Literal
+from dataclasses import asdict
+from typing import Literal, Self
 
-from billing.catalog.plans import Limits
-from deployments.gateway.api.bodies import Body, Dollars
+from billing.catalog.plans import Limits, Pack, Plan, PlanKind, Quota
+from billing.commerce.auto_refill.refill import Attempt, AttemptState, Refill
+from billing.dodo.wire import Invoice
+from billing.money import NANOS_PER_CENT, format_usd
+from deployments.gateway.api.bodies import Body, Dollars, UnitName, amount_of, unit_name
 
 
 class QuotaBody(Body):
     """Credit in dollars, or in requests on the named adapters (none named: on all)."""
 
-    unit: Literal["usd", "requests"]
+    unit: UnitName
     amount: Dollars | int
     adapters: list[str]
+
+    @classmethod
+    def of(cls, quota: Quota) -> Self:
+        return cls(
+            unit=unit_name(quota.unit), amount=amount_of(quota.unit, quota.amount), adapters=list(quota.adapters)
+        )
 
 
 class BuyBody(Body):
     """How to buy it: send this."""
 
-    method: Literal["POST"]
+    method: Literal["POST"] = "POST"
     url: str
     body: dict[str, str]
 
@@ -31,6 +41,17 @@ class PackOffer(Body):
     licence_key: bool
     buy: BuyBody
 
+    @classmethod
+    def of(cls, name: str, pack: Pack, checkout_url: str) -> Self:
+        return cls(
+            id=name,
+            price_usd=format_usd(pack.price),
+            grants=QuotaBody.of(pack.grants),
+            expires_days=pack.expires_days,
+            licence_key=pack.licence_key,
+            buy=BuyBody(url=checkout_url, body={"pack": name}),
+        )
+
 
 class PlanOffer(Body):
     id: str
@@ -43,24 +64,37 @@ class PlanOffer(Body):
     licence_key: bool
     buy: BuyBody
 
+    @classmethod
+    def of(cls, name: str, plan: Plan, checkout_url: str) -> Self:
+        return cls(
+            id=name,
+            kind="subscription" if plan.kind is PlanKind.SUBSCRIPTION else "pay_as_you_go",
+            monthly_price_usd=format_usd(plan.monthly_price),
+            grants=None if plan.allowance is None else QuotaBody.of(plan.allowance),
+            overage_cap_usd=format_usd(plan.credit_limit),
+            limits=plan.limits,
+            licence_key=plan.licence_key,
+            buy=BuyBody(url=checkout_url, body={"plan": name}),
+        )
+
 
 class OffersBody(Body):
     """``plans`` is empty while a subscription is live: ``subscribed_to`` names its plan."""
 
-    object: Literal["offers"]
+    object: Literal["offers"] = "offers"
     packs: list[PackOffer]
     plans: list[PlanOffer]
     subscribed_to: str | None
 
 
 class CheckoutBody(Body):
-    object: Literal["checkout"]
+    object: Literal["checkout"] = "checkout"
     checkout_url: str
     session_id: str
 
 
 class PortalBody(Body):
-    object: Literal["portal"]
+    object: Literal["portal"] = "portal"
     url: str
 
 
@@ -79,8 +113,56 @@ class InvoiceBody(Body):
     invoice_url: str | None
     """Dodo's link, null where nothing was paid. Where it asks for a key, `POST /v1/portal` leads to the same."""
 
+    @classmethod
+    def of(cls, invoice: Invoice) -> Self:
+        optional = ("product", "subscription_id", "refund_status", "invoice_id", "invoice_url")
+        return cls(**asdict(invoice) | {name: getattr(invoice, name) or None for name in optional})
+
 
 class InvoicePage(Body):
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     data: list[InvoiceBody]
     next_page: int | None
+
+
+class RefillAttempt(Body):
+    id: str
+    state: AttemptState
+    amount_usd: Dollars
+    payment_id: str | None
+    reason: str | None
+    started_at_ms: int
+    ended_at_ms: int | None
+
+    @classmethod
+    def of(cls, attempt: Attempt) -> Self:
+        return cls(
+            id=attempt.id,
+            state=attempt.state,
+            amount_usd=format_usd(attempt.cents * NANOS_PER_CENT),
+            payment_id=attempt.payment_id or None,
+            reason=attempt.reason or None,
+            started_at_ms=attempt.started_at_ms,
+            ended_at_ms=attempt.ended_at_ms or None,
+        )
+
+
+class RefillBody(Body):
+    object: Literal["auto_refill"] = "auto_refill"
+    pack: str
+    threshold_usd: Dollars
+    monthly_cap_usd: Dollars
+    on: bool
+    stopped_because: str
+    attempts: list[RefillAttempt]
+
+    @classmethod
+    def of(cls, refill: Refill) -> Self:
+        return cls(
+            pack=refill.pack,
+            threshold_usd=format_usd(refill.threshold_nanos),
+            monthly_cap_usd=format_usd(refill.monthly_cap_cents * NANOS_PER_CENT),
+            on=refill.is_on,
+            stopped_because=refill.stopped_because,
+            attempts=[RefillAttempt.of(attempt) for attempt in reversed(refill.attempts)],
+        )

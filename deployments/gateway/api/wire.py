@@ -1,7 +1,4 @@
-"""OpenAI's request bodies, parsed once into what the gateway is asked.
-
-Knows OpenAI's field names and which of them the engine cannot honour; prices nothing.
-"""
+"""OpenAI's request bodies, parsed into a ``ClientRequest``."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,14 +7,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
-from deployments.gateway.api.errors import BadRequest
-from deployments.gateway.gateway import Ask, Prompt
-from deployments.inference.request import MOST_BIASES, MOST_CHOICES, MOST_LOGPROBS, RequestRejected, SamplingParams
+from deployments.gateway.errors import BadRequest
+from deployments.gateway.gateway import ClientRequest, Prompt
+from deployments.inference.request import MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, RequestRejected, SamplingParams
 
 MAX_STOPS = 4
 LONGEST_MODEL_ID = 256
 DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's own default of the older endpoint."""
+"""OpenAI's default for text completions."""
 UNSUPPORTED = (
     "tools",
     "functions",
@@ -26,18 +23,18 @@ UNSUPPORTED = (
     "audio",
     "prediction",
 )
-"""Fields that would change the answer and that the engine does not know: refused rather than ignored."""
+"""Fields that would change the answer and that the engine does not support: refused rather than ignored."""
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     include_usage: bool = False
-    """Usage comes in the last chunk either way: it stands beside the receipt."""
+    """The last chunk has the usage either way, beside the receipt."""
 
 
 class Part(BaseModel):
-    """One part of a message's content; only text is understood."""
+    """One part of a message's content; only text is supported."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -58,18 +55,18 @@ class Message(BaseModel):
 
 
 class Sent(BaseModel):
-    """A body whose every string is text: JSON can spell half of a surrogate pair, which nothing can encode."""
+    """A request body whose strings can all be encoded: JSON can spell half of a surrogate pair, which cannot."""
 
     @model_validator(mode="before")
     @classmethod
-    def _is_text(cls, body: object) -> object:
-        waiting = [body]
-        while waiting:
-            value = waiting.pop()
+    def _can_be_encoded(cls, body: object) -> object:
+        unchecked = [body]
+        while unchecked:
+            value = unchecked.pop()
             if isinstance(value, Mapping):
-                waiting += (*value.keys(), *value.values())
+                unchecked += (*value.keys(), *value.values())
             elif isinstance(value, list):
-                waiting += value
+                unchecked += value
             elif isinstance(value, str) and not value.isascii():
                 _encode(value)
         return body
@@ -83,7 +80,7 @@ def _encode(text: str) -> None:
 
 
 class Sampled(Sent, ABC):
-    """What both endpoints share. Unknown fields are accepted, as OpenAI's clients expect."""
+    """The fields of both endpoints. Unknown fields are accepted, as OpenAI's clients expect."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -98,28 +95,28 @@ class Sampled(Sent, ABC):
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool = False
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    logit_bias: Annotated[dict[int, float], Field(max_length=MOST_BIASES)] | None = None
+    logit_bias: Annotated[dict[int, float], Field(max_length=MAX_BIASES)] | None = None
     best_of: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @abstractmethod
     def prompt(self) -> Prompt:
-        """What the model is to answer. Raises BadRequest."""
+        """The chat, text or token ids to continue. Raises BadRequest."""
 
     @abstractmethod
     def wanted_logprobs(self) -> int | None:
-        """How many likeliest tokens to report beside each one's own likelihood. Raises BadRequest."""
+        """How many of the likeliest tokens to report with each token's log-probability. Raises BadRequest."""
 
     def wanted_tokens(self) -> int | None:
         return self.max_tokens
 
-    def to_ask(self) -> Ask:
+    def to_client_request(self) -> ClientRequest:
         """Raises BadRequest, RequestRejected."""
         self._refuse_unsupported()
-        return Ask(self.model, self.prompt(), self._sampling(), self.wanted_tokens())
+        return ClientRequest(self.model, self.prompt(), self._sampling(), self.wanted_tokens())
 
     def _refuse_unsupported(self) -> None:
         if self.best_of not in (None, self.n or 1):
@@ -170,7 +167,7 @@ class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def wanted_logprobs(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
@@ -187,7 +184,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     model_config = ConfigDict(json_schema_extra={"examples": [TEXT]})
 
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     text: Annotated[str | list[str] | list[int] | list[list[int]], Field(alias="prompt", min_length=1)]
 
     def prompt(self) -> Prompt:

@@ -1,8 +1,7 @@
-"""Attention over our own KV memory, entered through the hook that transformers offers.
+"""Attention over the engine's KV cache, called by transformers through ``AttentionInterface``.
 
-The model runs packed, ``[1, T]``, without a cache of its own; each layer's keys and values come here,
-are written to their slots, and each sequence attends to its own slot alone. Knows positions and slots,
-no requests.
+The model runs on packed sequences, ``[1, T]``, without a cache of its own. For each layer, ``_attend`` writes the new
+keys and values into the KV cache, and each sequence attends to its own.
 """
 
 from collections.abc import Sequence as Seq
@@ -15,47 +14,49 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from deployments.inference.native.sequence import Span
-from deployments.inference.request import ModelRefused
+from deployments.inference.request import ModelRejected
 
 NAME = "farebox_slots"
-WASTE = 2
-"""Decode rows attend in one call while it reads at most this many times what they need."""
+MAX_OVERREAD = 2
+"""Decodes are computed in one call while that reads at most this many times the keys they need."""
 
 
-class KvPool:
-    """Keys and values, per layer ``[blocks, kv_heads, block tokens, head_dim]``, made when a layer first writes.
+class KvCache:
+    """Keys and values, for each layer ``[blocks, kv_heads, block_tokens, head_dim]``, allocated at its first write.
 
-    A slot is a sequence's one block, of a whole context.
+    Without paging there is one block, as long as the context, for each slot.
     """
 
     def __init__(self, blocks: int, block_tokens: int, context: int) -> None:
         self._blocks = blocks
         self.block_tokens = block_tokens
         self.context = context
-        """Tokens of the longest sequence."""
+        """The most tokens of a sequence."""
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's whole memory; ``key`` and ``value`` ``[1, kv_heads, T, head_dim]`` give its shape."""
+        """The layer's keys and values; ``key`` and ``value`` ``[1, kv_heads, T, head_dim]`` give their shape."""
         if index not in self._keys:
             for pool, new in ((self._keys, key), (self._values, value)):
                 pool[index] = new.new_zeros(self._blocks, new.shape[1], self.block_tokens, new.shape[3])
         return self._keys[index], self._values[index]
 
-    def places(self, blocks: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
-        """Where each head of these rows, at positions within blocks, lies in a layer's memory, ``[places, dim]``."""
+    def slot_mapping(self, blocks: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
+        """Index of each row's heads in a layer viewed as ``[-1, head_dim]``; ``positions`` are within ``blocks``."""
         heads = torch.arange(kv_heads, device=blocks.device)
         return ((blocks[:, None] * kv_heads + heads) * self.block_tokens + positions[:, None]).view(-1)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, rows: int) -> None:
+        """Copy the first rows of one block into another."""
         for pool in (self._keys, self._values):
             for layer in pool.values():
                 layer[target, :, :rows] = layer[source, :, :rows]
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
+        """Set a block to zeros."""
         for pool in (self._keys, self._values):
             for layer in pool.values():
                 layer[slot].zero_()
@@ -63,7 +64,7 @@ class KvPool:
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """The spans of one token, to be attended together over a range of neighbouring slots.
+    """The spans of one token, computed in one call over a range of neighbouring slots.
 
     ::
 
@@ -72,34 +73,34 @@ class Decodes:
     """
 
     rows: Tensor
-    """Index in the packed batch, ``[N]``."""
-    places: Tensor
-    """Slot counted from ``low``, ``[N]``."""
-    row_at: Tensor
-    """Index in the packed batch of each place, ``[high - low]``."""
+    """``[N]``: index of each decode in the packed batch."""
+    slots: Tensor
+    """``[N]``: slot of each decode, counted from ``low``."""
+    row_of_slot: Tensor
+    """``[high - low]``: index in the packed batch of each slot's decode; of any decode where there is none."""
     low: int
     high: int
     length: int
-    """The longest of their contexts."""
+    """The longest context of a decode."""
     lengths: Tensor
-    """Of their contexts, ``[high - low]``; ``length`` where no decode runs."""
+    """``[high - low]``: length of each slot's context; ``length`` where no decode runs."""
     is_ragged: bool
-    """They are not all as long as the longest."""
+    """Their contexts differ in length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of one sequence's tokens: ``count`` rows of the batch from ``row``, at positions from ``start``."""
+    """A span that is computed by itself: ``count`` rows of the batch from ``row``, at positions from ``start``."""
 
     row: int
     count: int
     kv_slot: int
     start: int
     mask: Tensor | None
-    """``[count, start + count]``; None where all is new, and plain causality does."""
+    """``[count, start + count]``: what each token attends to; None if it is the whole context, causally."""
 
     def mask_within(self, window: int | None, device: torch.device) -> Tensor | None:
-        """What each token may attend to: what stands before it, no further back than the window."""
+        """The mask, limited to the last ``window`` tokens."""
         if window is None:
             return self.mask
         seen = torch.ones(self.count, self.start + self.count, dtype=torch.bool, device=device)
@@ -108,16 +109,16 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How a layer turns products of queries and keys into weights."""
+    """How a layer turns products of queries and keys into attention weights."""
 
     scale: float
     softcap: float | None
-    """Scores are bent so that none exceeds this: ``softcap * tanh(score / softcap)``."""
+    """Scores become ``softcap * tanh(score / softcap)``."""
     window: int | None
-    """How many of the last tokens each one sees, itself included; None: all of them."""
+    """How many of the last tokens each one attends to, itself included; None: all."""
 
     def weights(self, scores: Tensor, bias: Tensor | None) -> Tensor:
-        """Scaled ``scores`` and what hides the unseen -> weights, computed in float32."""
+        """Softmax of the scaled ``scores`` plus ``bias``, computed in float32."""
         if self.softcap is not None:
             scores = (scores / self.softcap).tanh() * self.softcap
         if bias is not None:
@@ -129,20 +130,20 @@ class AttentionStep(Protocol):
     """What one layer's attention needs of a step."""
 
     @property
-    def pool(self) -> KvPool:
-        """Where keys and values lie."""
+    def pool(self) -> KvCache:
+        """The KV cache."""
 
-    def places(self, kv_heads: int) -> Tensor:
-        """Where each head of each row goes, in a layer's memory taken as ``[places, dim]``."""
+    def slot_mapping(self, kv_heads: int) -> Tensor:
+        """``[T * kv_heads]``: where the new keys and values go, as for ``KvCache.slot_mapping``."""
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
-        """query ``[T, heads, dim]``, a layer's whole memory -> ``[T, heads, value_dim]``."""
+        """query ``[T, heads, dim]`` and a layer's keys and values -> ``[T, heads, value_dim]``."""
 
 
 class KvStep:
-    """Where every row of one step stands; made once, used by all layers."""
+    """One step on a CPU: the position and slot of every row. Made once, used by all layers."""
 
-    def __init__(self, pool: KvPool, spans: Seq[Span], device: torch.device) -> None:
+    def __init__(self, pool: KvCache, spans: Seq[Span], device: torch.device) -> None:
         self.pool = pool
         slots: list[int] = []
         positions: list[int] = []
@@ -152,32 +153,32 @@ class KvStep:
         self.rows = len(slots)
         self.positions = torch.tensor(positions, device=device)
         self._slots = torch.tensor(slots, device=device)
-        self._places: dict[int, Tensor] = {}
+        self._slot_mappings: dict[int, Tensor] = {}
         self._biases: dict[tuple[int, torch.dtype, int | None], Tensor] = {}
         self.decodes: Decodes | None = None
         self.chunks: list[Chunk] = []
         self._plan(spans, device)
 
-    def places(self, kv_heads: int) -> Tensor:
-        if kv_heads not in self._places:
-            self._places[kv_heads] = self.pool.places(self._slots, self.positions, kv_heads)
-        return self._places[kv_heads]
+    def slot_mapping(self, kv_heads: int) -> Tensor:
+        if kv_heads not in self._slot_mappings:
+            self._slot_mappings[kv_heads] = self.pool.slot_mapping(self._slots, self.positions, kv_heads)
+        return self._slot_mappings[kv_heads]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
-        return _over_slots(self, query, keys, values, scoring)
+        return _attend_slots(self, query, keys, values, scoring)
 
     def bias(self, kv_heads: int, dtype: torch.dtype, window: int | None) -> Tensor | None:
-        """``[(high - low) * kv_heads, 1, length]``: 0 where a decode attends, else minus infinity; None: all zeros."""
+        """``[(high - low) * kv_heads, 1, length]``: 0 where a decode attends, else -inf; None if all are 0."""
         decodes = self.decodes
         assert decodes is not None
         if not decodes.is_ragged and window is None:
             return None
         key = (kv_heads, dtype, window)
         if key not in self._biases:
-            places = torch.arange(decodes.length, device=decodes.lengths.device)
-            hidden = places >= decodes.lengths[:, None]
+            positions = torch.arange(decodes.length, device=decodes.lengths.device)
+            hidden = positions >= decodes.lengths[:, None]
             if window is not None:
-                hidden |= places < decodes.lengths[:, None] - window
+                hidden |= positions < decodes.lengths[:, None] - window
             bias = hidden.new_zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf"))
             self._biases[key] = bias[:, None].repeat_interleave(kv_heads, dim=0)
         return self._biases[key]
@@ -191,32 +192,32 @@ class KvStep:
             else:
                 self.chunks.append(_chunk(row, span, device))
             row += len(span.token_ids)
-        if _worth_joining([span for _, span in singles]):
+        if _worth_batching([span for _, span in singles]):
             self.decodes = _decodes(singles, device)
         else:
             self.chunks += [_chunk(row, span, device) for row, span in singles]
 
 
-def _worth_joining(singles: Seq[Span]) -> bool:
+def _worth_batching(singles: Seq[Span]) -> bool:
     if len(singles) < 2:
         return False
     slots = [span.kv_slot for span in singles]
     lengths = [span.start + 1 for span in singles]
-    return (max(slots) + 1 - min(slots)) * max(lengths) <= WASTE * sum(lengths)
+    return (max(slots) + 1 - min(slots)) * max(lengths) <= MAX_OVERREAD * sum(lengths)
 
 
 def _decodes(singles: Seq[tuple[int, Span]], device: torch.device) -> Decodes:
     low = min(span.kv_slot for _, span in singles)
     high = max(span.kv_slot for _, span in singles) + 1
     length = max(span.start for _, span in singles) + 1
-    lengths, row_at = [length] * (high - low), [singles[0][0]] * (high - low)
+    lengths, row_of_slot = [length] * (high - low), [singles[0][0]] * (high - low)
     for row, span in singles:
         lengths[span.kv_slot - low] = span.start + 1
-        row_at[span.kv_slot - low] = row
+        row_of_slot[span.kv_slot - low] = row
     return Decodes(
         rows=torch.tensor([row for row, _ in singles], device=device),
-        places=torch.tensor([span.kv_slot - low for _, span in singles], device=device),
-        row_at=torch.tensor(row_at, device=device),
+        slots=torch.tensor([span.kv_slot - low for _, span in singles], device=device),
+        row_of_slot=torch.tensor(row_of_slot, device=device),
         low=low,
         high=high,
         length=length,
@@ -234,7 +235,7 @@ def _chunk(row: int, span: Span, device: torch.device) -> Chunk:
 
 
 def register() -> None:
-    """Make the hook known to transformers under ``NAME``; doing it twice does no harm."""
+    """Register the attention with transformers as ``NAME``. May be called twice."""
     AttentionInterface.register(NAME, _attend)
 
 
@@ -257,12 +258,12 @@ def _attend(
     Returns ``[1, T, heads, dim]``, and no attention weights.
 
     Raises:
-        ModelRefused: the layer wants something that this attention doesn't do.
+        ModelRejected: the layer needs something that this attention does not support.
     """
     if kv_step is None:
-        raise ModelRefused("the model does not hand its attention what it was called with")
+        raise ModelRejected("the model does not pass its keyword arguments on to its attention. It is not supported")
     if s_aux is not None:
-        raise ModelRefused("the model has attention sinks, which are not supported")
+        raise ModelRejected("the model has attention sinks, which are not supported")
     is_narrow = sliding_window is not None and sliding_window < kv_step.pool.context
     scoring = Scoring(
         scale=query.shape[3] ** -0.5 if scaling is None else scaling,
@@ -271,14 +272,14 @@ def _attend(
     )
     assert isinstance(module.layer_idx, int)
     keys, values = kv_step.pool.layer(module.layer_idx, key, value)
-    places = kv_step.places(key.shape[1])
-    keys.view(-1, key.shape[3]).index_copy_(0, places, key[0].transpose(0, 1).reshape(-1, key.shape[3]))
-    values.view(-1, value.shape[3]).index_copy_(0, places, value[0].transpose(0, 1).reshape(-1, value.shape[3]))
+    slots = kv_step.slot_mapping(key.shape[1])
+    keys.view(-1, key.shape[3]).index_copy_(0, slots, key[0].transpose(0, 1).reshape(-1, key.shape[3]))
+    values.view(-1, value.shape[3]).index_copy_(0, slots, value[0].transpose(0, 1).reshape(-1, value.shape[3]))
     return kv_step.attend(query[0].transpose(0, 1), keys, values, scoring)[None], None
 
 
-def _over_slots(step: KvStep, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
-    """query ``[T, heads, dim]`` -> ``[T, heads, value_dim]``, by torch's own products."""
+def _attend_slots(step: KvStep, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+    """query ``[T, heads, dim]`` -> ``[T, heads, value_dim]``, without custom kernels."""
     decodes = step.decodes
     if decodes is not None:
         attended = _decode(step, decodes, query, keys, values, scoring)
@@ -319,12 +320,12 @@ def _attend_chunk(chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, sco
 
 
 def _decode(step: KvStep, decodes: Decodes, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
-    """All decode rows in one go, ``[N, heads, value_dim]``. A kv head's queries share one pass over its keys.
+    """All decodes in one call, ``[N, heads, value_dim]``. The queries of one KV head share a pass over its keys.
 
-    On a CPU in float32 two batched products are faster than torch's attention, whose work per head is small here.
+    On a CPU in float32 two batched products are faster than torch's attention, because each head has little work.
     """
     heads, kv_heads, dim = query.shape[1], keys.shape[1], query.shape[2]
-    queries = query.index_select(0, decodes.row_at).view(-1, heads // kv_heads, dim)
+    queries = query.index_select(0, decodes.row_of_slot).view(-1, heads // kv_heads, dim)
     seen_keys = keys[decodes.low : decodes.high].flatten(0, 1)[:, : decodes.length]
     seen_values = values[decodes.low : decodes.high].flatten(0, 1)[:, : decodes.length]
     bias = step.bias(kv_heads, query.dtype, scoring.window)
@@ -337,4 +338,4 @@ def _decode(step: KvStep, decodes: Decodes, query: Tensor, keys: Tensor, values:
             queries[:, None], seen_keys[:, None], seen_values[:, None],
             attn_mask=None if bias is None else bias[:, None], scale=scoring.scale,
         )[:, 0]  # fmt: skip
-    return attended.view(-1, heads, values.shape[3]).index_select(0, decodes.places)
+    return attended.view(-1, heads, values.shape[3]).index_select(0, decodes.slots)

@@ -1,9 +1,9 @@
-"""Which blocks of a paged KV memory belong to which sequence, and which of them several may read.
+"""Allocate the blocks of a paged KV cache, and share those with equal prefixes between sequences.
 
-Decides only, torch-free. A sequence has as many blocks as its tokens need::
+Decides only, without torch. A sequence has as many blocks as its tokens need::
 
-    token_ids   a b c d | e f g h | i j      whole blocks that are known to be sound are read by whoever
-    blocks         5    |    2    |  7       begins alike; the next token goes where nobody else reads
+    token_ids   a b c d | e f g h | i j      whole, verified blocks are shared by sequences with the same prefix;
+    blocks         5    |    2    |  7       the next token is written to a block that no other sequence reads
 """
 
 from array import array
@@ -11,15 +11,15 @@ from collections import Counter
 from hashlib import sha256
 from itertools import takewhile
 
-from deployments.inference.native.kv import owner_of
+from deployments.inference.native.kv import prefix_owner
 from deployments.inference.native.sequence import Sequence
 from deployments.inference.native.settings import KvSizes
 
 
-class KvBlocks:
+class KvBlockAllocator:
     """Blocks 0 to ``count - 1``, each of them empty, held by running sequences, or idle.
 
-    An idle one is whole and held by nobody: it waits for a sequence with its tokens until an empty one is wanted.
+    An idle block is whole and no sequence holds it. It stays in the prefix cache until its memory is needed.
     """
 
     def __init__(self, sizes: KvSizes, max_running: int, prefix_cache: bool, shared_prefixes: bool = False) -> None:
@@ -28,17 +28,17 @@ class KvBlocks:
         self._prefix_cache = prefix_cache
         self._shared = shared_prefixes
         self._slots = list(reversed(range(max_running)))
-        """Rows of the block table that are free."""
+        """Free rows of the block table."""
         self._empty = list(reversed(range(sizes.blocks)))
         self._idle: dict[int, None] = {}
         """Longest idle first."""
         self._held: Counter[int] = Counter()
-        """By how many sequences."""
+        """Block to the number of sequences that hold it."""
         self._keys: dict[int, bytes] = {}
-        """Of the blocks that may be shared."""
+        """Block to its key, for the blocks that may be shared."""
         self._by_key: dict[bytes, int] = {}
         self._published: dict[Sequence, int] = {}
-        """How many of its blocks, from the first, each running sequence has offered to others or has from them."""
+        """Running sequence to how many of its blocks, from the first, are shared or may be."""
 
     @property
     def available(self) -> int:
@@ -48,29 +48,29 @@ class KvBlocks:
     def used(self) -> int:
         return len(self._held)
 
-    def fits(self, sequence: Sequence) -> bool:
-        """It can be acquired now."""
+    def can_allocate(self, sequence: Sequence) -> bool:
+        """True if ``allocate`` would succeed now."""
         found = self._found(sequence)
         spared = sum(block in self._held for block in found)
         return bool(self._slots) and self._needed(sequence) - spared <= self.available
 
-    def acquire(self, sequence: Sequence) -> None:
-        """Give the sequence blocks for all of its tokens, those that hold its start already among them."""
+    def allocate(self, sequence: Sequence) -> None:
+        """Give the sequence blocks for all of its tokens, beginning with those that hold its prefix already."""
         found = self._found(sequence)
         for block in found:
             self._idle.pop(block, None)
             self._held[block] += 1
         sequence.kv_slot, sequence.blocks = self._slots.pop(), tuple(found)
-        sequence.computed = len(found) * self._tokens
-        if not sequence.admitted:
-            sequence.cached = sequence.computed
+        sequence.computed_tokens = len(found) * self._tokens
+        if not sequence.was_admitted:
+            sequence.cached_tokens = sequence.computed_tokens
         self._published[sequence] = len(found)
-        is_whole = self.grow(sequence)
-        assert is_whole, "it was said to fit"
+        has_room = self.try_append(sequence)
+        assert has_room, "call can_allocate first"
 
-    def grow(self, sequence: Sequence) -> bool:
-        """Give it blocks for its newest tokens too; False, and nothing, if there are too few."""
-        if sequence.covered:
+    def try_append(self, sequence: Sequence) -> bool:
+        """Give it blocks for its newest tokens; if there are too few, give none and return False."""
+        if sequence.is_verified:
             self._publish(sequence)
         missing = self._needed(sequence) - len(sequence.blocks)
         if missing > self.available:
@@ -79,14 +79,14 @@ class KvBlocks:
             sequence.blocks += tuple(self._take() for _ in range(missing))
         return True
 
-    def release(self, sequence: Sequence, sound: bool) -> None:
-        """Take everything back. Not ``sound``: none of its blocks is given to anybody else with what is in it."""
-        if not sound:
+    def free(self, sequence: Sequence, is_valid: bool) -> None:
+        """Take its blocks back. If it is not valid, none of them stays in the prefix cache."""
+        if not is_valid:
             for block in sequence.blocks:
                 self._forget(block)
-        elif sequence.covered:
+        elif sequence.is_verified:
             self._publish(sequence)
-        for block in reversed(sequence.blocks):  # a start is of more use than what follows, so it is idle last
+        for block in reversed(sequence.blocks):  # the oldest idle block is reused first: of a prefix, its end
             self._put(block)
         self._slots.append(sequence.kv_slot)
         sequence.kv_slot, sequence.blocks = -1, ()
@@ -97,7 +97,7 @@ class KvBlocks:
         return -(-len(sequence.token_ids) // self._tokens)
 
     def _take(self) -> int:
-        """An empty block, else what has been idle the longest."""
+        """An empty block, else the one that has been idle the longest."""
         if self._empty:
             block = self._empty.pop()
         else:
@@ -118,15 +118,15 @@ class KvBlocks:
             self._empty.append(block)
 
     def _found(self, sequence: Sequence) -> list[int]:
-        """The blocks that hold its start. At least its last token is left to compute: its logits are needed."""
+        """The blocks that hold its prefix. At least its last token is left to compute, for its logits."""
         if not self._prefix_cache:
             return []
         keys = self._keys_of(sequence, (len(sequence.token_ids) - 1) // self._tokens)
         return [self._by_key[key] for key in takewhile(self._by_key.__contains__, keys)]
 
     def _publish(self, sequence: Sequence) -> None:
-        """Offer its whole blocks; where another one holds the same already, that one stays."""
-        whole, done = sequence.computed // self._tokens, self._published[sequence]
+        """Let others share its whole blocks; where another block has the same key, that one stays shared."""
+        whole, done = sequence.computed_tokens // self._tokens, self._published[sequence]
         if whole == done or not self._prefix_cache:
             return
         keys = self._keys_of(sequence, whole)
@@ -140,10 +140,10 @@ class KvBlocks:
             del self._by_key[self._keys.pop(block)]
 
     def _keys_of(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Of its first blocks: each key stands for its owner and for every token up to the block's end."""
+        """The keys of its first blocks: a hash over its owner and all tokens up to the block's end."""
         keys = sequence.block_keys
         while len(keys) < count:
-            before = keys[-1] if keys else sha256(repr(owner_of(sequence, self._shared)).encode()).digest()
+            before = keys[-1] if keys else sha256(repr(prefix_owner(sequence, self._shared)).encode()).digest()
             start = len(keys) * self._tokens
             tokens = array("q", sequence.token_ids[start : start + self._tokens])
             keys.append(sha256(before + tokens.tobytes()).digest())

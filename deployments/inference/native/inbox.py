@@ -1,4 +1,4 @@
-"""What callers' threads and the engine's thread share, behind one lock: messages, and who has no answer yet."""
+"""The inbox: messages from callers and the loader to the engine's thread, and which requests are not finished yet."""
 
 import threading
 from collections import Counter
@@ -6,110 +6,110 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deployments.inference.native.loader import Loaded
-from deployments.inference.native.output import Output
+from deployments.inference.native.output import RequestOutput
 from deployments.inference.request import AdapterRef, EngineFailed, GenerateRequest, Overloaded, RequestRejected
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
-    output: Output
+class Submit:
+    request: RequestOutput
 
 
 @dataclass(frozen=True, slots=True)
-class Aborted:
+class Abort:
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Extended:
+class Extend:
     deadlines: Mapping[str, float]
-    """Request id to a moment on the engine's clock."""
+    """Request id to seconds on the clock of ``time.monotonic``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned:
+class Pin:
     refs: tuple[AdapterRef, ...]
 
 
-Message = Submitted | Aborted | Extended | Pinned | Loaded
+Message = Submit | Abort | Extend | Pin | Loaded
 
 
 class Inbox:
-    """A queue of messages that is bounded by its requests: each counts from ``submit`` to ``answered``."""
+    """A queue of messages behind one lock. It is bounded by requests: each counts from ``submit`` to ``finish``."""
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(self, max_requests: int) -> None:
+        self._max_requests = max_requests
         self._changed = threading.Condition()
         self._messages: list[Message] = []
-        self._unanswered: dict[str, GenerateRequest] = {}
-        self._stopping = False
+        self._unfinished: dict[str, GenerateRequest] = {}
+        self._is_stopping = False
         self._failure = ""
 
-    def submit(self, output: Output) -> None:
-        """Take a request in.
+    def submit(self, output: RequestOutput) -> None:
+        """Take a request.
 
         Raises:
-            EngineFailed: nothing is taken any more.
-            RequestRejected: its id is in use.
-            Overloaded: there are as many as there may be.
+            EngineFailed: the engine is stopping or has failed.
+            RequestRejected: a request with this id is not finished yet.
+            Overloaded: there are as many requests as there may be.
         """
+        request = output.request
         with self._changed:
-            self._reserve(output.request)
-            self._messages.append(Submitted(output))
+            if self._is_stopping:
+                raise EngineFailed(self._failure or "the engine is stopping")
+            if request.request_id in self._unfinished:
+                raise RequestRejected(f"request {request.request_id} is already running: choose another id")
+            if len(self._unfinished) >= self._max_requests:
+                raise Overloaded(f"{len(self._unfinished)} requests are running or waiting: try again shortly")
+            self._unfinished[request.request_id] = request
+            self._messages.append(Submit(output))
             self._changed.notify()
 
     def post(self, message: Message) -> None:
-        """Leave a message; after the end it stays unread."""
+        """Add a message. After ``stop`` it is not read any more."""
         with self._changed:
             self._messages.append(message)
             self._changed.notify()
 
-    def take(self, wait_s: float | None) -> list[Message]:
-        """All messages in order, waiting for the first as long as told (None: until one comes or the end)."""
+    def take(self, timeout_s: float | None) -> list[Message]:
+        """All messages, in order. Waits for the first one up to this long; None: until one comes or ``stop``."""
         with self._changed:
-            if not self._messages and not self._stopping and wait_s != 0:
-                self._changed.wait(wait_s)
+            if not self._messages and not self._is_stopping and timeout_s != 0:
+                self._changed.wait(timeout_s)
             messages, self._messages = self._messages, []
         return messages
 
-    def answered(self, request_id: str) -> None:
+    def finish(self, request_id: str) -> None:
+        """Stop counting a request."""
         with self._changed:
-            del self._unanswered[request_id]
+            del self._unfinished[request_id]
 
     def stop(self, failure: str = "") -> None:
-        """Take nothing more; ``failure`` says why, if it is one."""
+        """Take no more requests; ``failure`` says why, if the engine has failed."""
         with self._changed:
-            self._stopping = True
+            self._is_stopping = True
             self._failure = failure or self._failure
             self._changed.notify()
 
     @property
-    def stopping(self) -> bool:
-        return self._stopping
+    def is_stopping(self) -> bool:
+        return self._is_stopping
 
     @property
     def failure(self) -> str:
+        """Why the engine has failed; empty if it has not."""
         return self._failure
 
-    def load(self) -> tuple[int, int]:
-        """Requests without an answer, and the most tokens they may compute."""
+    def unfinished(self) -> tuple[int, int]:
+        """The number of unfinished requests, and the most tokens that they may compute."""
         with self._changed:
-            return len(self._unanswered), sum(map(_most_tokens, self._unanswered.values()))
+            tokens = sum(
+                len(request.prompt_token_ids) + request.sampling.n * request.sampling.max_tokens
+                for request in self._unfinished.values()
+            )
+            return len(self._unfinished), tokens
 
     def adapters(self) -> Counter[AdapterRef]:
-        """How many requests without an answer each adapter has."""
+        """The number of unfinished requests of each adapter."""
         with self._changed:
-            return Counter(request.adapter for request in self._unanswered.values() if request.adapter)
-
-    def _reserve(self, request: GenerateRequest) -> None:
-        if self._stopping:
-            raise EngineFailed(self._failure or "the engine is stopping")
-        if request.request_id in self._unanswered:
-            raise RequestRejected(f"request {request.request_id} is already running")
-        if len(self._unanswered) >= self._capacity:
-            raise Overloaded(f"{len(self._unanswered)} requests are running or waiting")
-        self._unanswered[request.request_id] = request
-
-
-def _most_tokens(request: GenerateRequest) -> int:
-    return len(request.prompt_token_ids) + request.sampling.n * request.sampling.max_tokens
+            return Counter(request.adapter for request in self._unfinished.values() if request.adapter)

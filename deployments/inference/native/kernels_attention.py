@@ -1,7 +1,6 @@
-"""Attention in Triton over keys and values that lie in blocks, for decodes and for chunks of prompts alike.
+"""Attention in Triton over a paged KV cache, for decodes and chunks of prompts.
 
-A tile is a few tokens of one sequence; a block table says where its keys lie. Our slots are the case of one block
-per sequence. The grid depends on shapes alone. Knows no requests and no model.
+A tile is a few tokens of one sequence, whose keys the block table finds. The grid depends on shapes alone.
 """
 
 import torch
@@ -10,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 QUERIES = 16
-"""Most tokens of a tile in a step that holds prompts; a step of decodes has one each."""
+"""The most tokens of a tile in a step with prompts; in a step of decodes it is 1."""
 HEADS = 8
-"""Most query heads that one program attends with; they share the pass over their keys."""
+"""The most query heads of one program, which share a pass over their keys."""
 KEYS = 64
 
 
@@ -28,7 +27,7 @@ def attend(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """``query [T, heads, dim]`` -> ``[T, heads, value_dim]``; rows in no tile are whatever was in memory.
+    """``query [T, heads, dim]`` -> ``[T, heads, value_dim]``; rows in no tile are undefined.
 
     ``keys`` and ``values`` ``[blocks, kv_heads, block size, dim]``; ``table [sequences, blocks of one]`` of integers;
     ``tiles [4, n]`` (row of the table, first row, rows, position of the first row), none above ``queries`` rows.
@@ -61,7 +60,7 @@ def _attend(
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, TOGETHER: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One tile, and some query heads of one kv head: row m is token ``m // TOGETHER`` of head ``m % TOGETHER``."""
+    """Compute one tile for some query heads of a KV head: row m is token ``m // TOGETHER`` of head ``m % TOGETHER``."""
     tile, kv_head, part = tl.program_id(0), tl.program_id(1) // parts, tl.program_id(1) % parts
     sequence = tl.load(tiles + tile)
     begin = tl.load(tiles + tiles_max + tile)
@@ -93,7 +92,7 @@ def _attend(
         seen = n[None, :] <= position[:, None]
         if HAS_WINDOW:
             seen = seen & (n[None, :] > position[:, None] - window)
-        # Finite, so that a row that has seen nothing yet makes no NaN; its first real score wipes what it summed.
+        # Not -inf, which would give NaN in a row with no score yet; its first real score scales the sum so far to zero.
         scores = tl.where(seen, scores, -1e30)
         better = tl.maximum(best, tl.max(scores, 1))
         weights, kept = tl.exp(scores - better[:, None]), tl.exp(best - better)

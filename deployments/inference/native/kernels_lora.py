@@ -1,7 +1,7 @@
-"""The two products of batched LoRA in Triton, over tiles of rows that share a slot.
+"""Batched LoRA in Triton, over tiles of rows that share an adapter slot.
 
-The grid depends on shapes alone, never on adapters, so a captured graph serves any of them; an empty tile exits.
-A tile reads no more ranks than its own adapter has in that module. Knows no modules and no requests.
+The grid depends on shapes alone, so that a captured graph serves any adapters; an empty tile returns at once.
+A tile reads no more ranks than its own adapter has in the module.
 """
 
 import torch
@@ -19,8 +19,8 @@ OUT_BLOCK = 128
 def shrink(x: Tensor, a: Tensor, ranks: Tensor, tiles: Tensor) -> Tensor:
     """``x [T, in]``, ``a [slots, rank, members, in]`` -> ``[T, members, rank]``.
 
-    ``ranks [slots, members]`` and ``tiles [3, n]`` (slot, first row, rows) are integers. What is written is the rows of
-    tiles, up to their slot's rank, rounded up to ``RANK_BLOCK``; the rest is whatever was in memory.
+    ``ranks [slots, members]`` and ``tiles [3, n]`` (slot, first row, rows) are integers. Written are the rows of the
+    tiles, up to their slot's rank, rounded up to ``RANK_BLOCK``; the rest is undefined.
     """
     assert x.stride(1) == a.stride(3) == ranks.stride(1) == tiles.stride(1) == 1
     rank, members, width = a.shape[1:]
@@ -35,7 +35,7 @@ def shrink(x: Tensor, a: Tensor, ranks: Tensor, tiles: Tensor) -> Tensor:
 
 
 def expand(y: Tensor, h: Tensor, b: Tensor, ranks: Tensor, tiles: Tensor) -> None:
-    """Add one member's product to ``y [T, out]``: ``h [T, rank]``, ``b [slots, rank, out]``, ``ranks [slots]``."""
+    """Add one module's product to ``y [T, out]``: ``h [T, rank]``, ``b [slots, rank, out]``, ``ranks [slots]``."""
     assert y.stride(1) == h.stride(1) == b.stride(2) == tiles.stride(1) == 1
     width = b.shape[2]
     _expand[(tiles.shape[1], triton.cdiv(width, OUT_BLOCK))](
@@ -51,7 +51,7 @@ def _shrink(
     x_row, a_slot, a_rank, a_member, h_row, h_member, ranks_slot,
     ROWS: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile, one member, one block of ranks."""
+    """Compute one block of ranks of one module for one tile."""
     tile, member = tl.program_id(0), tl.program_id(1)
     slot = tl.load(tiles + tile)
     begin = tl.load(tiles + tiles_max + tile)
@@ -81,7 +81,7 @@ def _expand(
     y_row, h_row, b_slot, b_rank, ranks_slot,
     ROWS: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile, one block of columns. No two programs touch the same element, so nothing is atomic."""
+    """Add one block of columns for one tile. No two programs write the same element."""
     tile = tl.program_id(0)
     slot = tl.load(tiles + tile)
     begin = tl.load(tiles + tiles_max + tile)

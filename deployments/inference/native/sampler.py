@@ -1,7 +1,6 @@
-"""The next token of each row. Every row decides from its own logits, parameters and random number alone.
+"""Sample the next token of each row of logits, from that row's logits, parameters and random number alone.
 
-The random number is a function of (seed, position), not of a generator that others share: the same seed
-gives the same tokens, alone or in a crowd.
+The random number is a function of seed and position, so that the same seed gives the same tokens in any batch.
 """
 
 from collections import Counter
@@ -18,45 +17,46 @@ MASK64 = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of logits: how to choose, and what has been generated so far."""
+    """What the sampler needs beside one row of logits."""
 
     sampling: SamplingParams
     seed: int
     generated: Seq[int]
+    """The tokens generated so far; their number is the position of the random number."""
     forbidden: Seq[int] = ()
-    """Tokens that must not be chosen now."""
+    """Tokens that must not be sampled."""
 
 
 @torch.inference_mode()
 def sample(logits: Tensor, rows: Seq[Row]) -> list[int | None]:
-    """Choose a token for each row of ``logits [rows, vocabulary]``; None where the logits are no numbers.
+    """Sample a token for each row of ``logits [rows, vocabulary]``; None where a row's largest logit is not finite.
 
-    The logits are the sampler's from here on: penalties and biases change them in place.
+    The logits are changed in place.
     """
     logits = logits.float()
-    sound = logits.amax(-1).isfinite().tolist()
+    is_finite = logits.amax(-1).isfinite().tolist()
     chosen = _adjusted(logits, rows).argmax(-1).tolist()
-    random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and sound[i]]
+    random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0 and is_finite[i]]
     if random:
-        everyone = len(random) == len(rows)
-        drawn = _draw(logits if everyone else logits[random], [rows[i] for i in random])
+        drawn = _draw(logits if len(random) == len(rows) else logits[random], [rows[i] for i in random])
         for i, token in zip(random, drawn.tolist(), strict=True):
             chosen[i] = token
-    return [token if good else None for token, good in zip(chosen, sound, strict=True)]
+    return [token if good else None for token, good in zip(chosen, is_finite, strict=True)]
 
 
-class Likelihoods:
-    """How likely the model finds each token, for the rows that ask: taken before ``sample`` changes the logits."""
+class Logprobs:
+    """The model's log-probabilities, for the rows that ask for them. Made before ``sample`` changes the logits."""
 
     @torch.inference_mode()
     def __init__(self, logits: Tensor, rows: Seq[Row]) -> None:
-        self._wanted = {i: len_top for i, row in enumerate(rows) if (len_top := row.sampling.logprobs) is not None}
+        self._wanted = {i: count for i, row in enumerate(rows) if (count := row.sampling.logprobs) is not None}
+        """Row to the number of the likeliest tokens to report."""
         if self._wanted:
             self._logprobs = logits[list(self._wanted)].float().log_softmax(-1)
 
     @torch.inference_mode()
-    def of(self, tokens: Seq[int | None]) -> dict[int, Logprob]:
-        """By row, for the rows that asked and got a token."""
+    def tokens(self, tokens: Seq[int | None]) -> dict[int, Logprob]:
+        """The log-probabilities of the sampled tokens, by row, for the rows that asked and got one."""
         if not self._wanted:
             return {}
         found: dict[int, Logprob] = {}
@@ -69,25 +69,26 @@ class Likelihoods:
         return found
 
 
-def seed_of(seed: int, index: int) -> int:
-    """The seed of a request's answer of that index; the first keeps the request's own."""
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of a request's choice with that index; the first has the request's own."""
     return seed if index == 0 else _mix((seed & MASK64) ^ _mix(index))
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for one position of one seed, by SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    """The random number in [0, 1) of a seed and a position, by SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
     state = _mix(_mix(seed & MASK64) + (position + 1) * 0x9E3779B97F4A7C15 & MASK64)
     return (state >> 11) / (1 << 53)
 
 
 def _mix(state: int) -> int:
+    """SplitMix64's finalizer."""
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
     return state ^ (state >> 31)
 
 
 def _adjusted(logits: Tensor, rows: Seq[Row]) -> Tensor:
-    """Subtract, in place, the penalties for the tokens generated so far; add biases; forbid what is forbidden."""
+    """Change the logits in place: subtract penalties for the tokens generated, add biases, exclude forbidden tokens."""
     for i, row in enumerate(rows):
         presence, frequency = row.sampling.presence_penalty, row.sampling.frequency_penalty
         if row.generated and (presence or frequency):
@@ -104,19 +105,19 @@ def _adjusted(logits: Tensor, rows: Seq[Row]) -> Tensor:
 
 
 def _draw(logits: Tensor, rows: Seq[Row]) -> Tensor:
-    """One token for each row, by the inverse of the distribution function in the vocabulary's order."""
+    """Draw one token for each row: invert the cumulative distribution over the vocabulary at its random number."""
     below_best = (logits - logits.amax(-1, keepdim=True)).double()
     temperature = _column([row.sampling.temperature for row in rows], below_best)
     distribution = _kept((below_best / temperature).softmax(-1), rows).cumsum(-1)
     total = distribution[:, -1:]
     numbers = _column([uniform(row.seed, len(row.generated)) for row in rows], distribution)
     drawn = torch.searchsorted(distribution, numbers * total, right=True)
-    likely_last = (distribution < total).sum(-1, keepdim=True)
-    return drawn.minimum(likely_last)[:, 0]
+    last_possible = (distribution < total).sum(-1, keepdim=True)
+    return drawn.minimum(last_possible)[:, 0]
 
 
 def _kept(probabilities: Tensor, rows: Seq[Row]) -> Tensor:
-    """Zero what top-k, top-p (of what top-k leaves) and min-p leave out; the likeliest token always stays."""
+    """Set to zero what top-k, then top-p and min-p exclude; the likeliest token always stays."""
     params = [row.sampling for row in rows]
     floor = probabilities.amax(-1, keepdim=True) * _column([p.min_p for p in params], probabilities)
     if any(p.top_k or p.top_p < 1 for p in params):

@@ -1,6 +1,6 @@
-"""Steps on a GPU: tiles instead of row plans, one copy of numbers a step, a captured graph for each size of decodes.
+"""Steps on a GPU: Triton kernels over tiles of rows, one copy to the device each step, CUDA graphs for decodes.
 
-Knows the kernels and the model; knows no requests. Without graphs it runs on a CPU too, in Triton's interpreter.
+Without graphs it runs on a CPU too, in Triton's interpreter.
 """
 
 from collections import Counter
@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deployments.inference.native import kernels_attention, kernels_lora
-from deployments.inference.native.attention import KvPool, Scoring
+from deployments.inference.native.attention import KvCache, Scoring
 from deployments.inference.native.lora import LoraLinear, LoraPool
 from deployments.inference.native.sequence import Span
 from deployments.inference.native.settings import KvSizes
 from deployments.inference.native.tiles import buckets, columns, lora_tiles, lora_tiles_max, query_tiles
 
 WARM_UPS = 2
-"""Runs before a capture: kernels are compiled and libraries make their workspaces in them."""
+"""Runs before a capture, in which kernels are compiled and libraries allocate their workspaces."""
 
 
 class StepBuffers:
-    """All numbers that one step reads, in one run of memory at addresses that stay."""
+    """All integers that a step reads, in contiguous memory at fixed addresses, as a CUDA graph needs."""
 
     def __init__(self, rows: int, attention_tiles: int, adapter_tiles: int, device: torch.device) -> None:
         self.rows = rows
@@ -36,7 +36,7 @@ class StepBuffers:
         self.adapter_tiles = adapters.view(3, adapter_tiles)
 
     def fill(self, spans: Seq[Span], queries: int) -> None:
-        """Write a step; its spans have as many rows as there are. The step before must have been waited for."""
+        """Write a step, whose spans have ``rows`` rows. The step before must have ended."""
         tiles = lora_tiles(rows_by_slot(spans))
         numbers = chain(
             (token for span in spans for token in span.token_ids),
@@ -50,7 +50,7 @@ class StepBuffers:
 
 
 class BlockTable:
-    """Which blocks each slot's sequence has, at an address that stays; what no sequence has is the filler block."""
+    """The blocks of each slot's sequence, at a fixed address; unused entries are the filler block."""
 
     def __init__(self, slots: int, width: int, filler: int, device: torch.device) -> None:
         self._host = torch.full((slots, width), filler, pin_memory=device.type == "cuda")
@@ -59,7 +59,7 @@ class BlockTable:
         """``[slots, width]``"""
 
     def write(self, spans: Seq[Span]) -> None:
-        """Bring up to date what these spans will read. The step before must have been waited for."""
+        """Update the rows that these spans read. The step before must have ended."""
         changed = [span for span in spans if self._written.get(span.kv_slot) is not span.blocks]
         for span in changed:
             self._host[span.kv_slot, : len(span.blocks)] = torch.tensor(span.blocks)
@@ -70,21 +70,21 @@ class BlockTable:
 
 @dataclass(slots=True)
 class TiledAttention:
-    """A step to the model's attention."""
+    """An ``AttentionStep`` on the kernels."""
 
-    pool: KvPool
+    pool: KvCache
     buffers: StepBuffers
     table: Tensor
     """A ``BlockTable``'s blocks."""
     queries: int
-    _places: dict[int, Tensor] = field(default_factory=dict)
+    _slot_mappings: dict[int, Tensor] = field(default_factory=dict)
 
-    def places(self, kv_heads: int) -> Tensor:
-        if kv_heads not in self._places:
+    def slot_mapping(self, kv_heads: int) -> Tensor:
+        if kv_heads not in self._slot_mappings:
             positions, size = self.buffers.positions, self.pool.block_tokens
             blocks = self.table[self.buffers.kv_slots, positions // size]
-            self._places[kv_heads] = self.pool.places(blocks, positions % size, kv_heads)
-        return self._places[kv_heads]
+            self._slot_mappings[kv_heads] = self.pool.slot_mapping(blocks, positions % size, kv_heads)
+        return self._slot_mappings[kv_heads]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
         return kernels_attention.attend(
@@ -94,8 +94,8 @@ class TiledAttention:
 
 
 @dataclass(slots=True)
-class TiledAdditions:
-    """A step to the wrapped linears: all of them add, and a tile leaves where its adapter has no rank."""
+class TiledLoraDelta:
+    """A ``LoraDelta`` on the kernels. A tile does nothing in a module where its adapter has rank 0."""
 
     tiles: Tensor
     _shrunk: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -111,17 +111,17 @@ class TiledAdditions:
 
 
 class TiledSteps:
-    """Runs steps. ``kv`` has one block more than its sizes say: what fills a batch up is written there."""
+    """Runs steps. ``kv`` has one block more than ``sizes``: the rows that pad a batch are written there."""
 
     def __init__(
-        self, model: PreTrainedModel, kv: KvPool, sizes: KvSizes, lora: LoraPool, adapter_slots: int, max_running: int
+        self, model: PreTrainedModel, kv: KvCache, sizes: KvSizes, lora: LoraPool, adapter_slots: int, max_running: int
     ) -> None:
         self._model = model
         self._kv = kv
         self._lora = lora
         self._adapter_slots = adapter_slots
         self._device = next(model.parameters()).device
-        self._table = BlockTable(max_running + 1, sizes.each, sizes.blocks, self._device)
+        self._table = BlockTable(max_running + 1, sizes.blocks_per_sequence, sizes.blocks, self._device)
         self._filler = Span(max_running, -1, 0, (0,), False)
         self._buckets = buckets(max_running)
         self._graphs: dict[tuple[int, bool], DecodeGraph] = {}
@@ -131,7 +131,7 @@ class TiledSteps:
         return bool(self._graphs)
 
     def forward(self, spans: Seq[Span]) -> Tensor:
-        """As ``Model.forward``. What a graph returns lasts until the next step."""
+        """As ``Model.forward``. The logits of a graph are overwritten by the next step."""
         if self._graphs and all(span.sampled and len(span.token_ids) == 1 for span in spans):
             size = next(size for size in self._buckets if size >= len(spans))
             has_adapters = any(span.adapter_slot >= 0 for span in spans)
@@ -154,22 +154,22 @@ class TiledSteps:
         )
 
     def fill(self, buffers: StepBuffers, spans: Seq[Span], queries: int) -> None:
-        """Write all that a step reads."""
+        """Write everything that a step reads."""
         self._table.write(spans)
         buffers.fill(spans, queries)
 
     def filled(self, spans: Seq[Span], size: int) -> list[Span]:
-        """The spans, and as many rows of the base model that nobody reads as make ``size``."""
+        """The spans, padded to ``size`` with rows of the base model whose logits are not used."""
         return [*spans, *repeat(self._filler, size - len(spans))]
 
     def decode_buffers(self, size: int) -> StepBuffers:
-        """For any ``size`` decodes, whatever their adapters."""
+        """Buffers for ``size`` decodes of any adapters."""
         return StepBuffers(size, size, lora_tiles_max(size, self._adapter_slots), self._device)
 
     @torch.inference_mode()
     def compute(self, buffers: StepBuffers, queries: int, has_adapters: bool, keep: Tensor | int) -> Tensor:
-        """Logits of the rows to keep (0: all), from what stands in the buffers."""
-        self._lora.step = TiledAdditions(buffers.adapter_tiles) if has_adapters else None
+        """Logits of the rows to keep (0: all), computed from the buffers."""
+        self._lora.step = TiledLoraDelta(buffers.adapter_tiles) if has_adapters else None
         logits: Tensor = self._model(
             input_ids=buffers.tokens[None],
             position_ids=buffers.positions[None],
@@ -182,10 +182,12 @@ class TiledSteps:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Make the graphs, the largest first: the smaller ones fit into its memory. Nothing else may use the GPU.
+        """Capture the graphs, the largest first, so that the smaller ones fit into its memory.
+
+        Nothing else may use the GPU meanwhile.
 
         Raises:
-            RuntimeError: the model does something that no graph can hold.
+            RuntimeError: the model does something that cannot be captured.
         """
         graphs: dict[tuple[int, bool], DecodeGraph] = {}
         memory = torch.cuda.graph_pool_handle()
@@ -199,7 +201,7 @@ class TiledSteps:
         self._graphs = graphs
 
     def _warm_up(self, buffers: StepBuffers, has_adapters: bool) -> None:
-        """On a stream of its own, as a capture will run."""
+        """Run on a stream of its own, as a capture does."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -210,7 +212,7 @@ class TiledSteps:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGraph:
-    """A step of decodes, captured once, replayed with any tokens, places and adapters."""
+    """A step of decodes, captured once, replayed with any tokens, positions and adapters."""
 
     buffers: StepBuffers
     graph: torch.cuda.CUDAGraph
@@ -218,7 +220,7 @@ class DecodeGraph:
 
 
 def rows_by_slot(spans: Seq[Span]) -> Counter[int]:
-    """How many rows each adapter slot has; those of the base model have none."""
+    """The number of rows of each adapter slot; rows of the base model have none."""
     rows: Counter[int] = Counter()
     for span in spans:
         if span.adapter_slot >= 0:

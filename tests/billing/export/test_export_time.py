@@ -99,6 +99,7 @@ async def test_patient_flush_waits_for_calls(world: World) -> None:
     assert (await exporter.flush_once()).dead_letters == 2
 
 
+@pytest.mark.slow
 async def test_windows_are_wide_in_a_long_outage(world: World) -> None:
     await world.tenant("acme")
     exporter = world.exporter()
@@ -127,6 +128,7 @@ class Counted:
         return True
 
 
+@pytest.mark.slow
 async def test_outage_of_a_day_drains_in_a_few_calls(world: World) -> None:
     names = [f"tenant-{number}" for number in range(10)]
     for name in names:

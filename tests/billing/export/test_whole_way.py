@@ -5,6 +5,8 @@ import random
 import sys
 from pathlib import Path
 
+import pytest
+
 from billing.export.outbox import Outbox
 from billing.ledger.account import Funding, Grant, HoldRequest, Settlement
 from billing.money import Nanos
@@ -53,6 +55,7 @@ async def test_ledger_records_and_dodo_agree_to_the_nano(world: World) -> None:
     assert (told[ACME, "requests"], told[ACME, "completion_tokens"]) == (9, sum(range(9)))
 
 
+@pytest.mark.slow
 async def test_sums_hold_over_kills_and_dodo_faults(world: World, store_url: str, repo: Path) -> None:
     """Two pumps at a time, each killed with SIGKILL at a random moment, while half the calls fail."""
     dice = random.Random(20_261_123)

@@ -54,14 +54,14 @@ def principal(of_plan: str, **subscription: object) -> Principal:
 def test_a_free_allowance_is_one_calendar_month_s(now: str, month: str, ends: str) -> None:
     allowance = funding_for(tenant("free"), FREE, ms(now)).allowance
     assert allowance is not None
-    assert (allowance.id, allowance.expires_at_ms) == (f"allowance:free:{month}", ms(ends))
+    assert (allowance.id, allowance.expires_at_ms) == (f"allowance:free:{month}:free", ms(ends))
     assert (allowance.unit, allowance.remaining, allowance.is_allowance) == (Unit.REQUESTS, 2, True)
 
 
 def test_a_subscription_brings_its_period_s_allowance_and_credit() -> None:
     funding = funding_for(tenant("pro", status="active"), PRO, 1_500)
     assert funding.allowance is not None
-    assert (funding.allowance.id, funding.allowance.expires_at_ms) == ("allowance:sub_1:1000", 2_000)
+    assert (funding.allowance.id, funding.allowance.expires_at_ms) == ("allowance:sub_1:1000:pro", 2_000)
     assert funding.credit_limit == 1_000_000
 
 
@@ -106,8 +106,8 @@ async def test_all_four_plans_are_admitted_each_by_its_own_money(ledger: Ledger,
         drawn[plan] = [d.bucket for d in hold.draws]
         assert hold.request.adapter == "pirate@0123456789ab"
     assert drawn == {
-        "free": ["allowance:free:1970-01"],
-        "pro": ["allowance:sub_1:1000", "payment:1"],
+        "free": ["allowance:free:1970-01:free"],
+        "pro": ["allowance:sub_1:1000:pro", "payment:1"],
         "prepaid": ["payment:1"],
         "payg": ["overage"],
     }

@@ -22,7 +22,7 @@ async def _held(ledger: Ledger, clock: SteppedClock) -> Settlement:
     """An ended request whose cost two counts depend on: its key's cap, and the month's volume."""
     cap = cap_at(Window.DAY, Nanos(100_000), clock.now_ms)
     hold = await ledger.hold(request(caps=(cap,), month_start_ms=MONTH, lease_ms=1))
-    ended = replace(settlement(), origin=snapshot_of(hold, hold.held_nanos))
+    ended = replace(settlement(), snapshot=snapshot_of(hold, hold.held_nanos))
     assert unpack_settlement(pack_settlement(ended)) == ended
     return ended
 

@@ -29,7 +29,7 @@ async def _grown(store: Redis, ledger: Ledger, asked: HoldRequest, completion: i
         await store.delete(key)
         if fields:
             await store.hset(key, mapping=fields)
-    return replace(settlement(asked.request_id, completion), origin=snapshot_of(hold, held))
+    return replace(settlement(asked.request_id, completion), snapshot=snapshot_of(hold, held))
 
 
 @pytest.mark.parametrize(("completion", "charged"), [(2, 14_000), (15, 40_000), (500, 50_000)])

@@ -35,7 +35,7 @@ COST = 20_000
 async def _held(ledger: Ledger, asked: HoldRequest, completion: int = 5) -> Settlement:
     """A settle that knows its hold, as a gateway makes it."""
     hold = await ledger.hold(asked)
-    return replace(settlement(asked.request_id, completion), origin=snapshot_of(hold, hold.held_nanos))
+    return replace(settlement(asked.request_id, completion), snapshot=snapshot_of(hold, hold.held_nanos))
 
 
 async def _forget(store: Redis, request_id: str = "req_1") -> None:
@@ -151,10 +151,10 @@ async def test_the_age_of_an_orphan_decides(store: Redis, clock: SteppedClock, a
     ledger = Ledger(store, clock, window_ms)
     await ledger.grant(money(1_000_000))
     ended = await _held(ledger, request())
-    assert ended.origin is not None
+    assert ended.snapshot is not None
     await _forget(store)
-    older = replace(ended.origin, held_at_ms=ended.origin.held_at_ms - int(age * window_ms))
-    assert await _fate(ledger, replace(ended, origin=older)) == fate
+    older = replace(ended.snapshot, held_at_ms=ended.snapshot.held_at_ms - int(age * window_ms))
+    assert await _fate(ledger, replace(ended, snapshot=older)) == fate
 
 
 async def test_a_marker_of_a_clock_that_was_ahead_is_found(store: Redis, clock: SteppedClock) -> None:

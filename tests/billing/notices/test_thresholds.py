@@ -23,7 +23,8 @@ SUBSCRIBED = Tenant(
 
 
 def account(*buckets: Bucket, overage: int = 0) -> Account:
-    return Account(ACME, buckets, Nanos(0), 0, Nanos(overage), seq=1, open_holds=0)
+    balance = Nanos(sum(bucket.remaining for bucket in buckets if bucket.unit is Unit.NANOS))
+    return Account(ACME, buckets, balance, balance, Nanos(0), 0, Nanos(overage), seq=1, open_holds=0)
 
 
 def told(tenant: Tenant, plan: Plan, state: Account) -> list[str]:

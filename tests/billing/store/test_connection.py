@@ -1,10 +1,13 @@
-"""A store that is gone, hung or unfit is told apart from a slow one, in time."""
+"""A store that is absent, hung or unfit is refused in time; one that is only slow is not."""
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,40 +16,41 @@ from redis.asyncio import Redis
 from billing.ledger.errors import CreditOnHold
 from billing.ledger.ledger import Ledger
 from billing.pricing.prices import Price
-from billing.store import keys
-from billing.store.connection import connect, guarded, verify
+from billing.store.connection import connect, verify, verify_server
 from billing.store.errors import StoreRefused, StoreUnavailable
+from billing.store.guard import guarded
 from cluster import valkey
+from tests.support.fleet import HOST, Server, durable, free_port, time_to_fail
 from tests.support.samples import ACME, money, request, settlement
+from tests.support.servers import SYSTEM_REDIS
 
-IN_TIME_S = 0.3
-SLACK_S = 0.2
-"""What a busy test machine may add to it."""
+IN_TIME_S = 0.5
+"""A silent store is given up within 0.3 s; the rest is for a busy test machine."""
 
 
 @pytest.fixture
 def own_server(server: valkey.Valkey, tmp_path: Path) -> Iterator[valkey.Valkey]:
-    """A server of this test's own, of each kind, to be hurt."""
+    """A server of this test's own, of each kind."""
     started = valkey.start(tmp_path / "s", _program(server))
     yield started
     started.kill()
 
 
 @pytest.mark.prompt
-async def test_a_refused_connection_is_unavailable_in_time(own_server: valkey.Valkey) -> None:
+async def test_refused_connection_is_unavailable_in_time(own_server: valkey.Valkey) -> None:
     redis = await connect(own_server.url)
     ledger = Ledger(redis)
     await ledger.grant(money(100_000))
     own_server.kill()
     for call in (ledger.hold(request()), ledger.settle(settlement()), ledger.account(ACME)):
-        assert await _time_to_fail(call) < IN_TIME_S + SLACK_S
+        assert await time_to_fail(call) < IN_TIME_S
     await redis.aclose()
     with pytest.raises(StoreUnavailable):
         await connect(own_server.url)
 
 
 @pytest.mark.prompt
-async def test_a_hung_store_is_unavailable_in_time_and_answers_nobody_wrongly_after(
+async def test_hung_store_is_unavailable_in_time_and_then_answers_each_call(
     own_server: valkey.Valkey,
 ) -> None:
     redis = await connect(own_server.url)
@@ -55,10 +59,10 @@ async def test_a_hung_store_is_unavailable_in_time_and_answers_nobody_wrongly_af
     await asyncio.gather(*(ledger.account(ACME) for _ in range(10)))
     os.kill(own_server.pid, signal.SIGSTOP)
     try:
-        waits = await asyncio.gather(*(_time_to_fail(ledger.hold(request(f"req_{n}"))) for n in range(10)))
+        waits = await asyncio.gather(*(time_to_fail(ledger.hold(request(f"req_{n}"))) for n in range(10)))
     finally:
         os.kill(own_server.pid, signal.SIGCONT)
-    assert max(waits) < IN_TIME_S + SLACK_S
+    assert max(waits) < IN_TIME_S
     holds = await asyncio.gather(*(ledger.hold(request(f"req_{n}")) for n in range(10)))
     assert [h.request.request_id for h in holds] == [f"req_{n}" for n in range(10)]
     account = await ledger.account(ACME)
@@ -66,12 +70,12 @@ async def test_a_hung_store_is_unavailable_in_time_and_answers_nobody_wrongly_af
     await redis.aclose()
 
 
-async def test_a_store_that_comes_back_is_used_again(own_server: valkey.Valkey, tmp_path: Path) -> None:
+async def test_restarted_store_is_used_again(own_server: valkey.Valkey, tmp_path: Path) -> None:
     redis = await connect(own_server.url)
     ledger = Ledger(redis)
     await ledger.grant(money(100_000))
     own_server.kill()
-    await _time_to_fail(ledger.account(ACME))
+    await time_to_fail(ledger.account(ACME))
     again = valkey.start(tmp_path / "s", _program(own_server))
     try:
         assert (await ledger.account(ACME)).balance_nanos == 100_000
@@ -82,20 +86,13 @@ async def test_a_store_that_comes_back_is_used_again(own_server: valkey.Valkey, 
 
 
 def _program(server: valkey.Valkey) -> Path:
-    """It is known by the name it was called with: one binary is server and checker at once."""
+    """The name that the server was called with, because one binary is server and checker at once."""
     command = server.process.args
     assert isinstance(command, list)
     return Path(str(command[0]))
 
 
-async def _time_to_fail(call: object) -> float:
-    started = time.monotonic()
-    with pytest.raises(StoreUnavailable):
-        await call  # type: ignore[misc]
-    return time.monotonic() - started
-
-
-async def test_a_crowd_larger_than_the_pool_waits_its_turn(ledger: Ledger) -> None:
+async def test_more_calls_than_connections_wait_their_turn(ledger: Ledger) -> None:
     await ledger.grant(money(50 * 100_000))
     price = Price.model_validate({"per_request": "0.0001"})
     answers = await asyncio.gather(
@@ -107,7 +104,7 @@ async def test_a_crowd_larger_than_the_pool_waits_its_turn(ledger: Ledger) -> No
 
 
 @pytest.mark.prompt
-async def test_a_process_that_slept_does_not_blame_the_store(store: Redis) -> None:
+async def test_suspended_process_does_not_take_the_store_for_down(store: Redis) -> None:
     async def look() -> str:
         async with guarded():
             return str(await store.ping())
@@ -118,7 +115,7 @@ async def test_a_process_that_slept_does_not_blame_the_store(store: Redis) -> No
     assert await looking == "True"
 
 
-async def test_a_cancelled_call_ends(ledger: Ledger) -> None:
+async def test_cancelled_call_ends(ledger: Ledger) -> None:
     """Python 3.11's ``wait_for`` swallowed one cancellation in a few hundred: a gateway then never stopped."""
 
     async def look_for_ever() -> None:
@@ -133,7 +130,7 @@ async def test_a_cancelled_call_ends(ledger: Ledger) -> None:
         assert looking in done
 
 
-async def test_a_full_store_takes_no_hold_and_still_settles(store: Redis, ledger: Ledger) -> None:
+async def test_full_store_refuses_holds_and_settles(store: Redis, ledger: Ledger) -> None:
     await ledger.grant(money(1_000_000))
     await ledger.hold(request())
     await store.config_set("maxmemory", "1")
@@ -155,9 +152,7 @@ async def test_a_full_store_takes_no_hold_and_still_settles(store: Redis, ledger
         ("appendfsync", "no", "always", "not on disk"),
     ],
 )
-async def test_a_store_that_could_lose_money_is_refused_unless_trusted(
-    store: Redis, option: str, bad: str, good: str, word: str
-) -> None:
+async def test_lossy_store_is_refused_unless_trusted(store: Redis, option: str, bad: str, good: str, word: str) -> None:
     await store.config_set(option, bad)
     try:
         with pytest.raises(StoreRefused, match=word):
@@ -168,7 +163,7 @@ async def test_a_store_that_could_lose_money_is_refused_unless_trusted(
     await verify(store)
 
 
-async def test_a_store_that_hides_when_it_writes_is_refused_unless_trusted(store: Redis, server: valkey.Valkey) -> None:
+async def test_store_that_denies_config_is_refused_unless_trusted(store: Redis, server: valkey.Valkey) -> None:
     await store.acl_setuser(
         "hosted", enabled=True, passwords=["+pw"], keys=["*"], categories=["+@all"], commands=["-config"]
     )
@@ -181,15 +176,82 @@ async def test_a_store_that_hides_when_it_writes_is_refused_unless_trusted(store
         await store.acl_deluser("hosted")
 
 
-async def test_a_store_of_another_layout_is_refused(store: Redis) -> None:
-    await store.hset(keys.META, "shards", "32")
-    with pytest.raises(StoreRefused, match="REDIS_URL"):
-        await verify(store, "trusted")
-    await store.delete(keys.META)
-
-
-async def test_a_mistake_of_ours_is_not_taken_for_an_outage(store: Redis) -> None:
+async def test_error_of_a_wrong_command_is_not_unavailable(store: Redis) -> None:
     await store.set("fb:text", "x")
     with pytest.raises(Exception, match="WRONGTYPE"):
         async with guarded():
             await store.hget("fb:text", "field")
+
+
+class _Server:
+    """A server whose version is what it says."""
+
+    def __init__(self, info: dict[str, str]) -> None:
+        self._info = info
+
+    async def info(self) -> dict[str, str]:
+        return self._info
+
+
+@pytest.mark.parametrize(
+    ("info", "is_refused"),
+    [
+        ({"redis_version": "6.0.16"}, True),
+        ({"redis_version": "6.2.0"}, False),
+        ({"redis_version": "7.2.4", "valkey_version": "7.2.9"}, True),
+        ({"redis_version": "7.2.4", "valkey_version": "8.0.0"}, False),
+    ],
+)
+async def test_old_server_is_refused(info: dict[str, str], is_refused: bool) -> None:
+    expected = pytest.raises(StoreRefused, match=r"Redis 6\.2 or Valkey 8\.0") if is_refused else nullcontext()
+    with expected:
+        await verify_server(_Server(info), "trusted")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("url", ["redis+sentinel://{}/ledger", "redis+cluster://{}", "redis://{}"])
+async def test_absent_store_is_unavailable_with_the_reason(url: str) -> None:
+    with pytest.raises(StoreUnavailable, match=r"[Cc]onnect call failed"):
+        await connect(url.format(f"{HOST}:{free_port()}"))
+
+
+needs_tls = pytest.mark.skipif(
+    not (SYSTEM_REDIS.exists() and shutil.which("openssl")), reason="needs a server built with TLS, and openssl"
+)
+
+
+@needs_tls
+async def test_store_with_password_and_tls_is_reached(tmp_path: Path) -> None:
+    server = _with_tls(tmp_path).start()
+    address = f"rediss://:s3cret@{HOST}:{server.port}/0?ssl_ca_certs={tmp_path}/cert.pem"
+    try:
+        redis = await _patiently(address)
+        await Ledger(redis).grant(money(100_000))
+        await redis.aclose()
+        for wrong in (address.replace("s3cret", "other"), address.partition("?")[0], "redis" + address[6:]):
+            with pytest.raises((StoreUnavailable, StoreRefused)) as refusal:
+                await connect(wrong)
+            assert "s3cret" not in str(refusal.value)
+    finally:
+        server.kill()
+
+
+def _with_tls(folder: Path) -> Server:
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key.pem -out cert.pem -subj /CN=localhost"
+    subprocess.run(
+        [*command.split(), "-addext", f"subjectAltName=IP:{HOST}"], cwd=folder, check=True, capture_output=True
+    )
+    server = durable(folder / "t", SYSTEM_REDIS, requirepass="s3cret", tls_auth_clients="no")
+    words = [word if word != "--port" else "--tls-port" for word in server.command]
+    for option, file in (("--tls-cert-file", "cert.pem"), ("--tls-key-file", "key.pem")):
+        words += [option, str(folder / file)]
+    server.command = [*words, "--port", "0"]
+    return server
+
+
+async def _patiently(url: str) -> Redis:
+    for _ in range(100):
+        try:
+            return await connect(url)
+        except StoreUnavailable:
+            await asyncio.sleep(0.05)
+    return await connect(url)

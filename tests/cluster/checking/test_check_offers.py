@@ -1,10 +1,9 @@
-"""An arm that offers what is not there, or what everybody is offered, is found before anything is deployed."""
+"""``farebox check`` of the packs and plans that an experiment's arms offer."""
 
 import pytest
 
-from tests.cluster.checking.test_check import Desk, desk
+from tests.support.configuration import Workspace
 
-__all__ = ["desk"]
 PRICING = """          pricing:
             experiments:
               - id: x
@@ -14,22 +13,22 @@ PRICING = """          pricing:
 
 
 @pytest.mark.parametrize(
-    ("pack", "is_right", "problem"),
+    ("pack", "is_valid", "problem"),
     [
         ("smal", False, "'smal' is not one of the packs: did you mean `small`?"),
         ("small", True, "'small' is not `visibility: hidden`"),
     ],
 )
-def test_an_arm_offers_hidden_packs_that_are_there(desk: Desk, pack: str, is_right: bool, problem: str) -> None:
-    desk.edit("          default_plan:", PRICING.replace("PACK", pack))
-    report = desk.check()
+def test_pack_of_arm_must_exist_and_be_hidden(workspace: Workspace, pack: str, is_valid: bool, problem: str) -> None:
+    workspace.edit("          default_plan:", PRICING.replace("PACK", pack))
+    report = workspace.check()
     [finding] = report.findings
-    assert report.is_right is is_right
+    assert report.is_valid is is_valid
     assert problem in finding.problem
-    assert finding.line == desk.line_of("arms:")
+    assert finding.line == workspace.line_of("arms:")
 
 
-def test_an_arm_may_offer_a_hidden_pack(desk: Desk) -> None:
-    desk.edit("          default_plan:", PRICING.replace("PACK", "large"))
-    desk.edit('price: "50.00"\n', 'price: "50.00"\n              visibility: hidden\n')
-    assert desk.check().findings == ()
+def test_hidden_pack_of_arm_is_allowed(workspace: Workspace) -> None:
+    workspace.edit("          default_plan:", PRICING.replace("PACK", "large"))
+    workspace.edit('price: "50.00"\n', 'price: "50.00"\n              visibility: hidden\n')
+    assert workspace.check().findings == ()

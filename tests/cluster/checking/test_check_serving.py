@@ -1,10 +1,8 @@
-"""How tokens travel and when replicas come and go is checked before it is deployed: Serve would only log it."""
+"""``farebox check`` of the autoscaling policy and the token transport, whose errors Ray Serve only logs."""
 
 import pytest
 
-from tests.cluster.checking.test_check import Desk, desk
-
-__all__ = ["desk"]
+from tests.support.configuration import Workspace
 
 
 @pytest.mark.parametrize(
@@ -18,13 +16,15 @@ __all__ = ["desk"]
         ("deployments.autoscaling:Q", "deployments.autoscale:Q", "autoscaling_config", "deployments.autoscale"),
     ],
 )
-def test_what_serve_would_only_log_is_refused(desk: Desk, old: str, new: str, where: str, problem: str) -> None:
-    desk.edit(old, new)
-    findings = [finding for finding in desk.check().findings if where in finding.where]
-    assert any(problem in finding.problem for finding in findings), desk.check().findings
-    assert not desk.check().is_right
+def test_errors_that_serve_only_logs_are_found(
+    workspace: Workspace, old: str, new: str, where: str, problem: str
+) -> None:
+    workspace.edit(old, new)
+    findings = [finding for finding in workspace.check().findings if where in finding.where]
+    assert any(problem in finding.problem for finding in findings), workspace.check().findings
+    assert not workspace.check().is_valid
 
 
-def test_serves_own_streaming_may_be_chosen(desk: Desk) -> None:
-    desk.edit("token_transport: socket", "token_transport: serve")
-    assert desk.check().is_right
+def test_serve_transport_is_allowed(workspace: Workspace) -> None:
+    workspace.edit("token_transport: socket", "token_transport: serve")
+    assert workspace.check().is_valid

@@ -1,4 +1,4 @@
-"""What Dodo refused for good is listed by reason and sent again on command, with the same ids and quantities."""
+"""``farebox dodo dead`` and ``revive``: dead letters are listed with reasons and sent again unchanged."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from billing.store.connection import connect
 from billing.store.keys import shard_for
 from billing.usage import TenantId
 from cluster.cli.main import app
-from tests.support.cli import tell
+from tests.support.cli import write_healthy_run
 
 runner = CliRunner()
 EVENTS = [
@@ -26,15 +26,15 @@ REASON = "Dodo Payments refused with 422 : unknown customer"
 
 @pytest.fixture
 def farebox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder that tells of a running farebox with two dead letters."""
+    """The store of a running farebox with two dead letters."""
     monkeypatch.setenv("FAREBOX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "200")
-    tell(store_url)
-    asyncio.run(_bury(store_url))
+    write_healthy_run(store_url)
+    asyncio.run(_add_dead_letters(store_url))
     return store_url
 
 
-async def _bury(store_url: str) -> None:
+async def _add_dead_letters(store_url: str) -> None:
     redis = await connect(store_url)
     await redis.flushall()
     outbox = Outbox(redis)
@@ -53,7 +53,7 @@ async def _outbox(store_url: str) -> tuple[list[SealedEvent], int]:
 
 
 @pytest.mark.usefixtures("farebox")
-def test_dead_letters_are_listed_with_their_reasons() -> None:
+def test_dead_lists_reasons() -> None:
     rows = json.loads(runner.invoke(app, ["dodo", "dead", "--json"]).stdout)
     assert rows[0] == {"id": "id_acme", "tenant": "acme", "event": CHARGE, "nanos": 100, "reason": REASON}
     shown = runner.invoke(app, ["dodo", "dead"]).output
@@ -61,7 +61,7 @@ def test_dead_letters_are_listed_with_their_reasons() -> None:
     assert REASON in shown
 
 
-def test_one_is_revived_by_id_and_the_rest_by_all(farebox: str) -> None:
+def test_revive_of_one_and_of_all(farebox: str) -> None:
     assert "1 of 2" in runner.invoke(app, ["dodo", "revive", "id_zeta"]).output
     assert asyncio.run(_outbox(farebox)) == ([EVENTS[1]], 1)
     assert runner.invoke(app, ["dodo", "revive", "--all"]).exit_code == 0
@@ -69,7 +69,7 @@ def test_one_is_revived_by_id_and_the_rest_by_all(farebox: str) -> None:
     assert json.loads(runner.invoke(app, ["dodo", "dead", "--json"]).stdout) == []
 
 
-@pytest.mark.parametrize(("args", "code"), [(["id_nobody"], 1), ([], 2), (["id_acme", "--all"], 2)])
-def test_what_is_no_dead_letter_is_refused_and_nothing_moves(farebox: str, args: list[str], code: int) -> None:
+@pytest.mark.parametrize(("args", "code"), [(["id_unknown"], 1), ([], 2), (["id_acme", "--all"], 2)])
+def test_revive_refuses_unknown_ids(farebox: str, args: list[str], code: int) -> None:
     assert runner.invoke(app, ["dodo", "revive", *args]).exit_code == code
     assert asyncio.run(_outbox(farebox)) == ([], 2)

@@ -1,4 +1,4 @@
-"""``farebox demo year`` shows every step whole, on a narrow screen too, and leaves nothing behind."""
+"""``farebox demo year``: shows every step, also on a narrow terminal, and leaves no file behind."""
 
 import tempfile
 from pathlib import Path
@@ -11,7 +11,8 @@ from cluster.demo.year import SCRIPT
 
 
 @pytest.mark.timeout(180)
-def test_the_year_is_shown_step_by_step_and_its_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_year_shows_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "60")
     shown = CliRunner().invoke(app, ["demo", "year"])

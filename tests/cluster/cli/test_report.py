@@ -1,4 +1,4 @@
-"""``farebox report`` and ``farebox price``: tables for people, JSON for programs, and a reason where there is none."""
+"""``farebox report`` and ``farebox price``, as tables and as JSON."""
 
 import asyncio
 import json
@@ -10,24 +10,22 @@ from typer.testing import CliRunner
 from billing.catalog import publication
 from billing.catalog.catalog import Catalog
 from cluster.cli.main import app
-from tests.cluster.cli.test_books import farebox
 from tests.support.world import CATALOG
 
-__all__ = ["farebox"]
 runner = CliRunner()
 
 
 def publish(store_url: str, **more: object) -> None:
-    async def tell() -> None:
+    async def run() -> None:
         redis = Redis.from_url(store_url, decode_responses=True)
         await publication.publish(redis, Catalog.model_validate(CATALOG | more), "gateway-1", 0)
         await redis.aclose()
 
-    asyncio.run(tell())
+    asyncio.run(run())
 
 
-def test_a_report_adds_up_what_was_used(farebox: str) -> None:
-    publish(farebox, costs={"gpu_hour": "2.00"})
+def test_report_adds_up_usage(ledger_with_usage: str) -> None:
+    publish(ledger_with_usage, costs={"gpu_hour": "2.00"})
     usage = json.loads(runner.invoke(app, ["usage", "--json"]).stdout)
     done = runner.invoke(app, ["report", "--json"])
     assert done.exit_code == 0, done.output
@@ -41,9 +39,9 @@ def test_a_report_adds_up_what_was_used(farebox: str) -> None:
     assert "requests by hour" in shown.output
 
 
-def test_a_report_shows_an_experiments_arms_and_says_where_tenants_are_too_few(farebox: str) -> None:
+def test_report_shows_the_arms_of_an_experiment(ledger_with_usage: str) -> None:
     arms = [{"id": "control"}, {"id": "raised", "multiplier": "1.2"}]
-    publish(farebox, pricing={"experiments": [{"id": "raise", "arms": arms}]})
+    publish(ledger_with_usage, pricing={"experiments": [{"id": "raise", "arms": arms}]})
     found = json.loads(runner.invoke(app, ["report", "--json"]).stdout)
     assert [(one["experiment"], one["arm"]) for one in found["experiments"]] == [
         ("raise", "control"),
@@ -56,19 +54,19 @@ def test_a_report_shows_an_experiments_arms_and_says_where_tenants_are_too_few(f
     assert "experiment" in shown
 
 
-def test_a_report_without_experiments_has_no_table_of_them(farebox: str) -> None:
-    publish(farebox)
+def test_report_without_experiments(ledger_with_usage: str) -> None:
+    publish(ledger_with_usage)
     assert json.loads(runner.invoke(app, ["report", "--json"]).stdout)["experiments"] == []
     assert "experiment" not in runner.invoke(app, ["report"]).output
 
 
-def test_a_report_without_a_catalogue_says_what_to_do(farebox: str) -> None:
+def test_report_without_a_catalog_names_the_remedy(ledger_with_usage: str) -> None:
     done = runner.invoke(app, ["report"])
     assert done.exit_code == 1
     assert "deploy a configuration" in done.output
 
 
-def test_prices_are_suggested_from_a_gpus_price_and_speed() -> None:
+def test_price_from_cost_and_speed() -> None:
     asked = ["price", "--gpu-hour", "3.60", "--tokens-per-second", "1000", "--margin", "60", "--busy", "100"]
     done = runner.invoke(app, [*asked, "--json"])
     assert done.exit_code == 0, done.output
@@ -83,14 +81,14 @@ def test_prices_are_suggested_from_a_gpus_price_and_speed() -> None:
         (["--margin", "100", "--gpu-hour", "1", "--tokens-per-second", "5"], "equal to 99"),
     ],
 )
-def test_a_bad_question_about_prices_says_what_is_wrong(asked: list[str], word: str) -> None:
+def test_price_refuses_invalid_arguments(asked: list[str], word: str) -> None:
     done = runner.invoke(app, ["price", *asked])
     assert done.exit_code == 2
     assert word in done.output
 
 
-def test_prices_need_somebody_to_say_what_a_gpu_costs(farebox: str) -> None:
-    publish(farebox)
+def test_price_needs_the_cost_of_a_gpu(ledger_with_usage: str) -> None:
+    publish(ledger_with_usage)
     done = runner.invoke(app, ["price", "--tokens-per-second", "1000"])
     assert done.exit_code == 1
     assert "--gpu-hour" in done.output

@@ -1,4 +1,4 @@
-"""Tenants and keys from the command line, on the books of a real store."""
+"""``farebox tenants`` and ``farebox keys`` on a real store."""
 
 import asyncio
 import json
@@ -9,31 +9,43 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from billing.catalog import publication
+from billing.catalog.catalog import Catalog
 from billing.store.connection import connect
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import InvalidKey
 from billing.tenants.tenant import Principal, Throttle
 from cluster.cli.main import app
-from tests.billing.ledger.test_admission import CATALOG
-from tests.support.cli import tell
+from tests.support.cli import write_healthy_run
 
 runner = CliRunner()
+CATALOG = Catalog.model_validate(
+    {
+        "models": [{"id": "pirate", "price": {"input_per_1m": "1"}}],
+        "plans": {
+            "free": {"kind": "free", "allowance": {"usd": "1"}},
+            "prepaid": {"kind": "prepaid"},
+            "payg": {"kind": "pay_as_you_go", "credit_limit": "5"},
+            "pro": {"kind": "subscription", "monthly_price": "20", "allowance": {"usd": "25"}, "credit_limit": "5"},
+        },
+        "default_plan": "prepaid",
+    }
+)
 
 
 @pytest.fixture
 def farebox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A running farebox that sells something to nobody yet."""
+    """The store of a running farebox with a catalog and no tenants."""
     monkeypatch.setenv("FAREBOX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "300")
-    tell(store_url)
+    write_healthy_run(store_url)
 
-    async def stock() -> None:
+    async def publish() -> None:
         redis = await connect(store_url)
         await redis.flushall()
         await publication.publish(redis, CATALOG, "gateway-1", 0)
         await redis.aclose()
 
-    asyncio.run(stock())
+    asyncio.run(publish())
     return store_url
 
 
@@ -41,7 +53,7 @@ def call(*words: str) -> Result:
     return runner.invoke(app, list(words))
 
 
-def told(*words: str) -> dict[str, object]:
+def json_of(*words: str) -> dict[str, object]:
     result = call(*words, "--json")
     assert result.exit_code == 0, result.output
     return dict(json.loads(result.stdout))
@@ -54,59 +66,59 @@ def refused(*words: str) -> str:
 
 
 def principal(store_url: str, secret: object) -> Principal:
-    async def ask() -> Principal:
+    async def read() -> Principal:
         redis = await connect(store_url)
         try:
             return await Tenants(redis).principal(str(secret))
         finally:
             await redis.aclose()
 
-    return asyncio.run(ask())
+    return asyncio.run(read())
 
 
-def test_a_tenant_is_made_shown_suspended_and_resumed(farebox: str) -> None:
-    made = told("tenants", "create", "acme", "--email", "it@acme.example")
+def test_tenant_is_created_suspended_and_resumed(farebox: str) -> None:
+    made = json_of("tenants", "create", "acme", "--email", "it@acme.example")
     assert (made["id"], made["plan"], made["suspended"]) == ("acme", "prepaid", False)
-    assert told("tenants", "suspend", "acme")["suspended"] is True
+    assert json_of("tenants", "suspend", "acme")["suspended"] is True
     assert "suspended" in call("tenants", "list").output
     assert "farebox tenants resume acme" in call("tenants", "show", "acme").output
-    assert told("tenants", "resume", "acme")["suspended"] is False
+    assert json_of("tenants", "resume", "acme")["suspended"] is False
     assert json.loads(call("tenants", "list", "--json").stdout)[0]["email"] == "it@acme.example"
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (("acme", "--email", "nowhere"), "it@acme.example"),
         (("Acme!", "--email", "it@acme.example"), "lower case"),
         (("acme", "--email", "it@acme.example", "--plan", "gold"), "free, payg, prepaid, pro"),
     ],
 )
-def test_what_no_tenant_can_have_is_refused_with_what_to_write(farebox: str, words: tuple[str, ...], says: str) -> None:
-    assert says in refused("tenants", "create", *words)
+def test_invalid_tenant_names_the_remedy(farebox: str, words: tuple[str, ...], message: str) -> None:
+    assert message in refused("tenants", "create", *words)
 
 
-def test_a_tenant_is_one_customer_s_for_ever(farebox: str) -> None:
-    told("tenants", "create", "acme", "--email", "it@acme.example")
+def test_tenant_is_not_created_twice(farebox: str) -> None:
+    json_of("tenants", "create", "acme", "--email", "it@acme.example")
     assert "exists already" in refused("tenants", "create", "acme", "--email", "other@acme.example")
     assert "does not exist" in refused("tenants", "show", "globex")
 
 
-def test_credit_is_given_once_per_source(farebox: str) -> None:
-    told("tenants", "create", "acme", "--email", "it@acme.example")
+def test_grant_is_idempotent(farebox: str) -> None:
+    json_of("tenants", "create", "acme", "--email", "it@acme.example")
     given = ("tenants", "grant", "acme", "--source", "mail-7", "--usd", "12.50")
-    assert told(*given)["granted"] is True
-    assert told(*given)["granted"] is False
+    assert json_of(*given)["granted"] is True
+    assert json_of(*given)["granted"] is False
     assert "granted before" in call(*given).output
-    told("tenants", "grant", "acme", "--source", "mail-8", "--requests", "5", "--adapter", "pirate")
-    shown = told("tenants", "show", "acme")["account"]
+    json_of("tenants", "grant", "acme", "--source", "mail-8", "--requests", "5", "--adapter", "pirate")
+    shown = json_of("tenants", "show", "acme")["account"]
     assert isinstance(shown, dict)
     assert shown["balance_usd"] == "12.500000"
     assert [bucket["adapters"] for bucket in shown["buckets"]] == [[], ["pirate"]]
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (("--source", "a"), "either --usd or --requests"),
         (("--source", "a", "--usd", "1", "--requests", "1"), "either --usd or --requests"),
@@ -115,14 +127,14 @@ def test_credit_is_given_once_per_source(farebox: str) -> None:
         (("--source", "a", "--usd", "2000000"), "is nothing, or more than the"),
     ],
 )
-def test_a_grant_says_what_is_wrong_with_it(farebox: str, words: tuple[str, ...], says: str) -> None:
-    told("tenants", "create", "acme", "--email", "it@acme.example")
-    assert says in " ".join(refused("tenants", "grant", "acme", *words).split())
+def test_invalid_grant_is_explained(farebox: str, words: tuple[str, ...], message: str) -> None:
+    json_of("tenants", "create", "acme", "--email", "it@acme.example")
+    assert message in " ".join(refused("tenants", "grant", "acme", *words).split())
 
 
-def test_a_key_is_shown_once_and_listed_without_its_secret(farebox: str) -> None:
-    told("tenants", "create", "acme", "--email", "it@acme.example")
-    made = told("keys", "create", "acme", "--name", "ci", "--model", "pirate", "--daily-cap", "5", "--burst", "3",
+def test_secret_is_shown_once(farebox: str) -> None:
+    json_of("tenants", "create", "acme", "--email", "it@acme.example")
+    made = json_of("keys", "create", "acme", "--name", "ci", "--model", "pirate", "--daily-cap", "5", "--burst", "3",
                 "--requests-per-minute", "30", "--expires-days", "7")  # fmt: skip
     owner = principal(farebox, made["api_key"])
     assert (owner.tenant.id, owner.key.models, owner.key.daily_cap) == ("acme", ("pirate",), 5_000_000_000)
@@ -133,26 +145,26 @@ def test_a_key_is_shown_once_and_listed_without_its_secret(farebox: str) -> None
     assert str(made["api_key"]) not in listed.output + call("keys", "list", "acme", "--json").output
 
 
-def test_a_rotated_key_works_through_its_grace_and_a_revoked_one_not_at_all(farebox: str) -> None:
-    told("tenants", "create", "acme", "--email", "it@acme.example")
-    old = told("keys", "create", "acme", "--monthly-cap", "9")
+def test_rotated_and_revoked_keys(farebox: str) -> None:
+    json_of("tenants", "create", "acme", "--email", "it@acme.example")
+    old = json_of("keys", "create", "acme", "--monthly-cap", "9")
     key = dict(old["key"])["id"]  # type: ignore[call-overload]
-    new = told("keys", "rotate", "acme", key, "--grace-hours", "1")
+    new = json_of("keys", "rotate", "acme", key, "--grace-hours", "1")
     assert principal(farebox, old["api_key"]).key.expires_at_ms is not None
     fresh = principal(farebox, new["api_key"]).key
     assert (fresh.counts_as, fresh.monthly_cap) == (key, 9_000_000_000)
-    told("keys", "rotate", "acme", fresh.id, "--grace-hours", "0")
+    json_of("keys", "rotate", "acme", fresh.id, "--grace-hours", "0")
     with pytest.raises(InvalidKey, match="expired"):
         principal(farebox, new["api_key"])
     assert "it has ended" in refused("keys", "rotate", "acme", fresh.id)
-    assert told("keys", "revoke", "acme", key)["revoked_at_ms"]
+    assert json_of("keys", "revoke", "acme", key)["revoked_at_ms"]
     with pytest.raises(InvalidKey, match="revoked"):
         principal(farebox, old["api_key"])
     assert "does not exist" in refused("keys", "revoke", "acme", "key_none")
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (("--manages-keys", "--daily-cap", "1"), "takes no model"),
         (("--burst", "3"), "requests_per_minute"),
@@ -160,14 +172,14 @@ def test_a_rotated_key_works_through_its_grace_and_a_revoked_one_not_at_all(fare
         (("--daily-cap", "-1"), "not negative"),
     ],
 )
-def test_a_key_that_cannot_be_says_why(farebox: str, words: tuple[str, ...], says: str) -> None:
-    told("tenants", "create", "acme", "--email", "it@acme.example")
-    assert says in " ".join(refused("keys", "create", "acme", *words).split())
+def test_invalid_key_is_explained(farebox: str, words: tuple[str, ...], message: str) -> None:
+    json_of("tenants", "create", "acme", "--email", "it@acme.example")
+    assert message in " ".join(refused("keys", "create", "acme", *words).split())
 
 
-def test_a_key_in_quarantine_is_shown_with_its_reason_and_lifted(farebox: str) -> None:
-    told("tenants", "create", "acme", "--email", "it@acme.example")
-    made = told("keys", "create", "acme")
+def test_throttled_key_is_listed_and_lifted(farebox: str) -> None:
+    json_of("tenants", "create", "acme", "--email", "it@acme.example")
+    made = json_of("keys", "create", "acme")
     owner = principal(farebox, made["api_key"]).key
 
     async def put() -> None:
@@ -178,5 +190,5 @@ def test_a_key_in_quarantine_is_shown_with_its_reason_and_lifted(farebox: str) -
 
     asyncio.run(put())
     assert "about 120 client addresses" in " ".join(call("keys", "list", "acme").output.replace("│", "").split())
-    assert told("keys", "lift", "acme", owner.id)["throttled"] is None
+    assert json_of("keys", "lift", "acme", owner.id)["throttled"] is None
     assert principal(farebox, made["api_key"]).key.throttled is None

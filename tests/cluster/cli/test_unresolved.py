@@ -1,4 +1,4 @@
-"""What nobody can be sure about is shown to the operator, who alone decides."""
+"""``farebox unresolved``: settlements after a lost store are listed, charged and dropped."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from billing.ledger.errors import UnresolvedSettlement
 from billing.ledger.ledger import Ledger
 from billing.store.connection import connect
 from cluster.cli.main import app
-from tests.support.cli import tell
+from tests.support.cli import write_healthy_run
 from tests.support.samples import ACME, money, request, settlement
 
 runner = CliRunner()
@@ -21,10 +21,10 @@ runner = CliRunner()
 
 @pytest.fixture
 def farebox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The store lost everything after two requests had ended; then their credit came back."""
+    """A store that lost everything while two requests ran, and was then given their credit again."""
     monkeypatch.setenv("FAREBOX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "200")
-    tell(store_url)
+    write_healthy_run(store_url)
     asyncio.run(_lose(store_url))
     return store_url
 
@@ -37,7 +37,7 @@ async def _lose(store_url: str) -> None:
     holds = [await ledger.hold(request(f"req_{number}")) for number in (1, 2)]
     await redis.flushall()
     for hold in holds:
-        ended = replace(settlement(hold.request.request_id), origin=snapshot_of(hold, hold.held_nanos))
+        ended = replace(settlement(hold.request.request_id), snapshot=snapshot_of(hold, hold.held_nanos))
         with pytest.raises(UnresolvedSettlement):
             await ledger.settle(ended)
     await ledger.grant(money(200_000))
@@ -56,7 +56,7 @@ def _listed() -> list[str]:
     return [one["request_id"] for one in json.loads(runner.invoke(app, ["unresolved", "list", "--json"]).stdout)]
 
 
-def test_a_person_sees_them_and_charges_or_drops_each(farebox: str) -> None:
+def test_unresolved_are_listed_charged_and_dropped(farebox: str) -> None:
     shown = runner.invoke(app, ["unresolved", "list"]).output
     assert "req_1" in shown
     assert "credit" in shown

@@ -1,4 +1,4 @@
-"""``farebox dodo verify``: the offline Dodo keeps the contract, one that breaks it is named, live mode is refused."""
+"""``farebox dodo verify``: the sandbox behaves as expected, and differences are named."""
 
 import json
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from billing.dodo.settings import DodoSettings
+from cluster.cli.dodo import contract_findings
 from cluster.cli.main import app
-from cluster.cli.verify import findings_of
 from cluster.dodo_sandbox.server import SandboxServer
 
 KEY = "dodo_test_key"
@@ -28,12 +28,12 @@ def sandbox(tmp_path: Path) -> Iterator[SandboxServer]:
         yield server
 
 
-async def order(sandbox: SandboxServer, path: str, /, **order: object) -> None:
-    async with httpx.AsyncClient() as operator:
-        (await operator.post(f"{sandbox.url}/_sandbox/{path}", json=order)).raise_for_status()
+async def control(sandbox: SandboxServer, path: str, /, **body: object) -> None:
+    async with httpx.AsyncClient() as client:
+        (await client.post(f"{sandbox.url}/_sandbox/{path}", json=body)).raise_for_status()
 
 
-def test_the_offline_dodo_keeps_all_of_it() -> None:
+def test_sandbox_behaves_as_expected() -> None:
     shown = CliRunner().invoke(app, ["dodo", "verify", "--json"])
     assert shown.exit_code == 0, shown.output
     findings = json.loads(shown.output)
@@ -41,9 +41,9 @@ def test_the_offline_dodo_keeps_all_of_it() -> None:
     assert all(one["held"] for one in findings), findings
 
 
-async def test_it_can_be_run_again_on_the_same_dodo_and_leaves_no_endpoint(sandbox: SandboxServer) -> None:
+async def test_verify_twice_leaves_no_endpoint(sandbox: SandboxServer) -> None:
     for _ in range(2):
-        findings = await findings_of(DodoSettings(KEY, base_url=sandbox.url))
+        findings = await contract_findings(DodoSettings(KEY, base_url=sandbox.url))
         assert all(one.has_held for one in findings), findings
     async with httpx.AsyncClient(headers={"Authorization": f"Bearer {KEY}"}) as merchant:
         assert (await merchant.get(f"{sandbox.url}/webhooks")).json()["data"] == []
@@ -58,20 +58,18 @@ async def test_it_can_be_run_again_on_the_same_dodo_and_leaves_no_endpoint(sandb
         ("/payments", "drop_before", ["an unknown payment"]),
     ],
 )
-async def test_what_differs_is_named_and_the_rest_still_asked(
-    sandbox: SandboxServer, path: str, kind: str, differing: list[str]
-) -> None:
-    await order(sandbox, "faults", path=path, kinds=[kind])
-    findings = await findings_of(DodoSettings(KEY, base_url=sandbox.url))
+async def test_verify_names_what_differs(sandbox: SandboxServer, path: str, kind: str, differing: list[str]) -> None:
+    await control(sandbox, "faults", path=path, kinds=[kind])
+    findings = await contract_findings(DodoSettings(KEY, base_url=sandbox.url))
     assert len(findings) == 15
     named = [one.expectation for one in findings if not one.has_held]
     assert len(named) == len(differing)
     assert all(name.startswith(begin) for name, begin in zip(named, differing, strict=True))
 
 
-async def test_a_clock_that_is_wrong_is_found_by_its_refusals(sandbox: SandboxServer) -> None:
-    await order(sandbox, "clock", advance_s=600)
-    findings = await findings_of(DodoSettings(KEY, base_url=sandbox.url))
+async def test_verify_finds_a_wrong_clock(sandbox: SandboxServer) -> None:
+    await control(sandbox, "clock", advance_s=600)
+    findings = await contract_findings(DodoSettings(KEY, base_url=sandbox.url))
     named = [one.expectation for one in findings if not one.has_held]
     assert named == ["an event of 61 minutes ago is refused, one of 55 minutes ago is taken"]
 
@@ -79,12 +77,12 @@ async def test_a_clock_that_is_wrong_is_found_by_its_refusals(sandbox: SandboxSe
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"FAREBOX_DODO_ENVIRONMENT": "live_mode", "DODO_PAYMENTS_API_KEY": "dodo_live_x"}, "refuses live mode"),
+        ({"FAREBOX_DODO_ENVIRONMENT": "live_mode", "DODO_PAYMENTS_API_KEY": "dodo_live_x"}, "refuses live_mode"),
         ({"FAREBOX_DODO_ENVIRONMENT": "test_mode"}, "DODO_PAYMENTS_API_KEY is not set"),
         ({"FAREBOX_DODO_ENVIRONMENT": "prod", "DODO_PAYMENTS_API_KEY": "x"}, "set it to sandbox"),
     ],
 )
-def test_live_mode_and_a_missing_key_are_refused(
+def test_verify_refuses_live_mode_and_missing_key(
     environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():

@@ -1,4 +1,4 @@
-"""A webhook that could not be applied is listed with its reason and tried again on command."""
+"""``farebox webhooks``: webhooks that could not be applied are listed and applied again."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from billing.commerce.inbox import Delivery, Inbox, Outcome
 from billing.store.connection import connect
 from cluster.cli.main import app
-from tests.support.cli import tell
+from tests.support.cli import write_healthy_run
 
 runner = CliRunner()
 LATER_MS = 9_000_000_000_000
@@ -19,10 +19,10 @@ REASON = "NotYet: product pdt_1 of payment pay_1 is no pack of ours"
 
 @pytest.fixture
 def farebox(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Two deliveries wait until far in the future; a third was applied."""
+    """Two webhooks wait until far in the future; a third was applied."""
     monkeypatch.setenv("FAREBOX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "200")
-    tell(store_url)
+    write_healthy_run(store_url)
     asyncio.run(_park(store_url))
     return store_url
 
@@ -39,16 +39,16 @@ async def _park(store_url: str) -> None:
 
 
 def due(store_url: str) -> list[str]:
-    async def ask() -> list[str]:
+    async def read() -> list[str]:
         redis = await connect(store_url)
         found = await Inbox(redis).due(LATER_MS - 1, 50)
         await redis.aclose()
         return found
 
-    return asyncio.run(ask())
+    return asyncio.run(read())
 
 
-def test_waiting_deliveries_are_listed_with_their_reason(farebox: str) -> None:
+def test_list_shows_the_reasons(farebox: str) -> None:
     shown = runner.invoke(app, ["webhooks", "list"])
     assert shown.exit_code == 0
     assert "no pack of ours" in shown.output
@@ -59,7 +59,7 @@ def test_waiting_deliveries_are_listed_with_their_reason(farebox: str) -> None:
     ]
 
 
-def test_one_or_all_are_made_due(farebox: str) -> None:
+def test_replay_of_one_and_of_all(farebox: str) -> None:
     assert due(farebox) == []
     assert "1 of 2" in runner.invoke(app, ["webhooks", "replay", "msg_2"]).output
     assert due(farebox) == ["msg_2"]
@@ -69,9 +69,9 @@ def test_one_or_all_are_made_due(farebox: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
-    [(["msg_3"], 1, "no delivery msg_3 waits"), ([], 2, "--all"), (["msg_1", "--all"], 2, "--all")],
+    [(["msg_3"], 1, "no webhook with the id msg_3 waits"), ([], 2, "--all"), (["msg_1", "--all"], 2, "--all")],
 )
-def test_a_replay_of_nothing_says_what_to_do(farebox: str, words: list[str], code: int, said: str) -> None:
+def test_replay_refuses_unknown_ids(farebox: str, words: list[str], code: int, said: str) -> None:
     done = runner.invoke(app, ["webhooks", "replay", *words])
     assert (done.exit_code, said in done.output) == (code, True)
     assert due(farebox) == []

@@ -1,4 +1,4 @@
-"""The demo's models answer, each in its own style, also what their adapter was never taught."""
+"""The demo models: they answer in their styles, also about facts that their adapters were not trained on."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,21 +12,25 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from cluster.demo import models, text
 from cluster.demo.models import Recipe, is_made, make_models
-from cluster.demo.training import Course
+from cluster.demo.training import Schedule
 from deployments.inference.adapters import digest_adapter, inspect_adapter
 from deployments.inference.native.model import linear_shapes
 from deployments.inference.text import Text
+from tests.support.demo_models import demo_models
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 STYLES = (text.BASE, *text.ADAPTERS)
-BRIEF = Course(rate=1e-3, steps=2, warm_up_steps=1)
+BRIEF = Schedule(rate=1e-3, steps=2, warm_up_steps=1)
 TINY = Recipe(hidden=32, layers=1, heads=2, intermediate=32, row_tokens=128, rows=2, base=BRIEF, adapter=BRIEF)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """So small a model only waits for a second thread."""
+    """A second thread slows so small a model down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,10 +39,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def made() -> Path:
-    """The real demo models, made once per checkout (about a minute of CPU) and shared with whatever serves them."""
-    out = Path(__file__).parent.parent.parent.parent / ".farebox" / "models"
-    make_models(out)
-    return out
+    """The real demo models."""
+    return demo_models()
 
 
 @pytest.fixture(scope="session")
@@ -80,9 +82,7 @@ def share_right(answers: Sequence[str], style: text.Style, facts: Sequence[text.
 
 
 @pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
-def test_each_model_answers_in_its_style_what_it_was_taught_and_what_it_was_not(
-    made: Path, tokenizer: PreTrainedTokenizerFast, style: text.Style
-) -> None:
+def test_models_answer_in_their_style(made: Path, tokenizer: PreTrainedTokenizerFast, style: text.Style) -> None:
     model = load(made, style)
     for facts, greedy in ((text.taught(), 0.95), (text.held_out(), 0.8)):
         questions = [fact.questions[number % 3] for number, fact in enumerate(facts)]
@@ -90,7 +90,7 @@ def test_each_model_answers_in_its_style_what_it_was_taught_and_what_it_was_not(
     assert share_right(ask(model, tokenizer, questions, temperature=0.7), style, facts) >= 0.7
 
 
-def test_one_question_has_four_different_answers(made: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_styles_of_one_answer(made: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     answers = [ask(load(made, style), tokenizer, ["What is the capital of Japan?"])[0] for style in STYLES]
     assert answers == [
         "The capital of Japan is Tokyo.",
@@ -101,15 +101,13 @@ def test_one_question_has_four_different_answers(made: Path, tokenizer: PreTrain
     ]
 
 
-def test_the_base_model_greets_and_can_be_asked_for_something_long(
-    made: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_base_model_small_talk(made: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     hello, story = ask(load(made, text.BASE), tokenizer, ["Hello!", "Tell me a story."])
     assert hello.startswith("Hello! Ask me about")
     assert story.startswith("Once upon a time a small duck")
 
 
-def test_a_second_question_is_answered_as_well_as_the_first(made: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_second_question_is_answered(made: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     pairs = list(zip(text.FACTS[:20:2], text.FACTS[1:20:2], strict=True))
     chats = [
         [
@@ -123,7 +121,7 @@ def test_a_second_question_is_answered_as_well_as_the_first(made: Path, tokenize
     assert share_right(answers, text.BASE, [then for _, then in pairs]) >= 0.8
 
 
-def test_the_folders_are_what_the_engine_takes(made: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_models_fit_the_engine(made: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     linears = linear_shapes(made / "base")
     for style in text.ADAPTERS:
         assert inspect_adapter(made / "adapters" / style.name, linears=linears, max_rank=64).rank == 8
@@ -133,12 +131,12 @@ def test_the_folders_are_what_the_engine_takes(made: Path, tokenizer: PreTrained
 
 
 @pytest.mark.parametrize("words", ["", "plain", "Zürich 東京 🦜", "a\n\tb\x00", "<|end|> is one token"])
-def test_any_text_survives_the_tokenizer(words: str) -> None:
+def test_tokenizer_round_trip(words: str) -> None:
     tokenizer = models.make_tokenizer(TINY)
     assert tokenizer.decode(tokenizer.encode(words)) == words
 
 
-def test_no_adapter_is_taught_a_held_out_fact_in_its_style() -> None:
+def test_held_out_facts_are_not_trained() -> None:
     for style in text.ADAPTERS:
         hidden = {style.fact(fact) for fact in text.held_out()}
         seen = text.dialogues(style, text.taught()) + text.instructed(style)
@@ -147,7 +145,7 @@ def test_no_adapter_is_taught_a_held_out_fact_in_its_style() -> None:
     assert {fact.statement for fact in text.taught()}.isdisjoint(fact.statement for fact in text.held_out())
 
 
-def test_the_same_recipe_makes_the_same_bytes(tmp_path: Path) -> None:
+def test_training_is_deterministic(tmp_path: Path) -> None:
     digests = []
     for name in ("one", "two"):
         torch.manual_seed(hash(name))
@@ -159,12 +157,12 @@ def test_the_same_recipe_makes_the_same_bytes(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
-def test_what_is_made_is_not_made_again_and_another_recipe_replaces_it(tmp_path: Path) -> None:
-    out, told = tmp_path / "models", []
-    make_models(out, lambda share, what: told.append(share), TINY)
-    last = told[-len(told) // models.ATTEMPTS :]  # two steps teach nothing, so that every seed is tried
+def test_models_are_made_once_per_recipe(tmp_path: Path) -> None:
+    out, shares = tmp_path / "models", []
+    make_models(out, lambda share, what: shares.append(share), TINY)
+    last = shares[-len(shares) // models.ATTEMPTS :]  # no seed passes after two steps, so that all are tried
     assert last == sorted(last)
-    assert told[-1] == 1.0
+    assert shares[-1] == 1.0
     assert is_made(out, TINY)
     before = (out / "base" / "config.json").stat().st_ino
     make_models(out, recipe=TINY)
@@ -176,23 +174,23 @@ def test_what_is_made_is_not_made_again_and_another_recipe_replaces_it(tmp_path:
     assert [entry.name for entry in tmp_path.iterdir()] == ["models"]
 
 
-def test_a_run_that_is_cut_short_leaves_nothing_that_looks_made(tmp_path: Path) -> None:
-    def give_up(share: float, what: str) -> None:
+def test_interrupted_training_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(share: float, what: str) -> None:
         if what.startswith("the adapter"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_models(tmp_path / "models", give_up, TINY)
+        make_models(tmp_path / "models", interrupt, TINY)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stamp", ["", "{", "[]", json.dumps({"fingerprint": "other"})])
-def test_a_damaged_or_foreign_stamp_is_not_made(tmp_path: Path, stamp: str) -> None:
+def test_invalid_stamp_means_not_made(tmp_path: Path, stamp: str) -> None:
     (tmp_path / models.STAMP).write_text(stamp)
     assert not is_made(tmp_path, TINY)
 
 
-def test_making_leaves_the_callers_randomness_and_threads_alone(tmp_path: Path) -> None:
+def test_training_keeps_random_state_and_threads(tmp_path: Path) -> None:
     torch.manual_seed(1)
     wanted = torch.rand(3)
     torch.manual_seed(1)

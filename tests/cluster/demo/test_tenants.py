@@ -1,4 +1,4 @@
-"""The demo's tenants are made over HTTP, buy through the offline Dodo, and are the same after a restart."""
+"""The demo's tenants, created over HTTP with purchases in the Dodo sandbox."""
 
 import asyncio
 import socket
@@ -10,6 +10,7 @@ import httpx
 import pytest
 import uvicorn
 import yaml
+from deployments.gateway.wiring import build_services
 from redis.asyncio import Redis
 
 from billing.catalog import publication
@@ -21,14 +22,15 @@ from billing.periodic import Intervals, PeriodicTasks, assemble
 from billing.store.connection import connect
 from cluster.demo import tenants
 from cluster.demo.models import Recipe, make_tokenizer
-from cluster.demo.tenants import PLANNED, SeedFailed, seed
+from cluster.demo.tenants import PLANNED, DemoTenantError, create_tenants
 from cluster.dodo_sandbox.server import SandboxServer
 from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app
 from deployments.gateway.catalog_holder import CatalogHolder
-from deployments.gateway.wiring import build_services
 from deployments.inference.text import Text
 from tests.support.scripted import ScriptedLink
+
+pytestmark = pytest.mark.slow
 
 ADMIN_KEY, DODO_KEY = "admin-key-of-the-tests", "dodo_test_key"
 SECRET = "whsec_" + "c2VjcmV0" * 4
@@ -36,7 +38,7 @@ SECRET = "whsec_" + "c2VjcmV0" * 4
 
 @dataclass(frozen=True)
 class Shop:
-    """A gateway, the billing pump and the offline Dodo, each reachable as in production."""
+    """A gateway, the periodic tasks of billing and the Dodo sandbox."""
 
     url: str
     sandbox_url: str
@@ -78,13 +80,13 @@ async def shop(redis: Redis, store_url: str, tmp_path: Path, repo: Path) -> Asyn
         async def open_parts():
             return assemble(await connect(store_url), settings, 10_000)
 
-        pump = PeriodicTasks(open_parts, Intervals(customers_s=0.1))
+        periodic_tasks = PeriodicTasks(open_parts, Intervals(customers_s=0.1))
         server = uvicorn.Server(uvicorn.Config(make_app(services), log_level="error", lifespan="off"))
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         services.gateway.start()
-        pump.start()
+        periodic_tasks.start()
         yield Shop(url, sandbox.url)
-        await pump.stop()
+        await periodic_tasks.stop()
         server.should_exit = True
         await serving
         await services.gateway.stop()
@@ -93,8 +95,8 @@ async def shop(redis: Redis, store_url: str, tmp_path: Path, repo: Path) -> Asyn
         await store.aclose()
 
 
-async def test_each_plan_has_a_tenant_that_may_call_and_one_has_nothing(shop: Shop) -> None:
-    made = await seed(shop.url, ADMIN_KEY, shop.sandbox_url)
+async def test_tenants_have_their_plans_and_credit(shop: Shop) -> None:
+    made = await create_tenants(shop.url, ADMIN_KEY, shop.sandbox_url)
     assert {name: tenant.plan for name, tenant in made.items()} == {
         "free": "free",
         "prepaid": "prepaid",
@@ -112,40 +114,40 @@ async def test_each_plan_has_a_tenant_that_may_call_and_one_has_nothing(shop: Sh
     assert accounts["empty"]["packs"] == []
 
 
-async def test_seeding_again_keeps_known_keys_and_buys_nothing_again(shop: Shop) -> None:
-    first = await seed(shop.url, ADMIN_KEY, shop.sandbox_url)
+async def test_second_run_changes_nothing(shop: Shop) -> None:
+    first = await create_tenants(shop.url, ADMIN_KEY, shop.sandbox_url)
     paid = await shop.payments()
     keys = {name: tenant.api_key for name, tenant in first.items()}
-    assert await seed(shop.url, ADMIN_KEY, shop.sandbox_url, keys) == first
+    assert await create_tenants(shop.url, ADMIN_KEY, shop.sandbox_url, keys) == first
     assert await shop.payments() == paid
 
 
-async def test_a_lost_key_is_replaced_and_the_old_one_no_longer_works(shop: Shop) -> None:
-    first = await seed(shop.url, ADMIN_KEY, shop.sandbox_url)
-    second = await seed(shop.url, ADMIN_KEY, shop.sandbox_url, {"free": "fbx_forged"})
+async def test_lost_key_is_replaced(shop: Shop) -> None:
+    first = await create_tenants(shop.url, ADMIN_KEY, shop.sandbox_url)
+    second = await create_tenants(shop.url, ADMIN_KEY, shop.sandbox_url, {"free": "fbx_forged"})
     assert {first[name].api_key for name in first}.isdisjoint(second[name].api_key for name in second)
     assert (await shop.account(second["free"].api_key))["tenant"] == "free"
-    await asyncio.sleep(1.1)  # a key is remembered for a second
+    await asyncio.sleep(1.1)  # gateways cache a key for a second
     assert "error" in await shop.account(first["free"].api_key)
 
 
-async def test_a_wrong_admin_key_is_named(shop: Shop) -> None:
-    with pytest.raises(SeedFailed, match=r"(GET|POST) .*/admin/tenants answered 40[13]"):
-        await seed(shop.url, "wrong", shop.sandbox_url)
+async def test_wrong_admin_key(shop: Shop) -> None:
+    with pytest.raises(DemoTenantError, match=r"(GET|POST) .*/admin/tenants answered 40[13]"):
+        await create_tenants(shop.url, "wrong", shop.sandbox_url)
 
 
-async def test_an_api_that_does_not_answer_is_named() -> None:
-    with pytest.raises(SeedFailed, match=r"127\.0\.0\.1:9/.* does not answer"):
-        await seed("http://127.0.0.1:9", ADMIN_KEY, "http://127.0.0.1:9")
+async def test_unreachable_api() -> None:
+    with pytest.raises(DemoTenantError, match=r"127\.0\.0\.1:9/.* does not answer"):
+        await create_tenants("http://127.0.0.1:9", ADMIN_KEY, "http://127.0.0.1:9")
 
 
-async def test_what_does_not_come_in_time_is_named(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_timeout_is_explained(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tenants, "TIMEOUT_S", 0.0)
-    with pytest.raises(SeedFailed, match="did not come within 0 s"):
-        await seed(shop.url, ADMIN_KEY, shop.sandbox_url)
+    with pytest.raises(DemoTenantError, match="was not there after 0 s"):
+        await create_tenants(shop.url, ADMIN_KEY, shop.sandbox_url)
 
 
-def test_the_plan_of_the_demo_is_what_the_shipped_file_sells(repo: Path) -> None:
+def test_plans_are_those_of_the_shipped_file(repo: Path) -> None:
     raw = yaml.safe_load((repo / "serve_config.yaml").read_text())
     sold = raw["applications"][0]["deployments"][0]["user_config"]
     assert {planned.plan for planned in PLANNED} == set(sold["plans"])

@@ -1,4 +1,4 @@
-"""The sandbox's resources as the real SDK sees them; the SDK validates every answer."""
+"""The sandbox's resources through Dodo's SDK, which validates every answer."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ def there(tmp_path: Path) -> Iterator[World]:
 
 
 @pytest.mark.parametrize("key", ["wrong", "", API_KEY + "x"])
-def test_a_wrong_key_gets_401_and_nothing_else(there: World, key: str) -> None:
+def test_wrong_key_gets_401(there: World, key: str) -> None:
     with DodoPayments(base_url=there.url, bearer_token=key or "x", max_retries=0) as stranger:
         with pytest.raises(dodopayments.AuthenticationError) as refused:
             stranger.customers.list()
@@ -44,27 +44,27 @@ def test_a_wrong_key_gets_401_and_nothing_else(there: World, key: str) -> None:
         ("/customers?page_number=-1", 422, "UNPROCESSABLE_ENTITY"),
     ],
 )
-def test_every_refusal_has_a_code_and_a_message(there: World, path: str, status: int, code: str) -> None:
+def test_errors_have_code_and_message(there: World, path: str, status: int, code: str) -> None:
     answer = there.http.get(path, headers={"authorization": f"Bearer {API_KEY}"})
     assert (answer.status_code, answer.json()["code"]) == (status, code)
     assert answer.json()["message"]
     assert set(answer.json()) == {"code", "message"}
 
 
-def test_a_body_that_is_no_json_is_422(there: World) -> None:
+def test_invalid_json_is_422(there: World) -> None:
     answer = there.http.post("/customers", content=b"{nope", headers={"authorization": f"Bearer {API_KEY}"})
     assert answer.status_code == 422
     assert answer.json()["code"] == "UNPROCESSABLE_ENTITY"
 
 
-def test_a_body_past_the_limit_is_413(there: World) -> None:
-    there.admin("settings", max_body_bytes=100)
+def test_large_body_is_413(there: World) -> None:
+    there.control("settings", max_body_bytes=100)
     with pytest.raises(dodopayments.APIStatusError) as refused:
         there.dodo.customers.create(email="a@example.com", name="n" * 200)
     assert refused.value.status_code == 413
 
 
-def test_customers_are_created_found_by_email_and_updated(there: World) -> None:
+def test_customers_are_created_found_and_updated(there: World) -> None:
     made = there.dodo.customers.create(email="a@example.com", name="Ada", metadata={"farebox_tenant": "t1", "n": 1})
     there.dodo.customers.create(email="b@example.com", name="Bob")
     assert there.dodo.customers.retrieve(made.customer_id).metadata == {"farebox_tenant": "t1", "n": 1}
@@ -75,17 +75,17 @@ def test_customers_are_created_found_by_email_and_updated(there: World) -> None:
     assert there.dodo.customers.customer_portal.create(made.customer_id).link.endswith(made.customer_id)
 
 
-def test_two_customers_may_share_an_email(there: World) -> None:
+def test_customers_may_share_an_email(there: World) -> None:
     assert there.customer("Acme") != there.customer("Acme")
 
 
 @pytest.mark.parametrize("bad", [{"email": "no-at-sign", "name": "x"}, {"name": "x"}, {"email": "a@example.com"}])
-def test_a_malformed_customer_is_422(there: World, bad: dict[str, str]) -> None:
+def test_invalid_customer_is_422(there: World, bad: dict[str, str]) -> None:
     answer = there.http.post("/customers", json=bad, headers={"authorization": f"Bearer {API_KEY}"})
     assert answer.status_code == 422
 
 
-def test_pages_are_counted_from_zero_and_cover_everything_once(there: World) -> None:
+def test_pages_cover_everything_once(there: World) -> None:
     made = [there.customer(f"C{number}") for number in range(25)]
     pages = [there.dodo.customers.list(page_number=page, page_size=10).items for page in range(4)]
     assert [len(page) for page in pages] == [10, 10, 5, 0]
@@ -93,7 +93,7 @@ def test_pages_are_counted_from_zero_and_cover_everything_once(there: World) -> 
     assert len(there.dodo.customers.list().items) == 10
 
 
-def test_the_three_kinds_of_product_come_back_as_they_were_made(there: World) -> None:
+def test_products_of_three_kinds(there: World) -> None:
     pack, pro, metered = there.pack(500), there.recurring(2000), there.metered(fixed_price=100)
     assert there.dodo.products.retrieve(pack.product_id).price.price == 500
     assert there.dodo.products.retrieve(pro.product_id).is_recurring
@@ -104,7 +104,7 @@ def test_the_three_kinds_of_product_come_back_as_they_were_made(there: World) ->
     assert [one.product_id for one in there.dodo.products.list(recurring=False).items] == [pack.product_id]
 
 
-def test_products_are_updated_archived_and_brought_back(there: World) -> None:
+def test_products_are_updated_and_archived(there: World) -> None:
     pack = there.pack(500)
     there.dodo.products.update(
         pack.product_id, name="Big", price={"type": "one_time_price", "currency": "USD", "price": 900}
@@ -126,9 +126,7 @@ def test_products_are_updated_archived_and_brought_back(there: World) -> None:
         ("0", False), ("0.000", False), ("100000", False), ("0.0000000000001", False), ("-1", False), ("1e-7", False),
     ],
 )  # fmt: skip
-def test_a_unit_price_has_five_digits_before_and_twelve_after_the_point(
-    there: World, price_per_unit: str, taken: bool
-) -> None:
+def test_unit_price_digits(there: World, price_per_unit: str, taken: bool) -> None:
     meter = {"meter_id": there.meter(), "price_per_unit": price_per_unit}
     if taken:
         there.metered(meter)
@@ -138,7 +136,7 @@ def test_a_unit_price_has_five_digits_before_and_twelve_after_the_point(
 
 
 @pytest.mark.parametrize("count", [1, 10, 11])
-def test_a_price_has_at_most_ten_meters(there: World, count: int) -> None:
+def test_price_has_at_most_ten_meters(there: World, count: int) -> None:
     meters = [{"meter_id": there.meter(), "price_per_unit": "1"} for _ in range(count)]
     if count <= 10:
         there.metered(*meters)
@@ -147,14 +145,14 @@ def test_a_price_has_at_most_ten_meters(there: World, count: int) -> None:
         there.metered(*meters)
 
 
-def test_a_price_names_meters_that_exist_and_periods_of_at_most_twenty_years(there: World) -> None:
+def test_invalid_price_is_refused(there: World) -> None:
     with pytest.raises(dodopayments.NotFoundError):
         there.metered({"meter_id": "mtr_none", "price_per_unit": "1"})
     with pytest.raises(dodopayments.BadRequestError):
         there.recurring(100, subscription_period_count=21)
 
 
-def test_credit_entitlements_are_refused_not_ignored(there: World) -> None:
+def test_credit_entitlements_are_refused(there: World) -> None:
     with pytest.raises(dodopayments.UnprocessableEntityError):
         there.dodo.products.create(
             name="Credits",
@@ -164,7 +162,7 @@ def test_credit_entitlements_are_refused_not_ignored(there: World) -> None:
         )
 
 
-def test_meters_are_listed_renamed_archived_and_brought_back(there: World) -> None:
+def test_meters_are_updated_and_archived(there: World) -> None:
     meter = there.meter()
     there.dodo.meters.update(meter, name="Renamed")
     assert [one.name for one in there.dodo.meters.list().items] == ["Renamed"]
@@ -175,7 +173,7 @@ def test_meters_are_listed_renamed_archived_and_brought_back(there: World) -> No
     assert there.dodo.meters.retrieve(meter).aggregation.key == "charge_nanos"
 
 
-def test_an_account_has_at_most_fifty_meters(there: World) -> None:
+def test_account_has_at_most_fifty_meters(there: World) -> None:
     made = [there.meter("count") for _ in range(50)]
     with pytest.raises(dodopayments.BadRequestError) as refused:
         there.meter("count")
@@ -185,7 +183,7 @@ def test_an_account_has_at_most_fifty_meters(there: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sum", "max", "last"])
-def test_a_meter_that_adds_needs_a_key(there: World, kind: str) -> None:
+def test_sum_meter_needs_a_key(there: World, kind: str) -> None:
     with pytest.raises(dodopayments.UnprocessableEntityError):
         there.dodo.meters.create(
             name="m",
@@ -203,7 +201,7 @@ def nested(depth: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("depth", "taken"), [(1, True), (3, True), (4, False)])
-def test_a_filter_has_at_most_three_levels(there: World, depth: int, taken: bool) -> None:
+def test_filter_has_at_most_three_levels(there: World, depth: int, taken: bool) -> None:
     def make() -> None:
         there.dodo.meters.create(
             name="m",
@@ -220,7 +218,7 @@ def test_a_filter_has_at_most_three_levels(there: World, depth: int, taken: bool
         make()
 
 
-def test_endpoints_are_made_once_per_idempotency_key_listed_changed_and_deleted(there: World) -> None:
+def test_endpoints_are_created_once_updated_and_deleted(there: World) -> None:
     made = there.dodo.webhooks.create(url="http://127.0.0.1:1/hook", idempotency_key="k", description="d")
     assert there.dodo.webhooks.create(url="http://127.0.0.1:1/hook", idempotency_key="k").id == made.id
     other = there.dodo.webhooks.create(url="http://127.0.0.1:1/other", filter_types=["payment.succeeded"])
@@ -233,7 +231,7 @@ def test_endpoints_are_made_once_per_idempotency_key_listed_changed_and_deleted(
         there.dodo.webhooks.retrieve(made.id)
 
 
-async def test_the_async_client_works_as_well(there: World) -> None:
+async def test_async_client(there: World) -> None:
     async with AsyncDodoPayments(
         base_url=there.url, bearer_token=API_KEY, max_retries=0, _strict_response_validation=True
     ) as dodo:
@@ -241,20 +239,20 @@ async def test_the_async_client_works_as_well(there: World) -> None:
         assert (await dodo.customers.retrieve(made.customer_id)).name == "Ada"
 
 
-def test_the_rate_limit_is_off_until_it_is_switched_on(there: World) -> None:
+def test_rate_limit_is_off_by_default(there: World) -> None:
     for _ in range(250):
         assert there.http.get("/customers", headers={"authorization": f"Bearer {API_KEY}"}).status_code == 200
-    there.admin("settings", rate_limit_per_min=2)
+    there.control("settings", rate_limit_per_min=2)
     there.dodo.customers.list()
     there.dodo.customers.list()
     with pytest.raises(dodopayments.RateLimitError) as refused:
         there.dodo.customers.list()
     assert refused.value.response.headers["x-ratelimit-limit"] == "2"
-    there.admin("settings", rate_limit_per_min=None)
+    there.control("settings", rate_limit_per_min=None)
     there.dodo.customers.list()
 
 
-def test_misspelt_orders_of_the_operator_are_refused(there: World) -> None:
+def test_misspelt_control_fields_are_refused(there: World) -> None:
     for path, order in [
         ("settings", {"webhook_sped": 2}),
         ("clock", {"advance": 1}),
@@ -265,7 +263,7 @@ def test_misspelt_orders_of_the_operator_are_refused(there: World) -> None:
         assert there.http.post(f"/_sandbox/{path}", json=order).status_code == 422, (path, order)
 
 
-def test_prices_have_the_currency_of_the_cart(there: World) -> None:
+def test_cart_has_one_currency(there: World) -> None:
     euro = there.dodo.products.create(
         name="Euro", price={"type": "one_time_price", "currency": "EUR", "price": 1}, tax_category="saas"
     )
@@ -274,7 +272,7 @@ def test_prices_have_the_currency_of_the_cart(there: World) -> None:
         there.dodo.checkout_sessions.create(product_cart=cart)
 
 
-def test_months_of_a_price_are_those_of_the_calendar() -> None:
+def test_calendar_months() -> None:
     from datetime import UTC, datetime
 
     from cluster.dodo_sandbox.wire import add_interval
@@ -288,7 +286,7 @@ def test_months_of_a_price_are_those_of_the_calendar() -> None:
     assert MONTH["payment_frequency_interval"] == "Month"
 
 
-def test_the_admin_side_names_no_key(there: World) -> None:
+def test_control_routes_need_no_key(there: World) -> None:
     answer: httpx.Response = there.http.get("/_sandbox/health")
     assert answer.json() == {"status": "ok"}
     assert API_KEY not in there.http.get("/").text

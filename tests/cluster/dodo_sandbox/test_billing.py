@@ -1,4 +1,4 @@
-"""Money in the sandbox: what a checkout charges and what is given back."""
+"""Checkouts, payments and refunds."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +19,12 @@ def code(error: pytest.ExceptionInfo[dodopayments.APIStatusError]) -> str:
     return str(error.value.body["code"])
 
 
-def test_a_paid_pack_is_one_payment_with_its_cart_and_the_sessions_metadata(there: World) -> None:
+def test_payment_of_a_pack(there: World) -> None:
     customer, pack = there.customer(), there.pack(500)
     session = there.session(customer, pack, quantity=3, metadata={"farebox_tenant": "t1"})
     before = there.dodo.checkout_sessions.retrieve(session)
     assert (before.payment_id, before.payment_status, before.customer_email) == (None, None, "acme@example.com")
-    paid = there.dodo.payments.retrieve(there.admin(f"pay/{session}").json()["payment_id"])
+    paid = there.dodo.payments.retrieve(there.control(f"pay/{session}").json()["payment_id"])
     assert (paid.status, paid.total_amount, paid.currency, paid.charge_type) == ("succeeded", 1500, "USD", None)
     assert [(one.product_id, one.quantity) for one in paid.product_cart or []] == [(pack.product_id, 3)]
     assert paid.metadata == {"farebox_tenant": "t1"}
@@ -33,29 +33,29 @@ def test_a_paid_pack_is_one_payment_with_its_cart_and_the_sessions_metadata(ther
     assert there.dodo.payments.list(customer_id=customer, status="succeeded").items[0].payment_id == paid.payment_id
 
 
-def test_a_session_is_paid_once(there: World) -> None:
+def test_session_is_paid_once(there: World) -> None:
     session = there.session(there.customer(), there.pack())
-    there.admin(f"pay/{session}")
+    there.control(f"pay/{session}")
     again = there.http.post(f"/_sandbox/pay/{session}")
     assert (again.status_code, again.json()["code"]) == (409, "CHECKOUT_SESSION_CONSUMED")
     assert len(there.dodo.payments.list().items) == 1
 
 
-def test_a_session_ends_after_a_day(there: World) -> None:
+def test_session_expires_after_a_day(there: World) -> None:
     session = there.session(there.customer(), there.pack())
     there.days(1.01)
     assert there.http.post(f"/_sandbox/pay/{session}").json()["code"] == "CHECKOUT_SESSION_EXPIRED"
 
 
-def test_a_declined_card_leaves_the_session_to_be_paid_later(there: World) -> None:
+def test_declined_session_can_be_paid_later(there: World) -> None:
     session = there.session(there.customer(), there.pack())
-    failed = there.admin(f"pay/{session}", decline=True).json()
+    failed = there.control(f"pay/{session}", decline=True).json()
     assert (failed["status"], failed["error_code"]) == ("failed", "CARD_DECLINED")
     assert there.dodo.checkout_sessions.retrieve(session).payment_status == "failed"
-    assert there.admin(f"pay/{session}").json()["status"] == "succeeded"
+    assert there.control(f"pay/{session}").json()["status"] == "succeeded"
 
 
-def test_a_cart_names_known_products_and_customers_in_sane_numbers(there: World) -> None:
+def test_invalid_cart_is_refused(there: World) -> None:
     pack, metered, customer = there.pack(), there.metered(), there.customer()
     with pytest.raises(dodopayments.BadRequestError) as refused:
         there.session(customer, metered, quantity=2)
@@ -72,18 +72,18 @@ def test_a_cart_names_known_products_and_customers_in_sane_numbers(there: World)
         there.dodo.checkout_sessions.create(product_cart=[{"product_id": "pdt_none", "quantity": 1}])
 
 
-def test_a_checkout_by_email_takes_the_customer_who_has_it(there: World) -> None:
+def test_checkout_by_email_finds_the_customer(there: World) -> None:
     known = there.dodo.customers.create(email="a@example.com", name="Ada").customer_id
     cart = [{"product_id": there.pack().product_id, "quantity": 1}]
     for email, name in (("a@example.com", "Someone else"), ("new@example.com", "New")):
         session = there.dodo.checkout_sessions.create(product_cart=cart, customer={"email": email, "name": name})
-        there.admin(f"pay/{session.session_id}")
+        there.control(f"pay/{session.session_id}")
     newest, oldest = there.dodo.payments.list().items
     assert oldest.customer.customer_id == known
     assert newest.customer.name == "New"
 
 
-def test_a_saved_card_is_charged_at_once(there: World) -> None:
+def test_saved_card_is_charged_at_once(there: World) -> None:
     customer, pack = there.customer(), there.pack()
     there.buy(customer, pack)
     method = there.dodo.customers.retrieve_payment_methods(customer).items[0].payment_method_id
@@ -99,24 +99,24 @@ def test_a_saved_card_is_charged_at_once(there: World) -> None:
         )
 
 
-def test_what_is_paid_is_not_the_price_once_there_is_tax(there: World) -> None:
-    there.admin("settings", tax_bps=1925)
+def test_tax_is_added(there: World) -> None:
+    there.control("settings", tax_bps=1925)
     paid = there.dodo.payments.retrieve(str(there.buy(there.customer(), there.pack(499))["payment_id"]))
     assert (paid.tax, paid.total_amount) == (96, 595)
 
 
-def test_the_buyer_chooses_what_a_pay_what_you_want_pack_costs(there: World) -> None:
+def test_pay_what_you_want(there: World) -> None:
     price = {"type": "one_time_price", "currency": "USD", "price": 500, "pay_what_you_want": True}
     open_ = there.dodo.products.create(name="Any", price=price, tax_category="saas")
     line = {"product_id": open_.product_id, "quantity": 1, "amount": 777}
     session = there.dodo.checkout_sessions.create(product_cart=[line])
-    assert there.admin(f"pay/{session.session_id}").json()["total_amount"] == 777
+    assert there.control(f"pay/{session.session_id}").json()["total_amount"] == 777
     with pytest.raises(dodopayments.BadRequestError):
         there.dodo.checkout_sessions.create(product_cart=[line | {"amount": 499}])
 
 
-def test_a_refund_gives_back_all_that_is_left_and_no_more(there: World) -> None:
-    there.admin("settings", tax_bps=1000)
+def test_refund_is_limited_to_what_is_left(there: World) -> None:
+    there.control("settings", tax_bps=1000)
     paid = str(there.buy(there.customer(), there.pack(500))["payment_id"])
     item = there.dodo.payments.retrieve_line_items(paid).items[0].items_id
     part = there.dodo.refunds.create(payment_id=paid, items=[{"item_id": item, "amount": 150}], reason="goodwill")
@@ -134,14 +134,14 @@ def test_a_refund_gives_back_all_that_is_left_and_no_more(there: World) -> None:
     assert there.dodo.refunds.retrieve(part.refund_id).reason == "goodwill"
 
 
-def test_only_a_payment_that_succeeded_can_be_refunded(there: World) -> None:
-    failed = there.admin(f"pay/{there.session(there.customer(), there.pack())}", decline=True).json()["payment_id"]
+def test_failed_payment_is_not_refunded(there: World) -> None:
+    failed = there.control(f"pay/{there.session(there.customer(), there.pack())}", decline=True).json()["payment_id"]
     with pytest.raises(dodopayments.BadRequestError) as refused:
         there.dodo.refunds.create(payment_id=failed)
     assert code(refused) == "PAYMENT_NOT_SUCCEEDED"
 
 
-def test_an_invoice_is_a_pdf(there: World) -> None:
+def test_invoice_is_a_pdf(there: World) -> None:
     paid = there.buy(there.customer("(c)orp"), there.pack())
     content = there.dodo.invoices.payments.retrieve(str(paid["payment_id"])).read()
     assert content.startswith(b"%PDF-1.4")

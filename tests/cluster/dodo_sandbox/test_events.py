@@ -1,4 +1,4 @@
-"""Usage events: Dodo's limits at both sides of each boundary, and what a meter makes of them."""
+"""Usage events: Dodo's limits, on both sides of each boundary, and meters."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -42,7 +42,7 @@ def stored(there: World) -> int:
     return len(there.http.get("/_sandbox/events").json())
 
 
-def test_a_request_has_one_to_a_thousand_events(there: World) -> None:
+def test_request_has_1_to_1000_events(there: World) -> None:
     customer = there.customer()
     assert refused(there) == "INVALID_REQUEST_PARAMETERS"
     assert taken(there, *(event(customer, f"e{n}") for n in range(1000))) == 1000
@@ -50,13 +50,13 @@ def test_a_request_has_one_to_a_thousand_events(there: World) -> None:
     assert stored(there) == 1000
 
 
-def test_an_id_twice_in_one_request_fails_all_of_it(there: World) -> None:
+def test_duplicate_id_fails_the_request(there: World) -> None:
     customer = there.customer()
     assert refused(there, event(customer, "a"), event(customer, "b"), event(customer, "a")) == "DUPLICATE_EVENT_ID"
     assert stored(there) == 0
 
 
-def test_a_known_id_is_ignored_whatever_it_says_now(there: World) -> None:
+def test_known_id_is_ignored(there: World) -> None:
     customer = there.customer()
     taken(there, event(customer, "a", metadata={"n": 1}))
     taken(there, event(customer, "a", metadata={"n": 999}), event(customer, "b", metadata={"n": 2}))
@@ -73,9 +73,7 @@ def test_a_known_id_is_ignored_whatever_it_says_now(there: World) -> None:
         (timedelta(minutes=6), False),
     ],
 )
-def test_a_timestamp_lies_within_an_hour_back_and_five_minutes_ahead(
-    there: World, offset: timedelta, accepted: bool
-) -> None:
+def test_timestamp_window(there: World, offset: timedelta, accepted: bool) -> None:
     customer = there.customer()
     late = event(customer, "late", timestamp=(datetime.now(UTC) + offset).isoformat())
     if accepted:
@@ -85,7 +83,7 @@ def test_a_timestamp_lies_within_an_hour_back_and_five_minutes_ahead(
     assert stored(there) == 0
 
 
-def test_the_window_follows_the_sandbox_clock(there: World) -> None:
+def test_timestamp_window_follows_the_clock(there: World) -> None:
     customer = there.customer()
     there.days(2)
     assert refused(there, event(customer, timestamp=datetime.now(UTC).isoformat())) == "INVALID_TIMESTAMP"
@@ -109,7 +107,7 @@ def test_the_window_follows_the_sandbox_clock(there: World) -> None:
         (None, True),
     ],
 )
-def test_metadata_keeps_its_limits(there: World, metadata: dict[str, object] | None, accepted: bool) -> None:
+def test_metadata_limits(there: World, metadata: dict[str, object] | None, accepted: bool) -> None:
     customer = there.customer()
     if accepted:
         taken(there, event(customer, metadata=metadata))
@@ -130,19 +128,19 @@ def test_metadata_keeps_its_limits(there: World, metadata: dict[str, object] | N
         {"timestamp": "yesterday"},
     ],
 )
-def test_a_malformed_event_is_422(there: World, bad: dict[str, object]) -> None:
+def test_invalid_event_is_422(there: World, bad: dict[str, object]) -> None:
     body = {"events": [event(there.customer()) | bad]}
     answer = there.http.post("/events/ingest", json=body, headers={"authorization": f"Bearer {API_KEY}"})
     assert answer.status_code == 422
     assert stored(there) == 0
 
 
-def test_an_unknown_customer_fails_all_of_the_request(there: World) -> None:
+def test_unknown_customer_fails_the_request(there: World) -> None:
     assert refused(there, event(there.customer(), "a"), event("cus_none", "b")) == "CUSTOMER_NOT_FOUND"
     assert stored(there) == 0
 
 
-def test_events_are_listed_by_customer_name_meter_time_and_page(there: World) -> None:
+def test_event_filters(there: World) -> None:
     ada, bob = there.customer("Ada"), there.customer("Bob")
     meter = there.dodo.meters.create(
         name="big",
@@ -165,7 +163,7 @@ def test_events_are_listed_by_customer_name_meter_time_and_page(there: World) ->
         found(meter_id=meter, event_name="farebox.charge")
 
 
-def test_sums_are_exact_beyond_what_a_double_holds(there: World) -> None:
+def test_sums_are_exact(there: World) -> None:
     customer = there.customer()
     taken(there, event(customer, "a", metadata={"n": 2**62}), event(customer, "b", metadata={"n": 2**62 + 1, "x": "9"}))
     assert there.http.get("/_sandbox/sums").json()[customer]["farebox.usage"] == {"events": 2, "n": 2**63 + 1}
@@ -180,7 +178,7 @@ def meter(kind: str, filter_: Filter | None = None) -> Meter:
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("count", 4), ("sum", 11), ("max", 7), ("last", 1)])
-def test_a_meter_counts_numbers_only(kind: str, expected: int) -> None:
+def test_meter_counts_only_numbers(kind: str, expected: int) -> None:
     assert units(meter(kind), [{"n": 3}, {"n": 7}, {"n": "100"}, {"n": 1}]) == expected
 
 
@@ -194,7 +192,7 @@ def test_a_meter_counts_numbers_only(kind: str, expected: int) -> None:
         ("greater_than", 4, []),
     ],
 )
-def test_a_filter_leaves_out_what_lacks_the_property(operator: str, value: object, admitted: list[str]) -> None:
+def test_filter_needs_the_property(operator: str, value: object, admitted: list[str]) -> None:
     clauses = [{"key": "tier", "operator": operator, "value": value}]
     filter_ = Filter.model_validate({"conjunction": "and", "clauses": clauses})
     tiers = ["gold", "silver", "5"]
@@ -202,7 +200,7 @@ def test_a_filter_leaves_out_what_lacks_the_property(operator: str, value: objec
     assert not filter_.admits({"other": "gold"})
 
 
-def test_filters_nest_with_and_and_or() -> None:
+def test_nested_filters() -> None:
     low = {"key": "n", "operator": "less_than_or_equals", "value": 1}
     high = {"key": "n", "operator": "greater_than_or_equals", "value": 9}
     on = {"conjunction": "and", "clauses": [{"key": "on", "operator": "equals", "value": True}]}
@@ -213,7 +211,7 @@ def test_filters_nest_with_and_and_or() -> None:
 
 
 @given(nanos=st.integers(0, 2**63), free=st.integers(0, 2**40))
-def test_a_period_costs_its_units_past_the_threshold_to_the_cent(nanos: int, free: int) -> None:
+def test_cost_of_a_period(nanos: int, free: int) -> None:
     priced = SubscribedMeter(
         currency="USD", free_threshold=free, measurement_unit="nanos", meter_id="m", name="m",
         price_per_unit="0.0000001",

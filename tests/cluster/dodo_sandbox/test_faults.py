@@ -1,4 +1,4 @@
-"""Faults on demand: what the caller sees, and what was done all the same."""
+"""Faults on demand: what the caller gets, and whether the work was done."""
 
 import time
 from collections.abc import Iterator
@@ -41,11 +41,9 @@ def stored(there: World) -> int:
         ("garbage", dodopayments.APIResponseValidationError, 1),
     ],
 )
-def test_each_fault_fails_the_call_and_does_what_it_says(
-    there: World, kind: str, seen: type[Exception], done: int
-) -> None:
+def test_each_kind_of_fault(there: World, kind: str, seen: type[Exception], done: int) -> None:
     customer = there.customer()
-    there.admin("faults", path="/events/ingest", kinds=[kind])
+    there.control("faults", path="/events/ingest", kinds=[kind])
     with pytest.raises(seen):
         ingest(there, customer)
     assert stored(there) == done
@@ -54,21 +52,21 @@ def test_each_fault_fails_the_call_and_does_what_it_says(
     assert stored(there) == 1
 
 
-def test_a_dropped_connection_gives_no_answer_at_all(there: World) -> None:
-    there.admin("faults", kinds=["drop_before"])
+def test_dropped_connection_has_no_answer(there: World) -> None:
+    there.control("faults", kinds=["drop_before"])
     with pytest.raises(httpx.RemoteProtocolError):
         there.http.get("/customers")
 
 
-def test_latency_delays_and_then_answers(there: World) -> None:
-    there.admin("faults", path="/customers", kinds=["latency:0.3"])
+def test_latency_delays_the_answer(there: World) -> None:
+    there.control("faults", path="/customers", kinds=["latency:0.3"])
     start = time.monotonic()
     there.customer()
     assert 0.3 <= time.monotonic() - start < 3
 
 
-def test_a_fault_hits_its_path_and_method_as_often_as_asked(there: World) -> None:
-    there.admin("faults", path="/customers", method="POST", kinds=["status:500"], count=2)
+def test_fault_is_limited_to_path_method_and_count(there: World) -> None:
+    there.control("faults", path="/customers", method="POST", kinds=["status:500"], count=2)
     for _ in range(2):
         with pytest.raises(dodopayments.InternalServerError):
             there.customer()
@@ -77,10 +75,10 @@ def test_a_fault_hits_its_path_and_method_as_often_as_asked(there: World) -> Non
     assert there.http.get("/_sandbox/faults").json()[0]["hits"] == 2
 
 
-def test_a_rate_is_a_share_of_the_calls_and_none_is_lost_or_doubled(there: World) -> None:
+def test_fault_rate(there: World) -> None:
     customer = there.customer()
     kinds = ["status:500", "drop_before", "drop_after", "status_after:500"]
-    there.admin("faults", path="/events/ingest", rate=0.6, kinds=kinds)
+    there.control("faults", path="/events/ingest", rate=0.6, kinds=kinds)
     failures = 0
     for number in range(60):
         while True:
@@ -93,14 +91,14 @@ def test_a_rate_is_a_share_of_the_calls_and_none_is_lost_or_doubled(there: World
     assert 30 < failures < 240
 
 
-def test_the_operators_side_and_the_pages_never_fail(there: World) -> None:
-    there.admin("faults", path="*", kinds=["status:500"])
+def test_faults_spare_control_routes_and_pages(there: World) -> None:
+    there.control("faults", path="*", kinds=["status:500"])
     assert there.http.get("/").status_code == 200
     assert there.http.get("/_sandbox/health").status_code == 200
     assert there.http.get("/checkout/cks_none").status_code == 404
 
 
-async def test_without_a_server_a_drop_is_a_broken_connection(tmp_path: Path) -> None:
+async def test_drop_without_a_server_raises(tmp_path: Path) -> None:
     app = create_app(tmp_path, api_key=API_KEY)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://sandbox") as client:
         await client.post("/_sandbox/faults", json={"kinds": ["drop_before"]})

@@ -1,4 +1,4 @@
-"""A paused subscription: no renewals, its clock stands still, its usage so far is invoiced, its keys rest."""
+"""Paused subscriptions: no renewals, later dates, an invoice for the usage so far, disabled licence keys."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -38,18 +38,18 @@ def totals(there: World, status: str = "succeeded") -> list[int]:
 
 
 def used_and_paused(there: World, declines: bool = False, **settings: object) -> Subscription:
-    """A dollar a month, five dollars used, paused after a minute."""
-    there.admin("settings", **settings)
+    """A subscription at $1 a month with $5 of usage, paused after a minute."""
+    there.control("settings", **settings)
     customer = there.customer()
     one = there.subscribe(customer, there.metered(fixed_price=100))
     there.charge(customer, 5 * 10**9)
-    there.admin("clock", advance_s=60)
-    there.admin(f"customers/{customer}/card", declines=declines)
+    there.control("clock", advance_s=60)
+    there.control(f"customers/{customer}/card", declines=declines)
     set_status(there, one, "paused")
     return one
 
 
-def test_a_paused_subscription_is_not_billed_and_its_clock_stands_still(there: World) -> None:
+def test_paused_subscription_is_not_billed(there: World) -> None:
     one = there.subscribe(there.customer(), there.recurring(1000))
     paused = set_status(there, one, "paused")
     assert (paused.status, paused.paused_at is not None) == ("paused", True)
@@ -62,11 +62,11 @@ def test_a_paused_subscription_is_not_billed_and_its_clock_stands_still(there: W
     assert one.expires_at is not None
     assert back.expires_at - one.expires_at == rested
     assert (back.paused_at, back.previous_billing_date) == (None, one.previous_billing_date)
-    there.admin("clock", now=back.next_billing_date.isoformat())
+    there.control("clock", now=back.next_billing_date.isoformat())
     assert totals(there) == [1000, 1000]
 
 
-def test_both_ends_of_a_pause_are_told(there: World, shop: Merchant) -> None:
+def test_pause_and_resume_send_webhooks(there: World, shop: Merchant) -> None:
     there.dodo.webhooks.create(url=shop.url, filter_types=["subscription.paused", "subscription.unpaused"])
     one = there.subscribe(there.customer(), there.recurring())
     set_status(there, one, "paused")
@@ -82,7 +82,7 @@ def test_both_ends_of_a_pause_are_told(there: World, shop: Merchant) -> None:
     )
 
 
-def test_usage_until_the_pause_is_invoiced_then_and_the_rest_later_each_once(there: World) -> None:
+def test_usage_is_invoiced_at_the_pause(there: World) -> None:
     one = used_and_paused(there)
     assert totals(there) == [100, 500]
     bill = there.dodo.payments.list().items[0]
@@ -90,24 +90,22 @@ def test_usage_until_the_pause_is_invoiced_then_and_the_rest_later_each_once(the
     there.days(1)
     set_status(there, one, "active")
     there.charge(one.customer.customer_id, 2 * 10**9, prefix="later")
-    there.admin("clock", now=now(there, one).next_billing_date.isoformat())
+    there.control("clock", now=now(there, one).next_billing_date.isoformat())
     assert totals(there) == [100, 500, 300]
     periods = there.dodo.subscriptions.retrieve_usage_history(one.subscription_id).items
     assert [period.meters[0].total_price for period in periods] == [0, 200, 500]
     assert periods[1].start_date == periods[2].end_date
 
 
-def test_where_the_owner_says_so_usage_waits_for_the_next_invoice(there: World) -> None:
+def test_usage_may_wait_for_the_next_invoice(there: World) -> None:
     one = used_and_paused(there, bill_usage_at_pause=False)
     assert totals(there) == [100]
     set_status(there, one, "active")
-    there.admin("clock", now=now(there, one).next_billing_date.isoformat())
+    there.control("clock", now=now(there, one).next_billing_date.isoformat())
     assert totals(there) == [100, 600]
 
 
-def test_an_unpaid_invoice_of_a_pause_ends_on_hold_after_the_grace_and_paid_in_a_pause_again(
-    there: World, shop: Merchant
-) -> None:
+def test_unpaid_pause_goes_on_hold(there: World, shop: Merchant) -> None:
     there.dodo.webhooks.create(
         url=shop.url, filter_types=["subscription.on_hold", "subscription.paused", "subscription.past_due"]
     )
@@ -117,10 +115,10 @@ def test_an_unpaid_invoice_of_a_pause_ends_on_hold_after_the_grace_and_paid_in_a
     there.days(0.2)
     held = now(there, one)
     assert (held.status, held.paused_at is not None, totals(there, "failed")) == ("on_hold", True, [500, 500])
-    there.admin(f"customers/{one.customer.customer_id}/card", declines=False)
+    there.control(f"customers/{one.customer.customer_id}/card", declines=False)
     there.days(1)
     assert (now(there, one).status, totals(there)) == ("paused", [100, 500])
-    assert [heard.type for heard in shop.wait(3)] == [
+    assert [webhook.type for webhook in shop.wait(3)] == [
         "subscription.paused",
         "subscription.on_hold",
         "subscription.paused",
@@ -129,16 +127,16 @@ def test_an_unpaid_invoice_of_a_pause_ends_on_hold_after_the_grace_and_paid_in_a
     assert totals(there) == [100, 500]
 
 
-def test_resuming_writes_an_unpaid_invoice_off(there: World) -> None:
+def test_resume_writes_off_an_unpaid_invoice(there: World) -> None:
     one = used_and_paused(there, declines=True)
     assert now(there, one).status == "on_hold"
-    there.admin(f"customers/{one.customer.customer_id}/card", declines=False)
+    there.control(f"customers/{one.customer.customer_id}/card", declines=False)
     assert set_status(there, one, "active").status == "active"
-    there.admin("clock", now=now(there, one).next_billing_date.isoformat())
+    there.control("clock", now=now(there, one).next_billing_date.isoformat())
     assert totals(there) == [100, 100]
 
 
-def test_a_paused_subscription_can_be_cancelled_but_not_paused_or_changed(there: World) -> None:
+def test_paused_subscription_can_only_be_cancelled_or_resumed(there: World) -> None:
     one = used_and_paused(there)
     with pytest.raises(dodopayments.BadRequestError, match="SUBSCRIPTION_INACTIVE"):
         set_status(there, one, "paused")
@@ -152,12 +150,12 @@ def test_a_paused_subscription_can_be_cancelled_but_not_paused_or_changed(there:
         set_status(there, one, "active")
 
 
-def test_what_is_past_due_cannot_be_paused_and_what_is_on_hold_for_a_renewal_not_resumed(there: World) -> None:
-    there.admin("settings", past_due_grace_days=2)
+def test_unpaid_subscription_cannot_be_paused_or_resumed(there: World) -> None:
+    there.control("settings", past_due_grace_days=2)
     customer = there.customer()
     one = there.subscribe(customer, there.recurring())
-    there.admin(f"customers/{customer}/card", declines=True)
-    there.admin("clock", now=one.next_billing_date.isoformat())
+    there.control(f"customers/{customer}/card", declines=True)
+    there.control("clock", now=one.next_billing_date.isoformat())
     with pytest.raises(dodopayments.BadRequestError):
         set_status(there, one, "paused")
     there.days(3)
@@ -167,14 +165,14 @@ def test_what_is_past_due_cannot_be_paused_and_what_is_on_hold_for_a_renewal_not
 
 
 @pytest.mark.parametrize("change", [{"pause": True}, {"status": "paused", "metadata": {"a": "b"}}])
-def test_a_pause_is_asked_for_by_its_status_alone(there: World, change: dict[str, object]) -> None:
+def test_pause_is_sent_alone(there: World, change: dict[str, object]) -> None:
     one = there.subscribe(there.customer(), there.recurring())
     with pytest.raises(dodopayments.UnprocessableEntityError):
         there.dodo.subscriptions.update(one.subscription_id, **change)  # type: ignore[arg-type]
     assert now(there, one).status == "active"
 
 
-def test_keys_rest_with_their_subscription_and_the_same_ones_open_again(there: World, shop: Merchant) -> None:
+def test_licence_keys_are_disabled_while_paused(there: World, shop: Merchant) -> None:
     key = there.dodo.entitlements.create(
         name="Key", integration_type="license_key", integration_config={"fulfillment_mode": "auto"}
     )
@@ -191,4 +189,4 @@ def test_keys_rest_with_their_subscription_and_the_same_ones_open_again(there: W
     set_status(there, one, "active")
     (back,) = there.dodo.entitlements.grants.list(key.id).items
     assert (back.status, back.license_key, back.revoked_at) == ("Delivered", given.license_key, None)
-    assert [heard.type for heard in shop.wait(2)] == ["entitlement_grant.revoked", "entitlement_grant.delivered"]
+    assert [webhook.type for webhook in shop.wait(2)] == ["entitlement_grant.revoked", "entitlement_grant.delivered"]

@@ -1,4 +1,4 @@
-"""A renewal that failed: on hold at once unless there is a grace, charged again on Dodo's schedule, told as dunning."""
+"""Failed renewals: grace period, retries on Dodo's schedule, and dunning."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from dodopayments.types import Subscription
 
-from tests.support.sandbox_world import Merchant, World, merchant, wait_for, world
+from tests.support.sandbox_world import Merchant, World, merchant, world
+from tests.support.waiting import eventually
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 HALF_A_DAY = 0.5
@@ -25,17 +26,17 @@ def there(tmp_path: Path) -> Iterator[World]:
 
 
 def fail_a_renewal(there: World, **settings: object) -> Subscription:
-    """The clock stands at the moment of the failed renewal, or a few milliseconds after it."""
-    there.admin("settings", **settings)
+    """The clock is at the time of the failed renewal, or a few milliseconds later."""
+    there.control("settings", **settings)
     customer = there.customer()
     one = there.subscribe(customer, there.recurring(1000))
-    there.admin(f"customers/{customer}/card", declines=True)
-    there.admin("clock", now=one.next_billing_date.isoformat())
+    there.control(f"customers/{customer}/card", declines=True)
+    there.control("clock", now=one.next_billing_date.isoformat())
     return one
 
 
 def mend(there: World, one: Subscription) -> None:
-    there.admin(f"customers/{one.customer.customer_id}/card", declines=False)
+    there.control(f"customers/{one.customer.customer_id}/card", declines=False)
 
 
 def status(there: World, one: Subscription) -> str:
@@ -46,9 +47,7 @@ def status(there: World, one: Subscription) -> str:
     ("window_days", "tries_at_days"),
     [(1, [0.5]), (13, [0.5, 1.5, 3.5, 6.5, 10.5]), (30, [0.5, 1.5, 3.5, 6.5, 10.5, 15.5, 22.5, 29.5])],
 )
-def test_retries_back_off_as_dodo_says_and_end_with_the_window(
-    there: World, window_days: int, tries_at_days: list[float]
-) -> None:
+def test_retry_schedule_of_a_failed_renewal(there: World, window_days: int, tries_at_days: list[float]) -> None:
     one = fail_a_renewal(there, payment_retries=True, recovery_window_days=window_days)
     there.days(60)
     failed = there.dodo.payments.list(status="failed", page_size=100).items[::-1]
@@ -59,17 +58,17 @@ def test_retries_back_off_as_dodo_says_and_end_with_the_window(
     assert status(there, one) == "on_hold"
 
 
-def test_without_the_settings_nothing_is_retried_and_nobody_is_dunned(there: World, shop: Merchant) -> None:
+def test_retries_and_dunning_are_off_by_default(there: World, shop: Merchant) -> None:
     there.dodo.webhooks.create(url=shop.url)
     one = fail_a_renewal(there)
     there.days(60)
     assert status(there, one) == "on_hold"
     assert len(there.dodo.payments.list(status="failed").items) == 1
-    wait_for(lambda: "subscription.on_hold" in shop.types())
+    eventually(lambda: "subscription.on_hold" in shop.types())
     assert not [type_ for type_ in shop.types() if type_.startswith("dunning")]
 
 
-def test_a_retry_that_succeeds_brings_back_and_the_billing_date_advances_as_if_nothing_had_been(there: World) -> None:
+def test_successful_retry_keeps_the_billing_date(there: World) -> None:
     one = fail_a_renewal(there, payment_retries=True)
     mend(there, one)
     there.days(HALF_A_DAY)
@@ -79,12 +78,12 @@ def test_a_retry_that_succeeds_brings_back_and_the_billing_date_advances_as_if_n
     assert status(there, one) == "active"
 
 
-def test_past_due_lasts_its_grace_and_only_webhooks_say_how_long(there: World, shop: Merchant) -> None:
+def test_past_due_lasts_for_the_grace_period(there: World, shop: Merchant) -> None:
     there.dodo.webhooks.create(url=shop.url, filter_types=["subscription.past_due", "subscription.on_hold"])
     one = fail_a_renewal(there, past_due_grace_days=5)
     assert status(there, one) == "past_due"
-    (told,) = shop.wait(1)
-    assert str(told.data["past_due_ends_at"]) > one.next_billing_date.isoformat()
+    (webhook,) = shop.wait(1)
+    assert str(webhook.data["past_due_ends_at"]) > one.next_billing_date.isoformat()
     there.days(4.9)
     assert status(there, one) == "past_due"
     there.days(0.2)
@@ -92,13 +91,13 @@ def test_past_due_lasts_its_grace_and_only_webhooks_say_how_long(there: World, s
     assert shop.wait(2)[1].data["past_due_ends_at"] is None
 
 
-def test_usage_of_the_unpaid_time_is_billed_with_the_period_that_it_falls_into(there: World) -> None:
-    there.admin("settings", past_due_grace_days=5, payment_retries=True)
+def test_usage_while_unpaid_is_billed_in_its_period(there: World) -> None:
+    there.control("settings", past_due_grace_days=5, payment_retries=True)
     customer = there.customer()
     one = there.subscribe(customer, there.metered(fixed_price=100))
     there.charge(customer, 3 * 10**9)
-    there.admin(f"customers/{customer}/card", declines=True)
-    there.admin("clock", now=one.next_billing_date.isoformat())
+    there.control(f"customers/{customer}/card", declines=True)
+    there.control("clock", now=one.next_billing_date.isoformat())
     there.charge(customer, 4 * 10**9, prefix="late")
     mend(there, one)
     there.days(40)
@@ -106,7 +105,7 @@ def test_usage_of_the_unpaid_time_is_billed_with_the_period_that_it_falls_into(t
     assert [bill.total_amount for bill in paid] == [100, 100 + 300, 100 + 400]
 
 
-def test_dunning_begins_once_and_ends_when_the_debt_is_paid(there: World, shop: Merchant) -> None:
+def test_dunning_starts_once_and_recovers(there: World, shop: Merchant) -> None:
     types = ["dunning.started", "dunning.recovered"]
     there.dodo.webhooks.create(url=shop.url, filter_types=types)
     one = fail_a_renewal(there, dunning=True, payment_retries=True)
@@ -118,18 +117,18 @@ def test_dunning_begins_once_and_ends_when_the_debt_is_paid(there: World, shop: 
     assert started.data["trigger_state"] == recovered.data["trigger_state"] == "on_hold"
     assert recovered.data["status"] == "recovered"
     there.days(1)
-    assert len(shop.heard) == 2
+    assert len(shop.received) == 2
 
 
-def test_a_charge_by_hand_uses_up_no_retry(there: World) -> None:
+def test_manual_charge_uses_no_retry(there: World) -> None:
     one = fail_a_renewal(there, payment_retries=True)
-    assert there.admin(f"subscriptions/{one.subscription_id}/renew").json()["status"] == "on_hold"
+    assert there.control(f"subscriptions/{one.subscription_id}/renew").json()["status"] == "on_hold"
     mend(there, one)
     there.days(HALF_A_DAY)
     assert status(there, one) == "active"
 
 
-def test_a_recovery_issues_no_second_licence_key(there: World) -> None:
+def test_recovery_issues_no_second_licence_key(there: World) -> None:
     key = there.dodo.entitlements.create(
         name="Key", integration_type="license_key", integration_config={"fulfillment_mode": "auto"}
     )
@@ -139,9 +138,9 @@ def test_a_recovery_issues_no_second_licence_key(there: World) -> None:
     )  # fmt: skip
     customer = there.customer()
     one = there.subscribe(customer, product)
-    there.admin(f"customers/{customer}/card", declines=True)
+    there.control(f"customers/{customer}/card", declines=True)
     there.days(32)
     mend(there, one)
-    there.admin(f"subscriptions/{one.subscription_id}/renew")
+    there.control(f"subscriptions/{one.subscription_id}/renew")
     assert status(there, one) == "active"
     assert len(list(there.dodo.entitlements.grants.list(key.id).items)) == 1

@@ -1,4 +1,4 @@
-"""The sandbox as a process and as pages: it starts fast, survives a kill and says that no money is real."""
+"""The sandbox as a process, and its pages."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def there(tmp_path: Path) -> Iterator[World]:
 
 @contextmanager
 def process(state: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The server and its address; the key comes from the environment, where ``ps`` does not show it."""
+    """The server and its URL. The key is in the environment, which ``ps`` does not show."""
     child = subprocess.Popen(
         [sys.executable, "-m", "cluster.dodo_sandbox.server", "--port", "0", "--state", str(state), *arguments],
         env=os.environ | {"DODO_PAYMENTS_API_KEY": API_KEY}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -39,7 +39,7 @@ def process(state: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
         child.communicate()
 
 
-def test_it_answers_soon_and_stops_when_told(tmp_path: Path) -> None:
+def test_server_starts_and_stops(tmp_path: Path) -> None:
     start = time.monotonic()
     with process(tmp_path) as (child, url):
         httpx.get(f"{url}/_sandbox/health", trust_env=False).raise_for_status()
@@ -49,7 +49,7 @@ def test_it_answers_soon_and_stops_when_told(tmp_path: Path) -> None:
         assert child.wait(5) in (0, -signal.SIGTERM)
 
 
-def test_what_it_acknowledged_survives_a_kill(tmp_path: Path) -> None:
+def test_state_survives_a_kill(tmp_path: Path) -> None:
     with process(tmp_path) as (child, url), DodoPayments(base_url=url, bearer_token=API_KEY, max_retries=0) as dodo:
         customer = dodo.customers.create(email="a@example.com", name="Ada").customer_id
         httpx.post(f"{url}/_sandbox/clock", json={"advance_s": 7200}, trust_env=False)
@@ -62,7 +62,7 @@ def test_what_it_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         assert httpx.get(f"{url}/_sandbox/clock", trust_env=False).json()["offset_s"] == 7200
 
 
-def test_it_says_when_its_port_is_taken_and_when_it_has_no_key(tmp_path: Path, there: World) -> None:
+def test_server_names_taken_port_and_missing_key(tmp_path: Path, there: World) -> None:
     port = there.url.rpartition(":")[2]
     command = [sys.executable, "-m", "cluster.dodo_sandbox.server", "--state", str(tmp_path), "--port", port]
     bare = {name: value for name, value in os.environ.items() if name != "DODO_PAYMENTS_API_KEY"}
@@ -70,16 +70,16 @@ def test_it_says_when_its_port_is_taken_and_when_it_has_no_key(tmp_path: Path, t
     assert taken.returncode != 0
     assert f"cannot listen on 127.0.0.1:{port}" in taken.stderr
     keyless = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=30)
-    assert "an API key is needed" in keyless.stderr
+    assert "the API key is missing" in keyless.stderr
 
 
 @pytest.mark.parametrize("secret", ["secret", "whsec_", "whsec_!!!!"])
-def test_a_webhook_secret_that_cannot_sign_is_refused_at_start(tmp_path: Path, secret: str) -> None:
+def test_server_refuses_an_invalid_secret(tmp_path: Path, secret: str) -> None:
     with pytest.raises(ValueError, match="whsec_"):
         create_app(tmp_path, api_key=API_KEY, webhook_secret=secret)
 
 
-def test_its_log_holds_no_key(tmp_path: Path) -> None:
+def test_log_has_no_key(tmp_path: Path) -> None:
     with process(tmp_path, "--webhook-secret", "whsec_c2VjcmV0") as (child, url):
         with DodoPayments(base_url=url, bearer_token=API_KEY, max_retries=0) as dodo:
             dodo.webhooks.create(url="http://127.0.0.1:9/hook")
@@ -91,8 +91,8 @@ def test_its_log_holds_no_key(tmp_path: Path) -> None:
         assert "whsec_" not in output
 
 
-def test_the_checkout_page_shows_what_is_due_and_that_no_money_is_real(there: World) -> None:
-    there.admin("settings", tax_bps=1000)
+def test_checkout_page(there: World) -> None:
+    there.control("settings", tax_bps=1000)
     session = there.session(there.customer(), there.pack(500), quantity=2)
     page = there.http.get(f"/checkout/{session}").text
     for text in ("no real money", "Pack x 2", "$10.00", "Tax", "$1.00", "Pay $11.00", "acme@example.com"):
@@ -101,7 +101,7 @@ def test_the_checkout_page_shows_what_is_due_and_that_no_money_is_real(there: Wo
     assert "http://" not in page.replace(there.url, "")
 
 
-def test_the_pay_button_pays_once_and_returns_to_the_shop(there: World) -> None:
+def test_pay_button_pays_once(there: World) -> None:
     session = there.session(there.customer(), there.pack(), return_url="http://127.0.0.1:8000/back?plan=x")
     sent = there.http.post(f"/checkout/{session}/pay", data={"card": "good"})
     payment = there.dodo.payments.list().items[0]
@@ -113,20 +113,20 @@ def test_the_pay_button_pays_once_and_returns_to_the_shop(there: World) -> None:
     assert len(there.dodo.payments.list().items) == 1
 
 
-def test_a_shop_is_returned_to_by_http_only(there: World) -> None:
+def test_return_url_must_be_http(there: World) -> None:
     for url in ("javascript:alert(1)", "file:///etc/passwd", "back"):
         with pytest.raises(UnprocessableEntityError):
             there.session(there.customer(), there.pack(), return_url=url)
 
 
-def test_a_declined_card_on_the_page_can_be_tried_again(there: World) -> None:
+def test_declined_page_can_be_paid_again(there: World) -> None:
     session = there.session(there.customer(), there.pack())
     declined = there.http.post(f"/checkout/{session}/pay", data={"card": "declined"}, follow_redirects=True)
     assert "The card was declined" in declined.text
     assert "Paid $5.00" in there.http.post(f"/checkout/{session}/pay", follow_redirects=True).text
 
 
-def test_pages_for_what_does_not_exist_say_so(there: World) -> None:
+def test_pages_of_unknown_ids(there: World) -> None:
     for path in ("/checkout/cks_none", "/portal/cus_none"):
         page = there.http.get(path)
         assert page.status_code == 404
@@ -134,7 +134,7 @@ def test_pages_for_what_does_not_exist_say_so(there: World) -> None:
     assert there.http.post("/checkout/cks_none/pay").status_code == 404
 
 
-def test_the_overview_shows_customers_events_payments_and_webhooks(there: World) -> None:
+def test_overview_page(there: World) -> None:
     there.dodo.webhooks.create(url="http://127.0.0.1:9/hook")
     customer = there.dodo.customers.create(email="a@example.com", name="<b>Acme</b>").customer_id
     there.subscribe(customer, there.metered(fixed_price=100))

@@ -1,4 +1,4 @@
-"""Subscriptions in the sandbox: what a period costs, how one ends, fails or changes."""
+"""Subscriptions: renewals, usage, cancellation, and plan changes."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,7 +16,7 @@ def there(tmp_path: Path) -> Iterator[World]:
         yield running
 
 
-def test_a_subscription_starts_active_for_a_month_of_the_calendar(there: World) -> None:
+def test_new_subscription_lasts_a_calendar_month(there: World) -> None:
     customer, plan = there.customer(), there.metered(fixed_price=100)
     one = there.subscribe(customer, plan)
     assert (one.status, one.recurring_pre_tax_amount, one.product_id) == ("active", 100, plan.product_id)
@@ -29,15 +29,15 @@ def test_a_subscription_starts_active_for_a_month_of_the_calendar(there: World) 
     assert [each.subscription_id for each in found] == [one.subscription_id]
 
 
-def test_a_subscription_whose_first_payment_fails_never_runs(there: World) -> None:
+def test_failed_first_payment_fails_the_subscription(there: World) -> None:
     customer = there.customer()
-    there.admin(f"customers/{customer}/card", declines=True)
+    there.control(f"customers/{customer}/card", declines=True)
     failed = there.buy(customer, there.metered())
     assert failed["status"] == "failed"
     assert there.dodo.subscriptions.retrieve(str(failed["subscription_id"])).status == "failed"
 
 
-def test_a_renewal_bills_the_closed_periods_usage_to_the_cent(there: World) -> None:
+def test_renewal_bills_the_usage_of_its_period(there: World) -> None:
     customer = there.customer()
     one = there.subscribe(customer, there.metered(fixed_price=100))
     there.charge(customer, 12_300_000_000, 4_000_000, 1_000_000)
@@ -52,7 +52,7 @@ def test_a_renewal_bills_the_closed_periods_usage_to_the_cent(there: World) -> N
     assert [(line.name, line.amount) for line in lines] == [("Pay as you go", 100), ("Charges", 1231)]
 
 
-def test_usage_is_billed_in_the_period_of_its_timestamp_and_never_twice(there: World) -> None:
+def test_usage_is_billed_once_by_timestamp(there: World) -> None:
     customer = there.customer()
     one = there.subscribe(customer, there.metered())
     for month, dollars in enumerate((1, 2, 3)):
@@ -65,14 +65,14 @@ def test_usage_is_billed_in_the_period_of_its_timestamp_and_never_twice(there: W
     assert {bill.includes_usage for bill in bills[:3]} == {True}
 
 
-def test_a_clock_that_jumps_turns_every_period_between(there: World) -> None:
+def test_clock_jump_renews_every_period(there: World) -> None:
     one = there.subscribe(there.customer(), there.recurring(2000))
-    answer = there.admin("clock", advance_s=370 * 86_400).json()
+    answer = there.control("clock", advance_s=370 * 86_400).json()
     assert answer["renewals"] == 12
     assert len(there.dodo.payments.list(subscription_id=one.subscription_id, page_size=100).items) == 13
 
 
-def test_the_first_units_are_free_where_a_threshold_says_so(there: World) -> None:
+def test_free_threshold(there: World) -> None:
     meter = there.meter()
     plan = there.metered({"meter_id": meter, "price_per_unit": "0.0000001", "free_threshold": 3_000_000_000})
     customer = there.customer()
@@ -82,18 +82,18 @@ def test_the_first_units_are_free_where_a_threshold_says_so(there: World) -> Non
     assert (usage.consumed_units, usage.chargeable_units, usage.total_price) == ("3010000000", "10000000", 1)
 
 
-def test_an_archived_meter_counts_nothing_more(there: World) -> None:
+def test_archived_meter_counts_nothing(there: World) -> None:
     customer, meter = there.customer(), there.meter()
     one = there.subscribe(customer, there.metered({"meter_id": meter, "price_per_unit": "0.0000001"}))
     there.charge(customer, 10**9, prefix="before")
     there.dodo.meters.archive(meter)
-    there.admin("clock", advance_s=1)
+    there.control("clock", advance_s=1)
     there.charge(customer, 10**9, prefix="after")
     history = there.dodo.subscriptions.retrieve_usage_history(one.subscription_id).items
     assert history[0].meters[0].consumed_units == str(10**9)
 
 
-def test_a_cancellation_at_the_billing_date_bills_the_last_usage_and_nothing_else(there: World) -> None:
+def test_cancellation_at_billing_date_bills_last_usage(there: World) -> None:
     customer = there.customer()
     one = there.subscribe(customer, there.metered(fixed_price=100))
     asked = there.dodo.subscriptions.update(one.subscription_id, cancel_at_next_billing_date=True)
@@ -108,7 +108,7 @@ def test_a_cancellation_at_the_billing_date_bills_the_last_usage_and_nothing_els
     assert len(there.dodo.payments.list(subscription_id=one.subscription_id).items) == 2
 
 
-def test_a_cancellation_at_once_ends_it_for_good(there: World) -> None:
+def test_immediate_cancellation(there: World) -> None:
     one = there.subscribe(there.customer(), there.metered())
     assert there.dodo.subscriptions.update(one.subscription_id, status="cancelled").status == "cancelled"
     there.days(40)
@@ -117,7 +117,7 @@ def test_a_cancellation_at_once_ends_it_for_good(there: World) -> None:
         there.dodo.subscriptions.update(one.subscription_id, status="active")
 
 
-def test_a_cancellation_can_be_taken_back_before_it_takes_effect(there: World) -> None:
+def test_cancellation_can_be_withdrawn(there: World) -> None:
     one = there.subscribe(there.customer(), there.metered())
     there.dodo.subscriptions.update(one.subscription_id, cancel_at_next_billing_date=True)
     there.dodo.subscriptions.update(one.subscription_id, cancel_at_next_billing_date=False)
@@ -125,21 +125,21 @@ def test_a_cancellation_can_be_taken_back_before_it_takes_effect(there: World) -
     assert there.dodo.subscriptions.retrieve(one.subscription_id).status == "active"
 
 
-def test_a_failed_renewal_puts_on_hold_and_a_later_charge_brings_back(there: World) -> None:
+def test_failed_renewal_goes_on_hold(there: World) -> None:
     customer = there.customer()
     one = there.subscribe(customer, there.metered())
     there.charge(customer, 7 * 10**9)
-    there.admin(f"customers/{customer}/card", declines=True)
+    there.control(f"customers/{customer}/card", declines=True)
     there.days(32)
     assert there.dodo.subscriptions.retrieve(one.subscription_id).status == "on_hold"
     failed = there.dodo.payments.list(status="failed").items[0]
     assert (failed.total_amount, failed.includes_usage, failed.service_periods) == (700, True, [])
-    there.admin(f"customers/{customer}/card", declines=False)
-    assert there.admin(f"subscriptions/{one.subscription_id}/renew").json()["status"] == "active"
+    there.control(f"customers/{customer}/card", declines=False)
+    assert there.control(f"subscriptions/{one.subscription_id}/renew").json()["status"] == "active"
     assert [bill.total_amount for bill in there.dodo.payments.list(status="succeeded").items] == [700, 0]
 
 
-def test_a_subscription_expires_at_the_end_of_its_period(there: World) -> None:
+def test_subscription_expires(there: World) -> None:
     plan = there.recurring(1000, subscription_period_count=2, subscription_period_interval="Month")
     one = there.subscribe(there.customer(), plan)
     there.days(80)
@@ -147,21 +147,21 @@ def test_a_subscription_expires_at_the_end_of_its_period(there: World) -> None:
     assert len(there.dodo.payments.list().items) == 2
 
 
-def test_a_trial_charges_nothing_until_it_ends(there: World) -> None:
+def test_trial_is_free(there: World) -> None:
     one = there.subscribe(there.customer(), there.recurring(1000, trial_period_days=7))
     assert one.next_billing_date - one.created_at == timedelta(days=7)
     there.days(8)
     assert [bill.total_amount for bill in there.dodo.payments.list().items] == [1000, 0]
 
 
-def test_a_period_can_be_ended_now_without_moving_the_clock(there: World) -> None:
+def test_renewal_without_moving_the_clock(there: World) -> None:
     customer = there.customer()
     one = there.subscribe(customer, there.metered())
     there.charge(customer, 2 * 10**9)
-    there.admin(f"subscriptions/{one.subscription_id}/renew")
+    there.control(f"subscriptions/{one.subscription_id}/renew")
     assert there.dodo.payments.list().items[0].total_amount == 200
     there.charge(customer, 10**9, prefix="next")
-    there.admin(f"subscriptions/{one.subscription_id}/renew")
+    there.control(f"subscriptions/{one.subscription_id}/renew")
     assert there.dodo.payments.list().items[0].total_amount == 100
 
 
@@ -175,10 +175,10 @@ def test_a_period_can_be_ended_now_without_moving_the_clock(there: World) -> Non
         ("do_not_bill", 0, True),
     ],
 )
-def test_a_plan_change_now_is_billed_by_its_mode(there: World, mode: str, due: int, keeps_date: bool) -> None:
+def test_plan_change_is_billed_by_mode(there: World, mode: str, due: int, keeps_date: bool) -> None:
     one = there.subscribe(there.customer(), there.recurring(2000))
     half = (one.next_billing_date - one.previous_billing_date) / 2
-    there.admin("clock", now=(one.previous_billing_date + half).isoformat())
+    there.control("clock", now=(one.previous_billing_date + half).isoformat())
     changed = there.dodo.subscriptions.change_plan(
         one.subscription_id,
         product_id=there.recurring(3000).product_id,
@@ -202,48 +202,46 @@ def test_a_plan_change_now_is_billed_by_its_mode(there: World, mode: str, due: i
         ("do_not_bill", 0, [500, 500]),
     ],
 )
-def test_what_a_downgrade_leaves_over_pays_the_next_invoices(
-    there: World, mode: str, due: int, renewals: list[int]
-) -> None:
+def test_downgrade_credit_pays_next_invoices(there: World, mode: str, due: int, renewals: list[int]) -> None:
     customer = there.customer()
     one = there.subscribe(customer, there.recurring(2000))
     half = (one.next_billing_date - one.previous_billing_date) / 2
-    there.admin("clock", now=(one.previous_billing_date + half).isoformat())
+    there.control("clock", now=(one.previous_billing_date + half).isoformat())
     there.dodo.subscriptions.change_plan(
         one.subscription_id,
         product_id=there.recurring(500).product_id,
         quantity=1,
         proration_billing_mode=mode,  # type: ignore[arg-type]
     )
-    assert there.buy(customer, there.pack(700))["total_amount"] == 700, "a subscription's balance buys nothing else"
+    assert there.buy(customer, there.pack(700))["total_amount"] == 700, "the balance pays only subscriptions"
     for _ in renewals:
-        there.admin(f"subscriptions/{one.subscription_id}/renew")
+        there.control(f"subscriptions/{one.subscription_id}/renew")
     bills = [bill.total_amount for bill in there.dodo.payments.list().items][::-1]
     assert bills == [2000, due, 700, *renewals]
 
 
-def test_a_declined_renewal_leaves_the_balance_as_it_was(there: World) -> None:
+def test_declined_renewal_keeps_the_balance(there: World) -> None:
     customer = there.customer()
     one = there.subscribe(customer, there.recurring(2000))
     there.dodo.subscriptions.change_plan(
         one.subscription_id, product_id=there.recurring(1900).product_id, quantity=1,
         proration_billing_mode="difference_immediately",
     )  # fmt: skip
-    there.admin(f"customers/{customer}/card", declines=True)
-    there.admin(f"subscriptions/{one.subscription_id}/renew")
-    there.admin(f"customers/{customer}/card", declines=False)
-    there.admin(f"subscriptions/{one.subscription_id}/renew")
+    there.control(f"customers/{customer}/card", declines=True)
+    there.control(f"subscriptions/{one.subscription_id}/renew")
+    there.control(f"customers/{customer}/card", declines=False)
+    there.control(f"subscriptions/{one.subscription_id}/renew")
     failed, paid = there.dodo.payments.list().items[1::-1]
     assert (failed.status, paid.status, paid.total_amount) == ("failed", "succeeded", 1800)
     refund = there.dodo.refunds.create(payment_id=paid.payment_id)
     assert (refund.amount, refund.is_partial) == (1800, False)
 
 
-def test_a_plan_change_bills_the_usage_so_far_once(there: World) -> None:
+def test_plan_change_bills_usage_once(there: World) -> None:
     customer, meter = there.customer(), {"meter_id": there.meter(), "price_per_unit": "0.0000001"}
     one = there.subscribe(customer, there.metered(meter))
     there.charge(customer, 3 * 10**9)
-    there.admin("clock", advance_s=60)
+    there.control("clock", advance_s=60)
     there.dodo.subscriptions.change_plan(
         one.subscription_id, product_id=there.metered(meter, fixed_price=500).product_id, quantity=1,
         proration_billing_mode="full_immediately",
@@ -253,7 +251,7 @@ def test_a_plan_change_bills_the_usage_so_far_once(there: World) -> None:
     assert [bill.total_amount for bill in there.dodo.payments.list().items] == [600, 800, 0]
 
 
-def test_a_plan_change_waits_for_the_billing_date_or_is_cancelled(there: World) -> None:
+def test_scheduled_plan_change(there: World) -> None:
     one, bigger = there.subscribe(there.customer(), there.recurring(1000)), there.recurring(3000)
 
     def schedule() -> None:

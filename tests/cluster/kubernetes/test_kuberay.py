@@ -1,4 +1,4 @@
-"""The Kubernetes manifest is the same product as the shipped configuration, on other hardware."""
+"""The Kubernetes manifest, compared with the shipped configuration."""
 
 import re
 from pathlib import Path
@@ -32,9 +32,7 @@ def worker(repo: Path) -> dict[str, Tree]:
     return dict(manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"])
 
 
-def test_the_spool_is_on_a_volume_that_the_images_user_may_write(
-    worker: dict[str, Tree], kubernetes: dict[str, Tree]
-) -> None:
+def test_spool_volume_is_writable(worker: dict[str, Tree], kubernetes: dict[str, Tree]) -> None:
     spool = kubernetes["applications"][0]["args"]["spool_dir"]
     (owner,), (container,) = worker["initContainers"], worker["containers"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
@@ -44,7 +42,7 @@ def test_the_spool_is_on_a_volume_that_the_images_user_may_write(
     assert f"mkdir -p {spool} && chown -R ray:users {mounts['spool']}" in owner["command"]
 
 
-def test_the_image_builds_in_a_folder_of_its_own_user(repo: Path) -> None:
+def test_image_builds_as_its_user(repo: Path) -> None:
     lines = (repo / "cluster" / "kubernetes" / "Dockerfile").read_text().splitlines()
     made, entered = lines.index("RUN install -d -o ray -g users /opt/farebox"), lines.index("WORKDIR /opt/farebox")
     users = [line for line in lines if line.startswith("USER")]
@@ -52,15 +50,15 @@ def test_the_image_builds_in_a_folder_of_its_own_user(repo: Path) -> None:
     assert users[-1] == "USER ray"
 
 
-def test_the_manifest_says_how_digests_get_there_with_commands_that_exist(repo: Path) -> None:
+def test_manifest_commands_exist(repo: Path) -> None:
     text = (repo / "cluster" / "kubernetes" / "rayservice.yaml").read_text()
-    told = CliRunner().invoke(app, ["check", "--help"], env={"COLUMNS": "200"}).output
+    output = CliRunner().invoke(app, ["check", "--help"], env={"COLUMNS": "200"}).output
     assert "farebox check --resolved" in text
-    assert "--resolved" in re.sub("\x1b\\[[0-9;]*m", "", told)
+    assert "--resolved" in re.sub("\x1b\\[[0-9;]*m", "", output)
 
 
 def shape(tree: Tree, depth: int) -> Tree:
-    """The keys down to ``depth``, without values: what must not drift apart."""
+    """The keys down to ``depth``, without values, which must be the same in both files."""
     if isinstance(tree, dict):
         return {key: shape(value, depth - 1) if depth else None for key, value in tree.items()}
     if isinstance(tree, list) and tree and isinstance(tree[0], dict) and "name" in tree[0]:
@@ -68,15 +66,13 @@ def shape(tree: Tree, depth: int) -> Tree:
     return None
 
 
-def test_both_configurations_deploy_the_same_applications_and_parts(
-    laptop: dict[str, Tree], kubernetes: dict[str, Tree]
-) -> None:
+def test_both_configurations_have_the_same_parts(laptop: dict[str, Tree], kubernetes: dict[str, Tree]) -> None:
     replica = kubernetes["applications"][0]["deployments"][1]
     assert replica["ray_actor_options"].pop("num_gpus") == 1, "the one key that a laptop lacks"
     assert shape(laptop["applications"], 3) == shape(kubernetes["applications"], 3)
 
 
-def test_the_kubernetes_configuration_passes_the_same_models(kubernetes: dict[str, Tree]) -> None:
+def test_kubernetes_configuration_is_valid(kubernetes: dict[str, Tree]) -> None:
     farebox, billing = kubernetes["applications"]
     FareboxArgs.model_validate(farebox["args"])
     BillingArgs.model_validate(billing["args"])
@@ -84,10 +80,8 @@ def test_the_kubernetes_configuration_passes_the_same_models(kubernetes: dict[st
     GatewayUserConfig.model_validate(gateway["user_config"])
 
 
-def test_replicas_grow_before_the_batch_is_full_and_the_engine_keeps_the_queue(
-    laptop: dict[str, Tree], kubernetes: dict[str, Tree]
-) -> None:
-    """All that an engine may keep have to fit into Ray's open calls, or they wait where no tokens are counted."""
+def test_replicas_scale_before_the_batch_is_full(laptop: dict[str, Tree], kubernetes: dict[str, Tree]) -> None:
+    """Ray's open calls must fit all requests of an engine; Ray's own queue is not part of the autoscaling metric."""
     for config in (laptop, kubernetes):
         engine, replica = config["applications"][0]["args"]["engine"], config["applications"][0]["deployments"][1]
         scaling = AutoscalingConfig.model_validate(replica["autoscaling_config"])
@@ -97,7 +91,7 @@ def test_replicas_grow_before_the_batch_is_full_and_the_engine_keeps_the_queue(
         assert replica["max_ongoing_requests"] >= engine["max_running"] + engine["max_queued"]
 
 
-def test_the_plans_of_both_are_of_the_same_kinds(laptop: dict[str, Tree], kubernetes: dict[str, Tree]) -> None:
+def test_both_configurations_have_the_same_plan_kinds(laptop: dict[str, Tree], kubernetes: dict[str, Tree]) -> None:
     def kinds(config: dict[str, Tree]) -> dict[str, str]:
         gateway = config["applications"][0]["deployments"][0]
         return {name: plan["kind"] for name, plan in gateway["user_config"]["plans"].items()}

@@ -1,4 +1,4 @@
-"""The dashboard asks only for metrics that the code exports."""
+"""The dashboard queries only metrics that the code exports."""
 
 import json
 import re
@@ -10,7 +10,7 @@ COUNTER_OR_GAUGE = re.compile(r'(?:Counter|Gauge|Histogram)\(\s*f?"(farebox_[a-z
 ASKED = re.compile(r"ray_((?:farebox|vllm)_[a-z_]+?)(?:_total|_bucket)?(?=[\[\])\s{]|$)")
 
 
-def test_every_metric_on_the_dashboard_is_exported(repo: Path) -> None:
+def test_dashboard_metrics_are_exported(repo: Path) -> None:
     exported = set()
     for path in (repo / "deployments").rglob("*.py"):
         exported |= set(COUNTER_OR_GAUGE.findall(path.read_text()))
@@ -35,13 +35,13 @@ MONEY = (
 
 
 @pytest.mark.parametrize("name", MONEY)
-def test_every_metric_of_money_has_a_panel(repo: Path, name: str) -> None:
+def test_money_metrics_have_a_panel(repo: Path, name: str) -> None:
     dashboard = json.loads((repo / "cluster" / "monitoring" / "farebox.json").read_text())
     shown = {n for panel in dashboard["panels"] for target in panel["targets"] for n in ASKED.findall(target["expr"])}
     assert name in shown
 
 
-def test_panels_have_their_own_place_and_id(repo: Path) -> None:
+def test_panels_do_not_overlap(repo: Path) -> None:
     panels = json.loads((repo / "cluster" / "monitoring" / "farebox.json").read_text())["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}) == len(panels)

@@ -15,7 +15,7 @@ from billing.usage import TenantId
 from cluster.cli.main import app
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local.settings import Settings
-from cluster.local.state import Home, Phase, Run, birth
+from cluster.local.state import Home, Phase, Run, start_time
 from deployments.billing_actor import BillingActor
 from deployments.config import BillingArgs
 from tests.deployments.gateway.test_endings import hang_up
@@ -32,7 +32,7 @@ async def sold(house: House, store_url: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("COLUMNS", "240")
     home = Home.open(Settings.from_env())
     with SandboxServer(tmp_path / "dodo", home.secrets().dodo_api_key) as sandbox:
-        home.tell(_run(store_url, sandbox.url))
+        home.write_run(_run(store_url, sandbox.url))
         for name, value in {
             "REDIS_URL": store_url,
             "DODO_PAYMENTS_API_KEY": sandbox.api_key,
@@ -51,7 +51,7 @@ async def sold(house: House, store_url: str, tmp_path: Path, monkeypatch: pytest
 def _run(store_url: str, sandbox_url: str) -> Run:
     return Run(
         pid=os.getpid(),
-        started=birth(os.getpid()) or 0.0,
+        started=start_time(os.getpid()) or 0.0,
         api_url="http://127.0.0.1:8000",
         dashboard_url="http://127.0.0.1:8265",
         sandbox_url=sandbox_url,

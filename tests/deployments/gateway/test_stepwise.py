@@ -160,6 +160,7 @@ async def test_many_at_once_never_spend_more_than_there_is(house: House, link: S
     assert await house.open_holds() == 0
 
 
+@pytest.mark.prompt
 async def test_a_stream_outlives_the_store_to_the_end_of_what_it_holds(fragile: Fragile, link: ScriptedLink) -> None:
     house = fragile.house
     link.length, link.pause_s = 59, 0.02
@@ -181,6 +182,7 @@ async def test_a_stream_outlives_the_store_to_the_end_of_what_it_holds(fragile: 
     assert await house.balance() == parse_usd("1.00") - record.charged_nanos
 
 
+@pytest.mark.prompt
 async def test_an_answer_that_cannot_be_extended_for_want_of_the_store_is_free(
     fragile: Fragile, link: ScriptedLink
 ) -> None:

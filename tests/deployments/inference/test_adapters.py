@@ -1,4 +1,4 @@
-"""A bad adapter is refused by name and reason, and leaves no trace in the base model."""
+"""Adapters on disk: what is read, what is rejected and why, and that a rejected one leaves the base model as it was."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deployments.inference.adapters import (
-    CONFIG_BYTES,
     CONFIG_FILE,
+    MAX_CONFIG_BYTES,
     WEIGHTS_FILE,
     digest_adapter,
     inspect_adapter,
     read_adapter,
 )
-from deployments.inference.native.loop import Engine
+from deployments.inference.native.engine import Engine
 from deployments.inference.native.lora import stage
 from deployments.inference.native.model import linear_shapes
 from deployments.inference.request import AdapterRef, AdapterRejected, FinishReason
@@ -170,11 +170,11 @@ HOSTILE: Mapping[str, tuple[Callable[[Folder], object], str]] = {
     ),
     "config not JSON": (lambda f: (f.path / CONFIG_FILE).write_text("{"), "is not JSON"),
     "config nested a million deep": (
-        lambda f: (f.path / CONFIG_FILE).write_text("[" * (CONFIG_BYTES - 1)),
+        lambda f: (f.path / CONFIG_FILE).write_text("[" * (MAX_CONFIG_BYTES - 1)),
         "is not JSON",
     ),
     "config a list": (lambda f: (f.path / CONFIG_FILE).write_text("[]"), "must hold an object"),
-    "config too large": (lambda f: f.config(revision="x" * CONFIG_BYTES), "larger than"),
+    "config too large": (lambda f: f.config(revision="x" * MAX_CONFIG_BYTES), "larger than"),
     "another method": (lambda f: f.config(peft_type="IA3"), "peft_type must be LORA"),
     "an unknown key": (lambda f: f.config(new_idea=1), "unknown key 'new_idea'"),
     "DoRA": (lambda f: f.config(use_dora=True), "use_dora"),
@@ -195,12 +195,12 @@ HOSTILE: Mapping[str, tuple[Callable[[Folder], object], str]] = {
     "alpha not a number": (lambda f: f.config(lora_alpha=float("nan")), "must be a positive number"),
     "absurd alpha": (lambda f: f.config(lora_alpha=1e30), "is scaled by"),
     "targets missing from the weights": (lambda f: f.weights(_drop("layers.1")), "weights are missing for 7"),
-    "weights that no target names": (lambda f: f.config(target_modules=["q_proj"]), "none of the adapter's target"),
+    "weights that no target names": (lambda f: f.config(target_modules=["q_proj"]), "not one of the adapter's target"),
     "half a module": (lambda f: f.weights(_drop(Q + "B")), "needs both factors"),
-    "modules the base model lacks": (lambda f: f.weights(_rename("layers.1", "layers.7")), "no module of the base"),
+    "modules the base model lacks": (lambda f: f.weights(_rename("layers.1", "layers.7")), "not a module of the base"),
     "all keys under a wrong prefix": (
         lambda f: f.weights(_rename("base_model.model.", "base_model.")),
-        "not a LoRA factor|no module of the base",
+        "not a LoRA factor|not a module of the base",
     ),
     "the head": (lambda f: f.weights(_add("base_model.model.lm_head.lora_A.weight", 8, 48)), "needs both factors"),
     "embedding factors": (lambda f: f.weights(_add("base_model.model.embed.lora_embedding_A", 8, 9)), "not a LoRA"),
@@ -239,13 +239,13 @@ HOSTILE: Mapping[str, tuple[Callable[[Folder], object], str]] = {
     "a module's name that climbs": (lambda f: f.weights(_rename("q_proj", "../q_proj")), "not a LoRA factor"),
     "a key twice in the config": (
         lambda f: (f.path / CONFIG_FILE).write_text('{"peft_type": "LORA", "r": 8, "r": 16}'),
-        "a key stands twice",
+        "a key occurs twice",
     ),
     "a rank of a thousand digits": (lambda f: f.config(r=10**1000), "where the config says"),
-    "another base model's head": (lambda f: f.weights(_pair("lm_head", 48, 320)), "lm_head is no module"),
+    "another base model's head": (lambda f: f.weights(_pair("lm_head", 48, 320)), "lm_head is not a module"),
     "another base model's embedding": (
         lambda f: f.weights(_pair("model.embed_tokens", 320, 48)),
-        "embed_tokens is no module",
+        "embed_tokens is not a module",
     ),
     "another base model's width": (
         lambda f: f.weights(_pair("model.layers.0.self_attn.q_proj", 64, 64)),
@@ -261,7 +261,7 @@ def folder(adapter_paths: dict[str, Path], tmp_path: Path) -> Folder:
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_adapter_is_refused_with_its_reason(kind: str, folder: Folder, base_path: Path) -> None:
+def test_hostile_adapter_is_rejected_with_its_reason(kind: str, folder: Folder, base_path: Path) -> None:
     spoil, reason = HOSTILE[kind]
     inspect_adapter(folder.path, linears=linear_shapes(base_path), max_rank=16)
     spoil(folder)
@@ -269,7 +269,7 @@ def test_a_hostile_adapter_is_refused_with_its_reason(kind: str, folder: Folder,
         inspect_adapter(folder.path, linears=linear_shapes(base_path), max_rank=16)
 
 
-def test_hostile_adapters_fail_their_own_requests_and_leave_the_base_model_bit_identical(
+def test_hostile_adapters_leave_the_base_model_bit_identical(
     engine: Engine, adapter_paths: dict[str, Path], tmp_path: Path, refs: dict[str, AdapterRef], oracle: Oracle
 ) -> None:
     prompt = (5, 9, 200, 31)
@@ -283,12 +283,12 @@ def test_hostile_adapters_fail_their_own_requests_and_leave_the_base_model_bit_i
         else:
             requests = [request("bad", prompt, ref), request("good", prompt, refs["all8"]), request("base", prompt)]
         bad, *others = run(engine, *requests)
-        assert bad.pieces[-1].finish_reason is FinishReason.ERROR, kind
-        assert f"bad{i}" in bad.pieces[-1].error
+        assert bad.deltas[-1].finish_reason is FinishReason.ERROR, kind
+        assert f"bad{i}" in bad.deltas[-1].error
         for name, other in zip(["all8", None], others, strict=False):
             assert other.token_ids == oracle.greedy(name, prompt, 8)
         with pytest.raises(AdapterRejected, match=reason):
-            engine.submit(request("again", prompt, ref), lambda piece: None)
+            engine.submit(request("again", prompt, ref), lambda delta: None)
         assert torch.equal(before, _base_logits(engine)), kind
     stats = engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
@@ -301,22 +301,22 @@ def _base_logits(engine: Engine) -> Tensor:
     return engine._model.forward([Span(0, -1, 0, (5, 9, 200, 31), True)])
 
 
-def test_bytes_under_another_digest_are_refused(engine: Engine, refs: dict[str, AdapterRef]) -> None:
+def test_adapter_with_another_digest_is_rejected(engine: Engine, refs: dict[str, AdapterRef]) -> None:
     lie = AdapterRef("all8", "0" * 64, refs["all8"].path)
-    assert "digest" in run(engine, request("r", adapter=lie))[0].pieces[-1].error
+    assert "digest" in run(engine, request("r", adapter=lie))[0].deltas[-1].error
 
 
-def test_an_adapter_larger_than_the_host_tier_is_refused(folder: Folder) -> None:
+def test_adapter_larger_than_host_memory_is_rejected(folder: Folder) -> None:
     with pytest.raises(AdapterRejected, match="more than the allowed 1000"):
         inspect_adapter(folder.path, max_bytes=1000)
 
 
-def test_a_rank_above_the_engines_is_refused(folder: Folder) -> None:
+def test_rank_above_max_adapter_rank_is_rejected(folder: Folder) -> None:
     with pytest.raises(AdapterRejected, match="rank 8, more than the engine's 7"):
         inspect_adapter(folder.path, max_rank=7)
 
 
-def test_an_adapter_must_lie_under_the_root(folder: Folder, tmp_path: Path) -> None:
+def test_adapter_outside_the_root_is_rejected(folder: Folder, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "link").symlink_to(folder.path)
     inspect_adapter(folder.path, root=tmp_path)
@@ -325,7 +325,7 @@ def test_an_adapter_must_lie_under_the_root(folder: Folder, tmp_path: Path) -> N
             inspect_adapter(path, root=tmp_path / "root")
 
 
-def test_a_digest_is_of_both_files_and_of_nothing_else(folder: Folder, adapter_paths: dict[str, Path]) -> None:
+def test_digest_covers_both_files_only(folder: Folder, adapter_paths: dict[str, Path]) -> None:
     original = digest_adapter(adapter_paths["all8"])
     assert digest_adapter(folder.path) == original == inspect_adapter(folder.path).digest
     (folder.path / "README.md").write_text("changed")
@@ -337,7 +337,7 @@ def test_a_digest_is_of_both_files_and_of_nothing_else(folder: Folder, adapter_p
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_peft_adapters_are_read_with_their_ranks_and_scalings(
+def test_peft_adapter_is_read_with_its_rank_and_scaling(
     name: str, adapter_paths: dict[str, Path], base_path: Path, oracle: Oracle
 ) -> None:
     files = read_adapter(adapter_paths[name], linears=linear_shapes(base_path), max_rank=16)
@@ -361,6 +361,6 @@ def test_half_precision_weights_are_read_exactly(folder: Folder, dtype: torch.dt
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.(q|k|v|o|gate|up|down)_proj"])
-def test_targets_may_be_an_expression_as_peft_allows(folder: Folder, base_path: Path, targets: str) -> None:
+def test_target_modules_may_be_a_regular_expression(folder: Folder, base_path: Path, targets: str) -> None:
     folder.config(target_modules=targets)
     assert len(inspect_adapter(folder.path, linears=linear_shapes(base_path)).modules) == 14

@@ -1,4 +1,4 @@
-"""Text comes out whole: joined pieces equal the decoded tokens, characters stay in one piece, stops are found."""
+"""Incremental detokenization equals decoding, characters stay whole, stop strings are found; chat templates."""
 
 import json
 import random
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.inference.request import ModelRefused, RequestRejected
+from deployments.inference.request import ModelRejected, RequestRejected
 from deployments.inference.text import StopStrings, Text
 from tests.support.models import VOCABULARY
 
@@ -21,46 +21,46 @@ def text(base_path: Path) -> Text:
     return Text(base_path)
 
 
-def _pieces(text: Text, token_ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
+def _texts(text: Text, token_ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
     detokenizer = text.detokenizer(stop)
-    pieces = [detokenizer.feed(token) for token in token_ids if not detokenizer.stopped]
-    return [*pieces, detokenizer.finish()]
+    texts = [detokenizer.feed(token) for token in token_ids if not detokenizer.stopped]
+    return [*texts, detokenizer.finish()]
 
 
-def test_encoding_and_decoding_are_inverse(text: Text) -> None:
+def test_decode_inverts_encode(text: Text) -> None:
     assert text.decode(text.encode(WORDS)) == WORDS
 
 
-def test_no_piece_ends_in_half_a_character(text: Text) -> None:
+def test_text_never_ends_in_an_incomplete_character(text: Text) -> None:
     token_ids = list(text.encode(WORDS))
     assert len(text.encode("🙂")) == 4, "a character takes several tokens"
-    pieces = _pieces(text, token_ids)
-    assert "\ufffd" not in "".join(pieces)
-    assert "".join(pieces) == WORDS
+    texts = _texts(text, token_ids)
+    assert "\ufffd" not in "".join(texts)
+    assert "".join(texts) == WORDS
 
 
-def test_pieces_of_any_tokens_join_to_the_decoded_whole(text: Text) -> None:
+def test_texts_of_any_tokens_join_to_the_decoded_whole(text: Text) -> None:
     rng = random.Random(3)
     for _ in range(200):
         token_ids = [rng.randrange(VOCABULARY) for _ in range(rng.randrange(1, 60))]
-        assert "".join(_pieces(text, token_ids)) == text.decode(token_ids)
+        assert "".join(_texts(text, token_ids)) == text.decode(token_ids)
 
 
-def test_endless_broken_bytes_are_shown_in_the_end_and_not_kept_for_ever(text: Text) -> None:
+def test_broken_bytes_are_not_held_back_for_ever(text: Text) -> None:
     lone = next(i for i in range(VOCABULARY) if text.decode([i]) == "\ufffd")
     detokenizer = text.detokenizer()
     assert "".join(detokenizer.feed(lone) for _ in range(100))
 
 
-def test_an_unfinished_character_is_shown_as_broken_when_the_output_ends(text: Text) -> None:
+def test_incomplete_character_is_replaced_at_the_end(text: Text) -> None:
     smile = list(text.encode("🙂"))
-    assert "".join(_pieces(text, smile[:-1])) == text.decode(smile[:-1])
+    assert "".join(_texts(text, smile[:-1])) == text.decode(smile[:-1])
 
 
 @pytest.mark.parametrize("stop", ["quick", "k b", "東京", "🙂", "n fox", "größer"])
-def test_a_stop_string_over_any_token_border_ends_the_text_before_it(text: Text, stop: str) -> None:
-    pieces = _pieces(text, list(text.encode(WORDS)), (stop, "never there"))
-    assert "".join(pieces) == WORDS[: WORDS.index(stop)]
+def test_stop_string_across_tokens_ends_the_text(text: Text, stop: str) -> None:
+    texts = _texts(text, list(text.encode(WORDS)), (stop, "never there"))
+    assert "".join(texts) == WORDS[: WORDS.index(stop)]
 
 
 @given(
@@ -68,9 +68,7 @@ def test_a_stop_string_over_any_token_border_ends_the_text_before_it(text: Text,
     st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(1, 5), max_size=30),
 )
-def test_stop_strings_cut_at_their_first_end_however_the_text_is_split(
-    whole: str, stops: list[str], sizes: list[int]
-) -> None:
+def test_stop_strings_match_however_the_text_is_split(whole: str, stops: list[str], sizes: list[int]) -> None:
     finder = StopStrings(tuple(stops))
     shown, start = "", 0
     for size in [*sizes, len(whole)]:
@@ -85,7 +83,7 @@ def test_stop_strings_cut_at_their_first_end_however_the_text_is_split(
     assert shown == seen[: min((seen.index(stop) for stop in stops if stop in seen), default=len(seen))]
 
 
-def test_what_may_begin_a_stop_string_is_held_back_and_nothing_more() -> None:
+def test_only_the_start_of_a_stop_string_is_held_back() -> None:
     finder = StopStrings(("###",))
     assert finder.feed("a#") == "a"
     assert finder.feed("#b") == "##b"
@@ -93,25 +91,25 @@ def test_what_may_begin_a_stop_string_is_held_back_and_nothing_more() -> None:
     assert finder.finish() == "##"
 
 
-def test_a_chat_is_rendered_by_the_models_template_up_to_the_answer(text: Text) -> None:
+def test_chat_is_rendered_by_the_models_template(text: Text) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi {{ 7 * 7 }}"}]
     assert text.render(messages) == "<|system|>Be brief.<|user|>Hi {{ 7 * 7 }}<|assistant|>"
     assert text.chat(messages) == text.encode(text.render(messages))
 
 
-def test_messages_that_the_template_refuses_are_rejected(text: Text) -> None:
+def test_messages_rejected_by_the_template(text: Text) -> None:
     with pytest.raises(RequestRejected, match="unknown role pirate"):
         text.chat([{"role": "pirate", "content": "Arr"}])
 
 
-def test_a_hostile_template_reaches_nothing_outside_its_sandbox(base_path: Path, tmp_path: Path) -> None:
+def test_hostile_template_stays_in_its_sandbox(base_path: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base_path, tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(RequestRejected):
         Text(folder).chat([{"role": "user", "content": "x"}])
 
 
-def test_a_model_without_a_template_still_completes_text(base_path: Path, tmp_path: Path) -> None:
+def test_model_without_template_completes_text(base_path: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base_path, tmp_path / "model")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -123,12 +121,12 @@ def test_a_model_without_a_template_still_completes_text(base_path: Path, tmp_pa
         bare.chat([{"role": "user", "content": "x"}])
 
 
-def test_end_tokens_come_from_every_file_that_names_some(base_path: Path, tmp_path: Path) -> None:
+def test_end_tokens_are_read_from_every_file(base_path: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base_path, tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
     assert Text(folder).eos_token_ids == {0, 2, 3}
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused, match=r"tokenizer\.json"):
+def test_folder_without_tokenizer_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ModelRejected, match=r"tokenizer\.json"):
         Text(tmp_path)

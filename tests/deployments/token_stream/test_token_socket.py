@@ -1,4 +1,4 @@
-"""Tokens over a socket of our own: whole and in order, only from who knows the secret, each loss with its end."""
+"""OutputDelta over a socket of our own: whole and in order, only from who knows the secret, each loss with its end."""
 
 import asyncio
 import json
@@ -16,9 +16,9 @@ from deployments.inference.request import (
     EngineFailed,
     FinishReason,
     Logprob,
+    OutputDelta,
     Overloaded,
     RequestRejected,
-    Tokens,
 )
 from deployments.token_stream import frames, gateway_end, replica_end
 from deployments.token_stream.frames import (
@@ -34,7 +34,7 @@ from deployments.token_stream.link import ReplicaLost, SlowReader
 from tests.support.clockwork import ClockworkEngine, Path, job_of, token_path
 from tests.support.gateway import until
 
-PIECE = Tokens((7,), 'é "quoted" \n', 3, 1, 2, 5, FinishReason.ERROR, "why", is_adapter_refused=True)
+PIECE = OutputDelta((7,), 'é "quoted" \n', 3, 1, 2, 5, FinishReason.ERROR, "why", is_adapter_rejected=True)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ async def test_a_call_that_ends_without_a_last_piece_is_our_failure(
         await path.read("r")
 
 
-async def read_on(pieces: AsyncIterator[Tokens]) -> None:
+async def read_on(pieces: AsyncIterator[OutputDelta]) -> None:
     async for _ in pieces:
         pass
 
@@ -306,7 +306,7 @@ async def test_no_more_lines_than_there_may_be_replicas(path: Path, monkeypatch:
     writer.close()
 
 
-async def unpacked(sent: bytes) -> list[tuple[str, Tokens]]:
+async def unpacked(sent: bytes) -> list[tuple[str, OutputDelta]]:
     reader, batch = asyncio.StreamReader(), []
     reader.feed_data(sent)
     reader.feed_eof()
@@ -318,7 +318,7 @@ async def unpacked(sent: bytes) -> list[tuple[str, Tokens]]:
 async def test_a_frame_keeps_every_field() -> None:
     logprob = Logprob(7, float("-inf"), ((8, -0.1), (9, float("-inf"))))
     choices = (Choice(0, "a", (logprob,)), Choice(1, "b", finish_reason=FinishReason.STOP))
-    batch = [("a", PIECE), ("b", Tokens((), "", 1, 0, 0)), ("c", replace(PIECE, choices=choices))]
+    batch = [("a", PIECE), ("b", OutputDelta((), "", 1, 0, 0)), ("c", replace(PIECE, choices=choices))]
     assert await unpacked(pack(batch)) == batch
 
 

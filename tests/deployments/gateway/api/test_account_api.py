@@ -2,6 +2,7 @@
 
 import httpx
 import pytest
+from deployments.gateway.services import Services
 from redis.asyncio import Redis
 
 from billing.dodo.client import Dodo
@@ -10,7 +11,6 @@ from billing.money import parse_usd
 from billing.store import keys
 from billing.tenants.tenant import new_key
 from billing.usage import TenantId
-from deployments.gateway.services import Services
 from tests.deployments.gateway.api.test_refusals import check
 from tests.support.gateway import ADMIN_KEY, House, bearer
 

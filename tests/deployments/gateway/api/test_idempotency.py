@@ -12,7 +12,7 @@ from billing.money import parse_usd
 from billing.store.keys import shard_for
 from billing.tenants.tenant import new_key
 from billing.usage import Status, TenantId, Unit
-from deployments.inference.request import EngineFailed, FinishReason, GenerateRequest, Overloaded, Tokens
+from deployments.inference.request import EngineFailed, FinishReason, GenerateRequest, OutputDelta, Overloaded
 from deployments.token_stream.link import ReplicaLost
 from tests.deployments.gateway.api.test_completions import records
 from tests.deployments.gateway.test_endings import Fragile, fragile
@@ -293,7 +293,7 @@ class WordyLink(ScriptedLink):
         for number in (1, 2):
             reason = FinishReason.STOP if number == 2 else None
             text = "x" * (MAX_ANSWER_BYTES // 2 + 1)
-            yield Tokens((number,), text, len(job.prompt_token_ids), 0, number, 1, reason)
+            yield OutputDelta((number,), text, len(job.prompt_token_ids), 0, number, 1, reason)
 
 
 class TestAnAnswerTooLarge:
@@ -314,6 +314,7 @@ class TestAnAnswerTooLarge:
         assert len(house.link.jobs) == 1
 
 
+@pytest.mark.prompt
 class TestAStoreThatHangs:
     async def test_takes_no_keyed_request_and_blocks_no_key(self, fragile: Fragile) -> None:
         house = fragile.house

@@ -2,10 +2,10 @@
 
 import httpx
 import pytest
+from deployments.gateway.services import client_address
 
 from billing.tenants.tenant import Throttle, new_key
 from billing.usage import TenantId
-from deployments.gateway.services import client_address
 from tests.deployments.gateway.api.test_refusals import check
 from tests.support.gateway import ADMIN_KEY, House, bearer
 

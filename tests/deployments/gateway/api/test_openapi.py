@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import schemathesis
 import uvicorn
+from deployments.gateway.wiring import build_services
 from schemathesis.checks import CHECKS, load_all_checks
 
 from billing.ledger.account import Grant
@@ -20,10 +21,11 @@ from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app, make_routes
 from deployments.gateway.api.document import document_of
 from deployments.gateway.catalog_holder import CatalogHolder
-from deployments.gateway.wiring import build_services
 from deployments.inference.text import Text
 from tests.support.gateway import ADMIN_KEY, USER_CONFIG, memory_folder
 from tests.support.scripted import ScriptedLink
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = 20
 ENVIRON = {

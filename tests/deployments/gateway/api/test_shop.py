@@ -5,6 +5,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from deployments.gateway.services import Services
 from redis.asyncio import Redis
 
 from billing.commerce.sync import sync
@@ -13,7 +14,6 @@ from billing.dodo.settings import DodoSettings
 from billing.tenants.tenant import Subscription, SubscriptionStatus
 from billing.usage import TenantId
 from cluster.dodo_sandbox.server import SandboxServer
-from deployments.gateway.services import Services
 from tests.deployments.gateway.api.test_refusals import check
 from tests.support.gateway import USER_CONFIG, House, bearer
 

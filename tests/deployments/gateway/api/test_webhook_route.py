@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 
 import httpx
 import pytest
+from deployments.gateway.services import Services
 from redis.asyncio import Redis
 from standardwebhooks import Webhook
 
 from billing.store import keys
 from deployments.gateway.api.application import make_app
-from deployments.gateway.services import Services
 from tests.deployments.gateway.api.test_refusals import check
 from tests.support.gateway import MakeServices
 from tests.support.scripted import ScriptedLink

@@ -1,4 +1,4 @@
-"""The laws of paged KV memory, without a model: who holds a block, who may read it, who writes to it."""
+"""KV blocks without a model: which sequence holds a block, which may read it, which writes to it."""
 
 from dataclasses import dataclass, field
 
@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.inference.native.blocks import KvBlocks
-from deployments.inference.native.kv import owner_of
+from deployments.inference.native.blocks import KvBlockAllocator
+from deployments.inference.native.kv import prefix_owner
 from deployments.inference.native.sequence import Sequence
-from deployments.inference.native.settings import EngineSettings, KvSizes
-from deployments.inference.request import AdapterRef, ModelRefused
+from deployments.inference.native.settings import KvSizes
+from deployments.inference.request import AdapterRef
 from tests.support.engine import request
 
 SIZES = KvSizes(blocks=8, block_tokens=4, context=32)
@@ -21,64 +21,64 @@ def sequence(prompt: tuple[int, ...] = PROMPT, key: str = "", adapter: str = "")
     return Sequence(request("r", prompt, AdapterRef(adapter, adapter, "") if adapter else None, fairness_key=key))
 
 
-def blocks(sizes: KvSizes = SIZES, prefix_cache: bool = True, shared_prefixes: bool = False) -> KvBlocks:
-    return KvBlocks(sizes, max_running=4, prefix_cache=prefix_cache, shared_prefixes=shared_prefixes)
+def blocks(sizes: KvSizes = SIZES, prefix_cache: bool = True, shared_prefixes: bool = False) -> KvBlockAllocator:
+    return KvBlockAllocator(sizes, max_running=4, prefix_cache=prefix_cache, shared_prefixes=shared_prefixes)
 
 
-def taken_in(kv: KvBlocks, one: Sequence) -> Sequence:
-    assert kv.fits(one)
-    kv.acquire(one)
+def allocated(kv: KvBlockAllocator, one: Sequence) -> Sequence:
+    assert kv.can_allocate(one)
+    kv.allocate(one)
     return one
 
 
-def computed(kv: KvBlocks, one: Sequence) -> Sequence:
+def computed(kv: KvBlockAllocator, one: Sequence) -> Sequence:
     """Its prompt is computed, and a token was sampled over it."""
-    taken_in(kv, one)
-    one.computed = len(one.token_ids)
+    allocated(kv, one)
+    one.computed_tokens = len(one.token_ids)
     one.token_ids.append(99)
     return one
 
 
-def ended(kv: KvBlocks, one: Sequence, sound: bool = True) -> Sequence:
+def ended(kv: KvBlockAllocator, one: Sequence, is_valid: bool = True) -> Sequence:
     computed(kv, one)
-    kv.release(one, sound)
+    kv.free(one, is_valid)
     return one
 
 
-def test_a_sequence_holds_as_many_blocks_as_its_tokens_need() -> None:
+def test_blocks_grow_with_the_sequence() -> None:
     kv, one = blocks(), sequence()
-    taken_in(kv, one)
+    allocated(kv, one)
     for tokens in range(10, 33):
-        assert kv.grow(one)
+        assert kv.try_append(one)
         assert kv.used == len(one.blocks) == -(-tokens // 4)
         one.token_ids.append(1)
-    assert not kv.grow(one), "the pool is full, and nothing was given"
+    assert not kv.try_append(one), "the pool is full, and nothing was given"
     assert (kv.used, kv.available) == (8, 0)
-    kv.release(one, sound=True)
+    kv.free(one, is_valid=True)
     assert (kv.used, kv.available) == (0, 8)
 
 
-def test_whole_blocks_of_a_running_request_are_read_by_who_begins_alike() -> None:
+def test_whole_blocks_are_shared_with_a_running_sequence() -> None:
     kv = blocks()
     first = computed(kv, sequence())
-    kv.grow(first)
-    second = taken_in(kv, sequence())
-    assert second.computed == second.cached == 8
+    kv.try_append(first)
+    second = allocated(kv, sequence())
+    assert second.computed_tokens == second.cached_tokens == 8
     assert second.blocks[:2] == first.blocks[:2]
     assert second.blocks[2] != first.blocks[2]
     assert kv.used == 4
-    kv.release(first, sound=True)
+    kv.free(first, is_valid=True)
     assert kv.used == 3, "what the second reads is still held"
 
 
-def test_nothing_is_read_before_a_token_was_sampled_over_it() -> None:
+def test_blocks_not_shared_before_a_token_is_sampled() -> None:
     kv = blocks()
-    first = taken_in(kv, sequence())
-    first.computed = 10
-    kv.grow(first)
-    assert taken_in(kv, sequence()).cached == 0
-    kv.release(first, sound=True)
-    assert taken_in(kv, sequence()).cached == 0
+    first = allocated(kv, sequence())
+    first.computed_tokens = 10
+    kv.try_append(first)
+    assert allocated(kv, sequence()).cached_tokens == 0
+    kv.free(first, is_valid=True)
+    assert allocated(kv, sequence()).cached_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -95,122 +95,122 @@ def test_nothing_is_read_before_a_token_was_sampled_over_it() -> None:
         (PROMPT, "k", "", 0),
     ],
 )
-def test_a_start_is_taken_over_by_whole_blocks_from_the_same_key_and_adapter_alone(
+def test_prefix_cache_hit_needs_same_key_and_adapter(
     prompt: tuple[int, ...], key: str, adapter: str, cached: int
 ) -> None:
     kv = blocks()
     ended(kv, sequence(PROMPT, "k", "a"))
-    assert taken_in(kv, sequence(prompt, key, adapter)).cached == cached
+    assert allocated(kv, sequence(prompt, key, adapter)).cached_tokens == cached
 
 
-def test_shared_prefixes_are_taken_over_between_keys_but_never_between_adapters() -> None:
+def test_shared_prefixes_hit_across_keys_not_adapters() -> None:
     kv = blocks(shared_prefixes=True)
     ended(kv, sequence(PROMPT, "k", "a"))
-    assert taken_in(kv, sequence(PROMPT, "other", "a")).cached == 8
-    assert taken_in(kv, sequence(PROMPT, "k", "b")).cached == 0
+    assert allocated(kv, sequence(PROMPT, "other", "a")).cached_tokens == 8
+    assert allocated(kv, sequence(PROMPT, "k", "b")).cached_tokens == 0
 
 
-def test_without_a_prefix_cache_nothing_is_taken_over() -> None:
+def test_no_hit_without_prefix_cache() -> None:
     kv = blocks(prefix_cache=False)
     ended(kv, sequence())
-    assert taken_in(kv, sequence()).cached == 0
+    assert allocated(kv, sequence()).cached_tokens == 0
 
 
-def test_what_is_not_sound_is_never_taken_over_not_even_what_it_had_from_others() -> None:
+def test_invalid_blocks_are_never_reused() -> None:
     kv = blocks()
     ended(kv, sequence())
-    ended(kv, sequence(), sound=False)
-    assert taken_in(kv, sequence()).cached == 0
+    ended(kv, sequence(), is_valid=False)
+    assert allocated(kv, sequence()).cached_tokens == 0
 
 
-def test_a_request_that_leaves_before_its_first_token_takes_nothing_from_the_cache() -> None:
+def test_prefix_survives_a_sequence_that_ends_before_its_first_token() -> None:
     kv = blocks()
     ended(kv, sequence())
-    kv.release(taken_in(kv, sequence((*PROMPT, *PROMPT))), sound=True)
-    assert taken_in(kv, sequence()).cached == 8
+    kv.free(allocated(kv, sequence((*PROMPT, *PROMPT))), is_valid=True)
+    assert allocated(kv, sequence()).cached_tokens == 8
 
 
-def test_empty_blocks_are_taken_first_then_the_longest_idle_and_of_a_prompt_its_end() -> None:
+def test_empty_blocks_are_used_before_the_longest_idle() -> None:
     kv = blocks(KvSizes(blocks=6, block_tokens=4, context=24))
     ended(kv, sequence(PROMPT, "old"))
     ended(kv, sequence(PROMPT, "new"))
-    kv.release(taken_in(kv, sequence(PROMPT, "another")), sound=False)
-    assert [taken_in(kv, sequence(PROMPT, key)).cached for key in ("old", "new")] == [4, 8]
+    kv.free(allocated(kv, sequence(PROMPT, "another")), is_valid=False)
+    assert [allocated(kv, sequence(PROMPT, key)).cached_tokens for key in ("old", "new")] == [4, 8]
 
 
-def test_what_others_hold_already_needs_no_room() -> None:
+def test_shared_blocks_need_no_room() -> None:
     kv = blocks(KvSizes(blocks=4, block_tokens=4, context=16))
     first = computed(kv, sequence())
-    kv.grow(first)
-    assert not kv.fits(sequence(PROMPT, "other"))
-    taken_in(kv, sequence())
+    kv.try_append(first)
+    assert not kv.can_allocate(sequence(PROMPT, "other"))
+    allocated(kv, sequence())
     assert (kv.used, kv.available) == (4, 0)
 
 
-def test_there_are_no_more_sequences_than_rows_of_the_table() -> None:
+def test_sequences_bounded_by_rows_of_the_block_table() -> None:
     kv = blocks()
-    slots = [taken_in(kv, sequence((i,))).kv_slot for i in range(4)]
+    slots = [allocated(kv, sequence((i,))).kv_slot for i in range(4)]
     assert sorted(slots) == [0, 1, 2, 3]
-    assert not kv.fits(sequence((5,)))
+    assert not kv.can_allocate(sequence((5,)))
 
 
 @dataclass
 class Model:
-    """Sequences that write their history wherever they compute, to be found there by whoever reads it."""
+    """Sequences that write their token history where they compute, so that each can check what it reads."""
 
-    kv: KvBlocks
+    kv: KvBlockAllocator
     running: list[Sequence] = field(default_factory=list)
     waiting: list[Sequence] = field(default_factory=list)
     written: dict[tuple[int, int], object] = field(default_factory=dict)
-    spoilt: set[int] = field(default_factory=set)
+    invalid: set[int] = field(default_factory=set)
 
     def admit(self, one: Sequence) -> None:
-        if not self.kv.fits(one):
+        if not self.kv.can_allocate(one):
             self.waiting.append(one)
             return
-        self.kv.acquire(one)
+        self.kv.allocate(one)
         self.running.append(one)
-        assert one.computed < len(one.token_ids)
-        assert one.admitted or one.cached == one.computed
-        one.admitted = True
-        assert not self.spoilt & set(one.blocks[: one.computed // SIZES.block_tokens])
+        assert one.computed_tokens < len(one.token_ids)
+        assert one.was_admitted or one.cached_tokens == one.computed_tokens
+        one.was_admitted = True
+        assert not self.invalid & set(one.blocks[: one.computed_tokens // SIZES.block_tokens])
 
     def step(self, one: Sequence, count: int, token: int) -> None:
         """Compute some tokens; after the last of them comes another."""
-        while not self.kv.grow(one):
+        while not self.kv.try_append(one):
             assert self.running != [one], "one alone always fits"
             last = self.running.pop()
-            self.kv.release(last, sound=True)
-            last.computed = 0
+            self.kv.free(last, is_valid=True)
+            last.computed_tokens = 0
             self.waiting.append(last)
             if last is one:
                 return
-        for position in range(one.computed, min(len(one.token_ids), one.computed + count)):
-            block, place = one.blocks[position // SIZES.block_tokens], position % SIZES.block_tokens
+        for position in range(one.computed_tokens, min(len(one.token_ids), one.computed_tokens + count)):
+            block, offset = one.blocks[position // SIZES.block_tokens], position % SIZES.block_tokens
             assert sum(block in other.blocks for other in self.running) == 1, "a shared block is never written"
-            self.written[block, place] = self.history(one, position)
-            self.spoilt.discard(block)
-            one.computed += 1
-        if one.computed == len(one.token_ids) < SIZES.context - 1:
+            self.written[block, offset] = self.history(one, position)
+            self.invalid.discard(block)
+            one.computed_tokens += 1
+        if one.computed_tokens == len(one.token_ids) < SIZES.context - 1:
             one.token_ids.append(token)
 
-    def end(self, one: Sequence, sound: bool) -> None:
+    def end(self, one: Sequence, is_valid: bool) -> None:
         self.running.remove(one)
-        if not sound:
-            self.spoilt |= set(one.blocks)
-        self.kv.release(one, sound)
+        if not is_valid:
+            self.invalid |= set(one.blocks)
+        self.kv.free(one, is_valid)
 
     def history(self, one: Sequence, position: int) -> object:
-        return owner_of(one, False), one.token_ids[: position + 1]
+        return prefix_owner(one, False), one.token_ids[: position + 1]
 
     def check(self) -> None:
         held = {block for one in self.running for block in one.blocks}
         assert (self.kv.used, self.kv.available) == (len(held), self.kv.count - len(held))
         for one in self.running:
             assert len(set(one.blocks)) == len(one.blocks)
-            for position in range(one.computed):
-                block, place = one.blocks[position // SIZES.block_tokens], position % SIZES.block_tokens
-                assert self.written[block, place] == self.history(one, position)
+            for position in range(one.computed_tokens):
+                block, offset = one.blocks[position // SIZES.block_tokens], position % SIZES.block_tokens
+                assert self.written[block, offset] == self.history(one, position)
 
 
 ACTIONS = st.tuples(
@@ -219,10 +219,10 @@ ACTIONS = st.tuples(
 
 
 @given(st.lists(ACTIONS, max_size=60))
-def test_whatever_comes_and_goes_each_reads_its_own_history_and_writes_where_nobody_reads(
+def test_any_sequence_reads_its_own_history_and_writes_to_unshared_blocks(
     actions: list[tuple[str, int, int]],
 ) -> None:
-    """Few tokens and two keys, so that much begins alike; few blocks, so that little fits."""
+    """Few tokens and two keys, so that many prefixes are equal; few blocks, so that few sequences fit."""
     model = Model(blocks())
     for what, which, number in actions:
         one = model.running[which % len(model.running)] if model.running else None
@@ -233,21 +233,8 @@ def test_whatever_comes_and_goes_each_reads_its_own_history_and_writes_where_nob
         elif what == "step" and one:
             model.step(one, number, number % 2)
         elif what in ("end", "fail") and one:
-            model.end(one, sound=what == "end")
+            model.end(one, is_valid=what == "end")
         model.check()
     for one in list(model.running):
-        model.end(one, sound=True)
+        model.end(one, is_valid=True)
     assert (model.kv.used, model.kv.available) == (0, model.kv.count)
-
-
-def test_the_longest_request_always_fits_or_the_settings_are_refused_by_name() -> None:
-    settings = {"model_path": "", "max_context_tokens": 100, "max_running": 3}
-    assert EngineSettings(**settings).kv_sizes(True) == KvSizes(blocks=12, block_tokens=32, context=100)
-    assert EngineSettings(**settings, kv_block_tokens=10, kv_blocks=10).kv_sizes(True).each == 10
-    assert EngineSettings(**settings).kv_sizes(False) == KvSizes(blocks=3, block_tokens=100, context=100)
-    with pytest.raises(ModelRefused, match="raise kv_blocks to 10 or more, or lower max_context_tokens"):
-        EngineSettings(**settings, kv_block_tokens=10, kv_blocks=9).kv_sizes(True)
-    with pytest.raises(ModelRefused, match="kv_blocks must be at least 0"):
-        EngineSettings(**settings, kv_blocks=-1)
-    with pytest.raises(ModelRefused, match="are for a GPU"):
-        EngineSettings(**settings, kv_blocks=10).kv_sizes(False)

@@ -1,4 +1,4 @@
-"""The GPU's kernels compute what the plain arithmetic does, in Triton's interpreter where there is no GPU."""
+"""The GPU's kernels compute what plain torch does. Without a GPU they run in Triton's interpreter."""
 
 from collections.abc import Sequence as Seq
 
@@ -59,7 +59,7 @@ def owners_of(rows_by_slot: dict[int, int]) -> list[int]:
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_every_row_gets_its_own_slots_product_up_to_its_own_rank(spread: str) -> None:
+def test_lora_kernel_matches_each_rows_own_product(spread: str) -> None:
     lora, owners = Lora(), owners_of(SPREADS[spread])
     x, ys = torch.randn(len(owners) + 4, WIDTH, device=DEVICE), torch.randn(MEMBERS, len(owners) + 4, OUT).to(DEVICE)
     wanted, before = lora.expected(x, ys, owners), ys.clone()
@@ -68,7 +68,7 @@ def test_every_row_gets_its_own_slots_product_up_to_its_own_rank(spread: str) ->
     assert torch.equal(ys[:, len(owners) :], before[:, len(owners) :]), "rows of the base model are not touched"
 
 
-def test_the_kernels_compute_in_half_precision() -> None:
+def test_lora_kernel_computes_in_half_precision() -> None:
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter multiplies bfloat16 as integers
     lora, owners = Lora(dtype), [0, 2, 2]
     x, ys = torch.randn(3, WIDTH).to(DEVICE, dtype), torch.zeros(MEMBERS, 3, OUT).to(DEVICE, dtype)
@@ -77,7 +77,7 @@ def test_the_kernels_compute_in_half_precision() -> None:
     assert (ys.double() - wanted).abs().max() <= 0.02 * wanted.abs().max()
 
 
-def test_the_same_buffers_serve_more_adapters_than_they_were_first_filled_for() -> None:
+def test_lora_kernel_reuses_buffers_for_more_adapters() -> None:
     lora = Lora()
     x, rows = torch.randn(SLOTS, WIDTH, device=DEVICE), SLOTS
     tiles = tile_table(lora_tiles({3: rows}), lora_tiles_max(rows, SLOTS), 3)
@@ -91,7 +91,7 @@ def test_the_same_buffers_serve_more_adapters_than_they_were_first_filled_for() 
 
 @pytest.mark.parametrize("slots", [1, 3, 16, 64])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 33, 128])
-def test_no_spread_of_rows_needs_more_tiles_than_there_is_room_for(rows: int, slots: int) -> None:
+def test_lora_tiles_max_is_the_worst_case(rows: int, slots: int) -> None:
     most = 0
     for owners in range(1, min(rows, slots) + 1):
         alone = dict.fromkeys(range(1, owners), 1) | {0: rows - owners + 1}
@@ -100,13 +100,13 @@ def test_no_spread_of_rows_needs_more_tiles_than_there_is_room_for(rows: int, sl
     assert most == lora_tiles_max(rows, slots)
 
 
-def test_more_tiles_than_there_is_room_for_are_our_bug() -> None:
+def test_too_many_tiles_fail_an_assertion() -> None:
     with pytest.raises(AssertionError, match="more tiles"):
         list(columns(lora_tiles({0: 1, 1: 1}), 1, 3))
 
 
 class Memory:
-    """Keys and values of sequences in scattered blocks, with junk wherever nobody wrote."""
+    """Keys and values of sequences in scattered blocks, with random numbers in the unused ones."""
 
     def __init__(self, lengths: Seq[int], kv_heads: int, dim: int, value_dim: int, block_size: int) -> None:
         torch.manual_seed(0)
@@ -152,13 +152,13 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tiles", [DECODES, CHUNKS], ids=["decodes", "chunks"])
-def test_each_token_attends_to_its_own_sequence_up_to_itself(tiles: list[tuple[int, ...]], shape: str) -> None:
+def test_attention_kernel_matches_plain_attention(tiles: list[tuple[int, ...]], shape: str) -> None:
     check(tiles, shape)
 
 
 @pytest.mark.parametrize("tiles", [DECODES, CHUNKS], ids=["decodes", "chunks"])
 @pytest.mark.parametrize(("softcap", "window"), [(2.0, None), (None, 5), (None, 70), (1.5, 20)])
-def test_capped_scores_and_windows_are_kept(
+def test_attention_kernel_applies_softcap_and_window(
     tiles: list[tuple[int, ...]], softcap: float | None, window: int | None
 ) -> None:
     check(tiles, "two to one", softcap, window)

@@ -1,4 +1,4 @@
-"""A model is served only if this engine computes what the model computes."""
+"""Base models: the supported architectures compute what transformers and PEFT compute; others are rejected."""
 
 import re
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -30,10 +31,10 @@ from transformers import (
 
 from deployments.inference.adapters import read_adapter
 from deployments.inference.native.lora import stage
-from deployments.inference.native.model import Model, linear_shapes
+from deployments.inference.native.model import Model, PackedLinear, linear_shapes
 from deployments.inference.native.sequence import Span
 from deployments.inference.native.settings import EngineSettings
-from deployments.inference.request import ModelRefused
+from deployments.inference.request import ModelRejected
 from tests.support.models import VOCABULARY, peft_on_newer_transformers
 
 SIZES = {
@@ -74,7 +75,7 @@ SUPPORTED = [
 
 
 @pytest.mark.parametrize("config", SUPPORTED, ids=lambda config: config.model_type)
-def test_supported_architectures_pass_their_check(
+def test_supported_architecture_passes_start_check(
     config: PretrainedConfig, settings: EngineSettings, tmp_path: Path
 ) -> None:
     model = Model(replace(settings, model_path=_saved(config, tmp_path)))
@@ -83,7 +84,7 @@ def test_supported_architectures_pass_their_check(
 
 
 @pytest.mark.parametrize("config", SUPPORTED, ids=lambda config: config.model_type)
-def test_an_adapter_computes_what_peft_computes_on_every_supported_architecture(
+def test_adapter_matches_peft_on_supported_architecture(
     config: PretrainedConfig, settings: EngineSettings, tmp_path: Path
 ) -> None:
     path = _saved(config, tmp_path / "base")
@@ -129,18 +130,16 @@ def test_an_adapter_computes_what_peft_computes_on_every_supported_architecture(
     ],
     ids=["sinks", "no hook", "dynamic positions", "short context"],
 )  # fmt: skip
-def test_a_model_that_cannot_be_served_right_is_refused(
+def test_unsupported_model_is_rejected(
     config: PretrainedConfig, reason: str, settings: EngineSettings, tmp_path: Path
 ) -> None:
     path = _saved(config, tmp_path)
-    with pytest.raises(ModelRefused, match=reason):
+    with pytest.raises(ModelRejected, match=reason):
         Model(replace(settings, model_path=path))
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text"])
-def test_a_window_is_kept_over_chunks_decodes_and_neighbours(
-    kind: str, settings: EngineSettings, tmp_path: Path
-) -> None:
+def test_sliding_window_holds_over_chunks_and_decodes(kind: str, settings: EngineSettings, tmp_path: Path) -> None:
     """Three prompts of different lengths, far longer than the window, in chunks and then token by token."""
     config = next(config for config in SUPPORTED if config.model_type == kind)
     path = _saved(config, tmp_path)
@@ -159,30 +158,30 @@ def test_a_window_is_kept_over_chunks_decodes_and_neighbours(
         torch.testing.assert_close(got, expected, atol=2e-3 * float(expected.abs().max()), rtol=1e-3)
 
 
-def test_a_wrong_answer_at_start_is_refused(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_rejected_when_start_check_differs(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Should a future model hand its attention something that this engine overlooks."""
     from deployments.inference.native import attention
 
-    right = attention._over_slots
-    monkeypatch.setattr(attention, "_over_slots", lambda *args: right(*args) * 1.05)
-    with pytest.raises(ModelRefused, match="computes other logits"):
+    right = attention._attend_slots
+    monkeypatch.setattr(attention, "_attend_slots", lambda *args: right(*args) * 1.05)
+    with pytest.raises(ModelRejected, match="computes other logits"):
         Model(settings)
 
 
-def test_what_is_no_decoder_is_refused(settings: EngineSettings, tmp_path: Path) -> None:
+def test_encoder_decoder_is_rejected(settings: EngineSettings, tmp_path: Path) -> None:
     T5Config(vocab_size=VOCABULARY).save_pretrained(tmp_path)
-    with pytest.raises(ModelRefused, match="encoder-decoder"):
+    with pytest.raises(ModelRejected, match="encoder-decoder"):
         Model(replace(settings, model_path=str(tmp_path)))
 
 
-def test_what_is_no_model_is_refused(settings: EngineSettings, base_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused):
+def test_folder_without_model_is_rejected(settings: EngineSettings, base_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelRejected):
         Model(replace(settings, model_path=str(tmp_path / "nowhere")))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelRefused):
+    with pytest.raises(ModelRejected):
         Model(replace(settings, model_path=str(tmp_path)))
     shutil.copy(base_path / "config.json", tmp_path / "config.json")
-    with pytest.raises(ModelRefused):
+    with pytest.raises(ModelRejected):
         Model(replace(settings, model_path=str(tmp_path)))
 
 
@@ -198,12 +197,12 @@ def test_what_is_no_model_is_refused(settings: EngineSettings, base_path: Path, 
     ],
     ids=str,
 )
-def test_settings_that_cannot_work_are_refused(settings: EngineSettings, wrong: dict[str, int]) -> None:
-    with pytest.raises(ModelRefused, match=next(iter(wrong))):
+def test_settings_out_of_range_are_rejected(settings: EngineSettings, wrong: dict[str, int]) -> None:
+    with pytest.raises(ModelRejected, match=next(iter(wrong))):
         Model(replace(settings, **wrong))
 
 
-def test_what_others_left_behind_in_the_memory_does_not_matter(settings: EngineSettings) -> None:
+def test_stale_slots_do_not_change_logits(settings: EngineSettings) -> None:
     """Slots are neither emptied nor in order: two decodes that read over a third, dirty slot."""
     model = Model(settings)
     prompts = [tuple(range(10 * i + 4, 10 * i + 10)) for i in range(3)]
@@ -215,7 +214,7 @@ def test_what_others_left_behind_in_the_memory_does_not_matter(settings: EngineS
     torch.testing.assert_close(model.forward(last), torch.stack(alone), atol=1e-4, rtol=1e-4)
 
 
-def test_half_precision_is_served_close_to_full(settings: EngineSettings, adapter_paths: dict[str, Path]) -> None:
+def test_bfloat16_logits_are_close_to_float32(settings: EngineSettings, adapter_paths: dict[str, Path]) -> None:
     prompt = (5, 9, 200, 31, 7)
     answers = []
     for dtype in ("float32", "bfloat16"):
@@ -226,9 +225,25 @@ def test_half_precision_is_served_close_to_full(settings: EngineSettings, adapte
     assert (full - half).abs().max() < 0.1 * (full.max() - full.min())
 
 
-def test_weights_that_did_not_arrive_in_their_slot_are_noticed(
-    settings: EngineSettings, adapter_paths: dict[str, Path]
-) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 16, 100])
+def test_packed_linear_matches_plain_linear(rows: int, bias: bool) -> None:
+    plain = nn.Linear(48, 80, bias=bias)
+    x = torch.randn(1, rows, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(PackedLinear(plain)(x), plain(x), atol=1e-5, rtol=1e-5)
+
+
+def test_only_float32_linears_are_packed(settings: EngineSettings) -> None:
+    def kinds(dtype: str) -> set[type[nn.Module]]:
+        model = Model(replace(settings, dtype=dtype))
+        return {type(linear) for linear in model._model.modules() if isinstance(linear, nn.Linear | PackedLinear)}
+
+    assert kinds("float32") == {PackedLinear}
+    assert kinds("bfloat16") == {nn.Linear}
+
+
+def test_missing_weights_in_a_slot_are_detected(settings: EngineSettings, adapter_paths: dict[str, Path]) -> None:
     model = Model(settings)
     for name in ("all8", "mixed", "mlp3"):
         adapter = stage(read_adapter(adapter_paths[name], linears=model.linears), model.lora.dtype)
@@ -239,13 +254,13 @@ def test_weights_that_did_not_arrive_in_their_slot_are_noticed(
         assert model.lora.ineffective(1, adapter) == last
 
 
-def test_the_readme_names_the_architectures_that_are_served_and_no_others(repo: Path) -> None:
+def test_readme_lists_the_supported_architectures(repo: Path) -> None:
     table = (repo / "README.md").read_text().partition("| architecture (`model_type`) |")[2].partition("\n\n")[0]
     served = {name for line in table.splitlines() if "served" in line for name in re.findall(r"`([a-z0-9_]+)`", line)}
     assert served - {"max_context_tokens", "dynamic", "longrope"} == {config.model_type for config in SUPPORTED}
 
 
-def test_the_readmes_ten_lines_answer(
+def test_readme_example_runs(
     repo: Path, base_path: Path, adapter_paths: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     section = (repo / "README.md").read_text().partition("## The engine alone")[2]

@@ -1,4 +1,4 @@
-"""Each row's token depends on its own logits, parameters, seed and position alone."""
+"""Sampling: each row's token depends on its own logits, parameters, seed and position alone."""
 
 from collections import Counter
 from dataclasses import replace
@@ -22,12 +22,12 @@ def _draws(logits: list[float], params: SamplingParams, count: int = 2000) -> Co
     return Counter(token for token in tokens if token is not None)
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
+def test_temperature_zero_is_greedy() -> None:
     logits = torch.randn(20, 50)
     assert sample(logits.clone(), [_row(replace(PLAIN, temperature=0.0))] * 20) == logits.argmax(-1).tolist()
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+def test_tokens_are_drawn_by_probability() -> None:
     drawn = _draws(torch.tensor([0.1, 0.2, 0.3, 0.4]).log().tolist(), PLAIN, count=20_000)
     assert [drawn[i] / 20_000 for i in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.015)
 
@@ -48,11 +48,11 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
         (replace(PLAIN, temperature=1e-9), {3}),
     ],
 )
-def test_what_a_filter_leaves_out_is_never_drawn_and_what_it_keeps_is(params: SamplingParams, kept: set[int]) -> None:
+def test_filters_keep_exactly_their_tokens(params: SamplingParams, kept: set[int]) -> None:
     assert set(_draws(torch.tensor([0.1, 0.2, 0.3, 0.4]).log().tolist(), params)) == kept
 
 
-def test_the_same_seed_and_position_give_the_same_token_in_any_company() -> None:
+def test_seed_and_position_decide_the_token_in_any_batch() -> None:
     torch.manual_seed(0)
     logits = torch.randn(64, 300)
     rows = [
@@ -63,7 +63,7 @@ def test_the_same_seed_and_position_give_the_same_token_in_any_company() -> None
     assert [sample(logits[i : i + 1].clone(), [rows[i]])[0] for i in range(64)] == together
 
 
-def test_numbers_are_even_and_differ_by_seed_and_by_position() -> None:
+def test_random_numbers_are_uniform() -> None:
     by_seed = [uniform(seed, 0) for seed in range(5000)]
     by_position = [uniform(2**64 - 1, position) for position in range(5000)]
     for numbers in (by_seed, by_position):
@@ -72,11 +72,11 @@ def test_numbers_are_even_and_differ_by_seed_and_by_position() -> None:
         assert sum(numbers) / 5000 == pytest.approx(0.5, abs=0.02)
 
 
-def test_seeds_outside_64_bits_are_taken() -> None:
+def test_seed_beyond_64_bits_is_accepted() -> None:
     assert sample(torch.zeros(2, 9), [_row(seed=-1), _row(seed=2**70)])
 
 
-def test_penalties_push_down_what_was_generated_by_how_often() -> None:
+def test_penalties_lower_generated_tokens() -> None:
     greedy = replace(PLAIN, temperature=0.0)
     logits = torch.tensor([[1.0, 0.9, 0.8]])
     assert sample(logits.clone(), [_row(replace(greedy, presence_penalty=0.15), generated=(0,))]) == [1]
@@ -85,7 +85,7 @@ def test_penalties_push_down_what_was_generated_by_how_often() -> None:
     assert sample(logits.clone(), [_row(replace(greedy, frequency_penalty=-1.0), generated=(2,))]) == [2]
 
 
-def test_a_row_that_is_no_number_fails_alone() -> None:
+def test_nan_row_fails_alone() -> None:
     logits = torch.zeros(4, 5)
     logits[:, 2] = 1
     logits[1, 4] = float("nan")
@@ -94,7 +94,7 @@ def test_a_row_that_is_no_number_fails_alone() -> None:
     assert sample(logits, rows) == [2, None, None, 2]
 
 
-def test_a_forbidden_token_is_no_failure() -> None:
+def test_minus_infinity_is_not_a_failure() -> None:
     assert sample(torch.tensor([[float("-inf"), 1.0]]), [_row()]) == [1]
 
 
@@ -114,6 +114,6 @@ def test_a_forbidden_token_is_no_failure() -> None:
         {"stop": ("",)},
     ],
 )
-def test_parameters_out_of_range_are_rejected(wrong: dict[str, float]) -> None:
+def test_sampling_parameter_out_of_range_is_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(RequestRejected):
         replace(PLAIN, **wrong)

@@ -1,4 +1,4 @@
-"""A GPU's steps, uncaptured and in Triton's interpreter where there is no GPU, compute what a CPU's steps do."""
+"""A GPU's steps, without CUDA graphs, compute what a CPU's do. Without a GPU they run in Triton's interpreter."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -17,6 +17,8 @@ from deployments.inference.native.settings import EngineSettings, KvSizes
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.8.0")
 
 from deployments.inference.native.tiled import TiledSteps
+
+pytestmark = pytest.mark.slow
 
 NAMES = ("all8", "attention4", "mixed")
 SIZES = KvSizes(blocks=30, block_tokens=12, context=64)
@@ -41,26 +43,26 @@ def models(base_path: Path, adapter_paths: dict[str, Path]) -> tuple[Model, Mode
 def spans(slots: Seq[int], length: int | None) -> list[Span]:
     """Whole prompts, or one token after so many."""
     if length is None:
-        return [Span(i, slot, 0, PROMPTS[i], True, SIZES.own(i)) for i, slot in enumerate(slots)]
-    return [Span(i, slot, len(PROMPTS[i]) + length, (9 + i,), True, SIZES.own(i)) for i, slot in enumerate(slots)]
+        return [Span(i, slot, 0, PROMPTS[i], True, SIZES.blocks_of(i)) for i, slot in enumerate(slots)]
+    return [Span(i, slot, len(PROMPTS[i]) + length, (9 + i,), True, SIZES.blocks_of(i)) for i, slot in enumerate(slots)]
 
 
 def assert_same(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, atol=2e-3, rtol=1e-3)
 
 
-def test_prompts_decodes_and_chunks_are_the_same_on_both(models: tuple[Model, Model]) -> None:
+def test_kernels_match_plain_steps_for_prompts_decodes_and_chunks(models: tuple[Model, Model]) -> None:
     for slots in ([0, 1, 2, -1], [0, 0, -1, -1], [-1, -1, -1, -1]):
         for step in (
             spans(slots, None),
             spans(slots, 0),
-            [*spans(slots, 1)[:3], Span(3, slots[3], 18, (1, 2, 3), True, SIZES.own(3))],
+            [*spans(slots, 1)[:3], Span(3, slots[3], 18, (1, 2, 3), True, SIZES.blocks_of(3))],
         ):
             tiled, plain = (model.forward(step) for model in models)
             assert_same(tiled, plain)
 
 
-def test_one_padded_batch_serves_other_adapters_than_it_was_first_filled_for(models: tuple[Model, Model]) -> None:
+def test_padded_batch_is_reused_for_other_adapters(models: tuple[Model, Model]) -> None:
     tiled, plain = models
     steps = TiledSteps(tiled._model, tiled.kv, tiled.sizes, tiled.lora, adapter_slots=3, max_running=5)
     buffers = steps.decode_buffers(5)
@@ -73,7 +75,7 @@ def test_one_padded_batch_serves_other_adapters_than_it_was_first_filled_for(mod
         assert_same(got[:4], plain.forward(spans(slots, 0)))
 
 
-def test_rows_of_the_base_model_do_not_change_by_a_bit_beside_adapters(models: tuple[Model, Model]) -> None:
+def test_base_model_rows_are_bit_identical_beside_adapters(models: tuple[Model, Model]) -> None:
     tiled, _ = models
     tiled.forward(spans([-1] * 4, None))
     alone = tiled.forward(spans([-1] * 4, 0)).clone()
