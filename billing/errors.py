@@ -1,12 +1,12 @@
-"""The tree of refusals and failures of billing.
+"""The base of billing's exceptions; each feature has its own beneath it, in ``errors.py`` of its folder.
 
-Each class carries the fields its answer needs and pickles. Statuses are not decided here.
+A class carries the fields that its answer needs, and pickles. HTTP statuses are decided in the gateway.
 """
 
 from dataclasses import fields, is_dataclass
 
 LONGEST_SHOWN = 256
-"""Characters of a name that a refusal repeats."""
+"""Characters of a name that an error message repeats at most."""
 
 
 class BillingError(Exception):

@@ -1,7 +1,4 @@
-"""Amounts of money as whole nanos of a US dollar.
-
-Knows how an amount is written, read and divided. Knows no price, tenant or currency but USD.
-"""
+"""Amounts of money as whole nanos of a US dollar: how they are written, read and divided."""
 
 import re
 from typing import NewType
@@ -47,7 +44,7 @@ def format_usd(nanos: int, decimals: int = 6) -> str:
 def divide_up(dividend: int, divisor: int) -> int:
     """Divide a whole amount and round up: the only division of money there is.
 
-    Rounding up once, after everything is summed, favours the house by less than one nano.
+    Rounding up once, after everything is summed, favours the owner by less than one nano.
     """
     assert dividend >= 0, "only a charge is divided, and a charge is never negative"
     assert divisor > 0, "a rate's denominator is positive"

@@ -24,7 +24,7 @@ from billing.dodo.call_budget import Budget, SharedBudget
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoUnavailable
 from billing.dodo.settings import DodoSettings
-from billing.export.exporter import Exporter, FlushReport
+from billing.export.exporter import Exporter
 from billing.ledger.admission import funding_for, plan_of
 from billing.ledger.ledger import Ledger
 from billing.notices.log import Notices
@@ -174,10 +174,9 @@ class PeriodicTasks:
     def __init__(self, open_parts: Callable[[], Awaitable[Parts]], intervals: Intervals) -> None:
         self._open, self._opening = open_parts, asyncio.Lock()
         self._parts: Parts | None = None
-        self._flushing = asyncio.Lock()
         self._timers: list[asyncio.Task[None]] = []
         self.tasks = [
-            PeriodicTask("flush", intervals.flush_s, lambda parts, _: self._flush(parts)),
+            PeriodicTask("flush", intervals.flush_s, lambda parts, _: parts.exporter.flush_once()),
             PeriodicTask("expire", intervals.expire_s, lambda parts, _: parts.ledger.expire()),
             PeriodicTask("customers", intervals.customers_s, _create_customers),
             PeriodicTask("webhooks", intervals.webhooks_s, lambda parts, sweep: parts.webhooks.replay(sweep)),
@@ -204,7 +203,7 @@ class PeriodicTasks:
             return
         try:
             async with asyncio.timeout(LAST_FLUSH_S):
-                await self._flush(self._parts)
+                await self._parts.exporter.flush_once()
         except Exception as error:  # noqa: BLE001, nothing is lost: the next process starts at the cursor
             log.warning("no last flush: %s", error)
         await self._parts.close()
@@ -221,12 +220,6 @@ class PeriodicTasks:
                 self._parts = await self._open()
             return self._parts
 
-    async def flush(self) -> FlushReport:
-        """Flush now, without waiting for a backoff."""
-        parts = await self.parts()
-        async with self._flushing:
-            return await parts.exporter.flush_once(force=True)
-
     def check(self) -> None:
         """Raises: PeriodicTaskLate."""
         now = time.monotonic()
@@ -237,10 +230,6 @@ class PeriodicTasks:
 
     def statuses(self) -> tuple[PeriodicTaskStatus, ...]:
         return tuple(_status(task) for task in self.tasks)
-
-    async def _flush(self, parts: Parts) -> FlushReport:
-        async with self._flushing:
-            return await parts.exporter.flush_once()
 
     async def _repeat(self, task: PeriodicTask) -> None:
         """The outermost loop of this process: whatever fails is logged, counted and tried again."""

@@ -1,7 +1,4 @@
-"""What a request consumed, and the record of it that is charged.
-
-Knows quantities and states; knows no rates and no store.
-"""
+"""What a request consumed, and the usage record that is charged for it."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -25,11 +22,11 @@ class Status(StrEnum):
     COMPLETE = "complete"
     """Everything asked for was delivered."""
     CANCELLED = "cancelled"
-    """The client left: the prompt and the tokens generated until then are billed."""
+    """The client cancelled: the prompt and the tokens generated until then are billed."""
     FAILED = "failed"
-    """We failed: a stream is billed for what was delivered, anything else is free."""
+    """Farebox failed: a stream is billed for what was delivered, anything else is free."""
     EXPIRED = "expired"
-    """The gateway vanished: the last checkpoint is billed when its lease runs out."""
+    """The gateway died: the last checkpoint is billed when its lease runs out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,7 @@ class Unit(StrEnum):
     NANOS = "nanos"
     REQUESTS = "requests"
 
-    def tell(self, amount: int) -> str:
+    def show(self, amount: int) -> str:
         """An amount as people read it: "$12.50", "300 requests"."""
         sign = "-" if amount < 0 else ""
         return f"{sign}${format_usd(abs(amount), 2)}" if self is Unit.NANOS else f"{amount:,} requests"

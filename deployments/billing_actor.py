@@ -17,7 +17,7 @@ from billing.dodo.settings import DodoSettings
 from billing.export.outbox import Backlog, ExporterState
 from billing.notices.dispatcher import NoticeDispatcher
 from billing.notices.receiver import NoticeReceiver
-from billing.periodic import Intervals, Parts, PeriodicTask, PeriodicTasks, assemble
+from billing.periodic import Intervals, Parts, PeriodicTask, PeriodicTasks, PeriodicTaskStatus, assemble
 from billing.reconcile import proof_state
 from billing.reconcile.proof_state import ProofState
 from billing.reports.unsettled import Unsettled, unsettled
@@ -85,6 +85,8 @@ class BillingActor:
         self._metrics.parked(await parts.webhooks.inbox.parked_count())
         for kind, state in (await proof_state.shown(parts.redis)).items():
             self._metrics.proof(kind, state)
+        for status in self._periodic.statuses():
+            self._metrics.task(status)
 
 
 class BillingMetrics:
@@ -115,6 +117,10 @@ class BillingMetrics:
         self._unproven = Gauge("farebox_reconcile_unproven", "1 where a proof could not be made", **labelled)
         self._proved = Gauge("farebox_reconcile_last_run_seconds", "Unix time of the last run", **labelled)
 
+        by_task = {"tag_keys": ("task",)}
+        self._task_failures = Gauge("farebox_billing_task_failures", "Failed runs of a task in a row", **by_task)
+        self._failing_items = Gauge("farebox_billing_failing_items", "Items of a task whose last try failed", **by_task)
+
     def ledger(self, open_: Unsettled, exporter: ExporterState, now_ms: int) -> None:
         self._holds.set(open_.open_holds)
         self._hold_age.set(open_.oldest_hold_s)
@@ -141,6 +147,11 @@ class BillingMetrics:
         self._faults.set(state.faults, tags=tags)
         self._unproven.set(int(bool(state.unproven)), tags=tags)
         self._proved.set(state.at_ms // 1_000, tags=tags)
+
+    def task(self, status: PeriodicTaskStatus) -> None:
+        tags = {"task": status.name}
+        self._task_failures.set(status.failures, tags=tags)
+        self._failing_items.set(status.failing_items, tags=tags)
 
 
 async def _archive(url: str, parts: Parts, sweep: Sweep) -> ArchiveReport:

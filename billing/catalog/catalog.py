@@ -1,7 +1,7 @@
 """Everything that is for sale, as one immutable value with a content hash.
 
-Adapters, their prices, plans and packs change together or not at all. Knows no file and no
-Ray: whoever resolved the paths and digests builds it.
+Adapters, their prices, plans and packs change together or not at all. It is built from the configuration once paths
+and digests are resolved.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Model(BaseModel):
     tenants: tuple[TenantId, ...] | None = None
     """Tenants that may use it; ``None`` is public."""
     adapter_class: str = "default"
-    """A coarse name under which usage is told to Dodo."""
+    """A coarse name under which usage is exported to Dodo."""
     pinned: bool = False
 
     @property
@@ -75,7 +75,7 @@ class Catalog(BaseModel):
     abuse: Abuse = Abuse()
     rejected: tuple[RejectedEntry, ...] = Field(default=(), validation_alias=AliasChoices("rejected", "quarantined"))
     retired: dict[Name, Plan] = Field(default_factory=dict, exclude=True)
-    """Plans that were in force once: who is on one stays, nobody else gets it. Not of the content, nor of its hash."""
+    """Plans that were in force once: tenants on one stay, no other gets it. Not part of the content or its hash."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

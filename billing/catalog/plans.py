@@ -1,7 +1,4 @@
-"""Plans, packs and limits as the owner configures them.
-
-Knows what a tenant may draw on in a period; knows no store and no payment provider.
-"""
+"""Plans, packs and limits as the owner configures them: what a tenant may draw on in a period, and how fast."""
 
 from enum import StrEnum
 from typing import Annotated, Literal, Self
@@ -93,7 +90,7 @@ class Quota(_Configured):
 
 
 class Plan(_Configured):
-    """What a tenant may draw on: an allowance each period, then packs, then exposure up to a cap."""
+    """What a tenant may draw on: an allowance each period, then packs, then postpaid credit up to a limit."""
 
     kind: PlanKind
     allowance: Quota | None = None
@@ -104,7 +101,7 @@ class Plan(_Configured):
     """The subscription's fixed price; Dodo charges it, farebox only creates the product."""
     limits: Limits = Limits()
     low_balance: Usd = Nanos(1_000_000_000)
-    """A prepaid tenant with this much left, or less, is told once."""
+    """A notice is recorded, once, of a prepaid tenant with this much left, or less."""
     licence_key: bool = False
     """Does Dodo hand its buyer a licence key, which is then an API key?"""
     grace_days: Annotated[int, Field(ge=0, le=60)] = 3

@@ -1,7 +1,4 @@
-"""The catalog in force, kept in the store by its content hash, and which gateway serves which.
-
-Knows where it lies; what is valid in it was decided before.
-"""
+"""The catalog in force, kept in the store by its content hash, and which gateway serves which catalog."""
 
 import json
 import logging
@@ -22,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GatewayState:
-    """What one gateway said of itself."""
+    """Which catalog a gateway serves, as it reported."""
 
     gateway_id: str
     hash: str
@@ -33,11 +30,11 @@ class GatewayState:
 
 
 async def publish(redis: Redis, value: Catalog, gateway_id: str, at_ms: int) -> str:
-    """Put a validated catalog in force and say that this gateway serves it. Returns its hash."""
+    """Put a validated catalog in force and report that this gateway serves it. Returns its hash."""
     hash_ = value.content_hash
     plans = {name: plan.model_dump_json() for name, plan in value.plans.items()}
     async with guarded(BULK_DEADLINE_S):
-        # Before the catalog that they stand in: a plan in force is never forgotten.
+        # Plans are stored before the catalog that names them: a plan in force is never missing.
         await redis.hset(PLANS, mapping=plans)  # type: ignore[arg-type]
         await redis.set(catalog(hash_), value.model_dump_json())
         await redis.set(CATALOG_CURRENT, hash_)
@@ -46,15 +43,15 @@ async def publish(redis: Redis, value: Catalog, gateway_id: str, at_ms: int) -> 
 
 
 async def renew(redis: Redis, value: Catalog, gateway_id: str, at_ms: int) -> None:
-    """Say that this gateway lives and serves that catalog; what is in force stays as it is."""
+    """Report that this gateway runs and serves that catalog; what is in force stays as it is."""
     rejected = [f"{entry.kind} {entry.id}: {entry.reason}" for entry in value.rejected]
-    said = json.dumps({"hash": value.content_hash, "quarantined": rejected, "at_ms": at_ms})
+    report = json.dumps({"hash": value.content_hash, "quarantined": rejected, "at_ms": at_ms})
     async with guarded(BULK_DEADLINE_S):
-        await redis.hset(GATEWAYS, gateway_id, said)
+        await redis.hset(GATEWAYS, gateway_id, report)
 
 
 async def current(redis: Redis) -> Catalog | None:
-    """The catalog in force, with the plans that went before; ``None`` until a gateway published one."""
+    """The catalog in force, with retired plans; ``None`` until a gateway published one."""
     async with guarded(BULK_DEADLINE_S):
         hash_ = cast(str | None, await redis.get(CATALOG_CURRENT))
         text = await redis.get(catalog(hash_)) if hash_ else None
@@ -62,7 +59,7 @@ async def current(redis: Redis) -> Catalog | None:
 
 
 async def plans_ever(redis: Redis) -> dict[str, Plan]:
-    """Every plan that was ever in force, as it last was; one that another version wrote and we cannot read is told."""
+    """Every plan that was ever in force, as it last was. One that this version cannot read is logged and left out."""
     async with guarded(BULK_DEADLINE_S):
         found = cast(dict[str, str], await redis.hgetall(PLANS))
     plans: dict[str, Plan] = {}
@@ -83,6 +80,6 @@ async def gateways(redis: Redis) -> list[GatewayState]:
 
 
 async def forget_gateway(redis: Redis, gateway_id: str) -> None:
-    """A gateway that has gone serves nothing."""
+    """Delete the report of a gateway that has stopped."""
     async with guarded(BULK_DEADLINE_S):
         await redis.hdel(GATEWAYS, gateway_id)

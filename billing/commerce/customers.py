@@ -15,7 +15,7 @@ async def create_missing_customers(dodo: Dodo, tenants: Tenants, budget: Budget,
         try:
             tenant = await tenants.get(tenant_id)
         except UnknownTenant:
-            return False  # its creation was cut off: whoever repeats it lists it again
+            return False  # its creation was cut off; a repeat lists it again
         if not tenant.dodo_customer_id and not await budget.take():
             raise EndOfRun
         customer_id = tenant.dodo_customer_id or await dodo.create_customer(tenant)

@@ -1,7 +1,4 @@
-"""What a tenant may buy now: everything public, and what is hidden from others where its experiment arm offers it.
-
-Knows the catalog and the arms; knows no price of a request and no payment provider.
-"""
+"""What a tenant may buy now: everything public, and hidden packs and plans that its experiment arm offers."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

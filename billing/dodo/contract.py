@@ -1,4 +1,4 @@
-"""What our code relies on at Dodo, as cases to be asked of any Dodo: the offline one, or the real one in test mode.
+"""Verify what farebox relies on at Dodo, case by case, against the offline Dodo or the real one in test mode.
 
 Each case makes what it needs under a name of its own run. It leaves customers and events behind, which Dodo cannot
 delete; products are archived, webhooks deleted. It never pays.
@@ -19,7 +19,7 @@ from billing.dodo.settings import DodoSettings
 EVENT_NAME = "farebox.verify"
 """No meter counts it."""
 PATIENCE_S = 30.0
-"""For Dodo to show what it has taken."""
+"""Seconds until Dodo must show what it has taken."""
 LARGEST = 2**53 - 1
 """Of the nanos that a balance may have."""
 REFUSED_SHAPE = (400, 422)
@@ -42,7 +42,7 @@ class Finding:
 
 
 class Contract:
-    """Asks one Dodo; ``run`` is a word that no earlier run has used."""
+    """Verifies one Dodo; ``run`` is a word that no earlier run has used."""
 
     def __init__(self, settings: DodoSettings, run: str) -> None:
         self._settings, self._run = settings, run
@@ -55,7 +55,7 @@ class Contract:
 
     async def verify(self) -> list[Finding]:
         """Every case in turn; one that differs does not keep the others from being asked."""
-        assert self._settings.environment != "live_mode", "a live Dodo is not for trying things out"
+        assert self._settings.environment != "live_mode", "only a Dodo in test mode, or the offline one, is verified"
         async with self._sdk:
             return [await _asked(case) for case in self._cases]
 
@@ -69,13 +69,13 @@ class Contract:
             self.an_event_id_twice_in_one_call_is_refused,
             self.a_call_takes_a_thousand_events_and_no_more,
             self.an_event_older_than_an_hour_is_refused,
-            self.an_event_of_nobody_is_refused,
+            self.an_event_of_an_unknown_customer_is_refused,
             self.an_unknown_event_is_not_found,
             self.a_checkout_takes_an_existing_customer,
-            self.a_checkout_of_nobody_is_refused,
+            self.a_checkout_of_an_unknown_customer_is_refused,
             self.the_portal_has_a_link,
             self.a_webhook_endpoint_is_made_once_and_signs,
-            self.a_wrong_key_is_told_so,
+            self.a_wrong_key_is_unauthorized,
             self.what_is_unknown_is_not_found,
         )
 
@@ -128,9 +128,9 @@ class Contract:
         await _refused(self._sdk.usage_events.ingest(events=[old]), *REFUSED_SHAPE)
         await self._sdk.usage_events.ingest(events=[young])
 
-    async def an_event_of_nobody_is_refused(self) -> None:
+    async def an_event_of_an_unknown_customer_is_refused(self) -> None:
         """an event of an unknown customer is refused"""
-        stray: EventInputParam = {**self._event("stray"), "customer_id": "cus_of_nobody"}
+        stray: EventInputParam = {**self._event("stray"), "customer_id": "cus_unknown"}
         await _refused(self._sdk.usage_events.ingest(events=[stray]), 400, 404, 422)
 
     async def an_unknown_event_is_not_found(self) -> None:
@@ -143,9 +143,9 @@ class Contract:
         if not str(session).startswith("http"):
             raise Differs(f"the checkout's address is {session!r}")
 
-    async def a_checkout_of_nobody_is_refused(self) -> None:
+    async def a_checkout_of_an_unknown_customer_is_refused(self) -> None:
         """a checkout of an unknown customer is refused"""
-        await _refused(self._checkout("cus_of_nobody"), 400, 404, 422)
+        await _refused(self._checkout("cus_unknown"), 400, 404, 422)
 
     async def the_portal_has_a_link(self) -> None:
         """a customer's portal has a link"""
@@ -165,14 +165,14 @@ class Contract:
         if not secret.startswith("whsec_"):
             raise Differs("its secret does not begin with whsec_")
 
-    async def a_wrong_key_is_told_so(self) -> None:
+    async def a_wrong_key_is_unauthorized(self) -> None:
         """a wrong API key is 401"""
         async with self._client("dodo_test_wrong") as stranger:
             await _refused(stranger.customers.list(page_size=1), 401)
 
     async def what_is_unknown_is_not_found(self) -> None:
         """an unknown payment is 404 with a code in capitals"""
-        body = (await _refused(self._sdk.payments.retrieve("pay_of_nobody"), 404)).body
+        body = (await _refused(self._sdk.payments.retrieve("pay_unknown"), 404)).body
         code = body.get("code") if isinstance(body, dict) else None
         if not isinstance(code, str) or code != code.upper():
             raise Differs(f"the error's code is {code!r}")

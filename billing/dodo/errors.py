@@ -1,4 +1,4 @@
-"""What Dodo Payments refused, or did not answer."""
+"""Failures of calls to Dodo Payments."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class DodoRefused(BillingError):
 
     status: int
     code: str = ""
-    """Dodo's own word in upper snake case, where it gave one."""
+    """Dodo's error code in upper snake case, where it gave one."""
     message: str = ""
 
     def __str__(self) -> str:
@@ -31,7 +31,7 @@ class DodoRefused(BillingError):
 
 
 class DodoMisconfigured(BillingError):
-    """The environment does not say, or says two ways, which Dodo to talk to."""
+    """The environment names no Dodo to talk to, or contradicts itself."""
 
 
 class WebhookRejected(BillingError):

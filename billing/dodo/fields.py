@@ -1,7 +1,4 @@
-"""One field of what Dodo sends, read leniently: a number or a string, a null, a moment.
-
-Knows JSON; knows no object of Dodo's.
-"""
+"""Read one field of the JSON that Dodo sends, leniently: a number or a string, a null, a moment."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +14,7 @@ MAX_DIGITS = 30
 
 
 class WireError(ValueError):
-    """A field that we cannot do without is missing or unreadable; the message names it."""
+    """A required field is missing or unreadable; the message names it."""
 
 
 def read_json(body: bytes | str) -> Wire:
@@ -28,7 +25,7 @@ def read_json(body: bytes | str) -> Wire:
     """
     try:
         value = json.loads(body)
-    except (ValueError, RecursionError) as error:  # the latter for lists in lists without end
+    except (ValueError, RecursionError) as error:  # RecursionError: lists nested too deep
         raise WireError(f"no JSON: {error}") from None
     if not isinstance(value, dict):
         raise WireError("no JSON object")

@@ -1,7 +1,4 @@
-"""What the SDK gave back: read into values, or turned into one of two kinds of failure.
-
-Knows the SDK's exceptions and models; knows no call.
-"""
+"""Turn what the SDK returns or raises into our values, or one of two kinds of failure."""
 
 from collections.abc import Awaitable, Callable
 from typing import TypeVar, cast

@@ -1,7 +1,4 @@
-"""What Dodo sends, read leniently into values of our own: numbers or strings, nulls, unknown fields.
-
-Knows shapes, in API replies and webhooks alike; sends nothing and decides nothing.
-"""
+"""Values of what Dodo sends in API replies and webhooks, read leniently: numbers or strings, nulls, unknown fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

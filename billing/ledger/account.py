@@ -261,4 +261,4 @@ Movement = Grant | Clawback | Adjustment | Settlement | Restoration | Repayment
 
 def out_of_bounds(unit: Unit, amount: int) -> str:
     """Why a grant or a correction of this size is refused."""
-    return f"{unit.tell(amount)} is nothing, or more than the {unit.tell(MAX_GRANT_NANOS)} that one movement may bring"
+    return f"{unit.show(amount)} is nothing, or more than the {unit.show(MAX_GRANT_NANOS)} that one movement may bring"

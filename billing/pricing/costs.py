@@ -1,6 +1,6 @@
 """What serving costs the owner, and which prices would earn a wanted margin on it.
 
-Pure: from a GPU's hourly price and measured speeds to nanos; knows no record and no store.
+Pure: from a GPU's hourly price and measured speeds to nanos.
 """
 
 from dataclasses import dataclass

@@ -82,7 +82,7 @@ class Tier(_Configured):
 
 
 class Hours(_Configured):
-    """A stretch of the day in the owner's time zone; one that ends before it starts runs over midnight."""
+    """A span of the day in the owner's time zone; one that ends before it starts runs over midnight."""
 
     start: Minute
     end: Minute
@@ -91,9 +91,9 @@ class Hours(_Configured):
     """Days on which it starts; empty is every day."""
 
     @model_validator(mode="after")
-    def _is_a_stretch(self) -> Self:
+    def _is_a_span(self) -> Self:
         if self.start == self.end:
-            raise ValueError("`start` and `end` are the same: leave the stretch out, or give the whole day as two")
+            raise ValueError("`start` and `end` are the same: leave the entry out, or give the whole day as two")
         return self
 
     def holds(self, moment: datetime) -> bool:
@@ -109,7 +109,7 @@ class Hours(_Configured):
 
 
 class Load(_Configured):
-    """Dearer while the replicas are busy: from 1 at ``starts_at`` of their capacity up to ``ceiling`` at all of it."""
+    """A multiplier that rises with the load: from 1 at ``starts_at`` of the capacity to ``ceiling`` at all of it."""
 
     starts_at: Share
     ceiling: Factor

@@ -1,7 +1,4 @@
-"""The price book's arithmetic: from quantities to nanos, rounded up once.
-
-Knows rates; knows neither who pays nor what is left.
-"""
+"""Prices: from quantities to nanos, rounded up once."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
-"""One shard as the store has it at one moment: entries, accounts, open holds and what was exported.
+"""Read one shard as the store has it at one moment: entries, accounts, open holds and what was exported.
 
-Reads, and writes nothing. Entries cannot change, so every look reads only those that are new.
+Entries cannot change, so each call reads only those that are new.
 """
 
 import json
@@ -31,7 +31,7 @@ class UnreadableBooks(BillingError):
 
 @dataclass(frozen=True, slots=True)
 class AccountState:
-    """The numbers that the store keeps of one tenant, as they stand there."""
+    """The numbers that the store has of one tenant."""
 
     seq: int
     chain: str
@@ -56,7 +56,7 @@ class ShardState:
 
     number: int
     entries: tuple[Entry, ...]
-    """Those since the look before, in the order they took effect, those that were added included."""
+    """Those since the last call, in the order they took effect, with those that were added."""
     accounts: Mapping[TenantId, AccountState]
     holds: tuple[OpenHold, ...]
     cursor: str
@@ -69,11 +69,11 @@ class ShardState:
 
 
 class ShardReader:
-    """Looks at one shard, as often as asked, from behind the stream id ``at``."""
+    """Reads one shard again and again, from behind the stream id ``at``."""
 
     def __init__(self, redis: Redis, shard: Shard, at: str = START) -> None:
         self._redis, self._shard = redis, shard
-        self._news: dict[str, Entry] = {}
+        self._new: dict[str, Entry] = {}
         self._begin = self._at = at
 
     async def read(self, registered: Sequence[TenantId]) -> ShardState:
@@ -85,20 +85,20 @@ class ShardReader:
         tenants = set(registered)
         for _ in range(TRIES):
             await self.catch_up()
-            tenants |= {entry.tenant for entry in self._news.values()}
+            tenants |= {entry.tenant for entry in self._new.values()}
             state = await self._at_once(sorted(tenants))
             named = {entry.tenant for entry in state.entries} | {hold.tenant for hold in state.holds}
             if named <= tenants:
-                self._news.clear()
+                self._new.clear()
                 return state
             tenants |= named
         raise StoreUnavailable(f"shard {self._shard.number} changes faster than it can be read: try again")
 
     def add(self, archived: Iterable[Entry]) -> list[Entry]:
-        """Entries that the stream need not have any more. Those that it has otherwise are given back."""
+        """Add entries that the stream may not have any more. Returns those that differ from the stream's."""
         found = {entry.id: entry for entry in archived if order(entry.id) > order(self._begin)}
-        differing = [entry for id_, entry in found.items() if self._news.get(id_, entry) != entry]
-        self._news |= found
+        differing = [entry for id_, entry in found.items() if self._new.get(id_, entry) != entry]
+        self._new |= found
         return differing
 
     async def catch_up(self) -> None:
@@ -137,7 +137,7 @@ class ShardReader:
     def _state(
         self,
         tenants: Sequence[TenantId],
-        news: object,
+        new_entries: object,
         holds: Mapping[str, str],
         leases: Sequence[str],
         cursor: Mapping[str, str],
@@ -146,11 +146,11 @@ class ShardReader:
         withheld: Sequence[str],
         *accounts: Mapping[str, str],
     ) -> ShardState:
-        self._keep(entries_in(news))
+        self._keep(entries_in(new_entries))
         leased, of_each = set(leases), iter(accounts)
         return ShardState(
             number=self._shard.number,
-            entries=tuple(sorted(self._news.values(), key=lambda entry: order(entry.id))),
+            entries=tuple(sorted(self._new.values(), key=lambda entry: order(entry.id))),
             accounts={
                 tenant: _account(*three)
                 for tenant, three in zip(tenants, zip(of_each, of_each, of_each, strict=True), strict=True)
@@ -164,7 +164,7 @@ class ShardReader:
         )
 
     def _keep(self, entries: Sequence[Entry]) -> None:
-        self._news |= {entry.id: entry for entry in entries}
+        self._new |= {entry.id: entry for entry in entries}
         if entries:
             self._at = entries[-1].id
 

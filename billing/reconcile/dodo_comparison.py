@@ -1,6 +1,6 @@
-"""All shards' exports against Dodo: its events are not listed by shard, so they are asked for once.
+"""Compare all shards' exports with Dodo, whose events are not listed by shard and so are loaded once.
 
-Knows in what order to look; what must be equal stands in ``dodo_proofs``.
+Decides in which order store and Dodo are read; ``dodo_proofs`` decides what must be equal.
 """
 
 import json
@@ -18,7 +18,7 @@ from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
 
 TRIES = 4
-"""Looks at a shard that differs from Dodo, before we believe it: what came meanwhile explains itself."""
+"""Reads of a shard that differs from Dodo before that counts as a fault: events may have come meanwhile."""
 DAY_MS = 24 * 3_600_000
 Look = Callable[[int], Awaitable[ShardState]]
 
@@ -38,12 +38,12 @@ class DodoComparison:
         Raises:
             DodoUnavailable, DodoRefused: what was compared until then stands in ``rows``.
         """
-        await ledger.load(min(one.mark.told_ms for one in self.books.values()))
+        await ledger.load(min(one.mark.dodo_ms for one in self.books.values()))
         left = list(states)
         for tries_left in range(TRIES - 1, -1, -1):
             events = ledger.by_customer()
             for number in list(left):
-                rows = await self._compare(ledger, meter_id, self.books[number].told(states[number]), number, events)
+                rows = await self._compare(ledger, meter_id, self.books[number].export(states[number]), number, events)
                 if not tries_left or all(row.is_exact for row in rows):
                     self.rows[number] = rows
                     left.remove(number)
@@ -59,7 +59,7 @@ class DodoComparison:
         mark, rows = self.books[number].mark, list[Row]()
         until_ms = day_start(self.clock() - SETTLED_MS)
         frozen: dict[TenantId, str] = {}
-        may_freeze = until_ms > mark.told_ms
+        may_freeze = until_ms > mark.dodo_ms
         for tenant in self.tenants.get(number, ()):
             dodo = await self._at_dodo(ledger, meter_id, tenant, number, events)
             rows += prove_events(at, tenant.id, dodo)
@@ -74,11 +74,11 @@ class DodoComparison:
         self, ledger: DodoLedger, meter_id: str, tenant: Tenant, number: int, events: Mapping[str, Sequence[DodoEvent]]
     ) -> TenantAtDodo:
         mark = self.books[number].mark
-        known = mark.told.get(tenant.id)
-        mine = [event for event in events.get(tenant.dodo_customer_id, ()) if event.at_ms >= mark.told_ms]
+        known = mark.dodo.get(tenant.id)
+        mine = [event for event in events.get(tenant.dodo_customer_id, ()) if event.at_ms >= mark.dodo_ms]
         periods = await ledger.periods(tenant.subscription.id) if tenant.subscription and meter_id else ()
         frozen = Frozen.read(json.loads(known)) if known else Frozen()
-        return TenantAtDodo(mine, mark.told_ms, frozen, meter_id, periods)
+        return TenantAtDodo(mine, mark.dodo_ms, frozen, meter_id, periods)
 
 
 def day_start(ms: int) -> int:

@@ -1,7 +1,4 @@
-"""Dodo's side of the books, asked for as little as can be: events since the watermark, meters of subscriptions.
-
-Knows pages and the budget of calls; compares nothing.
-"""
+"""Load Dodo's side of the books in as few calls as possible: events since the watermark, meters of subscriptions."""
 
 import asyncio
 from collections.abc import Sequence
@@ -29,7 +26,7 @@ class DodoLedger:
     _events: dict[str, DodoEvent] = field(default_factory=dict)
 
     async def load(self, since_ms: int) -> None:
-        """Take in everything dated since then. A page that moves while we read shows an event twice, never none.
+        """Add everything dated since then. A page that moves meanwhile shows an event twice, never not at all.
 
         Raises:
             DodoUnavailable, DodoRefused: Dodo could not say.

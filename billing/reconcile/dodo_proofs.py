@@ -1,6 +1,6 @@
-"""What must be equal between what a shard's export says Dodo took and what Dodo says it has.
+"""Proofs of what Dodo has against what a shard's export counts as acknowledged.
 
-Pure. The store was looked at first and Dodo asked after: what was sent meanwhile is told by its window and left out.
+Pure. The store is read first and Dodo after: events sent meanwhile are recognised by their windows and left out.
 """
 
 from collections import Counter
@@ -25,21 +25,21 @@ NANOS_PER_CENT = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class ShardExport:
-    """What one shard's export said at one moment."""
+    """One shard's export at one moment."""
 
     cursor: Place
     waiting: frozenset[str]
-    """Ids in the outbox: they may have arrived without our knowing, and are sent again."""
+    """Ids in the outbox: Dodo may have them without our knowing; they are sent again."""
     dead: frozenset[str]
     acknowledged: Mapping[TenantId, Mapping[str, int]]
     """By tenant and event name, in nanos."""
 
     def counts(self, event: DodoEvent) -> bool:
-        """Was it acknowledged at that moment, as far as its window and the outbox say?"""
+        """Was it acknowledged at that moment, by its window and the outbox?"""
         return event.id not in self.waiting and (event.until is None or event.until <= self.cursor)
 
 
-def told(state: ShardState, folds: Mapping[TenantId, Fold]) -> ShardExport:
+def export_of(state: ShardState, folds: Mapping[TenantId, Fold]) -> ShardExport:
     amounts = {tenant: {name: one.sealed[name] for name in AMOUNT} for tenant, one in folds.items()}
     for event in (*state.outbox, *state.dead):
         if event.tenant in amounts and event.name in AMOUNT:
@@ -71,7 +71,7 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True)
 class TenantAtDodo:
-    """What Dodo says of one tenant: its events since the watermark, and what its subscription's meter counted."""
+    """What Dodo has of one tenant: its events since the watermark, and what its subscription's meter counted."""
 
     events: Sequence[DodoEvent]
     since_ms: int
@@ -80,7 +80,7 @@ class TenantAtDodo:
     periods: Sequence[UsagePeriod] = ()
 
     def charged_in(self, start_ms: int, end_ms: int) -> int | None:
-        """Nanos to charge dated in a billing period; ``None`` where it began before anything we have kept."""
+        """Nanos to charge dated in a billing period; ``None`` where it began before the watermark, not stored."""
         if start_ms < self.since_ms and start_ms not in self.frozen.periods:
             return None
         mine = [e for e in self.events if e.name == CHARGE and max(start_ms, self.since_ms) <= e.at_ms < end_ms]
@@ -101,7 +101,7 @@ class TenantAtDodo:
         return Frozen(dict(nanos), periods)
 
     def may_freeze(self, at: ShardExport, until_ms: int) -> bool:
-        """An event that is dated before and was not acknowledged would be seen by nobody later."""
+        """An event that is dated before and was not acknowledged would not be looked at later."""
         return all(at.counts(event) for event in self.events if event.at_ms < until_ms)
 
 

@@ -1,6 +1,6 @@
-"""What must be equal between a shard's records and its export.
+"""Proofs of a shard's export against its records: every charged nano is acknowledged, waiting or dead.
 
-Pure: every charged nano is acknowledged, waiting or dead. What Dodo itself says stands in ``dodo_proofs``.
+Pure. Dodo's own sums are compared in ``dodo_proofs``.
 """
 
 from collections import Counter
@@ -24,19 +24,21 @@ def prove_export(state: ShardState, folds: Collection[Fold]) -> list[Row]:
         sealed += one.sealed
         unsealed += one.unsealed
     rows = []
-    for name, said, acked, dead in (
+    for name, counted, acked, dead in (
         (CHARGE, sums.sealed_charge, sums.acked_charge, sums.dead_charge),
         (USAGE, sums.sealed_covered, sums.acked_covered, sums.dead_covered),
     ):
         charged = sealed[name] + unsealed[name]
-        told = acked + nanos_of(state.outbox, name) + dead + unsealed[name]
-        faults = [] if said == sealed[name] else [f"{where} counts {said} sealed, its records say {sealed[name]}"]
-        if said != told - unsealed[name]:
-            faults.append(f"{where} counts {said} sealed, {acked} acknowledged and {dead} dead")
+        found = acked + nanos_of(state.outbox, name) + dead + unsealed[name]
+        faults = []
+        if counted != sealed[name]:
+            faults.append(f"{where} counts {counted} sealed, its records sum to {sealed[name]}")
+        if counted != found - unsealed[name]:
+            faults.append(f"{where} counts {counted} sealed, {acked} acknowledged and {dead} dead")
         if dead != nanos_of(state.dead, name):
-            faults.append(f"{where} counts {dead} dead, its dead letters say {nanos_of(state.dead, name)}")
-        if charged or told or faults:
-            rows.append(Row(f"exported {name}", "", charged, told, few(faults)))
+            faults.append(f"{where} counts {dead} dead, its dead letters sum to {nanos_of(state.dead, name)}")
+        if charged or found or faults:
+            rows.append(Row(f"exported {name}", "", charged, found, few(faults)))
     return [*rows, *_prove_sealed_entries(state, folds), *_prove_event_count(state), *_prove_events(state)]
 
 
@@ -58,7 +60,7 @@ def nanos_of(events: Iterable[SealedEvent], name: str) -> int:
 
 
 def _prove_events(state: ShardState) -> list[Row]:
-    """A sealed event's money stands in it twice: as what is counted and as what is sent."""
+    """A sealed event carries its money twice: as what is counted and as what is sent."""
     rows = []
     for event in (*state.outbox, *state.dead):
         counted, sent = nanos_of([event], event.name), event.quantities.get(AMOUNT.get(event.name, ""), 0)

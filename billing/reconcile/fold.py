@@ -1,6 +1,6 @@
-"""What one tenant's entries add up to, read once and in order, and whether they are as they were written.
+"""Sum up one tenant's entries, read once and in order, and check that they are as they were written.
 
-Knows entries; what the sums must be equal to stands in ``proofs``. A fold of closed days is kept as text.
+``proofs`` compares the sums with the store. A fold of closed days is stored as text.
 """
 
 import json
@@ -30,7 +30,7 @@ class Fold:
     clawed: Counter[BucketId] = field(default_factory=Counter)
     drawn: Counter[BucketId] = field(default_factory=Counter)
     has_taken: bool = False
-    """Something was taken back, so that credit of one bucket may have paid another's debt."""
+    """Something was clawed back, so that credit of one bucket may have paid another's debt."""
     repaid: int = 0
     charged: int = 0
     drawn_nanos: int = 0
@@ -124,14 +124,14 @@ class Fold:
         self.link, self.last_name = Link(number, entry.chain), name
 
     def gaps_until(self, seq: int, chain: str) -> list[str]:
-        """What is missing or doubled, given the last number and digest that the account knows."""
+        """What is missing or doubled, given the last number and digest that the account has."""
         number = self.link.number
         if number < seq:
             return [*self.gaps, f"{_numbers(number + 1, seq)} missing after {self.last_name}"]
         if number > seq:
-            return [*self.gaps, f"{self.last_name} has the number {number}, the account knows {seq}"]
+            return [*self.gaps, f"{self.last_name} has the number {number}, the account counts {seq}"]
         if self.link.chain != chain:
-            return [*self.gaps, f"{self.last_name} does not end in the digest that the account knows"]
+            return [*self.gaps, f"{self.last_name} does not end in the digest that the account has"]
         return self.gaps
 
     def closed(self) -> Self:
@@ -146,9 +146,9 @@ class Fold:
         return copied
 
     def to_json(self) -> str:
-        """What to go on from. A fold with a fault is kept by nobody, one with entries not sealed neither."""
+        """The text to go on from. A fold with a fault or with unsealed entries has none."""
         faults = [*self.faults, *self.gaps, *self.waiting]
-        assert not faults, "only what was proved is kept"
+        assert not faults, "only what was proved is stored"
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         counters = {name: getattr(self, name) for name in _COUNTERS}
         return json.dumps(numbers | counters | {"link": [self.link.number, self.link.chain]})

@@ -1,4 +1,4 @@
-"""What the last passes over the books found, as the billing actor wrote it down for people."""
+"""What the last passes over the books found, as the billing actor stored it for people."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ from billing.store.keys import PROOF
 
 @dataclass(frozen=True, slots=True)
 class ProofState:
-    """One kind of pass: ``store`` looks at the store alone, ``dodo`` asks Dodo too."""
+    """One kind of pass: ``store`` reads the store alone, ``dodo`` Dodo too."""
 
     at_ms: int = 0
     """When it ended; 0 before the first."""

@@ -1,4 +1,4 @@
-"""What must be equal in one tenant's books: its entries against its account, buckets and open holds.
+"""Proofs of one tenant's books: its entries against its account, buckets and open holds.
 
 Pure: from entries and numbers to rows of expected and found. Repairs nothing.
 """
@@ -23,10 +23,10 @@ class Row:
     expected: int
     found: int
     named: str = ""
-    """The record, bucket or event at fault; empty where all is well."""
+    """The record, bucket or event at fault; empty where the proof holds."""
     unit: str = "nanos"
     tolerance: int = 0
-    """What rounding may make of it."""
+    """The largest difference that rounding may cause."""
 
     @property
     def difference(self) -> int:
@@ -37,41 +37,41 @@ class Row:
         return abs(self.difference) <= self.tolerance and not self.named
 
 
-def prove_tenant(tenant: TenantId, account: AccountState, said: Fold, holds: Sequence[OpenHold]) -> list[Row]:
+def prove_tenant(tenant: TenantId, account: AccountState, fold: Fold, holds: Sequence[OpenHold]) -> list[Row]:
     """Records, credit, holds and exposure of one tenant."""
     held: Counter[BucketId] = Counter()
     for hold in holds:
         for draw in hold.draws:
             held[draw.bucket] += draw.amount
-    exposure = said.drawn[OVERAGE] - said.repaid
+    exposure = fold.drawn[OVERAGE] - fold.repaid
     return [
-        Row("records", tenant, said.drawn_nanos, said.charged, few(said.faults)),
-        Row("sequence", tenant, account.seq, said.entries, few(said.gaps_until(account.seq, account.chain)), "entries"),
-        *_prove_credit(tenant, account, said),
+        Row("records", tenant, fold.drawn_nanos, fold.charged, few(fold.faults)),
+        Row("sequence", tenant, account.seq, fold.entries, few(fold.gaps_until(account.seq, account.chain)), "entries"),
+        *_prove_credit(tenant, account, fold),
         *_prove_held(tenant, account, held, holds),
         Row("exposure", tenant, exposure, account.overage, "" if exposure == account.overage else "field overage"),
     ]
 
 
-def _prove_credit(tenant: TenantId, account: AccountState, said: Fold) -> list[Row]:
-    """Remaining = granted - taken back - drawn, for each unit.
+def _prove_credit(tenant: TenantId, account: AccountState, fold: Fold) -> list[Row]:
+    """Remaining = granted - clawed back - drawn, for each unit.
 
     Credit that pays a debt moves between buckets without an entry, which can happen only after something was
-    taken back or drawn beyond what was there. Until then every bucket must be right by itself.
+    clawed back or drawn beyond what was there. Until then every bucket must be right by itself.
     """
-    filled = {bucket.id: said.filled(bucket) for bucket, _ in account.buckets}
+    filled = {bucket.id: fold.filled(bucket) for bucket, _ in account.buckets}
     rows = []
     for unit in Unit:
         buckets = [(bucket, bucket.remaining + held) for bucket, held in account.buckets if bucket.unit is unit]
-        right = {bucket.id: filled[bucket.id] - said.drawn[bucket.id] for bucket, _ in buckets}
-        if unit is Unit.NANOS:  # what is gone has no unit of its own any more
-            gone = (said.granted.keys() | said.drawn.keys()) - filled.keys() - {OVERAGE}
-            right |= {name: said.granted[name] - said.clawed[name] - said.drawn[name] for name in gone}
+        right = {bucket.id: filled[bucket.id] - fold.drawn[bucket.id] for bucket, _ in buckets}
+        if unit is Unit.NANOS:  # a bucket that is gone has no unit any more
+            gone = (fold.granted.keys() | fold.drawn.keys()) - filled.keys() - {OVERAGE}
+            right |= {name: fold.granted[name] - fold.clawed[name] - fold.drawn[name] for name in gone}
         there = Counter({bucket.id: amount for bucket, amount in buckets})
         wrong = [
             f"bucket {b.id} says {b.granted} granted of {filled[b.id]}" for b, _ in buckets if b.granted != filled[b.id]
         ]
-        had_debt = said.has_taken or any(amount < 0 for amount in right.values())
+        had_debt = fold.has_taken or any(amount < 0 for amount in right.values())
         if not had_debt or sum(right.values()) != there.total():
             wrong += [
                 f"bucket {name} has {there[name]} of {right[name]}" for name in right if there[name] != right[name]

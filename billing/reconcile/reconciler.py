@@ -156,8 +156,8 @@ class Reconciler:
             if not all(row.is_exact for row in found):
                 continue
             at, folds = books.closed(states[number])
-            told_ms, told = asked.frozen.get(number, (books.mark.told_ms, books.mark.told))
-            mark = Mark(at, folds, told_ms, told)
-            if (mark.at, mark.told_ms) != (books.mark.at, books.mark.told_ms):
+            dodo_ms, dodo = asked.frozen.get(number, (books.mark.dodo_ms, books.mark.dodo))
+            mark = Mark(at, folds, dodo_ms, dodo)
+            if (mark.at, mark.dodo_ms) != (books.mark.at, books.mark.dodo_ms):
                 await Watermarks(self.redis).keep(Shard(number), mark)
                 books.mark = mark

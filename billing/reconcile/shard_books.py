@@ -1,6 +1,6 @@
-"""One shard's books: what its entries add up to so far, proved against what the store says at one moment.
+"""One shard's books: the sums of its entries so far, proved against the store at one moment.
 
-Reads each entry once; a later look goes on from there. Knows stream, archive and watermark, and no Dodo.
+Each entry is read once, from the watermark on; a later call goes on from there.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from billing.archive.files import Archive
 from billing.ledger.journal import Entry, order
 from billing.reconcile.books import OpenHold, ShardReader, ShardState
-from billing.reconcile.dodo_proofs import ShardExport, told
+from billing.reconcile.dodo_proofs import ShardExport, export_of
 from billing.reconcile.export_proofs import prove_export
 from billing.reconcile.fold import Fold
 from billing.reconcile.proofs import Row, prove_tenant
@@ -51,10 +51,10 @@ class ShardBooks:
         self.is_open = True
 
     async def look(self, registered: Collection[TenantId]) -> ShardState:
-        """The shard now. Raises what ``ShardReader.read`` does; nothing was taken in then."""
+        """The shard now. Raises what ``ShardReader.read`` does; nothing was added then."""
         state = await self._reader.read((*registered, *self.folds))
         for entry in state.entries:
-            self._take_in(entry)
+            self._add(entry)
         self._close()
         for tenant in state.accounts:
             self.folds.setdefault(tenant, Fold())
@@ -64,7 +64,7 @@ class ShardBooks:
         return state
 
     def prove(self, state: ShardState) -> list[Row]:
-        """Everything that can be proved of the shard without asking anybody else."""
+        """Everything that can be proved of the shard without Dodo."""
         holds: defaultdict[TenantId, list[OpenHold]] = defaultdict(list)
         for hold in state.holds:
             holds[hold.tenant].append(hold)
@@ -73,8 +73,8 @@ class ShardBooks:
             rows += prove_tenant(tenant, account, self.folds[tenant], holds[tenant])
         return rows + prove_export(state, self.folds.values())
 
-    def told(self, state: ShardState) -> ShardExport:
-        return told(state, self.folds)
+    def export(self, state: ShardState) -> ShardExport:
+        return export_of(state, self.folds)
 
     def closed(self, state: ShardState) -> tuple[str, dict[TenantId, str]]:
         """The next watermark's stream id and folds, once this is proved; the old ones where export is behind."""
@@ -84,7 +84,7 @@ class ShardBooks:
             return self.mark.at, dict(self.mark.folds)
         return at, {tenant: fold.to_json() for tenant, fold in folds.items()}
 
-    def _take_in(self, entry: Entry) -> None:
+    def _add(self, entry: Entry) -> None:
         if order(entry.id)[0] >= self.day_ms:
             self._close()
         fold = self.folds.setdefault(entry.tenant, Fold())

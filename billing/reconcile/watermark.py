@@ -1,7 +1,4 @@
-"""How far the books of a shard were proved, and what everything until there adds up to, kept as text.
-
-Knows keys; what the texts say is ``billing.reconcile``'s.
-"""
+"""Watermarks: how far the books of each shard were proved, and the sums of everything until there, as text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,8 +11,8 @@ from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import ALL_SHARDS, Shard
 from billing.usage import TenantId
 
-_AT, _TOLD_MS = "at", "told_ms"
-_FOLD, _TOLD = "fold:", "told:"
+_AT, _DODO_MS = "at", "told_ms"
+_FOLD, _DODO = "fold:", "told:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +21,8 @@ class Mark:
 
     at: str = START
     folds: Mapping[TenantId, str] = field(default_factory=dict)
-    told_ms: int = 0
-    told: Mapping[TenantId, str] = field(default_factory=dict)
+    dodo_ms: int = 0
+    dodo: Mapping[TenantId, str] = field(default_factory=dict)
 
 
 class Watermarks:
@@ -43,9 +40,9 @@ class Watermarks:
 
     async def keep(self, shard: Shard, mark: Mark) -> None:
         """In one step, in place of the one before."""
-        values: dict[str, str | int] = {_AT: mark.at, _TOLD_MS: mark.told_ms}
+        values: dict[str, str | int] = {_AT: mark.at, _DODO_MS: mark.dodo_ms}
         values |= {_FOLD + tenant: text for tenant, text in mark.folds.items()}
-        values |= {_TOLD + tenant: text for tenant, text in mark.told.items()}
+        values |= {_DODO + tenant: text for tenant, text in mark.dodo.items()}
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=True)
             pipe.delete(shard.proved)
@@ -54,7 +51,7 @@ class Watermarks:
 
 
 def _mark(raw: Mapping[str, str]) -> Mark:
-    return Mark(raw.get(_AT, START), _under(raw, _FOLD), int(raw.get(_TOLD_MS, 0)), _under(raw, _TOLD))
+    return Mark(raw.get(_AT, START), _under(raw, _FOLD), int(raw.get(_DODO_MS, 0)), _under(raw, _DODO))
 
 
 def _under(raw: Mapping[str, str], prefix: str) -> dict[TenantId, str]:

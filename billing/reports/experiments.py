@@ -17,7 +17,7 @@ from billing.usage import TenantId, UsageRecord
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One arm's part of the stretch."""
+    """One arm's part of the span."""
 
     experiment: str
     arm: str
@@ -39,9 +39,9 @@ def results(
     span_ms: tuple[int, int],
 ) -> list[ArmResult]:
     """Every arm of the experiments that ran in ``span_ms``, its end left out, in the configuration's order."""
-    everybody = {*tenants, *(record.tenant for record in records)}
+    everyone = {*tenants, *(record.tenant for record in records)}
     ran = [one for one in experiments if _ran_in(one, span_ms)]
-    return [result for one in ran for result in _arms(one, records, everybody, worth)]
+    return [result for one in ran for result in _arms(one, records, everyone, worth)]
 
 
 def _arms(

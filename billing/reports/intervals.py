@@ -1,6 +1,6 @@
-"""What an experiment says, with how sure it is: means by arm and their difference, each with its interval.
+"""Means by arm of an experiment and their differences, each with its confidence interval.
 
-The unit is the tenant, since arms stick to tenants: whoever used nothing counts as nothing. Knows numbers, no money.
+The unit is the tenant, since a tenant stays in its arm: one that used nothing counts as zero.
 Welch's interval (Biometrika 34, 1947), with Student's quantile after Abramowitz and Stegun 26.7.5.
 """
 
@@ -15,7 +15,7 @@ from billing.pricing.modifiers import Experiment
 from billing.usage import TenantId
 
 LEAST = 5
-"""Tenants of an arm without which nothing is said of it."""
+"""An arm with fewer tenants has no interval."""
 CONFIDENCE = 0.95
 
 

@@ -1,4 +1,4 @@
-"""The owner's figures of a stretch of time: revenue, cost and margin by plan, adapter and tenant, and who left.
+"""The owner's figures of a span of time: revenue, cost and margin by plan, adapter and tenant, and churn.
 
 Pure: from records, tenants and prices to rows. Money is what was earned, not what was paid in.
 """
@@ -29,7 +29,7 @@ class Line:
     list_nanos: Nanos = Nanos(0)
     revenue_nanos: Nanos = Nanos(0)
     cost_nanos: Nanos | None = None
-    """``None`` where nobody said what a GPU costs."""
+    """``None`` where the configuration has no cost of a GPU."""
 
     @property
     def margin_percent(self) -> int | None:
@@ -50,7 +50,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A stretch of time in figures; each list is ordered by revenue, the largest first."""
+    """A span of time in figures; each list is ordered by revenue, the largest first."""
 
     total: Line
     by_plan: Sequence[Line]
@@ -65,11 +65,11 @@ class Report:
     """The monthly prices of all subscriptions that are live now."""
     live_subscriptions: int
     ended_subscriptions: int
-    """Whose last period ended within the stretch."""
+    """Whose last period ended within the span."""
     active: frozenset[TenantId]
     """Tenants that used something."""
     lost: frozenset[TenantId]
-    """Tenants that used something in the stretch before and nothing in this one."""
+    """Tenants that used something in the span before and nothing in this one."""
     stayed: frozenset[TenantId]
 
     @property
@@ -112,7 +112,7 @@ def build(
     span_ms: tuple[int, int],
     now_ms: int,
 ) -> Report:
-    """Add up the records of ``span_ms``, its end left out; ``active_before`` used something in the stretch before."""
+    """Add up the records of ``span_ms``, its end left out; ``active_before`` used something in the span before."""
     sums: defaultdict[str, _Sums] = defaultdict(lambda: _Sums(worth))
     statuses: Counter[str] = Counter()
     hours = [0] * HOURS

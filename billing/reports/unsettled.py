@@ -1,7 +1,4 @@
-"""What is open in the ledger at one moment, how much and since when: for people, never for bills.
-
-Reads only; knows where holds and streams lie.
-"""
+"""What is open in the ledger at one moment, how much and since when: for people, never for bills."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +26,7 @@ class Unsettled:
     oldest_unsealed_s: int = 0
     """Since the first record that no export window has."""
     unresolved: int = 0
-    """Settles that a person must look at: whether they were ever charged nobody can be sure of."""
+    """Settlements that only a person can decide about: whether they were charged before cannot be known."""
 
 
 async def unsettled(redis: Redis) -> Unsettled:

@@ -1,7 +1,4 @@
-"""What a drawn unit of credit earned its owner: a pack's or a subscription's price, spread over what it granted.
-
-Knows how buckets are named; knows no record's total.
-"""
+"""What a drawn unit of credit earned its owner: a pack's or a subscription's price, spread over what it granted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +29,7 @@ class Worth:
             return self._of_pack(draw.amount, rest.rpartition(":")[2])
         if kind == "allowance":
             return self._of_allowance(draw.amount, plan_name)
-        return 0  # an operator's gift
+        return 0  # granted by the operator
 
     def _of_pack(self, amount: int, product_id: str) -> int:
         name = self.products.get(product_id, "").removeprefix("pack:")

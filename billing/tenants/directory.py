@@ -34,7 +34,7 @@ CACHE_S = 0.9
 MAX_CACHED = 20_000
 SECRET_LENGTH_MAX = 128
 LICENCE_LENGTH_MIN = 16
-"""A shorter one could be guessed: it is no key, whoever issued it."""
+"""A shorter one could be guessed: it is not accepted."""
 LIST_SILENCE_S = 5.0
 
 log = logging.getLogger("farebox.billing.tenants.directory")
@@ -164,7 +164,7 @@ class Tenants:
         )
 
     async def expire_key(self, tenant_id: TenantId, key_id: str, at_ms: int) -> ApiKey:
-        """Let a key end at a moment, unless it ends before it anyway. Told again, it keeps the first one.
+        """Let a key end at a moment, unless it ends before it anyway. Repeated, it keeps the first moment.
 
         Raises:
             UnknownKey: the tenant has none of that id.
@@ -228,12 +228,12 @@ class Tenants:
         return key
 
     async def principal(self, secret: str) -> Principal:
-        """Who sends a request with this secret.
+        """The key and tenant that this secret belongs to.
 
         Raises:
             InvalidKey: it is missing, malformed, unknown, revoked or expired.
             TenantSuspended: its tenant may not use anything.
-            StoreUnavailable: nobody can say.
+            StoreUnavailable: the store does not answer.
         """
         _check_form(secret)
         digest, now = hash_key(secret), time.monotonic()

@@ -1,7 +1,4 @@
-"""Who buys: tenants, their API keys and their Dodo subscriptions, as plain values.
-
-Knows how a key is made and recognised; knows no store.
-"""
+"""Tenants, their API keys and their Dodo subscriptions, as plain values; how a key is made and hashed."""
 
 import hashlib
 import secrets
@@ -17,7 +14,7 @@ from billing.usage import TenantId
 
 KEY_PREFIX = "fbx_"
 SHOWN_DIGITS = 8
-"""Characters of a key that are kept in clear, so that its owner can tell keys apart."""
+"""Characters of a key that are stored in clear, so that its owner can distinguish keys."""
 
 TenantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
@@ -80,7 +77,7 @@ class Subscription(_Stored):
         return self.status is SubscriptionStatus.PAST_DUE and now_ms < (self.past_due_ends_at_ms or 0)
 
     def is_overdue(self, now_ms: int) -> bool:
-        """Its period ended, and nothing was heard of the next."""
+        """Its period ended, and no event of the next has come."""
         return self.is_live(now_ms) and now_ms > self.period_end_ms
 
     def is_resting(self, now_ms: int) -> bool:

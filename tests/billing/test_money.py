@@ -8,7 +8,7 @@ from billing.money import MAX_BALANCE_NANOS, AmountError, divide_up, format_usd,
 
 
 @given(st.integers(-MAX_BALANCE_NANOS, MAX_BALANCE_NANOS))
-def test_what_is_written_reads_back_the_same(nanos: int) -> None:
+def test_amount_written_reads_back_the_same(nanos: int) -> None:
     assert parse_usd(format_usd(nanos)) == nanos
     assert parse_usd(format_usd(nanos, decimals=0)) == nanos
 
@@ -17,12 +17,12 @@ def test_what_is_written_reads_back_the_same(nanos: int) -> None:
     ("text", "nanos"),
     [("0", 0), ("1", 10**9), ("0.000000001", 1), ("-0.5", -500_000_000), (" 12.50 ", 12_500_000_000)],
 )
-def test_an_amount_is_read_to_the_nano(text: str, nanos: int) -> None:
+def test_amount_is_read_to_the_nano(text: str, nanos: int) -> None:
     assert parse_usd(text) == nanos
 
 
 @pytest.mark.parametrize("text", ["", "1.", ".5", "1e3", "1,5", "0.0000000001", "+1", "NaN", "--1", "1 2", "٣"])
-def test_what_is_no_amount_is_refused(text: str) -> None:
+def test_text_that_is_no_amount_is_refused(text: str) -> None:
     with pytest.raises(AmountError):
         parse_usd(text)
 
@@ -46,6 +46,6 @@ def test_division_rounds_up_by_less_than_one(dividend: int, divisor: int) -> Non
     assert 0 <= divide_up(dividend, divisor) * divisor - dividend < divisor
 
 
-def test_a_negative_charge_is_our_bug() -> None:
+def test_negative_charge_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError):
         divide_up(-1, 10)

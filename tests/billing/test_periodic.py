@@ -13,12 +13,16 @@ import psutil
 import pytest
 from redis.asyncio import Redis
 
-from billing.dodo.client import DodoSettings
+from billing import sweep as sweeps
+from billing.dodo.settings import DodoSettings
 from billing.export.outbox import Outbox
+from billing.ledger.account import Grant
+from billing.notices.log import Notices
+from billing.notices.notice import NoticeKind
 from billing.periodic import LATE_S, LIMIT_S, Intervals, Parts, PeriodicTaskLate, PeriodicTasks, assemble
 from billing.store.connection import connect
 from billing.tenants.tenant import Tenant
-from billing.usage import TenantId
+from billing.usage import TenantId, Unit
 from cluster import valkey
 from cluster.dodo_sandbox.server import SandboxServer
 from deployments.billing_actor import BillingActor
@@ -40,7 +44,7 @@ async def until(is_so: Callable[[], object], wait_s: float = WAIT_S) -> None:
 
 
 @pytest.fixture
-async def pump(store_url: str, sandbox: SandboxServer) -> AsyncIterator[PeriodicTasks]:
+async def tasks(store_url: str, sandbox: SandboxServer) -> AsyncIterator[PeriodicTasks]:
     async def open_parts() -> Parts:
         return assemble(await connect(store_url), DodoSettings(API_KEY, SECRET, base_url=sandbox.url), 60_000)
 
@@ -50,20 +54,20 @@ async def pump(store_url: str, sandbox: SandboxServer) -> AsyncIterator[Periodic
     await made.stop()
 
 
-async def test_a_new_tenant_gets_a_customer_and_its_usage_reaches_dodo(world: World, pump: PeriodicTasks) -> None:
+async def test_new_tenant_gets_a_customer_and_its_usage_is_exported(world: World, tasks: PeriodicTasks) -> None:
     await world.tenant("acme", has_customer=False)
     await world.use("acme", overage=40)
 
     async def is_told() -> bool:
-        return (await world.told()) == world.sums
+        return (await world.exported()) == world.sums
 
     await until(is_told)
-    parts = await pump.parts()
+    parts = await tasks.parts()
     await until(lambda: parts.counters.by_tenant[TenantId("acme")].overage_nanos == 40)
-    pump.check()
+    tasks.check()
 
 
-async def test_a_tenant_that_dodo_refuses_keeps_nobody_waiting(world: World, pump: PeriodicTasks) -> None:
+async def test_refused_customer_keeps_no_other_waiting(world: World, tasks: PeriodicTasks) -> None:
     await world.tenants.create(Tenant(id=TenantId("bad"), email="no address", plan="prepaid"))
     await world.tenant("good", has_customer=False)
 
@@ -75,7 +79,7 @@ async def test_a_tenant_that_dodo_refuses_keeps_nobody_waiting(world: World, pum
     assert await world.tenants.customers_wanted() == ["bad"]
 
 
-async def test_parked_webhooks_are_applied_when_they_can_be(world: World, pump: PeriodicTasks) -> None:
+async def test_parked_webhook_is_applied_when_it_can_be(world: World, tasks: PeriodicTasks) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     await world.fault("status:500", path="/payments")
@@ -91,7 +95,7 @@ async def test_parked_webhooks_are_applied_when_they_can_be(world: World, pump: 
     await until(is_paid)
 
 
-async def test_the_last_flush_happens_at_the_end(world: World, store_url: str, sandbox: SandboxServer) -> None:
+async def test_stop_flushes_once_more(world: World, store_url: str, sandbox: SandboxServer) -> None:
     async def open_parts() -> Parts:
         return assemble(await connect(store_url), DodoSettings(API_KEY, SECRET, base_url=sandbox.url), 60_000)
 
@@ -101,18 +105,10 @@ async def test_the_last_flush_happens_at_the_end(world: World, store_url: str, s
     await world.tenant("acme")
     await world.use("acme")
     await slow.stop()
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
 
 
-async def test_a_manual_flush_and_the_timer_do_no_harm_to_each_other(world: World, pump: PeriodicTasks) -> None:
-    await world.tenant("acme")
-    for _ in range(10):
-        await world.use("acme", overage=1)
-        await pump.flush()
-    assert_same(await world.told(), world.sums)
-
-
-async def test_a_store_that_is_away_is_waited_for_and_the_status_says_so(
+async def test_unavailable_store_is_waited_for_and_shown_in_status(
     tmp_path_factory: pytest.TempPathFactory, sandbox: SandboxServer
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
@@ -121,32 +117,67 @@ async def test_a_store_that_is_away_is_waited_for_and_the_status_says_so(
     async def open_parts() -> Parts:
         return assemble(await connect(url), DodoSettings(API_KEY, SECRET, base_url=sandbox.url), 60_000)
 
-    pump = PeriodicTasks(open_parts, FAST)
-    pump.start()
-    await until(lambda: all(status.failures for status in pump.statuses()))
-    assert all("StoreUnavailable" in status.last_error for status in pump.statuses())
-    pump.check()
+    tasks = PeriodicTasks(open_parts, FAST)
+    tasks.start()
+    await until(lambda: all(status.failures for status in tasks.statuses()))
+    assert all("StoreUnavailable" in status.last_error for status in tasks.statuses())
+    tasks.check()
     for _ in range(2):
         server = valkey.start(folder)
-        await until(lambda: not any(status.failures for status in pump.statuses()))
+        await until(lambda: not any(status.failures for status in tasks.statuses()))
         server.kill()
-        await until(lambda: all(status.failures for status in pump.statuses()))
-        pump.check()
-    await pump.stop()
+        await until(lambda: all(status.failures for status in tasks.statuses()))
+        tasks.check()
+    await tasks.stop()
 
 
-async def test_a_timer_that_stands_still_is_unhealthy(pump: PeriodicTasks) -> None:
-    pump.check()
-    pump.tasks[0].beat_s -= pump.tasks[0].interval_s + LIMIT_S + LATE_S + 1
+async def test_notices_are_recorded_past_a_tenant_that_cannot_be_read(world: World, tasks: PeriodicTasks) -> None:
+    for name in ("aaa", "acme"):
+        await world.tenant(name)
+        await world.ledger.grant(Grant("payment:pay_1:prd_1", TenantId(name), Unit.NANOS, 5))
+    await world.spoil("aaa")
+    for name in ("aaa", "acme"):
+        await world.use(name)
+
+    async def is_recorded() -> bool:
+        return [one.tenant for one in await Notices(world.redis).newest()] == ["acme"]
+
+    await until(is_recorded)
+    status = next(one for one in tasks.statuses() if one.name == "notices")
+    assert (status.failures, status.last_error, status.failing_items) == (0, "", 1)
+    assert status.first_failing.startswith("aaa: ValidationError")
+
+
+async def test_item_that_stays_stuck_is_named_by_one_notice(
+    world: World, tasks: PeriodicTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "FIRST_RETRY_MS", 1)
+    await world.tenant("aaa", has_customer=False)
+    await world.spoil("aaa")
+
+    async def is_named() -> bool:
+        return bool(await Notices(world.redis).newest())
+
+    await until(is_named)
+    runs = tasks.statuses()[2].runs
+    await until(lambda: tasks.statuses()[2].runs > runs + 3)
+    (notice,) = await Notices(world.redis).newest()
+    assert (notice.kind, notice.facts["task"], notice.facts["item"]) == (NoticeKind.ITEM_STUCK, "customers", "aaa")
+    assert "ValidationError" in notice.facts["error"]
+
+
+async def test_late_timer_is_unhealthy(tasks: PeriodicTasks) -> None:
+    tasks.check()
+    tasks.tasks[0].started_s -= tasks.tasks[0].interval_s + LIMIT_S + LATE_S + 1
     with pytest.raises(PeriodicTaskLate, match="flush"):
-        pump.check()
+        tasks.check()
 
 
-async def test_an_ended_timer_is_unhealthy(pump: PeriodicTasks) -> None:
-    pump._tasks[1].cancel()
+async def test_ended_timer_is_unhealthy(tasks: PeriodicTasks) -> None:
+    tasks._timers[1].cancel()
     await asyncio.sleep(0.01)
     with pytest.raises(PeriodicTaskLate, match="expire"):
-        pump.check()
+        tasks.check()
 
 
 @pytest.fixture
@@ -172,7 +203,7 @@ def short_dir() -> Iterator[str]:
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")
-async def test_the_actor_survives_a_kill_and_tells_everything_once(
+async def test_killed_actor_is_replaced_and_exports_everything_once(
     world: World, environ: dict[str, str], short_dir: str, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a local start would else write a token to the home folder
@@ -201,7 +232,7 @@ async def test_the_actor_survives_a_kill_and_tells_everything_once(
         os.kill(before, signal.SIGKILL)
         await world.use("acme", overage=2)
         await until(lambda: _is_clear(outbox), 90)
-        assert_same(await world.told(), world.sums)
+        assert_same(await world.exported(), world.sums)
         assert before not in _actor_pids()
     finally:
         await asyncio.to_thread(serve.shutdown)
@@ -217,14 +248,12 @@ async def _is_clear(outbox: Outbox) -> bool:
     return is_clear(await outbox.backlog())
 
 
-async def test_the_actor_is_an_ordinary_class_that_needs_its_environment(
-    world: World, environ: dict[str, str], redis: Redis
-) -> None:
+async def test_actor_runs_without_ray(world: World, environ: dict[str, str], redis: Redis) -> None:
     actor = BillingActor(BillingArgs(flush_interval_s=0.2))
     await world.tenant("acme")
     await world.use("acme", overage=5)
     await actor.check_health()
     await until(lambda: _is_clear(Outbox(redis)))
-    assert_same(await world.told(), world.sums)
+    assert_same(await world.exported(), world.sums)
     await actor.close()
     assert actor.__del__() is None, "nothing is left to close"

@@ -75,7 +75,7 @@ async def test_item_is_stuck_after_several_failures(sweep: Sweep, clock: Stepped
     assert sweep.failing[0].is_stuck
 
 
-async def test_failures_in_a_row_end_the_run_and_the_next_goes_on_behind_them(sweep: Sweep) -> None:
+async def test_failures_in_a_row_end_the_run(sweep: Sweep) -> None:
     items = [f"item-{number:02d}" for number in range(20)]
     tried: list[str] = []
     with pytest.raises(ValueError, match="item-04 is broken"):
@@ -84,7 +84,7 @@ async def test_failures_in_a_row_end_the_run_and_the_next_goes_on_behind_them(sw
     assert await sweep.run(items, failing()) == [item.upper() for item in items[FAILURES_IN_A_ROW:]]
 
 
-async def test_a_success_between_failures_keeps_the_run_going(sweep: Sweep) -> None:
+async def test_success_between_failures_keeps_the_run_going(sweep: Sweep) -> None:
     items = [f"{number}{kind}" for number in range(10) for kind in ("-bad", "-good")]
     assert len(await sweep.run(items, failing(*items[::2]))) == 10
 
@@ -101,7 +101,7 @@ async def test_error_that_ends_the_run_counts_for_no_item(clock: SteppedClock) -
     assert sweep.failing == ()
 
 
-async def test_end_of_run_lets_the_item_and_those_behind_it_come_first_next_time(sweep: Sweep) -> None:
+async def test_run_after_end_of_run_begins_at_that_item(sweep: Sweep) -> None:
     calls: list[str] = []
 
     async def act(item: str) -> str:
@@ -116,7 +116,7 @@ async def test_end_of_run_lets_the_item_and_those_behind_it_come_first_next_time
     assert await sweep.run("abcd", act) == ["c", "d"]
 
 
-async def test_run_that_is_cut_off_goes_on_behind_the_item_that_it_came_to(sweep: Sweep) -> None:
+async def test_run_after_a_cut_off_begins_behind_that_item(sweep: Sweep) -> None:
     async def hang(item: str) -> str:
         if item == "b":
             await asyncio.sleep(60)

@@ -1,4 +1,4 @@
-"""Auto-refills in the store: one value per tenant, changed only where nobody else changed it meanwhile."""
+"""Auto-refills in the store: one value per tenant, replaced only where no other process changed it meanwhile."""
 
 from collections.abc import Callable
 
@@ -43,6 +43,6 @@ class Refills:
         return refill
 
     async def tenants(self) -> list[TenantId]:
-        """Who has set one up, on or off."""
+        """Tenants that have set one up, on or off."""
         async with guarded(BULK_DEADLINE_S):
             return [TenantId(str(one)) for one in sorted(await self._redis.smembers(REFILLS))]

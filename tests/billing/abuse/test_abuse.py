@@ -10,6 +10,8 @@ from billing.abuse.addresses import AddressSketches
 from billing.abuse.enforcer import LEFT_ALONE_MS, AbuseEnforcer
 from billing.abuse.rules import HOUR_MS, Habits, Reason, UsedKey
 from billing.catalog.abuse import Abuse
+from billing.catalog.catalog import Catalog, Model
+from billing.catalog.plans import Plan
 from billing.ledger.admission import Admission
 from billing.ledger.errors import RateLimited, SpendCapReached
 from billing.ledger.ledger import Ledger
@@ -21,9 +23,8 @@ from billing.sweep import Sweep
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Principal, Tenant, new_key
 from billing.usage import RequestId, Status, TenantId, Usage, UsageRecord
-from tests.billing.ledger.test_admission import CATALOG, PIRATE
 from tests.support.clock import SteppedClock
-from tests.support.samples import ACME, money, settlement
+from tests.support.samples import ACME, PER_TOKEN, money, settlement
 
 NOW = 1_000 * HOUR_MS
 KEY: UsedKey = (ACME, "key_1")
@@ -73,9 +74,7 @@ USUAL = [record(hours_ago, usd=1) for hours_ago in (30, 20, 10)]
         ([], 1_000, False),
     ],
 )
-def test_spend_is_unusual_against_the_key_s_own_busy_hours(
-    before: list[UsageRecord], usd: int, is_unusual: bool
-) -> None:
+def test_spend_is_judged_against_the_keys_busy_hours(before: list[UsageRecord], usd: int, is_unusual: bool) -> None:
     assert found(*before, record(0, usd=usd)) == ([Reason.SPEND] if is_unusual else [])
 
 
@@ -102,11 +101,11 @@ def test_maximal_answers_for_hours_look_like_scraping(
 
 
 @pytest.mark.parametrize(("count", "expected"), [(5, []), (6, [Reason.ADDRESSES])])
-def test_a_key_is_used_from_a_few_addresses(count: int, expected: list[Reason]) -> None:
+def test_key_used_from_many_addresses_is_unusual(count: int, expected: list[Reason]) -> None:
     assert found(record(0), addresses={KEY: count}) == expected
 
 
-def test_a_key_that_rests_is_not_judged_and_a_week_is_remembered() -> None:
+def test_idle_key_is_not_judged_and_a_week_is_remembered() -> None:
     assert found(*USUAL, record(1, usd=1_000)) == []
     habits = Habits()
     habits.note(record(169))
@@ -132,9 +131,7 @@ def enforcer(tenants: Tenants, store: Redis, clock: SteppedClock, *records: Usag
     return AbuseEnforcer(tenants, Notices(store), AddressSketches(store, clock), habits, clock)
 
 
-async def test_a_key_is_quarantined_and_its_owner_told_once(
-    tenants: Tenants, store: Redis, clock: SteppedClock
-) -> None:
+async def test_key_is_throttled_and_noticed_once(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
     guard = enforcer(tenants, store, clock, *USUAL, record(0, usd=500))
     assert [await guard.run_once(ABUSE, Sweep("abuse")), await guard.run_once(ABUSE, Sweep("abuse"))] == [1, 0]
     [notice] = await Notices(store).newest()
@@ -150,7 +147,7 @@ async def test_a_key_is_quarantined_and_its_owner_told_once(
     assert (why.reason, why.since_ms) == ("unusual_spend", NOW)
 
 
-async def test_a_lifted_key_is_left_alone_for_a_day(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
+async def test_lifted_key_is_left_alone_for_a_day(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
     await enforcer(tenants, store, clock, *USUAL, record(0, usd=500)).run_once(ABUSE, Sweep("abuse"))
     assert (await tenants.lift_key(ACME, "key_1")).throttled is None
     for later, is_put_back in ((LEFT_ALONE_MS - 1, False), (LEFT_ALONE_MS, True)):
@@ -160,7 +157,7 @@ async def test_a_lifted_key_is_left_alone_for_a_day(tenants: Tenants, store: Red
         assert ((await tenants.key(ACME, "key_1")).throttled is not None) == is_put_back
 
 
-async def test_nothing_is_watched_where_the_owner_says_so(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
+async def test_abuse_detection_can_be_switched_off(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
     guard = enforcer(tenants, store, clock, *USUAL, record(0, usd=500), record(0, usd=500, key_id="key_gone"))
     assert await guard.run_once(ABUSE.model_copy(update={"watch": False}), Sweep("abuse")) == 0
     assert (await tenants.key(ACME, "key_1")).throttled is None
@@ -183,7 +180,7 @@ async def test_key_is_throttled_though_another_cannot_be_read(
     assert [one.id for one in sweep.failing] == [f"aaa/{key.id}"]
 
 
-async def test_addresses_are_estimated_and_none_is_kept(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
+async def test_addresses_are_estimated_and_not_stored(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
     gateways = [AddressSketches(store, clock) for _ in range(2)]
     for number in range(8):
         for gateway in gateways:
@@ -198,7 +195,11 @@ async def test_addresses_are_estimated_and_none_is_kept(tenants: Tenants, store:
     assert await gateways[0].counts([KEY]) == {KEY: 0}
 
 
-async def test_in_quarantine_a_key_may_do_little_and_the_others_all(
+PIRATE = Model(id="pirate", price=PER_TOKEN)
+CATALOG = Catalog(models=(PIRATE,), plans={"prepaid": Plan(kind="prepaid")}, default_plan="prepaid")
+
+
+async def test_throttled_key_is_limited_and_others_are_not(
     ledger: Ledger, tenants: Tenants, store: Redis, clock: SteppedClock
 ) -> None:
     await ledger.grant(money(10_000_000))

@@ -42,7 +42,7 @@ async def live(house: House) -> int:
     return sum([await house.redis.xlen(shard_for(tenant).stream) for tenant in (ACME, ZETA)])
 
 
-async def test_what_is_read_back_is_what_was_in_the_stream(house: House, archive: Archive) -> None:
+async def test_archive_reads_back_the_stream(house: House, archive: Archive) -> None:
     stream = await house.redis.xrange(shard_for(ACME).stream)
     before = await live(house)
     report = await archiver(house, archive).run_once(Sweep("archive"))
@@ -91,7 +91,7 @@ async def test_pages_go_on_from_the_stream_into_the_archive(house: House, archiv
     assert tuple(found) == whole
 
 
-async def test_the_books_are_proved_over_stream_and_archive_together(house: House, archive: Archive) -> None:
+async def test_books_are_proved_over_stream_and_archive_together(house: House, archive: Archive) -> None:
     await archiver(house, archive).run_once(Sweep("archive"))
     await house.serve("req_after")
     await house.flush()
@@ -100,7 +100,7 @@ async def test_the_books_are_proved_over_stream_and_archive_together(house: Hous
     assert report.is_clean
 
 
-async def test_a_lost_file_of_the_archive_is_found(house: House, archive: Archive, tmp_path: Path) -> None:
+async def test_missing_archive_file_is_a_fault(house: House, archive: Archive, tmp_path: Path) -> None:
     await archiver(house, archive).run_once(Sweep("archive"))
     for file in (tmp_path / "archive").glob(f"date=*/s{shard_for(ACME).number:02d}_*.parquet"):
         file.unlink()
@@ -108,7 +108,7 @@ async def test_a_lost_file_of_the_archive_is_found(house: House, archive: Archiv
     assert any(row.tenant == ACME and row.proof == "sequence" for row in report.faults)
 
 
-async def test_what_is_not_sealed_for_export_stays(house: House, archive: Archive) -> None:
+async def test_unsealed_entries_stay(house: House, archive: Archive) -> None:
     await house.serve("req_unsealed")
     await archiver(house, archive).run_once(Sweep("archive"))
     assert await live(house) == 1
@@ -118,12 +118,12 @@ async def test_what_is_not_sealed_for_export_stays(house: House, archive: Archiv
     assert await live(house) == 0
 
 
-async def test_what_is_young_stays(house: House, archive: Archive) -> None:
+async def test_young_entries_stay(house: House, archive: Archive) -> None:
     report = await archiver(house, archive, keep_ms=60_000).run_once(Sweep("archive"))
     assert (report.archived, report.trimmed) == (0, 0)
 
 
-async def test_nothing_is_trimmed_that_is_not_archived(house: House) -> None:
+async def test_unarchived_entries_are_not_trimmed(house: House) -> None:
     before = await live(house)
     assert await ArchiveCursor(house.redis).trim(shard_for(ACME), 0) == 0
     assert await live(house) == before
@@ -143,7 +143,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("point", ["move", "trim"])
-async def test_a_kill_after_the_files_are_written_repeats_harmlessly(
+async def test_archiving_repeats_harmlessly_after_a_kill(
     house: House, archive: Archive, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def die(*_: object) -> int:
@@ -171,7 +171,7 @@ async def test_of_two_archivers_one_moves_the_cursor(house: House) -> None:
     assert await cursor.links(shard) == {ACME: Link(2, "ab")}
 
 
-async def test_a_gap_keeps_its_shard_in_the_stream_and_no_other(house: House, archive: Archive) -> None:
+async def test_gap_keeps_its_shard_alone_in_the_stream(house: House, archive: Archive) -> None:
     stream = shard_for(ACME).stream
     entries = await house.redis.xrange(stream)
     await house.redis.xdel(stream, entries[3][0])
@@ -181,7 +181,7 @@ async def test_a_gap_keeps_its_shard_in_the_stream_and_no_other(house: House, ar
     assert await house.redis.xlen(shard_for(ZETA).stream) == 0
 
 
-async def test_an_altered_entry_keeps_its_shard_in_the_stream_and_is_named(house: House, archive: Archive) -> None:
+async def test_altered_entry_keeps_its_shard_alone_in_the_stream(house: House, archive: Archive) -> None:
     stream = shard_for(ACME).stream
     *_, (entry, fields) = await house.redis.xrange(stream)
     await house.redis.xdel(stream, entry)
@@ -200,7 +200,7 @@ def test_numbers_go_on_by_one(numbers: Sequence[int]) -> None:
     assert advance({ACME: Link(numbers[0] - 1)}, entries[:1]) == {ACME: Link(numbers[0], entries[0].chain)}
 
 
-def test_an_entry_that_was_altered_or_put_elsewhere_breaks_the_chain() -> None:
+def test_altered_or_moved_entry_breaks_the_chain() -> None:
     first = _linked("1-0", 1, "")
     second = _linked("2-0", 2, first.chain)
     assert advance({}, [first, second]) == {ACME: Link(2, second.chain)}
@@ -244,20 +244,20 @@ def test_entries_lie_by_their_date_and_a_range_reads_only_its_days(archive: Arch
     assert archive.last(shard) == entries[-1].id
 
 
-def test_a_file_that_was_not_finished_is_no_file(archive: Archive, tmp_path: Path) -> None:
+def test_unfinished_file_is_ignored(archive: Archive, tmp_path: Path) -> None:
     archive.write(Shard(7), [Entry("1-0", "grant", ACME, "{}")])
     (tmp_path / "archive/date=1970-01-01/.s07_2-0_3-0.parquet.draft").write_bytes(b"PAR1")
     assert [entry.id for entry in archive.read(Shard(7))] == ["1-0"]
 
 
-def test_a_broken_file_is_an_error_and_never_less_usage(archive: Archive, tmp_path: Path) -> None:
+def test_broken_file_is_an_error(archive: Archive, tmp_path: Path) -> None:
     archive.write(Shard(7), [Entry("1-0", "grant", ACME, "{}")])
     (tmp_path / "archive/date=1970-01-01/s07_2-0_3-0.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(ArchiveUnavailable):
         archive.read(Shard(7))
 
 
-def test_any_filesystem_will_do() -> None:
+def test_archive_on_any_filesystem() -> None:
     archive = Archive("memory://farebox-archive")
     entry = Entry("1-0", "grant", ACME, "{}")
     archive.write(Shard(7), [entry])
@@ -276,7 +276,7 @@ async def test_usage_and_books_are_the_same_over_an_archive_of_any_filesystem(ho
     assert (await Reconciler(house.redis, house.dodo, await history.archive_of(house.redis)).run()).is_clean
 
 
-async def test_an_entry_altered_in_the_stream_after_it_was_archived_is_named(
+async def test_entry_altered_in_the_stream_after_it_was_archived_is_named(
     house: House, archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await archiver(house, archive).run_once(Sweep("archive"))
@@ -298,12 +298,12 @@ async def _nothing(*_: object) -> int:
     return 0
 
 
-def test_an_unknown_kind_of_url_is_refused() -> None:
+def test_unknown_kind_of_url_is_refused() -> None:
     with pytest.raises(ArchiveUnavailable):
         Archive("carrier-pigeon://roost")
 
 
-async def test_everyone_finds_the_archive_in_the_store(house: House, archive: Archive) -> None:
+async def test_archive_address_is_in_the_store(house: House, archive: Archive) -> None:
     assert await archive_url(house.redis) == ""
     await archiver(house, archive).run_once(Sweep("archive"))
     assert await archive_url(house.redis) == archive.url

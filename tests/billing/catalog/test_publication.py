@@ -9,7 +9,7 @@ from tests.support.world import CATALOG
 NOW = 1_795_000_000_000
 
 
-async def test_the_catalogue_in_force_comes_back_as_it_was_published(redis: Redis) -> None:
+async def test_published_catalog_reads_back_the_same(redis: Redis) -> None:
     assert await publication.current(redis) is None
     catalog = Catalog.model_validate(CATALOG)
     hash_ = await publication.publish(redis, catalog, "gw_1", NOW)

@@ -12,13 +12,13 @@ from billing.ledger.admission import plan_of
 from billing.store import keys
 from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
-from tests.billing.commerce.test_offers import CATALOG, NOON
+from tests.support.offers import CATALOG, NOON
 
 OLD = Catalog.model_validate(CATALOG)
 NEW = Catalog.model_validate(CATALOG | {"plans": {"prepaid": {"kind": "prepaid"}}})
 
 
-async def test_the_board_tells_of_plans_that_are_gone(redis: Redis) -> None:
+async def test_current_catalog_has_retired_plans(redis: Redis) -> None:
     await publication.publish(redis, OLD, "gw", NOON)
     assert (await publication.current(redis)) == OLD
     await publication.publish(redis, NEW, "gw", NOON)
@@ -29,7 +29,7 @@ async def test_the_board_tells_of_plans_that_are_gone(redis: Redis) -> None:
     assert plan_of(tenant, found) == OLD.plans["club"]
 
 
-async def test_a_plan_is_remembered_as_it_last_was(redis: Redis) -> None:
+async def test_retired_plan_is_kept_as_it_last_was(redis: Redis) -> None:
     dearer = CATALOG | {"plans": CATALOG["plans"] | {"club": {"kind": "pay_as_you_go", "credit_limit": "3"}}}  # type: ignore[operator]
     for catalog in (OLD, Catalog.model_validate(dearer), NEW):
         await publication.publish(redis, catalog, "gw", NOON)
@@ -37,9 +37,7 @@ async def test_a_plan_is_remembered_as_it_last_was(redis: Redis) -> None:
     assert plan == Plan.model_validate({"kind": "pay_as_you_go", "credit_limit": "3"})
 
 
-async def test_a_plan_that_another_version_wrote_is_told_and_left_out(
-    redis: Redis, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_unreadable_plan_is_logged_and_left_out(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
     await publication.publish(redis, OLD, "gw", NOON)
     await redis.hset(keys.PLANS, "club", '{"kind": "barter"}')
     with caplog.at_level(logging.WARNING):

@@ -23,7 +23,7 @@ async def declined(world: World) -> dict[str, object]:
     return payment
 
 
-async def test_a_failed_payment_is_told_once_with_its_reason(world: World) -> None:
+async def test_failed_payment_is_noticed_once(world: World) -> None:
     await world.tenant("acme")
     payment = await declined(world)
     for webhook_id in ("msg_1", "msg_1", "msg_2"):
@@ -35,7 +35,7 @@ async def test_a_failed_payment_is_told_once_with_its_reason(world: World) -> No
     assert (await world.ledger.account(ACME)).buckets == ()
 
 
-async def test_a_strangers_failed_payment_is_kept_and_tells_nobody(world: World) -> None:
+async def test_failed_payment_of_unknown_customer_makes_no_notice(world: World) -> None:
     await world.tenant("acme")
     payment = await declined(world)
     stranger = payment | {"customer": {"customer_id": "cus_nobody"}}
@@ -44,7 +44,7 @@ async def test_a_strangers_failed_payment_is_kept_and_tells_nobody(world: World)
 
 
 @pytest.mark.parametrize("grace_days", [0, 3])
-async def test_a_failing_renewal_is_told_from_its_failure_to_its_end(world: World, grace_days: int) -> None:
+async def test_failing_renewal_is_noticed_from_start_to_end(world: World, grace_days: int) -> None:
     await world.tenant("acme", plan="payg")
     one = str((await world.buy("acme", "plan:payg"))["subscription_id"])
     customer = (await world.tenants.get(ACME)).dodo_customer_id

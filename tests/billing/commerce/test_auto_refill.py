@@ -13,7 +13,7 @@ from billing.notices.log import Notices
 from billing.notices.notice import NoticeKind
 from billing.tenants.tenant import Subscription, SubscriptionStatus
 from billing.usage import BucketId, TenantId, Unit
-from tests.billing.commerce.test_webhooks import AUTH, balance
+from tests.support.purchases import AUTH, balance
 from tests.support.samples import request
 from tests.support.world import DAY, World, delivery
 
@@ -52,7 +52,7 @@ async def decline(world: World, declines: bool = True) -> None:
     await world.operator.post(f"/_sandbox/customers/{customer}/card", json={"declines": declines})
 
 
-async def test_a_low_balance_is_filled_once_and_told(world: World) -> None:
+async def test_low_balance_is_refilled_once(world: World) -> None:
     refills = await low(world)
     assert await refiller(world).run_once(world.sweep()) == 1
     assert await balance(world) == 5 * USD
@@ -66,14 +66,14 @@ async def test_a_low_balance_is_filled_once_and_told(world: World) -> None:
     assert (notice.kind, notice.tenant, notice.facts["amount_usd"]) == (NoticeKind.REFILL_SUCCEEDED, ACME, "5.00")
 
 
-async def test_an_allowance_that_no_request_can_draw_on_keeps_no_card_from_being_charged(world: World) -> None:
+async def test_allowance_of_another_plan_does_not_prevent_a_refill(world: World) -> None:
     await low(world)
     left = Bucket(BucketId("allowance:free"), Unit.NANOS, 9 * USD, 9 * USD, world.clock() + DAY, is_allowance=True)
     await world.ledger.hold(request(funding=Funding(left)))
     assert await refiller(world).run_once(world.sweep()) == 1
 
 
-async def test_the_webhook_of_a_refills_payment_grants_nothing_more(world: World) -> None:
+async def test_webhook_of_a_refill_grants_nothing_more(world: World) -> None:
     refills = await low(world)
     await refiller(world).run_once(world.sweep())
     payment_id = (await state(refills)).attempts[0].payment_id
@@ -82,7 +82,7 @@ async def test_the_webhook_of_a_refills_payment_grants_nothing_more(world: World
     assert await balance(world) == 5 * USD
 
 
-async def test_a_declined_card_switches_it_off(world: World) -> None:
+async def test_declined_card_switches_auto_refill_off(world: World) -> None:
     refills = await low(world)
     await decline(world)
     assert await refiller(world).run_once(world.sweep()) == 1
@@ -95,7 +95,7 @@ async def test_a_declined_card_switches_it_off(world: World) -> None:
     assert (await Notices(world.redis).newest())[0].kind is NoticeKind.REFILL_FAILED
 
 
-async def test_a_charge_whose_answer_was_lost_is_found_by_its_id_and_not_made_again(world: World) -> None:
+async def test_charge_with_a_lost_answer_is_found_again(world: World) -> None:
     refills = await low(world)
     await world.fault("timeout_after_commit", path="/checkouts", times=1)
     await refiller(world).run_once(world.sweep())
@@ -106,7 +106,7 @@ async def test_a_charge_whose_answer_was_lost_is_found_by_its_id_and_not_made_ag
     assert (await state(refills)).attempts[0].state is AttemptState.SUCCEEDED
 
 
-async def test_a_charge_that_never_reached_dodo_is_given_up_after_an_hour(world: World) -> None:
+async def test_charge_unknown_to_dodo_fails_after_an_hour(world: World) -> None:
     refills = await low(world)
     await world.fault("drop_before", path="/checkouts", times=1)
     await refiller(world).run_once(world.sweep())
@@ -121,7 +121,7 @@ async def test_a_charge_that_never_reached_dodo_is_given_up_after_an_hour(world:
     assert await charges(world) == 0
 
 
-async def test_while_dodo_is_away_an_open_attempt_waits(world: World) -> None:
+async def test_open_attempt_waits_while_dodo_is_unavailable(world: World) -> None:
     refills = await low(world)
     await world.fault("drop_after", path="/checkouts", times=1)
     await refiller(world).run_once(world.sweep())
@@ -133,13 +133,13 @@ async def test_while_dodo_is_away_an_open_attempt_waits(world: World) -> None:
     assert (await charges(world), await balance(world)) == (1, 5 * USD)
 
 
-async def test_two_actors_at_once_charge_once(world: World) -> None:
+async def test_two_actors_charge_once(world: World) -> None:
     await low(world)
     await asyncio.gather(*(refiller(world).run_once(world.sweep()) for _ in range(4)))
     assert (await charges(world), await balance(world)) == (1, 5 * USD)
 
 
-async def test_the_monthly_cap_holds(world: World) -> None:
+async def test_monthly_cap_holds(world: World) -> None:
     await low(world, SMALL.model_copy(update={"threshold_nanos": 2**52, "monthly_cap_cents": 1_499}))
     for _ in range(5):
         await refiller(world).run_once(world.sweep())
@@ -147,7 +147,7 @@ async def test_the_monthly_cap_holds(world: World) -> None:
     assert await charges(world) == 2
 
 
-async def test_a_tenant_without_a_card_is_told_to_buy_once_by_hand(world: World) -> None:
+async def test_tenant_without_card_has_auto_refill_switched_off(world: World) -> None:
     await world.tenant("acme")
     refills = Refills(world.redis)
     await refills.put(ACME, SMALL)
@@ -155,7 +155,7 @@ async def test_a_tenant_without_a_card_is_told_to_buy_once_by_hand(world: World)
     assert "by hand" in (await state(refills)).stopped_because
 
 
-async def test_nothing_is_asked_while_there_is_enough(world: World) -> None:
+async def test_sufficient_balance_is_not_refilled(world: World) -> None:
     await low(world)
     await world.ledger.grant(Grant("operator:gift", ACME, Unit.NANOS, USD + 1))
     assert await refiller(world).run_once(world.sweep()) == 0
@@ -171,15 +171,13 @@ async def test_nothing_is_asked_while_there_is_enough(world: World) -> None:
         ({"monthly_cap_cents": 499}, "does not pay for one pack"),
     ],
 )
-async def test_an_absurd_refill_is_refused(world: World, change: dict[str, object], word: str) -> None:
+async def test_contradictory_refill_is_refused(world: World, change: dict[str, object], word: str) -> None:
     assert refusal_of(SMALL, world.catalog.packs) == ""
     assert word in refusal_of(SMALL.model_copy(update=change), world.catalog.packs)
 
 
 @pytest.mark.parametrize("status", [SubscriptionStatus.PAUSED, SubscriptionStatus.ON_HOLD])
-async def test_a_subscription_that_rests_with_its_allowance_charges_no_card(
-    world: World, status: SubscriptionStatus
-) -> None:
+async def test_paused_subscription_charges_no_card(world: World, status: SubscriptionStatus) -> None:
     await low(world, Refill(pack="small", threshold_nanos=USD, monthly_cap_cents=1_500))
     subscription = Subscription(
         id="sub_1",

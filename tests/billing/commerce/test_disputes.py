@@ -7,7 +7,7 @@ import pytest
 from billing.commerce.inbox import Outcome
 from billing.dodo.wire import Dispute
 from billing.usage import TenantId
-from tests.billing.commerce.test_webhooks import AUTH, USD, balance, refund
+from tests.support.purchases import AUTH, USD, balance, refund
 from tests.support.world import World, delivery
 
 ACME = TenantId("acme")
@@ -35,7 +35,7 @@ async def paid(world: World) -> dict[str, object]:
     return payment
 
 
-async def test_a_dispute_takes_back_its_share_once(world: World) -> None:
+async def test_dispute_claws_back_its_share_once(world: World) -> None:
     payment = await paid(world)
     opened = await dispute(world, payment, 250)
     for copy in range(3):
@@ -45,7 +45,7 @@ async def test_a_dispute_takes_back_its_share_once(world: World) -> None:
 
 
 @pytest.mark.parametrize(("ending", "left"), [("won", 5 * USD), ("cancelled", 5 * USD), ("lost", 0), ("accepted", 0)])
-async def test_only_a_dispute_that_ends_well_gives_back(world: World, ending: str, left: int) -> None:
+async def test_only_a_won_or_dropped_dispute_restores(world: World, ending: str, left: int) -> None:
     payment = await paid(world)
     opened = await dispute(world, payment)
     await world.webhooks().receive(*delivery("dispute.opened", opened, "msg_1"))
@@ -56,7 +56,7 @@ async def test_only_a_dispute_that_ends_well_gives_back(world: World, ending: st
     assert await balance(world) == left
 
 
-async def test_a_challenged_or_expired_dispute_still_stands(world: World) -> None:
+async def test_challenged_or_expired_dispute_still_stands(world: World) -> None:
     payment = await paid(world)
     opened = await dispute(world, payment)
     for number, ending in enumerate(("challenged", "expired")):
@@ -66,7 +66,7 @@ async def test_a_challenged_or_expired_dispute_still_stands(world: World) -> Non
         assert await balance(world) == 0
 
 
-async def test_dodo_is_believed_and_not_the_event(world: World) -> None:
+async def test_dispute_state_comes_from_dodo(world: World) -> None:
     payment = await paid(world)
     opened = await dispute(world, payment)
     await end(world, opened, "won")
@@ -74,7 +74,7 @@ async def test_dodo_is_believed_and_not_the_event(world: World) -> None:
     assert await balance(world) == 5 * USD
 
 
-async def test_a_dispute_about_more_than_is_understood_takes_everything(world: World) -> None:
+async def test_unreadable_dispute_amount_claws_back_everything(world: World) -> None:
     """Its amount is text of an undocumented unit: what is no whole number is taken for the whole payment."""
     wire = {"dispute_id": "dp_1", "payment_id": "pay_1", "dispute_status": "dispute_opened"}
     assert [Dispute.read(wire | {"amount": text}).amount for text in ("250", "2.50", "", None)] == [
@@ -86,9 +86,7 @@ async def test_a_dispute_about_more_than_is_understood_takes_everything(world: W
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4))))
-async def test_refund_and_dispute_together_take_what_was_granted_in_any_order(
-    world: World, order: tuple[int, ...]
-) -> None:
+async def test_refund_and_dispute_together_claw_back_the_grant(world: World, order: tuple[int, ...]) -> None:
     """The refund's share stays taken when the dispute, which had all of it, is won."""
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
@@ -106,7 +104,7 @@ async def test_refund_and_dispute_together_take_what_was_granted_in_any_order(
     assert await balance(world) == 3 * USD
 
 
-async def test_a_refund_that_found_nothing_left_is_taken_from_what_a_won_dispute_gives_back(world: World) -> None:
+async def test_refund_without_credit_left_is_taken_from_a_won_dispute(world: World) -> None:
     payment = await paid(world)
     opened = await dispute(world, payment)
     await world.webhooks().receive(*delivery("dispute.opened", opened, "msg_1"))
@@ -116,7 +114,7 @@ async def test_a_refund_that_found_nothing_left_is_taken_from_what_a_won_dispute
     assert await balance(world) == 3 * USD
 
 
-async def test_the_sandbox_shows_disputes_as_dodo_does(world: World) -> None:
+async def test_sandbox_shows_disputes_as_dodo_does(world: World) -> None:
     payment = await paid(world)
     opened = await dispute(world, payment, 100)
     listed = (await world.operator.get("/disputes", headers=AUTH)).json()["items"]

@@ -20,8 +20,7 @@ from billing.commerce.sync import sync
 from billing.notices.log import Notices
 from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
-from tests.billing.commerce.test_licences import buy_as_stranger
-from tests.billing.commerce.test_webhooks import AUTH
+from tests.support.purchases import AUTH, buy_as_stranger
 from tests.support.world import CATALOG, HOUR, World, delivery
 
 TYPES: tuple[str, ...] = get_args(WebhookEventType)
@@ -198,7 +197,7 @@ async def known(world: World, tenant: Tenant) -> Known:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_every_type_in_any_order_more_than_once_comes_to_the_same_state(shop: World, seed: int) -> None:
+async def test_every_type_in_any_order_reaches_the_same_state(shop: World, seed: int) -> None:
     scene = Scene(shop)
     await scene.play()
     events = await scene.events()

@@ -15,7 +15,7 @@ from billing.tenants.directory import Tenants
 from billing.tenants.errors import InvalidKey
 from billing.tenants.tenant import ApiKey
 from billing.usage import TenantId
-from tests.billing.commerce.test_webhooks import AUTH
+from tests.support.purchases import AUTH, buy_as_stranger
 from tests.support.world import CATALOG, World, delivery
 
 USD = 1_000_000_000
@@ -58,16 +58,7 @@ async def opens(world: World, grant: dict[str, object]) -> bool:
         return False
 
 
-async def buy_as_stranger(world: World, name: str, email: str = "Ada.L@example.com") -> dict[str, object]:
-    """What a hosted payment link does: a cart and an email, no customer of ours."""
-    cart = [{"product_id": await world.product(name), "quantity": 1}]
-    asked = {"product_cart": cart, "customer": {"email": email, "name": "Ada"}}
-    session = (await world.operator.post("/checkouts", json=asked, headers=AUTH)).json()
-    paid: dict[str, object] = (await world.operator.post(f"/_sandbox/pay/{session['session_id']}")).json()
-    return paid
-
-
-async def test_a_stranger_who_buys_is_a_tenant_with_credit_and_a_key(keyed: World) -> None:
+async def test_buyer_becomes_a_tenant_with_credit_and_key(keyed: World) -> None:
     payment = await buy_as_stranger(keyed, "pack:keyed")
     await keyed.webhooks().receive(*delivery("payment.succeeded", payment))
     (grant,) = await grants(keyed)
@@ -79,7 +70,7 @@ async def test_a_stranger_who_buys_is_a_tenant_with_credit_and_a_key(keyed: Worl
     assert (await keyed.ledger.account(tenant.id)).balance_nanos == 5 * USD
 
 
-async def test_the_key_may_come_before_the_payment_and_any_number_of_times(keyed: World) -> None:
+async def test_key_may_come_before_the_payment(keyed: World) -> None:
     payment = await buy_as_stranger(keyed, "pack:keyed")
     (grant,) = await grants(keyed)
     for number in range(3):
@@ -91,7 +82,7 @@ async def test_the_key_may_come_before_the_payment_and_any_number_of_times(keyed
     assert (await keyed.ledger.account(tenant.id)).balance_nanos == 5 * USD
 
 
-async def test_a_refund_ends_the_key_at_once(keyed: World) -> None:
+async def test_refund_expires_the_key(keyed: World) -> None:
     payment = await buy_as_stranger(keyed, "pack:keyed")
     (grant,) = await grants(keyed)
     await apply(keyed, grant)
@@ -101,7 +92,7 @@ async def test_a_refund_ends_the_key_at_once(keyed: World) -> None:
     assert not await opens(keyed, grant)
 
 
-async def test_a_revocation_that_comes_first_leaves_no_key(keyed: World) -> None:
+async def test_revocation_before_delivery_leaves_no_key(keyed: World) -> None:
     payment = await buy_as_stranger(keyed, "pack:keyed")
     (grant,) = await grants(keyed)
     await keyed.operator.post(f"/_sandbox/refund/{payment['payment_id']}")
@@ -119,7 +110,7 @@ async def subscribe(world: World) -> dict[str, object]:
     return grant
 
 
-async def test_a_plan_change_replaces_the_key_and_the_old_one_works_for_the_grace(keyed: World) -> None:
+async def test_replaced_key_works_for_the_grace(keyed: World) -> None:
     old = await subscribe(keyed)
     change = {"product_id": await keyed.product("plan:payg"), "quantity": 1}
     change |= {"proration_billing_mode": "full_immediately"}
@@ -135,7 +126,7 @@ async def test_a_plan_change_replaces_the_key_and_the_old_one_works_for_the_grac
     assert (await opens(keyed, old), await opens(keyed, new)) == (False, True)
 
 
-async def test_a_cancelled_subscription_ends_its_key_at_once(keyed: World) -> None:
+async def test_cancelled_subscription_expires_its_key(keyed: World) -> None:
     grant = await subscribe(keyed)
     path = f"/subscriptions/{grant['subscription_id']}"
     await keyed.operator.patch(path, json={"status": "cancelled"}, headers=AUTH)
@@ -148,7 +139,7 @@ async def set_status(world: World, grant: dict[str, object], status: str) -> Non
     (await world.operator.patch(path, json={"status": status}, headers=AUTH)).raise_for_status()
 
 
-async def test_a_key_rests_with_its_paused_subscription_and_opens_again_with_it(keyed: World) -> None:
+async def test_key_pauses_with_its_subscription(keyed: World) -> None:
     grant = await subscribe(keyed)
     for number in range(2):
         await set_status(keyed, grant, "paused")
@@ -160,7 +151,7 @@ async def test_a_key_rests_with_its_paused_subscription_and_opens_again_with_it(
         assert await opens(keyed, grant)
 
 
-async def test_a_key_that_was_revoked_here_stays_so_when_its_subscription_goes_on(keyed: World) -> None:
+async def test_revoked_key_stays_revoked(keyed: World) -> None:
     grant = await subscribe(keyed)
     (key,) = await keyed.tenants.keys(TenantId("acme"))
     await keyed.tenants.revoke_key(TenantId("acme"), key.id)
@@ -171,9 +162,7 @@ async def test_a_key_that_was_revoked_here_stays_so_when_its_subscription_goes_o
     assert not await opens(keyed, grant)
 
 
-async def test_a_delivery_that_another_overtook_does_not_undo_a_revocation(
-    keyed: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_late_delivery_does_not_undo_a_revocation(keyed: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tell of a new key at once; it is revoked between the slower one's look and its write."""
     await keyed.tenant("acme")
     await keyed.buy("acme", "plan:pro")
@@ -192,7 +181,7 @@ async def test_a_delivery_that_another_overtook_does_not_undo_a_revocation(
 
 
 @pytest.mark.parametrize("newest", ["paused", "active"])
-async def test_an_answer_of_dodos_that_another_overtook_is_not_the_last_word(
+async def test_older_answer_does_not_replace_a_newer_one(
     keyed: World, monkeypatch: pytest.MonkeyPatch, newest: str
 ) -> None:
     grant = await subscribe(keyed)
@@ -217,21 +206,21 @@ async def test_an_answer_of_dodos_that_another_overtook_is_not_the_last_word(
     assert await opens(keyed, grant) == (newest == "active")
 
 
-async def test_a_merchant_revokes_a_key(keyed: World) -> None:
+async def test_key_revoked_by_the_merchant_expires(keyed: World) -> None:
     grant = await subscribe(keyed)
     await keyed.operator.delete(f"/entitlements/{grant['entitlement_id']}/grants/{grant['id']}", headers=AUTH)
     await apply(keyed, grant, "revoked", 9)
     assert not await opens(keyed, grant)
 
 
-async def test_a_grant_of_somebody_elses_entitlement_is_kept_and_opens_nothing(world: World) -> None:
+async def test_grant_of_another_entitlement_is_kept(world: World) -> None:
     grant = {"id": "entg_1", "entitlement_id": "ent_other", "customer_id": "cus_1", "status": "Delivered"}
     grant["license_key"] = {"id": "lic_1", "key": "K" * 32, "status": "active", "activations_used": 0}  # type: ignore[assignment]
     assert await apply(world, grant) is Outcome.KEPT
     assert not await opens(world, grant)
 
 
-async def test_a_stranger_who_bought_nothing_of_ours_is_no_tenant(world: World) -> None:
+async def test_customer_without_our_products_is_no_tenant(world: World) -> None:
     price = {"type": "one_time_price", "price": 500, "currency": "USD"}
     made = {"name": "a mug", "price": price, "tax_category": "saas"}
     mug = (await world.operator.post("/products", json=made, headers=AUTH)).json()
@@ -248,7 +237,7 @@ async def test_a_stranger_who_bought_nothing_of_ours_is_no_tenant(world: World) 
     ("email", "start"),
     [("a@x.io", "a-"), ("Ünï Code@x.io", "n-code-"), ("@x.io", "buyer-"), ("a" * 99 + "@x", "a" * 40 + "-")],
 )
-def test_a_newcomers_id_is_readable_and_always_the_same(email: str, start: str) -> None:
+def test_id_of_a_signup_is_readable_and_stable(email: str, start: str) -> None:
     made = tenant_id_for(email, "cus_1")
     assert made == tenant_id_for(email, "cus_1") != tenant_id_for(email, "cus_2")
     assert made.startswith(start)
@@ -256,7 +245,7 @@ def test_a_newcomers_id_is_readable_and_always_the_same(email: str, start: str) 
     assert TenantId(made)
 
 
-async def test_the_public_licence_routes_ask_for_no_api_key(keyed: World) -> None:
+async def test_public_licence_routes_ask_for_no_api_key(keyed: World) -> None:
     grant = await subscribe(keyed)
     key = grant["license_key"]["key"]  # type: ignore[index]
     async with httpx.AsyncClient(base_url=str(keyed.operator.base_url), trust_env=False) as public:

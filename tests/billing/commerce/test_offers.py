@@ -6,35 +6,12 @@ from billing.catalog.catalog import Catalog
 from billing.commerce.offers import left_behind, offers_to
 from billing.tenants.tenant import Subscription, SubscriptionStatus, Tenant
 from billing.usage import TenantId
+from tests.support.offers import CATALOG, NOON
 
-NOON = 1_796_040_000_000
-"""2026-11-30T12:00:00Z."""
-CATALOG = {
-    "models": [{"id": "base", "price": {"input_per_1m": "1"}}],
-    "plans": {
-        "prepaid": {"kind": "prepaid"},
-        "payg": {"kind": "pay_as_you_go", "credit_limit": "5"},
-        "club": {"kind": "pay_as_you_go", "credit_limit": "9", "visibility": "hidden"},
-    },
-    "packs": {
-        "small": {"price": "5", "grants": {"usd": "5"}},
-        "trial": {"price": "1", "grants": {"usd": "2"}, "visibility": "hidden"},
-    },
-    "default_plan": "prepaid",
-    "pricing": {
-        "experiments": [
-            {
-                "id": "trial",
-                "ends": "2026-12-01T00:00:00Z",
-                "arms": [{"id": "control"}, {"id": "trial", "packs": ["trial"], "plans": ["club"]}],
-            }
-        ]
-    },
-}
 TENANTS = [TenantId(f"tenant-{number}") for number in range(50)]
 
 
-def test_each_tenant_is_offered_what_its_arm_says() -> None:
+def test_hidden_offers_go_to_their_arm() -> None:
     catalog = Catalog.model_validate(CATALOG)
     [experiment] = catalog.pricing.experiments
     arms = {tenant: experiment.arm_of(tenant).id for tenant in TENANTS}
@@ -52,7 +29,7 @@ def test_what_an_experiment_offers_ends_with_it() -> None:
         assert (set(found.packs), set(found.plans)) == ({"small"}, {"payg"})
 
 
-def test_an_arm_offers_nothing_that_the_catalogue_lacks() -> None:
+def test_arm_offers_nothing_that_the_catalogue_lacks() -> None:
     arm = {"packs": ["gone"], "plans": ["gone", "prepaid"]}
     pricing = {"experiments": [{"id": "x", "arms": [{"id": "a", **arm}, {"id": "b", **arm}]}]}
     found = offers_to(TENANTS[0], Catalog.model_validate(CATALOG | {"pricing": pricing}), NOON)
@@ -71,7 +48,7 @@ def test_an_arm_offers_nothing_that_the_catalogue_lacks() -> None:
         ("never-was", "", None, set()),
     ],
 )
-def test_a_dropped_plan_names_who_is_on_it(
+def test_dropped_plan_names_its_tenants(
     plan: str, carried: str, status: SubscriptionStatus | None, expected: set[str]
 ) -> None:
     old = Catalog.model_validate(CATALOG)

@@ -14,11 +14,11 @@ def attempt(number: int = 1, at: int = MONTH) -> Attempt:
 
 
 @pytest.mark.parametrize(("balance", "is_due"), [(1_001, False), (1_000, True), (0, True), (-5, True)])
-def test_it_is_due_at_the_threshold_and_below(balance: int, is_due: bool) -> None:
+def test_refill_is_due_at_the_threshold_and_below(balance: int, is_due: bool) -> None:
     assert ON.is_due(balance, 500, MONTH, MONTH) == is_due
 
 
-def test_one_attempt_is_in_flight_and_the_next_waits_for_the_cooldown() -> None:
+def test_next_attempt_waits_for_the_cooldown() -> None:
     begun = ON.begun(attempt(), MONTH)
     assert not begun.is_due(0, 500, LATER, MONTH)
     assert not begun.charged("refill_1", "pay_1").is_due(0, 500, LATER, MONTH)
@@ -29,7 +29,7 @@ def test_one_attempt_is_in_flight_and_the_next_waits_for_the_cooldown() -> None:
         begun.begun(attempt(2), MONTH)
 
 
-def test_a_month_never_costs_more_than_its_cap_however_many_attempts_are_forgotten() -> None:
+def test_monthly_cap_holds_over_forgotten_attempts() -> None:
     cheap = ON.model_copy(update={"monthly_cap_cents": 500 * (KEPT_ATTEMPTS + 5)})
     for number in range(KEPT_ATTEMPTS + 5):
         at = MONTH + number * 2 * COOLDOWN_MS
@@ -40,7 +40,7 @@ def test_a_month_never_costs_more_than_its_cap_however_many_attempts_are_forgott
     assert cheap.is_due(0, 500, NEXT_MONTH, NEXT_MONTH), "a new month"
 
 
-def test_a_failure_switches_it_off_says_why_and_costs_nothing_of_the_cap() -> None:
+def test_failure_switches_off_and_costs_nothing_of_the_cap() -> None:
     failed = ON.begun(attempt(), MONTH).failed("refill_1", "the card was declined", LATER)
     assert (failed.is_on, failed.stopped_because, failed.month_cents) == (False, "the card was declined", 0)
     assert not failed.is_due(0, 500, LATER + COOLDOWN_MS, MONTH)
@@ -49,7 +49,7 @@ def test_a_failure_switches_it_off_says_why_and_costs_nothing_of_the_cap() -> No
     assert again.is_due(0, 500, LATER + COOLDOWN_MS, MONTH)
 
 
-def test_a_failure_of_last_months_attempt_gives_this_month_nothing_back() -> None:
+def test_failure_of_last_month_does_not_change_this_months_cap() -> None:
     begun = ON.begun(attempt(1, MONTH), MONTH)
     moved = begun.model_copy(update={"month_start_ms": NEXT_MONTH, "month_cents": 700})
     assert moved.failed("refill_1", "late", NEXT_MONTH).month_cents == 700

@@ -1,25 +1,17 @@
 """A subscription is believed only from Dodo itself, and its payment repays what it invoiced."""
 
-import contextlib
-
 import pytest
 
 from billing.commerce.inbox import Outcome
-from billing.commerce.webhooks import Webhooks
-from billing.dodo.errors import DodoUnavailable
 from billing.store.keys import shard_for
-from billing.tenants.tenant import Subscription, SubscriptionStatus
-from billing.usage import TenantId
-from tests.support.world import API_KEY, DAY, HOUR, MINUTE, World, delivery
-
-ACME = TenantId("acme")
-USD = 1_000_000_000
-AUTH = {"Authorization": f"Bearer {API_KEY}"}
+from billing.tenants.tenant import SubscriptionStatus
+from tests.support.purchases import ACME, AUTH, USD, pause, subscribe
+from tests.support.world import DAY, HOUR, MINUTE, World, delivery
 
 
-async def test_a_started_subscription_sets_the_plan_and_its_period(world: World) -> None:
+async def test_started_subscription_sets_plan_and_period(world: World) -> None:
     await world.tenant("acme")
-    started = (await subscribe(world, "plan:pro"))["subscription_id"]
+    started = await subscribe(world, "pro")
     await world.webhooks().receive(*delivery("subscription.active", {"subscription_id": started}))
     tenant = await world.tenants.get(ACME)
     assert (tenant.plan, tenant.subscription and tenant.subscription.plan) == ("pro", "pro")
@@ -29,17 +21,17 @@ async def test_a_started_subscription_sets_the_plan_and_its_period(world: World)
     assert 27 * DAY < tenant.subscription.period_end_ms - world.clock() < 32 * DAY
 
 
-async def test_a_webhooks_own_state_is_not_believed(world: World) -> None:
+async def test_state_in_the_webhook_is_ignored(world: World) -> None:
     await world.tenant("acme")
-    started = (await subscribe(world, "plan:pro"))["subscription_id"]
+    started = await subscribe(world, "pro")
     stale = {"subscription_id": started, "status": "cancelled", "product_id": "prd_other"}
     await world.webhooks().receive(*delivery("subscription.cancelled", stale))
     assert (await world.tenants.get(ACME)).plan == "pro"
 
 
-async def test_a_cancelled_subscription_gives_the_default_plan_back(world: World) -> None:
+async def test_cancelled_subscription_restores_the_default_plan(world: World) -> None:
     await world.tenant("acme")
-    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    started = await subscribe(world, "payg")
     await world.webhooks().receive(*delivery("subscription.active", {"subscription_id": started}))
     await world.operator.patch(f"/subscriptions/{started}", json={"status": "cancelled"}, headers=AUTH)
     await world.webhooks().receive(*delivery("subscription.cancelled", {"subscription_id": started}, "msg_2"))
@@ -49,10 +41,10 @@ async def test_a_cancelled_subscription_gives_the_default_plan_back(world: World
     assert not tenant.subscription.extends_credit(world.clock())
 
 
-async def test_a_second_live_subscription_is_parked_until_the_first_has_ended(world: World) -> None:
+async def test_second_live_subscription_is_parked(world: World) -> None:
     await world.tenant("acme")
     webhooks = world.webhooks()
-    first, second = [str((await subscribe(world, plan))["subscription_id"]) for plan in ("plan:payg", "plan:pro")]
+    first, second = [await subscribe(world, plan) for plan in ("payg", "pro")]
     await webhooks.receive(*delivery("subscription.active", {"subscription_id": first}, "msg_1"))
     parked = await webhooks.receive(*delivery("subscription.active", {"subscription_id": second}, "msg_2"))
     assert (parked.outcome, (await world.tenants.get(ACME)).plan) == (Outcome.WAITING, "payg")
@@ -63,9 +55,9 @@ async def test_a_second_live_subscription_is_parked_until_the_first_has_ended(wo
     assert (await world.tenants.get(ACME)).plan == "pro"
 
 
-async def test_the_payment_of_a_renewal_repays_exactly_the_usage_it_invoiced(world: World) -> None:
+async def test_renewal_repays_the_usage_it_invoiced(world: World) -> None:
     await world.tenant("acme", plan="payg")
-    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    started = await subscribe(world, "payg")
     webhooks = world.webhooks()
     await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}, "msg_0"))
     spent = 12_345_678_901
@@ -86,9 +78,9 @@ async def test_the_payment_of_a_renewal_repays_exactly_the_usage_it_invoiced(wor
 
 
 @pytest.mark.parametrize("before_the_end_ms", [10 * DAY, 10 * MINUTE])
-async def test_the_invoice_of_a_pause_repays_exactly_the_usage_it_bills(world: World, before_the_end_ms: int) -> None:
+async def test_pause_repays_the_usage_it_invoiced(world: World, before_the_end_ms: int) -> None:
     await world.tenant("acme", plan="payg")
-    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    started = await subscribe(world, "payg")
     webhooks = world.webhooks()
     await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}, "msg_0"))
     stored = (await world.tenants.get(ACME)).subscription
@@ -109,10 +101,10 @@ async def test_the_invoice_of_a_pause_repays_exactly_the_usage_it_bills(world: W
 
 
 @pytest.mark.parametrize("is_late", [False, True])
-async def test_a_renewal_and_a_pause_minutes_later_each_repay_their_own_usage(world: World, is_late: bool) -> None:
+async def test_renewal_and_pause_repay_their_own_usage(world: World, is_late: bool) -> None:
     """Also where both are told only after the pause, with two periods that ended within an hour."""
     await world.tenant("acme", plan="payg")
-    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    started = await subscribe(world, "payg")
     webhooks = world.webhooks()
     await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}, "msg_0"))
     stored = (await world.tenants.get(ACME)).subscription
@@ -139,9 +131,9 @@ async def test_a_renewal_and_a_pause_minutes_later_each_repay_their_own_usage(wo
     assert (await world.ledger.account(ACME)).overage_nanos == 8 * USD
 
 
-async def test_a_period_that_ended_without_news_is_looked_up(world: World) -> None:
+async def test_overdue_period_is_looked_up(world: World) -> None:
     await world.tenant("acme", plan="payg")
-    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
+    started = await subscribe(world, "payg")
     webhooks = world.webhooks()
     await webhooks.receive(*delivery("subscription.active", {"subscription_id": started}))
     world.clock.move(32 * DAY)
@@ -150,8 +142,10 @@ async def test_a_period_that_ended_without_news_is_looked_up(world: World) -> No
     assert await webhooks.refresh_overdue(await world.tenants.list(), world.sweep()) == 0
 
 
-async def test_a_pause_whose_end_was_never_told_is_looked_up(world: World) -> None:
-    webhooks, started = await paused(world)
+async def test_paused_subscription_is_looked_up_hourly(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    webhooks = world.webhooks()
+    started = await pause(world, webhooks)
     assert await webhooks.refresh_overdue(await world.tenants.list(), world.sweep()) == 1
     await world.operator.patch(f"/subscriptions/{started}", json={"status": "active"}, headers=AUTH)
     assert await webhooks.refresh_overdue(await world.tenants.list(), world.sweep()) == 0, "asked about once an hour"
@@ -162,47 +156,10 @@ async def test_a_pause_whose_end_was_never_told_is_looked_up(world: World) -> No
     assert tenant.subscription.status is SubscriptionStatus.ACTIVE
 
 
-async def test_a_tenant_moved_off_a_resting_subscriptions_plan_stays_moved(world: World) -> None:
-    webhooks, _ = await paused(world)
+async def test_tenant_moved_to_another_plan_stays_moved(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    webhooks = world.webhooks()
+    await pause(world, webhooks)
     await world.tenants.update(ACME, lambda tenant: tenant.model_copy(update={"plan": "prepaid"}))
     assert await webhooks.refresh_overdue(await world.tenants.list(), world.sweep()) == 0
     assert (await world.tenants.get(ACME)).plan == "prepaid"
-
-
-async def test_one_resting_subscription_that_dodo_fails_on_keeps_no_other_waiting(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("acme", "bolt"):
-        rests = {"id": f"sub_{name}", "plan": "payg", "status": "paused", "period_start_ms": 0, "period_end_ms": 1}
-        await world.tenant(name, plan="payg")
-        await world.tenants.update(
-            TenantId(name), lambda t, rests=rests: t.model_copy(update={"subscription": Subscription(**rests)})
-        )
-    asked, webhooks = [], world.webhooks()
-
-    async def fail(subscription_id: str) -> None:
-        asked.append(subscription_id)
-        raise DodoUnavailable("500: out of order")
-
-    monkeypatch.setattr(webhooks._subscriptions, "refresh", fail)
-    for _ in range(3):
-        with contextlib.suppress(DodoUnavailable):
-            await webhooks.refresh_overdue(await world.tenants.list(), world.sweep())
-        world.clock.move(HOUR)
-    assert set(asked) == {"sub_acme", "sub_bolt"}
-
-
-async def paused(world: World) -> tuple[Webhooks, str]:
-    """A tenant whose subscription rests, as its webhook told; and the subscription's id."""
-    await world.tenant("acme", plan="payg")
-    started = str((await subscribe(world, "plan:payg"))["subscription_id"])
-    webhooks = world.webhooks()
-    await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
-    await webhooks.receive(*delivery("subscription.paused", {"subscription_id": started}))
-    return webhooks, started
-
-
-async def subscribe(world: World, name: str) -> dict[str, object]:
-    payment = await world.buy("acme", name)
-    assert payment["status"] == "succeeded"
-    return payment

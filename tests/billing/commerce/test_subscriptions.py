@@ -43,7 +43,7 @@ def tenant(plan: str = "prepaid", subscription: Subscription | None = None) -> T
         (S.FAILED, "prepaid"),
     ],
 )
-def test_the_plan_follows_the_status(status: SubscriptionStatus, plan: str) -> None:
+def test_plan_follows_the_status(status: SubscriptionStatus, plan: str) -> None:
     now = applied(tenant(), sub(status), "prepaid", NOW)
     assert (now.plan, now.subscription) == (plan, sub(status))
 
@@ -63,11 +63,11 @@ def test_only_one_subscription_may_extend_credit() -> None:
     assert replaced.id == "sub_2"
 
 
-def test_a_plan_that_the_operator_chose_outlives_an_ended_subscription() -> None:
+def test_operators_plan_outlives_an_ended_subscription() -> None:
     assert applied(tenant("pro", sub(S.ACTIVE)), sub(S.CANCELLED), "prepaid", NOW).plan == "pro"
 
 
-def test_a_plan_that_was_changed_and_cancelled_before_anything_was_heard_ends_too() -> None:
+def test_changed_and_cancelled_plan_ends() -> None:
     before = tenant("pro", sub(S.ACTIVE).model_copy(update={"plan": "pro"}))
     assert applied(before, sub(S.CANCELLED), "prepaid", NOW).plan == "prepaid"
     other = applied(tenant("pro", sub(S.EXPIRED, "sub_0")), sub(S.CANCELLED), "prepaid", NOW)
@@ -79,7 +79,7 @@ def past_due(ends_at_ms: int | None = None) -> DodoSubscription:
 
 
 @pytest.mark.parametrize(
-    ("before", "told_ms", "ends_ms"),
+    ("before", "dodo_ms", "ends_ms"),
     [
         (None, None, NOW + 2 * DAY),
         (sub(S.ACTIVE), None, NOW + 2 * DAY),
@@ -89,10 +89,10 @@ def past_due(ends_at_ms: int | None = None) -> DodoSubscription:
         (None, NOW + 9 * DAY, NOW + 2 * DAY),
     ],
 )
-def test_grace_runs_from_the_first_word_of_it_and_never_beyond_dodos(
-    before: Subscription | None, told_ms: int | None, ends_ms: int
+def test_grace_runs_from_the_first_event_and_not_beyond_dodos(
+    before: Subscription | None, dodo_ms: int | None, ends_ms: int
 ) -> None:
-    stored = as_stored(past_due(), "payg", PLAN, tenant("payg", before), told_ms, NOW)
+    stored = as_stored(past_due(), "payg", PLAN, tenant("payg", before), dodo_ms, NOW)
     assert stored.past_due_ends_at_ms == ends_ms
     assert stored.extends_credit(ends_ms - 1)
     assert not stored.extends_credit(ends_ms)
@@ -107,9 +107,7 @@ def test_grace_runs_from_the_first_word_of_it_and_never_beyond_dodos(
         (5, 9, 9),
     ],
 )
-def test_until_when_a_pause_has_billed_is_remembered(
-    before: int | None, now_at_dodo: int | None, stored: int | None
-) -> None:
+def test_start_of_the_last_pause_is_kept(before: int | None, now_at_dodo: int | None, stored: int | None) -> None:
     found = replace(past_due(), status=S.PAUSED if now_at_dodo else S.ACTIVE, paused_at_ms=now_at_dodo)
     known = sub(S.ACTIVE).model_copy(update={"paused_at_ms": before})
     assert as_stored(found, "payg", PLAN, tenant("payg", known), None, NOW).paused_at_ms == stored
@@ -117,7 +115,7 @@ def test_until_when_a_pause_has_billed_is_remembered(
     assert as_stored(found, "payg", PLAN, tenant("payg", other), None, NOW).paused_at_ms == now_at_dodo
 
 
-def test_a_last_period_extends_no_credit_that_could_not_be_charged_in_it() -> None:
+def test_last_period_extends_no_credit_near_its_end() -> None:
     renewing = sub(S.ACTIVE)
     last = renewing.model_copy(update={"cancel_at_period_end": True})
     assert renewing.extends_credit(NOW - 1)
@@ -128,7 +126,7 @@ def test_a_last_period_extends_no_credit_that_could_not_be_charged_in_it() -> No
 
 
 @pytest.mark.parametrize("ago_ms", [1, LAST_CHARGES_MS])
-def test_a_last_period_s_allowance_lasts_to_its_end_and_its_overage_does_not(ago_ms: int) -> None:
+def test_allowance_of_the_last_period_lasts_to_its_end(ago_ms: int) -> None:
     last = sub(S.ACTIVE).model_copy(update={"cancel_at_period_end": True, "plan": "pro"})
     plan = Catalog.model_validate(CATALOG).plans["pro"]
     funding = funding_for(tenant("pro", last), plan, NOW - ago_ms)

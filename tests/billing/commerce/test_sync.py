@@ -29,7 +29,7 @@ async def test_everything_is_made_once(redis: Redis, dodo: Dodo) -> None:
     assert await redis.hgetall(DODO_IDS) == ids
 
 
-async def test_a_store_that_forgot_finds_what_dodo_has(redis: Redis, dodo: Dodo) -> None:
+async def test_lost_ids_are_found_at_dodo(redis: Redis, dodo: Dodo) -> None:
     await sync(dodo, redis, CATALOGUE_NOW, URL)
     ids = await redis.hgetall(DODO_IDS)
     await redis.delete(DODO_IDS)
@@ -37,13 +37,13 @@ async def test_a_store_that_forgot_finds_what_dodo_has(redis: Redis, dodo: Dodo)
     assert await redis.hgetall(DODO_IDS) == ids
 
 
-async def test_what_dodo_lost_is_made_again(redis: Redis, dodo: Dodo) -> None:
+async def test_product_missing_at_dodo_is_made_again(redis: Redis, dodo: Dodo) -> None:
     await redis.hset(DODO_IDS, "pack:small", "prd_of_another_account")
     assert "pack:small" in (await sync(dodo, redis, CATALOGUE_NOW)).created
     assert await redis.hget(DODO_IDS, "pack:small") != "prd_of_another_account"
 
 
-async def test_a_sync_that_broke_off_goes_on(redis: Redis, dodo: Dodo, sandbox: SandboxServer) -> None:
+async def test_interrupted_sync_goes_on(redis: Redis, dodo: Dodo, sandbox: SandboxServer) -> None:
     async with httpx.AsyncClient(base_url=sandbox.url) as operator:
         rule = {"path": "/products", "method": "POST", "kinds": ["drop_after"], "count": 1}
         await operator.post("/_sandbox/faults", json=rule)
@@ -55,7 +55,7 @@ async def test_a_sync_that_broke_off_goes_on(redis: Redis, dodo: Dodo, sandbox: 
     assert len(await dodo.meters()) == 1
 
 
-async def test_a_changed_price_is_reported_and_changed_nowhere(redis: Redis, dodo: Dodo) -> None:
+async def test_changed_price_is_reported_only(redis: Redis, dodo: Dodo) -> None:
     await sync(dodo, redis, CATALOGUE_NOW)
     packs = CATALOGUE_NOW.packs
     dearer = packs["small"].model_copy(update={"price": 6_000_000_000})
@@ -65,7 +65,7 @@ async def test_a_changed_price_is_reported_and_changed_nowhere(redis: Redis, dod
     assert [p.cents for p in await dodo.products() if p.tag == "pack:small"] == [500]
 
 
-async def test_a_pack_taken_off_sale_stays_at_dodo(redis: Redis, dodo: Dodo) -> None:
+async def test_pack_taken_off_sale_stays_at_dodo(redis: Redis, dodo: Dodo) -> None:
     await sync(dodo, redis, CATALOGUE_NOW)
     fewer = CATALOGUE_NOW.model_copy(update={"packs": {}})
     await sync(dodo, redis, fewer)
@@ -73,7 +73,7 @@ async def test_a_pack_taken_off_sale_stays_at_dodo(redis: Redis, dodo: Dodo) -> 
     assert await redis.hexists(DODO_IDS, "pack:small"), "a late payment still names it"
 
 
-async def test_the_meter_charges_one_nano_as_one_nano(world: World) -> None:
+async def test_meter_charges_one_nano_as_one_nano(world: World) -> None:
     product = await world.dodo.retrieve_product(await world.product("plan:pro"))
     ((meter),) = product.meters
     assert meter.meter_id == await world.product("meter:charge")
@@ -81,7 +81,7 @@ async def test_the_meter_charges_one_nano_as_one_nano(world: World) -> None:
     assert (meter.free_threshold, product.cents, product.kind) == (0, 2000, "usage_based_price")
 
 
-async def test_a_plan_says_what_would_be_made_and_makes_nothing(redis: Redis, dodo: Dodo) -> None:
+async def test_dry_run_makes_nothing(redis: Redis, dodo: Dodo) -> None:
     intended = await plan(dodo, redis, CATALOGUE_NOW, URL)
     assert (set(intended.created), intended.found, intended.webhook_secret) == (EVERYTHING, (), "")
     assert (await dodo.meters(), await dodo.products(), await dodo.webhooks()) == ([], [], [])
@@ -91,7 +91,7 @@ async def test_a_plan_says_what_would_be_made_and_makes_nothing(redis: Redis, do
     assert (again.created, set(again.found)) == ((), EVERYTHING)
 
 
-async def test_a_plan_tells_what_differs(redis: Redis, dodo: Dodo) -> None:
+async def test_dry_run_reports_differences(redis: Redis, dodo: Dodo) -> None:
     await sync(dodo, redis, CATALOGUE_NOW)
     dearer = CATALOGUE_NOW.packs["small"].model_copy(update={"price": 9_000_000_000})
     changed = CATALOGUE_NOW.model_copy(update={"packs": {"small": dearer}})

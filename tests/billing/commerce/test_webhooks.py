@@ -12,31 +12,12 @@ from billing.commerce.inbox import Outcome
 from billing.commerce.webhooks import Webhooks
 from billing.store.errors import StoreUnavailable
 from billing.store.keys import DODO_IDS, INBOX
-from billing.usage import TenantId, Unit
-from tests.support.world import API_KEY, DAY, HOUR, MINUTE, SECRET, World, delivery
-
-ACME = TenantId("acme")
-USD = 1_000_000_000
-AUTH = {"Authorization": f"Bearer {API_KEY}"}
+from billing.usage import Unit
+from tests.support.purchases import ACME, USD, balance, refund
+from tests.support.world import DAY, HOUR, MINUTE, SECRET, World, delivery
 
 
-async def balance(world: World) -> int:
-    return (await world.ledger.account(ACME)).balance_nanos
-
-
-async def refund(world: World, payment: dict[str, object], cents: int | None = None) -> dict[str, object]:
-    items = None
-    if cents is not None:
-        lines = (await world.operator.get(f"/payments/{payment['payment_id']}/line-items", headers=AUTH)).json()
-        items = [{"item_id": lines["items"][0]["items_id"], "amount": cents}]
-    asked = {"payment_id": payment["payment_id"], "items": items}
-    made = await world.operator.post("/refunds", json=asked, headers=AUTH)
-    made.raise_for_status()
-    value: dict[str, object] = made.json()
-    return value
-
-
-async def test_a_paid_pack_is_credited_by_product_and_quantity(world: World) -> None:
+async def test_paid_pack_is_credited_by_product_and_quantity(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small", quantity=3)
     done = await world.webhooks().receive(*delivery("payment.succeeded", payment))
@@ -48,14 +29,14 @@ async def test_a_paid_pack_is_credited_by_product_and_quantity(world: World) -> 
     assert bucket.expires_at_ms == world.clock() + 30 * DAY
 
 
-async def test_a_pack_of_requests_fills_a_bucket_of_requests(world: World) -> None:
+async def test_pack_of_requests_fills_a_bucket_of_requests(world: World) -> None:
     await world.tenant("acme")
     await world.webhooks().receive(*delivery("payment.succeeded", await world.buy("acme", "pack:calls")))
     (bucket,) = (await world.ledger.account(ACME)).buckets
     assert (bucket.unit, bucket.remaining, bucket.adapters) == (Unit.REQUESTS, 1000, ("base",))
 
 
-async def test_the_same_delivery_five_times_and_at_once_credits_once(world: World) -> None:
+async def test_repeated_delivery_credits_once(world: World) -> None:
     await world.tenant("acme")
     signed = delivery("payment.succeeded", await world.buy("acme", "pack:small"))
     webhooks = world.webhooks()
@@ -63,7 +44,7 @@ async def test_the_same_delivery_five_times_and_at_once_credits_once(world: Worl
     assert await balance(world) == 5 * USD
 
 
-async def test_the_same_payment_under_another_webhook_id_credits_nothing_more(world: World) -> None:
+async def test_payment_under_another_webhook_id_credits_once(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     for number in range(3):
@@ -71,7 +52,7 @@ async def test_the_same_payment_under_another_webhook_id_credits_nothing_more(wo
     assert await balance(world) == 5 * USD
 
 
-async def test_what_a_payment_buys_is_fixed_when_it_is_first_seen(world: World) -> None:
+async def test_purchase_is_fixed_when_first_seen(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     await world.webhooks().receive(*delivery("payment.succeeded", payment))
@@ -92,7 +73,7 @@ async def test_amount_and_metadata_grant_nothing(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["payment.cancelled", "payment.processing", "credit.added", "made.up", ""])
-async def test_other_types_are_kept_and_move_nothing(world: World, kind: str) -> None:
+async def test_other_type_is_kept_and_moves_nothing(world: World, kind: str) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     kept = await world.webhooks().receive(*delivery(kind, payment))
@@ -101,14 +82,14 @@ async def test_other_types_are_kept_and_move_nothing(world: World, kind: str) ->
     assert json.loads(str(await world.redis.hget(INBOX, "msg_1")))["type"] == kind
 
 
-async def test_a_payment_that_lacks_its_cart_is_looked_up(world: World) -> None:
+async def test_payment_without_cart_is_looked_up(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     await world.webhooks().receive(*delivery("payment.succeeded", payment | {"product_cart": None}))
     assert await balance(world) == 5 * USD
 
 
-async def test_numbers_as_text_nulls_and_unknown_fields_do_no_harm(world: World) -> None:
+async def test_odd_numbers_nulls_and_unknown_fields_are_read(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     cart = [{"product_id": await world.product("pack:small"), "quantity": "2", "novel": {"a": [1]}}]
@@ -119,7 +100,7 @@ async def test_numbers_as_text_nulls_and_unknown_fields_do_no_harm(world: World)
     assert await balance(world) == 10 * USD
 
 
-async def test_a_payment_of_an_unknown_customer_is_parked_and_counts_later(world: World) -> None:
+async def test_payment_of_unknown_customer_is_parked(world: World) -> None:
     tenant = await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     webhooks = world.webhooks()
@@ -134,7 +115,7 @@ async def test_a_payment_of_an_unknown_customer_is_parked_and_counts_later(world
     assert (await balance(world), await webhooks.inbox.parked_count()) == (5 * USD, 0)
 
 
-async def test_a_payment_for_an_unknown_product_is_parked_and_counts_once_the_product_is_known(world: World) -> None:
+async def test_payment_for_unknown_product_is_parked(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     product = await world.product("pack:small")
@@ -148,7 +129,7 @@ async def test_a_payment_for_an_unknown_product_is_parked_and_counts_once_the_pr
     assert await balance(world) == 5 * USD
 
 
-async def test_while_dodo_is_away_what_needs_it_is_parked_and_acknowledged(world: World) -> None:
+async def test_delivery_is_parked_while_dodo_is_unavailable(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     await world.fault("status:500", path="/payments")
@@ -161,7 +142,7 @@ async def test_while_dodo_is_away_what_needs_it_is_parked_and_acknowledged(world
     assert await balance(world) == 5 * USD
 
 
-async def test_a_store_that_does_not_answer_makes_dodo_send_again(world: World) -> None:
+async def test_unavailable_store_raises(world: World) -> None:
     away = Redis.from_url("unix:///nowhere/s.sock", decode_responses=True)
     webhooks = Webhooks(replace(world.commerce(), redis=away, catalog=_no_catalog), SECRET)
     with pytest.raises(StoreUnavailable):
@@ -173,9 +154,7 @@ async def _no_catalog() -> None:
     return None
 
 
-async def test_a_crash_before_the_end_leaves_a_delivery_that_is_tried_again(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_delivery_is_tried_again_after_a_crash(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await world.tenant("acme")
     signed = delivery("payment.succeeded", await world.buy("acme", "pack:small"))
 
@@ -192,7 +171,7 @@ async def test_a_crash_before_the_end_leaves_a_delivery_that_is_tried_again(
     assert await balance(world) == 5 * USD
 
 
-async def test_refunds_take_back_their_share_and_never_more_than_was_granted(world: World) -> None:
+async def test_refunds_claw_back_at_most_what_was_granted(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     webhooks = world.webhooks()
@@ -204,7 +183,7 @@ async def test_refunds_take_back_their_share_and_never_more_than_was_granted(wor
         assert await balance(world) == left
 
 
-async def test_a_refund_that_comes_first_leaves_its_payment_nothing_to_give(world: World) -> None:
+async def test_refund_before_its_payment_counts(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     webhooks = world.webhooks()
@@ -214,7 +193,7 @@ async def test_a_refund_that_comes_first_leaves_its_payment_nothing_to_give(worl
     assert await balance(world) == 0
 
 
-async def test_a_refund_grants_nothing_and_waits_for_its_payment(world: World) -> None:
+async def test_refund_grants_nothing(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     webhooks = world.webhooks()
@@ -226,7 +205,7 @@ async def test_a_refund_grants_nothing_and_waits_for_its_payment(world: World) -
     assert await balance(world) == 2_500_000_000
 
 
-async def test_a_refund_over_several_lines_is_shared_between_them(world: World) -> None:
+async def test_refund_is_shared_between_lines(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     both = [{"product_id": await world.product(f"pack:{name}"), "quantity": 1} for name in ("small", "calls")]
@@ -238,7 +217,7 @@ async def test_a_refund_over_several_lines_is_shared_between_them(world: World) 
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
-async def test_any_order_ends_in_the_same_balance(world: World, order: tuple[int, ...]) -> None:
+async def test_balance_is_the_same_in_any_order(world: World, order: tuple[int, ...]) -> None:
     await world.tenant("acme")
     first, second = await world.buy("acme", "pack:small"), await world.buy("acme", "pack:small", quantity=2)
     signed = [
@@ -251,7 +230,7 @@ async def test_any_order_ends_in_the_same_balance(world: World, order: tuple[int
     assert await balance(world) == 10 * USD
 
 
-async def test_finished_deliveries_are_forgotten_after_a_month_and_waiting_ones_never(world: World) -> None:
+async def test_prune_deletes_finished_deliveries_only(world: World) -> None:
     await world.tenant("acme")
     webhooks = world.webhooks()
     await webhooks.receive(*delivery("made.up", {}, "msg_1"))

@@ -17,13 +17,13 @@ from tests.support.clock import SteppedClock
 from tests.support.world import API_KEY, MINUTE, World
 
 
-async def test_a_burst_is_a_sixth_of_a_minute_s_calls_whoever_takes_them(redis: Redis) -> None:
+async def test_burst_is_a_sixth_of_a_minutes_calls_of_all_processes(redis: Redis) -> None:
     ours, theirs = SharedBudget(redis, 240), SharedBudget(redis)
     taken = await asyncio.gather(*(budget.take() for budget in (ours, theirs) for _ in range(40)))
     assert 40 <= sum(taken) <= 42, "what comes in meanwhile is taken too"
 
 
-async def test_calls_come_back_with_the_store_s_time(redis: Redis) -> None:
+async def test_calls_come_back_with_the_stores_time(redis: Redis) -> None:
     budget = SharedBudget(redis, 60)
     while await budget.take():
         pass
@@ -33,7 +33,7 @@ async def test_calls_come_back_with_the_store_s_time(redis: Redis) -> None:
     assert sum([await budget.take() for _ in range(20)]) == 10
 
 
-async def test_a_buyer_never_waits_and_others_wait_the_longer(redis: Redis) -> None:
+async def test_counted_call_is_never_refused_and_paid_back_later(redis: Redis) -> None:
     budget = SharedBudget(redis, 12)
     for _ in range(5):
         await budget.spend()
@@ -44,12 +44,12 @@ async def test_a_buyer_never_waits_and_others_wait_the_longer(redis: Redis) -> N
     assert await budget.take()
 
 
-async def test_the_limit_is_what_the_billing_actor_said_last(redis: Redis) -> None:
+async def test_limit_is_the_one_set_last(redis: Redis) -> None:
     assert await SharedBudget(redis, 6).take()
     assert not await SharedBudget(redis).take()
 
 
-async def test_a_share_is_bounded_by_both(redis: Redis) -> None:
+async def test_share_is_bounded_by_both(redis: Redis) -> None:
     both = CallBudget(6, within=SharedBudget(redis, 240))
     assert [await both.take(), await both.take()] == [True, False]
     other = CallBudget(240, within=SharedBudget(redis, 6))
@@ -92,7 +92,7 @@ async def _store_ms(redis: Redis) -> int:
     return int(seconds) * 1_000 + int(microseconds) // 1_000
 
 
-async def test_every_call_that_asked_nobody_is_counted(world: World, sandbox: SandboxServer) -> None:
+async def test_call_without_budget_is_counted(world: World, sandbox: SandboxServer) -> None:
     budget = SharedBudget(world.redis, 6)
     dodo = Dodo(DodoSettings(API_KEY, base_url=sandbox.url), on_call=budget.spend)
     await dodo.meters()
@@ -102,7 +102,7 @@ async def test_every_call_that_asked_nobody_is_counted(world: World, sandbox: Sa
     assert int(await world.redis.hget(CALL_BUDGET, "level")) < 0
 
 
-async def test_a_given_http_client_is_used_as_it_is(sandbox: SandboxServer) -> None:
+async def test_given_http_client_is_used_as_it_is(sandbox: SandboxServer) -> None:
     async with httpx.AsyncClient() as client:
         assert await Dodo(DodoSettings(API_KEY, base_url=sandbox.url), client).meters() == []
 

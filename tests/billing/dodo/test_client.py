@@ -16,7 +16,7 @@ KEY = {"DODO_PAYMENTS_API_KEY": "dodo_test_1"}
 BASE = {"DODO_PAYMENTS_BASE_URL": "http://127.0.0.1:8010"}
 
 
-def test_the_sandbox_is_the_default_and_live_mode_is_asked_for_by_name() -> None:
+def test_sandbox_is_the_default_environment() -> None:
     assert DodoSettings.from_env(KEY | BASE).environment == "sandbox"
     live = DodoSettings.from_env(KEY | {"FAREBOX_DODO_ENVIRONMENT": "live_mode"})
     assert (live.environment, live.base_url) == ("live_mode", "")
@@ -66,7 +66,7 @@ def _one_time() -> object:
     return {"type": "one_time_price", "price": 100, "currency": "USD"}
 
 
-async def test_a_tenants_customer_is_found_again_and_never_shared(world: World) -> None:
+async def test_customer_is_found_again_and_never_shared(world: World) -> None:
     one = Tenant(id=TenantId("one"), email="same@example.com", plan="prepaid")
     two = Tenant(id=TenantId("two"), email="same@example.com", plan="prepaid")
     first = await world.dodo.create_customer(one)
@@ -75,7 +75,7 @@ async def test_a_tenants_customer_is_found_again_and_never_shared(world: World) 
 
 
 @pytest.mark.parametrize("metadata", [{}, {"farebox_tenant": "other"}])
-async def test_a_customer_without_our_tag_is_nobodys(metadata: dict[str, str]) -> None:
+async def test_customer_without_our_tag_is_refused(metadata: dict[str, str]) -> None:
     """Where Dodo answers a creation with the customer that already has this email."""
     found = {"customer_id": "cus_1", "email": "same@example.com", "name": "Same", "metadata": metadata}
 
@@ -89,7 +89,7 @@ async def test_a_customer_without_our_tag_is_nobodys(metadata: dict[str, str]) -
     await dodo.close()
 
 
-async def test_a_lost_reply_makes_no_second_customer(world: World) -> None:
+async def test_lost_reply_makes_no_second_customer(world: World) -> None:
     tenant = Tenant(id=TenantId("one"), email="one@example.com", plan="prepaid")
     rule = {"path": "/customers", "method": "POST", "kinds": ["drop_after"], "count": 1}
     await world.operator.post("/_sandbox/faults", json=rule)
@@ -101,21 +101,21 @@ async def test_a_lost_reply_makes_no_second_customer(world: World) -> None:
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
-async def test_what_may_pass_is_unavailable(world: World, status: int) -> None:
+async def test_transient_status_is_unavailable(world: World, status: int) -> None:
     await world.fault(f"status:{status}", path="/products")
     with pytest.raises(DodoUnavailable):
         await world.dodo.products()
 
 
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 413, 422])
-async def test_what_will_not_pass_is_refused_with_its_status(world: World, status: int) -> None:
+async def test_permanent_status_is_refused(world: World, status: int) -> None:
     await world.fault(f"status:{status}", path="/products")
     with pytest.raises(DodoRefused) as refused:
         await world.dodo.products()
     assert refused.value.status == status
 
 
-async def test_dodos_wish_to_be_left_alone_is_passed_on() -> None:
+async def test_retry_after_is_passed_on() -> None:
     transport = httpx.MockTransport(lambda _: httpx.Response(429, headers={"retry-after": "17"}))
     dodo = Dodo(DodoSettings("key", environment="test_mode"), httpx.AsyncClient(transport=transport))
     with pytest.raises(DodoUnavailable) as unavailable:
@@ -125,7 +125,7 @@ async def test_dodos_wish_to_be_left_alone_is_passed_on() -> None:
 
 
 @pytest.mark.parametrize("reply", ["<html>", "[]", "null", '{"items": null}', "{"])
-async def test_a_reply_that_is_no_reply_is_unavailable(reply: str) -> None:
+async def test_unreadable_reply_is_unavailable(reply: str) -> None:
     for content_type in ("text/html", "application/json"):
         answer = httpx.Response(200, text=reply, headers={"content-type": content_type})
         transport = httpx.MockTransport(lambda _, answer=answer: answer)
@@ -141,19 +141,19 @@ async def test_a_reply_that_is_no_reply_is_unavailable(reply: str) -> None:
         await dodo.close()
 
 
-async def test_an_event_is_known_or_not(world: World) -> None:
+async def test_event_is_known_or_not(world: World) -> None:
     tenant = await world.tenant("acme")
     await world.dodo.ingest([Event("evt_1", tenant.dodo_customer_id, "farebox.usage", world.clock(), {})])
     assert await world.dodo.has_event("evt_1")
     assert not await world.dodo.has_event("evt_2")
 
 
-async def test_a_customer_gets_a_portal_of_its_own(world: World) -> None:
+async def test_customer_gets_a_portal_of_its_own(world: World) -> None:
     tenant = await world.tenant("acme")
     assert (await world.dodo.portal(tenant.dodo_customer_id)).startswith("http")
 
 
-def test_moments_and_numbers_are_read_exactly_or_not_at_all() -> None:
+def test_moments_and_numbers_are_read_exactly_or_refused() -> None:
     assert moment_ms({"at": "2026-11-23T10:00:00.123456Z"}, "at") == 1_795_428_000_123
     assert moment_ms({"at": "2026-11-23T11:00:00+01:00"}, "at") == 1_795_428_000_000
     assert moment_ms({}, "at") is None
@@ -165,7 +165,7 @@ def test_moments_and_numbers_are_read_exactly_or_not_at_all() -> None:
             integer({"n": bad}, "n")
 
 
-def test_a_payment_or_subscription_without_its_ids_is_unreadable() -> None:
+def test_payment_or_subscription_without_its_ids_is_unreadable() -> None:
     for wire in ({}, {"payment_id": "pay"}, {"payment_id": "", "customer": {"customer_id": "c"}}):
         with pytest.raises(WireError):
             Payment.read(wire)
@@ -174,7 +174,7 @@ def test_a_payment_or_subscription_without_its_ids_is_unreadable() -> None:
 
 
 @pytest.mark.parametrize("id_", ["x" * 100_000, "\x00", "a/../b", "", " ", "ÿ" * 200, "?x=1#y"])
-async def test_an_id_that_is_no_id_is_refused_or_not_found_whatever_it_is(world: World, id_: str) -> None:
+async def test_malformed_id_is_refused_or_not_found(world: World, id_: str) -> None:
     for ask in (world.dodo.retrieve_payment, world.dodo.retrieve_dispute, world.dodo.retrieve_subscription):
         with pytest.raises((DodoRefused, DodoUnavailable)):
             await ask(id_)

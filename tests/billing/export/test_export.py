@@ -25,7 +25,7 @@ class Killed(BaseException):
     """The process ends here, as with SIGKILL: nothing after it runs."""
 
 
-async def test_every_tenant_is_told_its_usage_once_in_two_kinds(world: World) -> None:
+async def test_usage_is_exported_once_in_two_kinds(world: World) -> None:
     for name in ("acme", "zeta"):
         await world.tenant(name)
         await world.use(name, charged=1000)
@@ -53,7 +53,7 @@ async def test_tenant_that_cannot_be_read_keeps_no_other_from_being_exported(wor
     assert_same(await world.exported(), world.sums)
 
 
-async def test_tokens_of_a_record_that_drew_twice_are_counted_once(world: World) -> None:
+async def test_tokens_of_a_split_record_are_counted_once(world: World) -> None:
     await world.tenant("acme")
     await world.use("acme", charged=500, overage=200)
     await world.exporter().flush_once()
@@ -65,7 +65,7 @@ async def test_tokens_of_a_record_that_drew_twice_are_counted_once(world: World)
     assert by_name["farebox.usage"]["class.default.tokens"] == 15
 
 
-async def test_an_event_id_is_the_hash_of_shard_range_tenant_and_name(world: World) -> None:
+async def test_event_id_is_the_hash_of_shard_range_tenant_and_name(world: World) -> None:
     await world.tenant("acme")
     await world.use("acme")
     shard = shard_for(TenantId("acme"))
@@ -75,7 +75,7 @@ async def test_an_event_id_is_the_hash_of_shard_range_tenant_and_name(world: Wor
     assert [event["event_id"] for event in await world.events()] == [expected]
 
 
-async def test_a_request_that_used_and_cost_nothing_makes_no_event(world: World) -> None:
+async def test_request_that_used_and_cost_nothing_makes_no_event(world: World) -> None:
     await world.tenant("acme")
     await world.use("acme", charged=0, usage=Usage(requests=0))
     report = await world.exporter().flush_once()
@@ -83,7 +83,7 @@ async def test_a_request_that_used_and_cost_nothing_makes_no_event(world: World)
     assert is_clear(await Outbox(world.redis).backlog())
 
 
-async def test_nothing_is_sent_that_too_few_replicas_have(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unreplicated_events_are_not_sent(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await world.tenant("acme")
     await world.use("acme")
     exporter = world.exporter()
@@ -100,7 +100,7 @@ POINTS = ["seal", "sealed", "mark", "marked", "ingest", "ingested", "ack", "acke
 
 
 @pytest.mark.parametrize("point", POINTS)
-async def test_a_kill_at_any_point_loses_nothing_and_doubles_nothing(
+async def test_kill_at_any_point_loses_and_doubles_nothing(
     world: World, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.tenant("acme")
@@ -157,7 +157,7 @@ async def test_after_a_fault_the_same_event_is_sent_again(world: World, kind: st
     assert_same(await world.exported(), world.sums)
 
 
-async def test_a_storm_of_faults_ends_with_equal_sums(world: World) -> None:
+async def test_sums_are_equal_after_many_faults(world: World) -> None:
     names = [f"tenant-{number}" for number in range(6)]
     for name in names:
         await world.tenant(name)
@@ -172,7 +172,7 @@ async def test_a_storm_of_faults_ends_with_equal_sums(world: World) -> None:
     assert is_clear(await Outbox(world.redis).backlog())
 
 
-async def test_a_slow_dodo_is_given_up_and_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_dodo_is_given_up_and_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await world.tenant("acme")
     await world.use("acme")
     monkeypatch.setattr("billing.dodo.client.TIMEOUT", 0.2)
@@ -185,7 +185,7 @@ async def test_a_slow_dodo_is_given_up_and_asked_again(world: World, monkeypatch
     await hasty.close()
 
 
-async def test_poison_is_found_and_buried_with_its_reason_and_holds_up_nobody(world: World) -> None:
+async def test_refused_event_becomes_a_dead_letter_alone(world: World) -> None:
     for number in range(9):
         await world.tenant(f"tenant-{number}")
         await world.use(f"tenant-{number}")
@@ -200,7 +200,7 @@ async def test_poison_is_found_and_buried_with_its_reason_and_holds_up_nobody(wo
     assert (await world.exporter().flush_once()).sent == 0
 
 
-async def test_a_dead_letter_can_be_sent_again(world: World) -> None:
+async def test_dead_letter_can_be_sent_again(world: World) -> None:
     tenant = await world.tenant("acme")
     await world.tenants.set_customer(tenant.id, "cus_nobody")
     await world.use("acme", overage=60)
@@ -216,7 +216,7 @@ async def test_a_dead_letter_can_be_sent_again(world: World) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-async def test_a_wrong_key_or_address_stops_the_pump_and_parks_nothing(world: World, status: int) -> None:
+async def test_wrong_key_or_address_stops_export_without_dead_letters(world: World, status: int) -> None:
     await world.tenant("acme")
     await world.use("acme")
     exporter = world.exporter()
@@ -230,7 +230,7 @@ async def test_a_wrong_key_or_address_stops_the_pump_and_parks_nothing(world: Wo
 
 
 @pytest.mark.parametrize("status", [401, 404])
-async def test_hours_with_a_wrong_key_leave_nothing_to_look_up(
+async def test_events_refused_for_a_wrong_key_are_not_looked_up(
     world: World, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(20):
@@ -248,7 +248,7 @@ async def test_hours_with_a_wrong_key_leave_nothing_to_look_up(
     assert_same(await world.exported(), world.sums)
 
 
-async def test_a_wrong_address_is_no_proof_that_an_event_is_missing(world: World) -> None:
+async def test_wrong_address_does_not_prove_an_event_missing(world: World) -> None:
     await world.tenant("acme")
     await world.use("acme")
     await world.fault("drop_after", times=1)
@@ -261,7 +261,7 @@ async def test_a_wrong_address_is_no_proof_that_an_event_is_missing(world: World
     assert (await world.exporter().flush_once()).sent == 1, "it is looked up, and Dodo has it"
 
 
-async def test_usage_of_a_tenant_without_a_customer_waits_counted_and_holds_up_nobody(world: World) -> None:
+async def test_usage_of_a_tenant_without_customer_waits_alone(world: World) -> None:
     await world.tenant("late", has_customer=False)
     await world.tenant("acme")
     await world.use("late", overage=30)
@@ -275,7 +275,7 @@ async def test_usage_of_a_tenant_without_a_customer_waits_counted_and_holds_up_n
     assert_same(await world.exported(), world.sums)
 
 
-async def test_a_call_carries_at_most_a_thousand_events(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_call_carries_at_most_a_thousand_events(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"tenant-{number}" for number in range(1_001)]
     tenant = await world.tenant("acme")
     sizes: list[int] = []
@@ -295,7 +295,7 @@ async def test_a_call_carries_at_most_a_thousand_events(world: World, monkeypatc
     assert sizes == [1_000, 1]
 
 
-async def test_an_entry_that_cannot_be_read_stops_its_shard_alone_and_says_so(world: World) -> None:
+async def test_unreadable_entry_stops_its_shard_alone(world: World) -> None:
     for name in ("acme", "zeta"):
         await world.tenant(name)
     assert shard_for(TenantId("acme")) != shard_for(TenantId("zeta"))
@@ -308,13 +308,13 @@ async def test_an_entry_that_cannot_be_read_stops_its_shard_alone_and_says_so(wo
     assert (await Outbox(world.redis).backlog()).unsealed_entries == 1
 
 
-async def test_grants_move_the_cursor_and_tell_nothing(world: World) -> None:
+async def test_grants_move_the_cursor_and_export_nothing(world: World) -> None:
     await world.ledger.grant(Grant("payment:1", TenantId("acme"), Unit.NANOS, 1))
     assert (await world.exporter().flush_once()).sealed == 0
     assert is_clear(await Outbox(world.redis).backlog())
 
 
-async def test_a_reply_without_a_count_is_no_delivery(world: World) -> None:
+async def test_reply_without_a_count_is_no_delivery(world: World) -> None:
     await world.fault("garbage", times=1)
     tenant = await world.tenant("acme")
     with pytest.raises(DodoUnavailable):

@@ -56,7 +56,7 @@ async def test_ledger_records_and_dodo_agree_to_the_nano(world: World) -> None:
 
 
 @pytest.mark.slow
-async def test_killed_processes_and_a_failing_dodo_change_no_sum(world: World, store_url: str, repo: Path) -> None:
+async def test_sums_hold_over_kills_and_dodo_faults(world: World, store_url: str, repo: Path) -> None:
     """Two pumps at a time, each killed with SIGKILL at a random moment, while half the calls fail."""
     dice = random.Random(20_261_123)
     names = [f"tenant-{number}" for number in range(5)]

@@ -69,7 +69,7 @@ def nth(entries: Entries, number: int) -> int:
 
 
 @pytest.mark.parametrize(("number", "charged"), [(0, 100), (1, 200), (2, 400)])
-async def test_an_altered_record_alone_is_withheld_and_sent_once_it_is_put_right(
+async def test_altered_record_is_withheld_alone_until_put_right(
     world: World, three: Entries, number: int, charged: int
 ) -> None:
     place = nth(three, number)
@@ -99,7 +99,7 @@ async def test_an_altered_record_alone_is_withheld_and_sent_once_it_is_put_right
 
 
 @pytest.mark.usefixtures("three")
-async def test_a_record_is_held_against_what_was_sealed_long_before(world: World) -> None:
+async def test_record_is_checked_against_what_was_sealed_before(world: World) -> None:
     assert (await world.exporter().flush_once()).withheld == 0
     await world.use("acme", charged=800)
     *before, (id_, fields) = await world.redis.xrange(STREAM)
@@ -154,7 +154,7 @@ def _next_id(entries: Entries) -> str:
         (put_in, 1, 0),
     ],
 )
-async def test_whatever_is_done_to_a_record_dodo_is_told_of_no_more_than_was_written(
+async def test_any_alteration_exports_no_more_than_was_written(
     world: World, three: Entries, harm: Harm, withheld: int, untold: int
 ) -> None:
     """What follows a record that is gone cannot be judged, and is withheld with it."""
@@ -168,7 +168,7 @@ async def test_whatever_is_done_to_a_record_dodo_is_told_of_no_more_than_was_wri
     assert world.sums["acme", "covered_nanos"] - told["acme", "covered_nanos"] == untold
 
 
-async def test_reconcile_names_what_is_withheld_and_nothing_else(world: World) -> None:
+async def test_reconcile_names_withheld_records_only(world: World) -> None:
     await world.tenant("acme")
     await world.ledger.grant(Grant("payment:1", ACME, Unit.NANOS, 10**6))
     for number in range(3):
@@ -191,7 +191,7 @@ async def test_reconcile_names_what_is_withheld_and_nothing_else(world: World) -
 
 
 @pytest.mark.usefixtures("three")
-async def test_a_tenant_whose_first_entries_were_sealed_unchecked_begins_where_it_stands(world: World) -> None:
+async def test_tenant_sealed_before_checks_existed_begins_where_it_stands(world: World) -> None:
     entries = [entry for entry in await Stream(world.redis).within(shard_for(ACME)) if entry.tenant == ACME]
     checked = check_entries(entries[1:], {})
     assert (checked.sound, checked.withheld) == (entries[1:], [])
@@ -199,7 +199,7 @@ async def test_a_tenant_whose_first_entries_were_sealed_unchecked_begins_where_i
     assert [one.id for one in check_entries([entries[1], altered], {}).withheld] == [altered.id]
 
 
-async def test_each_window_goes_on_where_the_last_one_ended(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_window_begins_where_the_last_one_ended(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("billing.export.exporter.WINDOW_ENTRIES", 2)
     await world.tenant("acme")
     for _ in range(7):

@@ -123,7 +123,7 @@ async def test_refused_notice_is_passed_over_after_many_attempts(redis: Redis) -
     assert await Sender(redis, ear).run() == 0
 
 
-async def test_receiver_that_is_away_is_tried_for_a_day_and_then_the_notice_is_passed_over(redis: Redis) -> None:
+async def test_notice_is_passed_over_after_a_day(redis: Redis) -> None:
     await record(redis, 1)
     ear, now = Ear(*[500] * (ATTEMPTS + 1)), 0
     for _ in range(ATTEMPTS):
@@ -168,6 +168,6 @@ def test_half_a_receiver_is_refused(environ: dict[str, str]) -> None:
         NoticeReceiver.from_env(environ)
 
 
-def test_a_receiver_is_optional_and_its_secret_is_not_shown() -> None:
+def test_receiver_is_optional_and_its_secret_is_not_shown() -> None:
     assert NoticeReceiver.from_env({}) is None
     assert SECRET not in repr(RECEIVER)

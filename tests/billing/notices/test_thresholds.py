@@ -32,22 +32,22 @@ def told(tenant: Tenant, plan: Plan, state: Account) -> list[str]:
 
 
 @pytest.mark.parametrize(("left", "marks"), [(10, []), (3, []), (2, [80]), (1, [80]), (0, [80, 100]), (-1, [80, 100])])
-def test_an_allowance_is_told_at_80_and_100_percent(left: int, marks: list[int]) -> None:
+def test_allowance_is_noticed_at_80_and_100_percent(left: int, marks: list[int]) -> None:
     bucket = Bucket(BucketId("allowance:sub_1:0"), Unit.REQUESTS, left, 10, 9_000, is_allowance=True)
     assert told(SUBSCRIBED, PRO, account(bucket)) == [f"allowance:allowance:sub_1:0:{mark}" for mark in marks]
 
 
-def test_an_allowance_of_a_period_that_is_over_is_not_told() -> None:
+def test_allowance_of_an_ended_period_is_not_noticed() -> None:
     bucket = Bucket(BucketId("allowance:sub_1:0"), Unit.REQUESTS, 0, 10, NOW, is_allowance=True)
     assert told(SUBSCRIBED, PRO, account(bucket)) == []
 
 
 @pytest.mark.parametrize(("overage", "marks"), [(0, []), (8 * USD - 1, []), (8 * USD, [80]), (10 * USD, [80, 100])])
-def test_a_cap_is_told_for_each_period(overage: int, marks: list[int]) -> None:
+def test_credit_limit_is_noticed_in_each_period(overage: int, marks: list[int]) -> None:
     assert told(SUBSCRIBED, PRO, account(overage=overage)) == [f"overage:sub_1:0:{mark}" for mark in marks]
 
 
-def test_a_low_balance_is_told_again_only_after_something_was_bought() -> None:
+def test_low_balance_is_noticed_again_after_a_purchase() -> None:
     tenant = Tenant(id=ACME, email="a@example.com", plan="prepaid")
     first = Bucket(BucketId("payment:1"), Unit.NANOS, 2 * USD, 5 * USD)
     assert told(tenant, PREPAID, account()) == [], "a tenant that never bought is not low"

@@ -53,7 +53,7 @@ TIERS = {"volume_tiers": [{"above": "100.00", "multiplier": "0.9"}, {"above": "1
         (9_000_000 * USD, 2_250_000_000),
     ],
 )
-def test_the_highest_tier_reached_counts(spent: int, output: int) -> None:
+def test_highest_tier_reached_counts(spent: int, output: int) -> None:
     assert priced(TIERS, at(spent=spent)).price.output_per_1m == output
 
 
@@ -82,7 +82,7 @@ def test_hours_are_the_owners_own_over_midnight_and_summer_time(utc: str, is_che
     ("utc", "is_cheap"),
     [("2026-01-09T23:00", True), ("2026-01-10T03:00", True), ("2026-01-10T23:00", False), ("2026-01-09T03:00", False)],
 )
-def test_a_stretch_belongs_to_the_day_it_starts_on(utc: str, is_cheap: bool) -> None:
+def test_span_belongs_to_the_day_it_starts_on(utc: str, is_cheap: bool) -> None:
     """The 9th of January 2026 is a Friday."""
     friday = {"time_of_day": [{"start": "22:00", "end": "06:00", "multiplier": "0.5", "days": ["fri"]}]}
     assert bool(priced(friday, at(utc)).modifiers) == is_cheap
@@ -103,14 +103,14 @@ def test_load_raises_a_price_up_to_its_ceiling(load: int, multiplier: str) -> No
 ARMS = [{"id": "control"}, {"id": "cheap", "multiplier": "0.8"}]
 
 
-def test_an_arm_is_sticky_and_shares_follow_the_weights() -> None:
+def test_arm_is_sticky_and_shares_follow_the_weights() -> None:
     experiment = Experiment.model_validate({"id": "e", "arms": [{"id": "a", "weight": 3}, {"id": "b", "weight": 1}]})
     arms = [experiment.arm_of(TenantId(f"t{n}")).id for n in range(4000)]
     assert arms == [experiment.arm_of(TenantId(f"t{n}")).id for n in range(4000)]
     assert 2_850 < arms.count("a") < 3_150
 
 
-def test_a_changed_weight_moves_tenants_only_towards_the_arm_that_gained() -> None:
+def test_changed_weight_moves_tenants_to_the_arm_that_gained() -> None:
     def arms(weight: int) -> list[str]:
         arms = [{"id": "a", "weight": weight}, {"id": "b"}, {"id": "c"}]
         experiment = Experiment.model_validate({"id": "e", "arms": arms})
@@ -124,14 +124,14 @@ def test_a_changed_weight_moves_tenants_only_towards_the_arm_that_gained() -> No
 @pytest.mark.parametrize(
     ("utc", "runs"), [("2026-03-01T23:59", False), ("2026-03-02T00:00", True), ("2026-04-02T00:00", False)]
 )
-def test_an_experiment_starts_and_stops(utc: str, runs: bool) -> None:
+def test_experiment_starts_and_stops(utc: str, runs: bool) -> None:
     span = {"starts": "2026-03-02T00:00:00Z", "ends": "2026-04-02T00:00:00Z"}
     pricing = {"experiments": [{"id": "e", "arms": ARMS, **span}]}
     assert bool(priced(pricing, at(utc)).modifiers) == runs
     assert bool(offers(Pricing.model_validate(pricing), ACME, at(utc).now_ms)) == runs
 
 
-def test_an_experiment_is_about_its_adapters_only_and_an_arm_may_have_a_price_of_its_own() -> None:
+def test_experiment_covers_its_adapters_and_an_arm_may_have_a_price() -> None:
     arms = [{"id": "one", "price": {"per_request": "0.01"}}, {"id": "two", "price": {"per_request": "0.02"}}]
     pricing = {"experiments": [{"id": "e", "arms": arms, "adapters": ["pirate"]}], **TIERS}
     assert priced(pricing, at(), "yaml").price == LISTED
@@ -149,7 +149,7 @@ def test_all_modifiers_multiply_and_stand_in_their_order() -> None:
     assert found.price.version != LISTED.version
 
 
-def test_what_is_free_stays_free() -> None:
+def test_free_model_stays_free() -> None:
     free = Price(free=True)
     assert effective(free, "pirate", Pricing.model_validate(LOAD), at(load=UNIT_LOAD)) == EffectivePrice(free)
 
@@ -162,9 +162,7 @@ UNIT_LOAD = 10_000
     numerators=st.lists(st.integers(100, 1_000_000), max_size=4),
     tokens=st.integers(0, 10**6),
 )
-def test_a_scaled_price_is_rounded_up_by_less_than_a_nano_per_million_tokens(
-    rate: int, numerators: list[int], tokens: int
-) -> None:
+def test_scaled_price_is_rounded_up_by_less_than_a_nano(rate: int, numerators: list[int], tokens: int) -> None:
     numerator, denominator = math.prod(numerators), 10_000 ** len(numerators)
     price = LISTED.model_copy(update={"output_per_1m": Nanos(rate)}).scaled(numerator, denominator)
     assert 0 <= price.output_per_1m * denominator - rate * numerator < denominator
@@ -192,12 +190,12 @@ def test_a_scaled_price_is_rounded_up_by_less_than_a_nano_per_million_tokens(
         ({"volume_teirs": []}, "Extra inputs"),
     ],
 )
-def test_a_bad_modifier_is_refused_with_what_to_do(pricing: dict[str, object], word: str) -> None:
+def test_bad_modifier_is_refused_with_what_to_do(pricing: dict[str, object], word: str) -> None:
     with pytest.raises(ValidationError, match=word):
         Pricing.model_validate(pricing)
 
 
-def test_a_configured_pricing_survives_its_own_json() -> None:
+def test_configured_pricing_survives_its_own_json() -> None:
     pricing = Pricing.model_validate(TIERS | NIGHT | LOAD | {"experiments": [{"id": "e", "arms": ARMS}]})
     assert Pricing.model_validate_json(pricing.model_dump_json()) == pricing
     assert [format_factor(f) for f in (10_000, 8_500, 12_345, 100)] == ["1", "0.85", "1.2345", "0.01"]

@@ -38,12 +38,12 @@ def prices(draw: st.DrawFn) -> Price:
         ({"free": True}, Usage(prompt_tokens=10**6, compute_ms=10**6), 0),
     ],
 )
-def test_a_charge_is_what_the_rates_say(rates: dict[str, object], usage: Usage, nanos: int) -> None:
+def test_charge_follows_the_rates(rates: dict[str, object], usage: Usage, nanos: int) -> None:
     assert Price.model_validate(rates).charge(usage) == nanos
 
 
 @given(prices(), TOKENS, TOKENS, st.integers(0, 1_000), st.integers(0, 200_000))
-def test_a_request_never_costs_more_than_its_worst_case(
+def test_request_never_costs_more_than_its_max_cost(
     price: Price, prompt: int, limit: int, cached: int, generated: int
 ) -> None:
     usage = Usage(prompt, min(cached, prompt), min(generated, limit))
@@ -72,7 +72,7 @@ def test_affordable_is_the_most_that_the_budget_pays(price: Price, prompt: int, 
         ({"input_per_1M": "1"}, "Extra inputs"),
     ],
 )
-def test_what_is_no_price_is_refused_with_its_reason(rates: dict[str, object], reason: str) -> None:
+def test_invalid_price_is_refused_with_its_reason(rates: dict[str, object], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         Price.model_validate(rates)
 

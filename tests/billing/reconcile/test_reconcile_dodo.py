@@ -66,7 +66,7 @@ def found(report: Report, proof: str) -> list[tuple[int, int]]:
     return [(row.expected, row.found) for row in report.rows if row.proof == proof]
 
 
-async def test_the_meter_of_an_open_period_is_what_was_told(subscribed: World) -> None:
+async def test_meter_of_an_open_period_is_what_was_exported(subscribed: World) -> None:
     await serve(subscribed, "req_1", "req_2")
     await flush(subscribed)
     report = await reconcile(subscribed)
@@ -76,7 +76,7 @@ async def test_the_meter_of_an_open_period_is_what_was_told(subscribed: World) -
     assert found(report, "invoice") == []
 
 
-async def test_a_closed_period_is_invoiced_to_the_cent_and_the_next_begins_at_nothing(subscribed: World) -> None:
+async def test_closed_period_is_invoiced_to_the_cent(subscribed: World) -> None:
     await serve(subscribed, "req_1")
     await flush(subscribed)
     await renew(subscribed)
@@ -86,7 +86,7 @@ async def test_a_closed_period_is_invoiced_to_the_cent_and_the_next_begins_at_no
     assert found(report, "invoice") == [(1, 0)], "less than a cent"
 
 
-async def test_usage_that_reaches_dodo_behind_our_back_differs_in_events_and_in_the_meter(subscribed: World) -> None:
+async def test_foreign_usage_differs_in_events_and_meter(subscribed: World) -> None:
     await serve(subscribed, "req_1")
     await flush(subscribed)
     tenant = await subscribed.tenants.get(ACME)
@@ -100,9 +100,7 @@ async def test_usage_that_reaches_dodo_behind_our_back_differs_in_events_and_in_
 
 
 @pytest.mark.usefixtures("tomorrow")
-async def test_closed_days_are_asked_for_once_and_period_sums_go_on(
-    subscribed: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_closed_days_are_loaded_once(subscribed: World, monkeypatch: pytest.MonkeyPatch) -> None:
     since: list[int] = []
     real = Dodo.events_since
 
@@ -130,7 +128,7 @@ async def test_closed_days_are_asked_for_once_and_period_sums_go_on(
 
 
 @pytest.mark.usefixtures("tomorrow")
-async def test_what_was_proved_is_not_read_again_and_a_full_pass_reads_it(subscribed: World) -> None:
+async def test_proved_days_are_read_again_only_in_a_full_pass(subscribed: World) -> None:
     await serve(subscribed, "req_1", "req_2")
     await flush(subscribed)
     assert (await reconcile(subscribed)).is_clean
@@ -153,19 +151,19 @@ async def test_entries_that_are_not_exported_yet_stay_to_be_read(subscribed: Wor
 
 
 @pytest.mark.usefixtures("tomorrow")
-async def test_an_event_that_dodo_has_without_our_knowing_is_counted_once_it_is_known(subscribed: World) -> None:
+async def test_unacknowledged_event_counts_once_known(subscribed: World) -> None:
     await serve(subscribed, "req_1")
     await subscribed.fault("drop_after", times=1)
     await subscribed.exporter().flush_once()
     subscribed.clock.move(DAY + 2 * HOUR)
     assert (await reconcile(subscribed)).is_clean
     shard = shard_for(ACME)
-    assert (await Watermarks(subscribed.redis).all())[shard.number].told_ms == 0
+    assert (await Watermarks(subscribed.redis).all())[shard.number].dodo_ms == 0
     await flush(subscribed)
     assert (await Outbox(subscribed.redis).events()) == []
     report = await reconcile(subscribed)
     assert report.is_clean, report.faults
-    assert (await Watermarks(subscribed.redis).all())[shard.number].told_ms > 0
+    assert (await Watermarks(subscribed.redis).all())[shard.number].dodo_ms > 0
 
 
 @pytest.mark.usefixtures("tomorrow")
@@ -205,7 +203,7 @@ def at_dodo(*events: DodoEvent, periods: Sequence[UsagePeriod] = (), frozen: Fro
     return TenantAtDodo(events, 0, frozen or Frozen(), "mtr", periods)
 
 
-def test_what_is_sealed_later_or_waits_is_left_out() -> None:
+def test_later_and_waiting_events_are_left_out() -> None:
     events = (event("a", 7), event("waiting", 9), event("later", 11, "5-1"))
     (row,) = prove_events(AT, ACME, at_dodo(*events))
     assert (row.found, row.is_exact) == (7, True)
@@ -213,7 +211,7 @@ def test_what_is_sealed_later_or_waits_is_left_out() -> None:
     assert at_dodo(event("a", 7)).may_freeze(AT, MAY + 1)
 
 
-def test_a_dead_letter_that_dodo_has_is_named() -> None:
+def test_dead_letter_that_dodo_has_is_named() -> None:
     (row,) = prove_events(AT, ACME, at_dodo(event("dead", 7)))
     assert (row.difference, row.named) == (0, "event dead is a dead letter here and at Dodo")
 
@@ -222,7 +220,7 @@ def test_a_dead_letter_that_dodo_has_is_named() -> None:
     (5 * CENT, 5, True), (5 * CENT, 6, True), (5 * CENT, 4, True), (5 * CENT, 7, False), (5 * CENT, 3, False),
     (5 * CENT + 1, 5, True), (5 * CENT - 1, 4, True), (0, 0, True), (0, 2, False),
 ])  # fmt: skip
-def test_an_invoice_is_right_within_one_minor_unit(nanos: int, cents: int, is_right: bool) -> None:
+def test_invoice_is_right_within_one_minor_unit(nanos: int, cents: int, is_right: bool) -> None:
     period = UsagePeriod(MAY - DAY, MAY + DAY, {"mtr": nanos}, {"mtr": cents})
     meter, invoice = prove_periods(ACME, at_dodo(event("a", nanos), periods=[period]), MAY + DAY)
     assert meter.is_exact
@@ -230,7 +228,7 @@ def test_an_invoice_is_right_within_one_minor_unit(nanos: int, cents: int, is_ri
     assert prove_periods(ACME, at_dodo(event("a", nanos), periods=[period]), MAY)[1:] == [], "it is not closed yet"
 
 
-def test_an_event_counts_in_the_period_of_its_date_and_a_period_of_before_our_time_proves_nothing() -> None:
+def test_event_counts_in_the_period_of_its_date() -> None:
     period = UsagePeriod(MAY, MAY + DAY, {"mtr": 7}, {"mtr": 0})
     events = (event("a", 7), event("before", 1, at_ms=MAY - 1), event("behind", 1, at_ms=MAY + DAY))
     assert prove_periods(ACME, at_dodo(*events, periods=[period]), MAY)[0].is_exact

@@ -28,7 +28,7 @@ def watch(house: House, dodo: Dodo | None = None) -> Watch:
     return Watch(house.redis, dodo or house.dodo, CallBudget(10_000))
 
 
-async def test_right_books_are_said_to_be_right_by_both_passes(house: House) -> None:
+async def test_right_books_pass_both_ways(house: House) -> None:
     watching = watch(house)
     assert (await watching.reconcile_store()).faults == 0
     assert (await watching.reconcile_dodo()).faults == 0
@@ -38,7 +38,7 @@ async def test_right_books_are_said_to_be_right_by_both_passes(house: House) -> 
     assert shown["dodo"].proofs > shown["store"].proofs
 
 
-async def test_a_nano_that_goes_between_two_passes_is_found_by_the_second(house: House) -> None:
+async def test_difference_between_two_passes_is_found(house: House) -> None:
     watching = watch(house)
     await watching.reconcile_store()
     await house.redis.hincrby(shard_for(ACME).account(ACME), "overage", 1)
@@ -50,7 +50,7 @@ async def test_a_nano_that_goes_between_two_passes_is_found_by_the_second(house:
     assert (await watching.reconcile_store()).faults == 0
 
 
-async def test_a_second_pass_reads_only_what_is_new(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_second_pass_reads_only_what_is_new(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     real = ShardReader.read
 
@@ -68,7 +68,7 @@ async def test_a_second_pass_reads_only_what_is_new(house: House, monkeypatch: p
     assert len(read) == before + 1
 
 
-async def test_an_altered_record_is_found_when_it_is_read(house: House) -> None:
+async def test_altered_record_is_found_when_it_is_read(house: House) -> None:
     stream = shard_for(ACME).stream
     watching = watch(house)
     await watching.reconcile_store()
@@ -79,7 +79,7 @@ async def test_an_altered_record_is_found_when_it_is_read(house: House) -> None:
     assert "rec_req_new is not as it was written" in (await watching.reconcile_store()).named
 
 
-async def test_a_dodo_that_is_away_is_said_to_be_unproven_and_no_fault(house: House) -> None:
+async def test_unavailable_dodo_is_unproven_and_no_fault(house: House) -> None:
     away = Dodo(DodoSettings(SANDBOX_KEY, base_url="http://127.0.0.1:9"))
     state = await watch(house, away).reconcile_dodo()
     await away.close()
@@ -100,18 +100,18 @@ async def test_what_is_open_is_counted_with_its_age_and_amount(house: House) -> 
     assert 3_600 <= (await unsettled(house.redis)).oldest_hold_s < 3_700
 
 
-async def test_settles_in_quarantine_are_counted(redis: Redis) -> None:
+async def test_unresolved_settlements_are_counted(redis: Redis) -> None:
     await redis.hset(shard_for(ACME).unresolved, "req_1", "{}")
     assert (await unsettled(redis)).unresolved == 1
 
 
-async def test_usage_that_no_window_has_yet_grows_old(redis: Redis) -> None:
+async def test_unsealed_usage_has_an_age(redis: Redis) -> None:
     assert await unsettled(redis) == Unsettled()
     await redis.xadd(shard_for(ACME).stream, {"k": "grant", "t": ACME, "p": "{}"}, id="1000-0")
     assert (await unsettled(redis)).oldest_unsealed_s > 1_000_000_000
 
 
-async def test_what_a_flush_leaves_behind_grows_old_and_is_forgotten_when_it_is_sent(house: House) -> None:
+async def test_events_left_by_a_flush_have_an_age(house: House) -> None:
     await house.serve("req_late")
     tenant = await house.redis.get(shard_for(ACME).tenant(ACME))
     await house.redis.set(shard_for(ACME).tenant(ACME), _without_customer(str(tenant)))

@@ -9,7 +9,7 @@ from billing.pricing.modifiers import Experiment
 from billing.reports.experiments import ArmResult, results
 from billing.reports.intervals import Interval
 from billing.usage import OVERAGE, TenantId, UsageRecord
-from tests.billing.reports.test_report import HOUR_MS, USD, WORTH, record
+from tests.support.reports import HOUR_MS, USD, WORTH, record
 
 DAY = (0, 24 * HOUR_MS)
 ARMS = [{"id": "control"}, {"id": "raised", "multiplier": "1.2"}]
@@ -50,7 +50,7 @@ def test_each_arm_has_its_mean_and_what_it_is_above_the_first() -> None:
     assert in_usd(second.gain) == [2.0, -0.41, 4.41]
 
 
-def test_whoever_used_nothing_counts_as_nothing() -> None:
+def test_tenant_without_usage_counts_as_zero() -> None:
     control, raised = members("control", 6), members("raised", 6)
     first, second = of(RAISE, used(raised[:1], [6]), control + raised)
     assert (first.tenants, first.requests, in_usd(first.each)) == (6, 0, [0, 0, 0])
@@ -82,9 +82,7 @@ def test_only_its_adapters_count_and_only_while_it_ran() -> None:
     ("starts", "ends", "is_shown"),
     [(None, None, True), (24, None, False), (-9, 0, False), (-9, 1, True), (23, 99, True)],
 )
-def test_an_experiment_is_shown_where_it_ran_in_the_stretch(
-    starts: int | None, ends: int | None, is_shown: bool
-) -> None:
+def test_experiment_is_shown_where_it_ran_in_the_span(starts: int | None, ends: int | None, is_shown: bool) -> None:
     update = {"starts": None if starts is None else _at(starts), "ends": None if ends is None else _at(ends)}
     assert bool(of(RAISE.model_copy(update=update), [], [])) == is_shown
 

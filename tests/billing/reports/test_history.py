@@ -14,7 +14,7 @@ from tests.support.world import DAY, World
 ACME = TenantId("acme")
 
 
-async def test_pages_are_newest_first_and_leave_out_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pages_are_newest_first_and_complete(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "READ", 3)
     monkeypatch.setattr(history, "MAX_SCANNED", 6)
     neighbour = _neighbour(ACME)
@@ -34,12 +34,12 @@ async def test_pages_are_newest_first_and_leave_out_nothing(world: World, monkey
     assert pages >= 6
 
 
-async def test_a_tenant_without_records_has_one_empty_page(world: World) -> None:
+async def test_tenant_without_records_has_one_empty_page(world: World) -> None:
     assert await history.records(world.redis, ACME) == history.Page(())
 
 
 @pytest.mark.parametrize("cursor", ["x", "1", "-", "1-", "+", "1-x", "1-1 2", "٣-١", "9" * 50 + "-1"])
-async def test_a_forged_cursor_is_refused(redis: Redis, cursor: str) -> None:
+async def test_forged_cursor_is_refused(redis: Redis, cursor: str) -> None:
     with pytest.raises(ValueError, match="no cursor"):
         await history.records(redis, ACME, cursor)
 

@@ -19,7 +19,7 @@ def test_students_quantile_is_that_of_the_tables(freedom: float, confidence: flo
     assert quantile(freedom, confidence) == pytest.approx(expected, rel=2e-3)
 
 
-def test_a_difference_worked_out_by_hand() -> None:
+def test_difference_worked_out_by_hand() -> None:
     """Means 12 and 10, variances 2.5 each: error 1, 8 degrees of freedom, quantile 2.306."""
     found = difference([10, 11, 12, 13, 14], [8, 9, 10, 11, 12])
     assert found is not None
@@ -28,7 +28,7 @@ def test_a_difference_worked_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("treated", "control"), [(60, 60), (15, 90), (6, 8)])
-def test_the_interval_covers_the_truth_in_95_of_100_experiments(treated: int, control: int) -> None:
+def test_interval_covers_the_truth_in_95_of_100_experiments(treated: int, control: int) -> None:
     chance, truth, covered = random.Random(20_261_126), 300, 0
     for _ in range(600):
         raised = [round(chance.gauss(1_300, 400)) for _ in range(treated)]
@@ -39,7 +39,7 @@ def test_the_interval_covers_the_truth_in_95_of_100_experiments(treated: int, co
     assert 0.925 <= covered / 600 <= 0.975
 
 
-def test_arms_that_do_not_differ_are_seldom_told_apart() -> None:
+def test_equal_arms_seldom_differ_clearly() -> None:
     chance, false = random.Random(7), 0
     for _ in range(600):
         arms = [[round(chance.expovariate(1 / 1_000)) for _ in range(50)] for _ in range(2)]
@@ -54,13 +54,13 @@ def test_equal_values_have_an_interval_of_no_width() -> None:
 
 
 @pytest.mark.parametrize("few", [[], [1], [1] * (LEAST - 1)])
-def test_too_few_tenants_say_nothing(few: list[int]) -> None:
+def test_too_few_tenants_have_no_interval(few: list[int]) -> None:
     assert mean(few) is None
     assert difference(few, [1] * 50) is None
     assert difference([1] * 50, few) is None
 
 
-def test_whoever_used_nothing_counts_and_stays_in_its_arm() -> None:
+def test_tenant_without_usage_stays_in_its_arm() -> None:
     tenants = [TenantId(f"tenant-{number}") for number in range(40)]
     arms = by_arm(PRICES, {tenants[0]: 5}, tenants)
     assert list(arms) == ["control", "raised"]
@@ -69,5 +69,5 @@ def test_whoever_used_nothing_counts_and_stays_in_its_arm() -> None:
     assert sum(map(sum, arms.values())) == 5
 
 
-def test_an_interval_scaled_by_a_negative_factor_keeps_its_order() -> None:
+def test_interval_scaled_by_a_negative_factor_keeps_its_order() -> None:
     assert Interval(2, 1, 4).scaled(-1) == Interval(-2, -4, -1)

@@ -5,60 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from billing.catalog.catalog import Catalog
-from billing.money import Nanos
 from billing.pricing.costs import Costs, Speeds, per_compute_second, per_request, suggest
 from billing.pricing.prices import Price
 from billing.reports.report import Report, build
-from billing.reports.worth import Worth
 from billing.tenants.tenant import Subscription, SubscriptionStatus, Tenant
-from billing.usage import NOTHING, OVERAGE, BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
+from billing.usage import NOTHING, OVERAGE, Status, TenantId, Unit, Usage, UsageRecord
+from tests.support.reports import CATALOG, HOUR_MS, USD, WORTH, record
 
-USD, HOUR_MS = 1_000_000_000, 3_600_000
-CATALOG = Catalog.model_validate(
-    {
-        "models": [{"id": "base", "price": {"input_per_1m": "1"}}],
-        "plans": {
-            "prepaid": {"kind": "prepaid"},
-            "pro": {
-                "kind": "subscription",
-                "monthly_price": "100",
-                "allowance": {"requests": 5000},
-                "credit_limit": "9",
-            },
-            "free": {"kind": "free", "allowance": {"usd": "1"}},
-        },
-        "packs": {
-            "bonus": {"price": "50", "grants": {"usd": "55"}},
-            "calls": {"price": "50", "grants": {"requests": 10_000}},
-        },
-        "default_plan": "prepaid",
-    }
-)
-WORTH = Worth(CATALOG, {"pdt_bonus": "pack:bonus", "pdt_calls": "pack:calls", "pdt_old": "pack:gone"})
 COSTS = Costs.model_validate({"gpu_hour": "3.60"})
 """A tenth of a cent per second."""
-
-
-def record(bucket: str, amount: int, unit: Unit = Unit.NANOS, **changes: object) -> UsageRecord:
-    charged = amount if unit is Unit.NANOS else 0
-    made = UsageRecord(
-        record_id="rec_1",
-        request_id=RequestId("req_1"),
-        tenant=TenantId("acme"),
-        key_id="key_1",
-        adapter="pirate@abc",
-        adapter_class="chat",
-        plan="prepaid",
-        price_version="pv_1",
-        usage=Usage(prompt_tokens=10, completion_tokens=50, compute_ms=1_000),
-        status=Status.COMPLETE,
-        occurred_at_ms=5 * HOUR_MS,
-        list_nanos=Nanos(charged),
-        charged_nanos=Nanos(charged),
-        draws=(Draw(BucketId(bucket), unit, amount),),
-    )
-    return replace(made, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +45,7 @@ def report(
     return build(records, seen, tenants, WORTH, costs, (0, 24 * HOUR_MS), 24 * HOUR_MS)
 
 
-def test_nothing_sold_is_a_report_of_zeros() -> None:
+def test_report_without_records_is_zero() -> None:
     found = report([])
     assert (found.total.revenue_nanos, found.total.margin_percent, found.churn_percent) == (0, None, None)
 
@@ -145,12 +100,12 @@ def test_recurring_revenue_counts_live_subscriptions_and_churn_those_who_stopped
     assert (found.lost, found.churn_percent) == ({"globex", "hooli"}, 66)
 
 
-def test_who_got_nothing_is_lost_like_who_asked_for_nothing() -> None:
+def test_tenant_that_got_nothing_counts_as_lost() -> None:
     found = report([record(OVERAGE, 0, usage=NOTHING, draws=(), status=Status.FAILED)], {"acme"})
     assert (found.active, found.lost, found.churn_percent) == (set(), {"acme"}, 100)
 
 
-def test_who_came_after_the_stretch_is_in_no_arm_of_it() -> None:
+def test_tenant_created_after_the_span_is_in_no_arm() -> None:
     experiment = {"id": "raise", "arms": [{"id": "control"}, {"id": "raised"}]}
     pricing = CATALOG.pricing.model_validate({"experiments": [experiment]})
     worth = replace(WORTH, catalog=CATALOG.model_copy(update={"pricing": pricing}))
@@ -161,7 +116,7 @@ def test_who_came_after_the_stretch_is_in_no_arm_of_it() -> None:
     assert sum(arm.tenants for arm in found.arms) == 24
 
 
-def test_a_suggested_price_leaves_the_wanted_margin() -> None:
+def test_suggested_price_leaves_the_wanted_margin() -> None:
     rates = suggest(COSTS, Speeds(completion_per_s=1_000, prompt_per_s=10_000), margin_percent=60)
     assert (rates.output_per_1m, rates.input_per_1m) == (2_500_000_000, 250_000_000)
     assert rates.cached_input_per_1m == 25_000_000
@@ -181,6 +136,6 @@ def test_absurd_speeds_are_refused(bad: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("margin", [-1, 100])
-def test_an_absurd_margin_is_refused(margin: int) -> None:
+def test_absurd_margin_is_refused(margin: int) -> None:
     with pytest.raises(ValueError, match="between 0 and 99"):
         suggest(COSTS, Speeds(1, 1), margin)

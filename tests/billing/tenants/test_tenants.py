@@ -20,14 +20,14 @@ def tenants(store: Redis, clock: SteppedClock) -> Tenants:
     return Tenants(store, clock)
 
 
-async def test_a_tenant_is_found_again_and_wants_a_customer(tenants: Tenants) -> None:
+async def test_new_tenant_is_found_and_wants_a_customer(tenants: Tenants) -> None:
     await tenants.create(TENANT)
     assert await tenants.get(ACME) == TENANT
     assert await tenants.list() == [TENANT]
     assert await tenants.customers_wanted() == [ACME]
 
 
-async def test_an_id_is_taken_once_and_a_repeat_is_no_error(tenants: Tenants) -> None:
+async def test_tenant_id_is_unique_and_creation_idempotent(tenants: Tenants) -> None:
     await tenants.create(TENANT)
     assert await tenants.create(TENANT) == TENANT
     with pytest.raises(TenantExists):
@@ -35,7 +35,7 @@ async def test_an_id_is_taken_once_and_a_repeat_is_no_error(tenants: Tenants) ->
     assert (await tenants.get(ACME)).email == "ops@acme.test"
 
 
-async def test_an_unknown_tenant_is_an_error_everywhere(tenants: Tenants) -> None:
+async def test_unknown_tenant_is_an_error_everywhere(tenants: Tenants) -> None:
     _, key = new_key(TenantId("ghost"), 0)
     for call in (
         tenants.get(TenantId("ghost")),
@@ -47,7 +47,7 @@ async def test_an_unknown_tenant_is_an_error_everywhere(tenants: Tenants) -> Non
             await call
 
 
-async def test_a_customer_leads_back_to_its_tenant(tenants: Tenants) -> None:
+async def test_tenant_is_found_by_its_customer(tenants: Tenants) -> None:
     await tenants.create(TENANT)
     await tenants.set_customer(ACME, "cus_1")
     found = await tenants.by_customer("cus_1")
@@ -57,7 +57,7 @@ async def test_a_customer_leads_back_to_its_tenant(tenants: Tenants) -> None:
     assert await tenants.by_customer("cus_2") is None
 
 
-async def test_a_customer_is_one_tenants_only(tenants: Tenants) -> None:
+async def test_customer_belongs_to_one_tenant(tenants: Tenants) -> None:
     thief = TENANT.model_copy(update={"id": TenantId("thief")})
     await tenants.create(TENANT)
     await tenants.create(thief)
@@ -82,7 +82,7 @@ async def test_concurrent_updates_all_take_effect(store: Redis) -> None:
     assert (await writers[0].get(ACME)).name == "x" * 8
 
 
-async def test_a_subscription_survives_the_store(tenants: Tenants) -> None:
+async def test_subscription_is_stored(tenants: Tenants) -> None:
     subscription = Subscription(
         id="sub_1", plan="pro", status=SubscriptionStatus.ACTIVE, period_start_ms=1, period_end_ms=2
     )
@@ -91,7 +91,7 @@ async def test_a_subscription_survives_the_store(tenants: Tenants) -> None:
     assert (await tenants.get(ACME)).subscription == subscription
 
 
-async def test_a_key_tells_who_sends(tenants: Tenants) -> None:
+async def test_key_leads_to_its_tenant(tenants: Tenants) -> None:
     await tenants.create(TENANT)
     secret, key = new_key(ACME, 7, "ci", ("pirate",))
     await tenants.add_key(key)
@@ -110,13 +110,13 @@ async def test_a_key_tells_who_sends(tenants: Tenants) -> None:
         ("fbx_" + "a" * 32, "unknown"),
     ],
 )
-async def test_a_bad_secret_is_refused_with_its_reason(tenants: Tenants, secret: str, reason: str) -> None:
+async def test_bad_secret_is_refused_with_its_reason(tenants: Tenants, secret: str, reason: str) -> None:
     with pytest.raises(InvalidKey) as refused:
         await tenants.principal(secret)
     assert refused.value.reason == reason
 
 
-async def test_an_expired_key_is_refused_although_it_is_cached(tenants: Tenants, clock: SteppedClock) -> None:
+async def test_expired_key_is_refused_although_it_is_cached(tenants: Tenants, clock: SteppedClock) -> None:
     await tenants.create(TENANT)
     secret, key = new_key(ACME, 0)
     await tenants.add_key(key.model_copy(update={"expires_at_ms": clock.now_ms + 1}))
@@ -126,7 +126,7 @@ async def test_an_expired_key_is_refused_although_it_is_cached(tenants: Tenants,
         await tenants.principal(secret)
 
 
-async def test_a_revocation_is_seen_here_at_once_and_everywhere_within_a_second(store: Redis) -> None:
+async def test_revocation_is_seen_everywhere_within_a_second(store: Redis) -> None:
     here, there = Tenants(store), Tenants(store)
     await here.create(TENANT)
     secret, key = new_key(ACME, 0)
@@ -143,13 +143,13 @@ async def test_a_revocation_is_seen_here_at_once_and_everywhere_within_a_second(
         await there.principal(secret)
 
 
-async def test_revoking_what_is_not_there_is_an_error(tenants: Tenants) -> None:
+async def test_revoking_an_unknown_key_is_an_error(tenants: Tenants) -> None:
     await tenants.create(TENANT)
     with pytest.raises(UnknownKey):
         await tenants.revoke_key(ACME, "key_none")
 
 
-async def test_a_suspended_tenant_is_refused(tenants: Tenants) -> None:
+async def test_suspended_tenant_is_refused(tenants: Tenants) -> None:
     await tenants.create(TENANT.model_copy(update={"suspended": True}))
     secret, key = new_key(ACME, 0)
     await tenants.add_key(key)
@@ -157,7 +157,7 @@ async def test_a_suspended_tenant_is_refused(tenants: Tenants) -> None:
         await tenants.principal(secret)
 
 
-async def test_a_known_key_costs_no_look_up_while_it_is_cached(tenants: Tenants, store: Redis) -> None:
+async def test_cached_key_makes_no_round_trip(tenants: Tenants, store: Redis) -> None:
     await tenants.create(TENANT)
     secret, key = new_key(ACME, 0)
     await tenants.add_key(key)
