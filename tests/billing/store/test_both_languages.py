@@ -6,12 +6,12 @@ from itertools import accumulate
 from typing import cast
 
 import pytest
-from billing.dodo.budget import BURST_SHARE, CallBudget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from billing.clock import TOLERANCE_MS
+from billing.dodo.call_budget import BURST_SHARE, CallBudget
 from billing.ledger.account import Bucket
 from billing.ledger.codec import letter_of, pack_bucket, pack_usage, unpack_bucket
 from billing.ledger.journal import CHAIN_DIGITS, Entry

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from billing.commerce.refill_store import Refills
 from redis.asyncio import Redis
 
 from billing.catalog import publication
+from billing.commerce.auto_refill.store import Refills
 from billing.commerce.inbox import Inbox
 from billing.export.outbox import Outbox
 from billing.ledger.ledger import Ledger
