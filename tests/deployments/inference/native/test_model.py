@@ -255,7 +255,9 @@ def test_missing_weights_in_a_slot_are_detected(settings: EngineSettings, adapte
 
 
 def test_readme_lists_the_supported_architectures(repo: Path) -> None:
-    table = (repo / "README.md").read_text().partition("| architecture (`model_type`) |")[2].partition("\n\n")[0]
+    table = (
+        (repo / "docs" / "engine.md").read_text().partition("| architecture (`model_type`) |")[2].partition("\n\n")[0]
+    )
     served = {name for line in table.splitlines() if "served" in line for name in re.findall(r"`([a-z0-9_]+)`", line)}
     assert served - {"max_context_tokens", "dynamic", "longrope"} == {config.model_type for config in SUPPORTED}
 
@@ -263,9 +265,9 @@ def test_readme_lists_the_supported_architectures(repo: Path) -> None:
 def test_readme_example_runs(
     repo: Path, base_path: Path, adapter_paths: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    section = (repo / "README.md").read_text().partition("## The engine alone")[2]
+    section = (repo / "docs" / "engine.md").read_text()
     code = section.partition("```python\n")[2].partition("```")[0]
     code = code.replace('".farebox/models/base"', f'"{base_path}", max_context_tokens=256')
     code = code.replace(".farebox/models/adapters/pirate", str(adapter_paths["all8"]))
-    exec(code, {})  # noqa: S102 (our own README)
+    exec(code, {})  # noqa: S102 (our own page)
     assert capsys.readouterr().out.strip()
