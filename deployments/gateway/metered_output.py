@@ -82,7 +82,7 @@ class MeteredOutput:
 
     async def close(self) -> None:
         """Abort the request in the engine unless it has finished. Call ``stop`` first."""
-        if self._reader is None:  # else its cancelled read closes the generator, which nobody else may do meanwhile
+        if self._reader is None:  # else its cancelled read closes the generator
             await self._deltas.aclose()
 
     async def _read(self) -> OutputDelta:

@@ -35,7 +35,7 @@ from deployments.token_stream.replica_end import GatewayConnections
 STATS_INTERVAL_S = 2.0
 PIN_INTERVAL_S = 5.0
 ADVERTISED_PER_SLOT = 2
-"""Adapters that the router is told are resident here, those used last; beyond the slots they lie in host memory."""
+"""Adapters advertised to the router, those used last: more than the slots, since host memory has others."""
 WARM_UP_S = 60.0
 """A replica takes traffic after this time, even if a pinned adapter has not loaded."""
 

@@ -81,7 +81,7 @@ def test_steering_headers_have_no_effect(cluster: Cluster) -> None:
         "x-request-id": "req_forged",
         "x-request-timeout-seconds": "0.000001",
         "x-request-disconnect-disabled": "?1",
-        "serve_multiplexed_model_id": "nobody",
+        "serve_multiplexed_model_id": "unknown",
         "x-session-id": "mine",
     }
     body = {"model": "all8", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
@@ -101,7 +101,7 @@ def test_errors_keep_shape_through_serve(cluster: Cluster) -> None:
         cluster.client().with_options(api_key="no").models.list()
     assert refused.value.code == "invalid_api_key"
     with pytest.raises(openai.NotFoundError):
-        cluster.client().models.retrieve("nobody")
+        cluster.client().models.retrieve("unknown")
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -95,6 +95,24 @@ async def test_bug_leaves_no_hold_open(harness: Harness, link: ScriptedLink, str
     assert record.charged_nanos == (PROMPT_NANOS + 3 * TOKEN_NANOS if stream and fails_at else 0)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_bug_after_output_leaves_no_hold_open(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """The request is settled although no code of its own failed."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("deployments.gateway.api.openai.merged", broken)
+    monkeypatch.setattr("deployments.gateway.api.openai.Shape.delta", broken)
+    key = await harness.tenant(usd="1.00")
+    with suppress(RuntimeError):
+        await harness.chat(key, stream=stream)
+    await harness.settled()
+    assert (await harness.open_holds(), harness.gateway.running) == (0, 0)
+
+
 @pytest.mark.parametrize("reason", [FinishReason.ERROR, FinishReason.ABORT])
 async def test_request_ended_by_engine_is_free(harness: Harness, link: ScriptedLink, reason: FinishReason) -> None:
     link.ends_with = reason

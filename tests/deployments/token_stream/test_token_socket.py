@@ -270,7 +270,7 @@ async def test_wrong_secret_is_disconnected(path: TokenPath) -> None:
 async def test_deadlines_not_sent_during_handshake(path: TokenPath) -> None:
     path.engine.step_s = 1.0
     await asyncio.sleep(0.02)
-    reading = asyncio.create_task(path.read("r", 100_000))  # without a token the gateway cannot tell its replica
+    reading = asyncio.create_task(path.read("r", 100_000))  # without a token its replica is unknown
     await until(lambda: path.engine.running == 1)
     address = path.link.listener.address
     reader, writer = await asyncio.open_connection(address.host, address.port)

@@ -116,17 +116,17 @@ async def test_text_completion_streams(harness: Harness) -> None:
 
 async def test_generate_request_has_adapter_sampling_and_fairness_key(harness: Harness) -> None:
     await harness.chat(await harness.tenant(), temperature=0, seed=7, stop=["a", "b"], frequency_penalty=0.5)
-    [job] = harness.link.requests
-    assert job.adapter is not None
-    assert (job.adapter.name, job.adapter.digest) == ("pirate", "ab" * 32)
-    assert (job.sampling.temperature, job.sampling.seed, job.sampling.stop) == (0, 7, ("a", "b"))
-    assert job.fairness_key == "acme"
+    [request] = harness.link.requests
+    assert request.adapter is not None
+    assert (request.adapter.name, request.adapter.digest) == ("pirate", "ab" * 32)
+    assert (request.sampling.temperature, request.sampling.seed, request.sampling.stop) == (0, 7, ("a", "b"))
+    assert request.fairness_key == "acme"
 
 
 async def test_generate_request_has_weight_of_plan(harness: Harness) -> None:
     await harness.chat(await harness.tenant())
     await harness.chat(await harness.tenant("heavy", plan="payg"))
-    assert [job.fairness_weight for job in harness.link.requests] == [1, 3]
+    assert [request.fairness_weight for request in harness.link.requests] == [1, 3]
 
 
 async def test_text_parts_and_unknown_fields_accepted(harness: Harness) -> None:

@@ -72,7 +72,7 @@ async def test_meaningless_body_refused(harness: Harness, body: bytes) -> None:
     "body",
     [
         b"\xef\xbb\xbf" + chat(),
-        b'{"model":"nobody",' + CHAT + b"}",
+        b'{"model":"unknown",' + CHAT + b"}",
         chat('"user":"\\ud83d\\ude00 \\u0000"'),
         chat('"messages":[{"role":"user","content":"a\\u0000b"}]'),
         chat('"messages":[{"role":"user","content":null}]'),

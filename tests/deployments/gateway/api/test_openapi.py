@@ -36,7 +36,7 @@ ENVIRON = {
     "DODO_PAYMENTS_WEBHOOK_KEY": "whsec_" + "A" * 32,
 }
 MODELS = ("pirate", "gratis", "acme/private:1", "unpriced")
-TENANTS = ("other", "nobody")
+TENANTS = ("other", "unknown")
 """Without the tenant whose key is used, since tenants are suspended."""
 NEEDS_DODO = ("/v1/checkout", "/v1/portal", "/v1/invoices")
 FOREIGN = ("positive_data_acceptance", "negative_data_rejection", "not_a_server_error")
@@ -119,7 +119,7 @@ def _steer(case: schemathesis.Case, desk: Desk) -> None:
     """Put ids that exist into a part of the requests: random ids never do."""
     for place, name, known in (
         (case.path_parameters, "tenant_id", TENANTS),
-        (case.path_parameters, "key_id", (desk.key_id, "key_nobody")),
+        (case.path_parameters, "key_id", (desk.key_id, "key_unknown")),
         (case.path_parameters, "model_id", MODELS),
         (case.body, "model", MODELS),
     ):

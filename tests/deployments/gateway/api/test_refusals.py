@@ -44,11 +44,11 @@ async def test_revoked_key_and_suspended_tenant_refused(harness: Harness) -> Non
 
 async def test_model_refused_for_other_key(harness: Harness) -> None:
     stranger, scoped = await harness.tenant("other"), await harness.tenant("acme", models=("gratis",))
-    assert_problem(await harness.chat(stranger, model="nobody"), 404, "model_not_found")
+    assert_problem(await harness.chat(stranger, model="unknown"), 404, "model_not_found")
     assert_problem(await harness.chat(stranger, model="acme/private:1"), 404, "model_not_found")
     assert_problem(await harness.chat(stranger, model="unpriced"), 404, "model_not_found")
     assert_problem(await harness.chat(scoped, model="pirate"), 403, "model_not_allowed")
-    assert_problem(await harness.client.get("/v1/models/nobody", headers=bearer(stranger)), 404, "model_not_found")
+    assert_problem(await harness.client.get("/v1/models/unknown", headers=bearer(stranger)), 404, "model_not_found")
 
 
 async def test_insufficient_credits_shows_balance_and_top_up_url(harness: Harness) -> None:

@@ -206,7 +206,7 @@ async def test_offers_shown_while_dodo_is_away(shop: Harness) -> None:
 
 async def test_portal_refused_for_unknown_customer(shop: Harness) -> None:
     key = await shop.tenant()
-    await shop.gateway.parts.tenants.set_customer(TenantId("acme"), "cus_nobody")
+    await shop.gateway.parts.tenants.set_customer(TenantId("acme"), "cus_unknown")
     assert_problem(await shop.post(key, "/v1/portal"), 502, "payments_refused")
 
 
