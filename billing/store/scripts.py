@@ -87,7 +87,7 @@ class Script:
     """One script of the store."""
 
     def __init__(self, redis: Redis, name: str) -> None:
-        self._name, self._header = name, header_of(name)
+        self._header = header_of(name)
         self._keys, self._args = _Order(name, self._header.keys), _Order(name, self._header.args)
         self._script = redis.register_script(source(name))
 
@@ -113,9 +113,10 @@ class _Order:
     """The order in which the keys or the arguments of a script travel."""
 
     def __init__(self, script: str, declared: Sequence[Name]) -> None:
-        self._script, self._declared = script, declared
-        self._names = frozenset(name.name for name in declared)
-        self._single = [name.name for name in declared if not name.is_list]
+        self._script = script
+        self._ordered = [name.name for name in declared]
+        self._names = frozenset(self._ordered)
+        self._lists = [name for name in declared if name.is_list]
         self._flags = [number for number, name in enumerate(declared) if name.kind == "flag"]
 
     def values(self, given: Mapping[str, T]) -> list[T]:
@@ -123,16 +124,16 @@ class _Order:
         if given.keys() != self._names:
             wrong = ", ".join(sorted(self._names ^ given.keys()))
             raise TypeError(f"script {self._script} declares {sorted(self._names)}: {wrong} is missing or too many")
-        return [given[name.name] for name in self._declared]
+        return [given[name] for name in self._ordered]
 
     def words(self, given: Mapping[str, Argument]) -> list[Word]:
         """On the wire a list is its number of rows, then their words, and a flag is 1 or 0."""
         values = self.values(given)
-        count = len(self._single)
+        count = len(values) - len(self._lists)
         words = cast(list[Word], values[:count])
         for flag in self._flags:
             words[flag] = int(words[flag])
-        for name, rows in zip(self._declared[count:], cast(list[Sequence[Row]], values[count:]), strict=True):
+        for name, rows in zip(self._lists, cast(list[Sequence[Row]], values[count:]), strict=True):
             words.append(len(rows))
             for row in rows:
                 row_words = (row,) if isinstance(row, str | int) else row

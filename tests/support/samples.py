@@ -11,7 +11,7 @@ from billing.store.keys import shard_for
 from billing.usage import BucketId, RequestId, Status, TenantId, Unit, Usage, UsageRecord
 
 ACME = TenantId("acme")
-WORST = 50_000
+MAX_COST = 50_000
 """What ``request`` holds."""
 PER_TOKEN = Price.model_validate({"input_per_1m": "1", "output_per_1m": "2"})
 """1,000 nanos for a prompt token, 2,000 for a completion token."""

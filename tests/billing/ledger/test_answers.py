@@ -70,7 +70,7 @@ class TestAnAnswer:
         assert kept.record.charged_nanos == CHARGE
 
     @pytest.mark.parametrize(("size", "is_kept"), [(MAX_ANSWER_BYTES, True), (MAX_ANSWER_BYTES + 1, False)])
-    async def test_beyond_the_limit_is_told_with_its_record_and_takes_no_room(
+    async def test_answer_beyond_the_limit_is_refused_with_its_record(
         self, answers: Answers, ledger: Ledger, store: Redis, size: int, is_kept: bool
     ) -> None:
         await ledger.grant(money(100_000))

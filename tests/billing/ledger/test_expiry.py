@@ -1,4 +1,4 @@
-"""A hold whose gateway is gone: billed by its last checkpoint, topped up when more is heard."""
+"""Holds whose gateway is gone: billed by the last checkpoint, and the rest when a settle comes late."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ from billing.money import Nanos
 from billing.store.keys import shard_for
 from billing.usage import NOTHING, Status, Usage
 from tests.support.clock import SteppedClock
-from tests.support.samples import ACME, WORST, allowance, calls, money, records, request, settlement
+from tests.support.samples import ACME, MAX_COST, allowance, calls, money, records, request, settlement
 
 
 class TestLeases:
@@ -41,7 +41,7 @@ class TestLeases:
         (record,) = await records(store)
         assert (record.charged_nanos, record.usage) == (0, NOTHING)
 
-    async def test_a_checkpoint_renews_the_lease_and_tells_which_are_gone(self, ledger: Ledger) -> None:
+    async def test_checkpoint_renews_leases_and_names_those_gone(self, ledger: Ledger) -> None:
         await ledger.grant(money(100_000))
         await ledger.hold(request(lease_ms=600))
         for _ in range(4):
@@ -80,11 +80,11 @@ class TestLeases:
         assert (record.charged_nanos, record.list_nanos, record.balance_nanos) == (6_000, 26_000, 0)
 
     async def test_a_late_settle_leaves_what_pays_a_debt(self, ledger: Ledger, clock: SteppedClock) -> None:
-        await ledger.grant(money(WORST))
+        await ledger.grant(money(MAX_COST))
         await ledger.hold(request("req_0"))
         await ledger.settle(settlement("req_0", completion=20))
-        await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", WORST))
-        funding = Funding(allowance("allowance:1", WORST + 30_000, clock.now_ms + 1_000))
+        await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", MAX_COST))
+        funding = Funding(allowance("allowance:1", MAX_COST + 30_000, clock.now_ms + 1_000))
         await ledger.hold(request(lease_ms=self.SHORT_MS, funding=funding))
         await asyncio.sleep(2 * self.SHORT_MS / 1000)
         await ledger.expire()
@@ -115,7 +115,7 @@ class TestLeases:
         assert record.charged_nanos == 0
 
     async def test_a_late_settle_of_postpaid_use_stays_under_its_cap(self, ledger: Ledger) -> None:
-        funding = Funding(credit_limit=Nanos(WORST))
+        funding = Funding(credit_limit=Nanos(MAX_COST))
         await ledger.hold(request(lease_ms=self.SHORT_MS, funding=funding))
         await asyncio.sleep(2 * self.SHORT_MS / 1000)
         await ledger.expire()
@@ -123,7 +123,7 @@ class TestLeases:
         record = (await ledger.settle(settlement(completion=20))).record
         assert (record.charged_nanos, record.overage_nanos) == (4_000, 4_000)
 
-    async def test_a_hold_that_ran_over_is_settled_as_usual_until_somebody_expires_it(self, ledger: Ledger) -> None:
+    async def test_hold_past_its_lease_settles_as_usual_until_expired(self, ledger: Ledger) -> None:
         await self._held(ledger)
         await asyncio.sleep(2 * self.SHORT_MS / 1000)
         assert (await ledger.settle(settlement())).record.record_id == "rec_req_1"

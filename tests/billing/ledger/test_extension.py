@@ -12,7 +12,7 @@ from billing.money import Nanos
 from billing.store.keys import shard_for
 from billing.usage import OVERAGE, Status, TenantId
 from tests.support.clock import SteppedClock
-from tests.support.samples import ACME, FREE, WORST, allowance, calls, money, records, request, settlement
+from tests.support.samples import ACME, FREE, MAX_COST, allowance, calls, money, records, request, settlement
 
 FIRST = 18_000
 """10 prompt tokens and a first step of 4."""
@@ -29,14 +29,16 @@ async def test_a_hold_begins_with_the_prompt_and_one_step_and_affords_the_whole(
     assert (hold.held_nanos, hold.max_tokens, hold.balance_nanos) == (FIRST, 20, 100_000 - FIRST)
 
 
-@pytest.mark.parametrize(("credit", "tokens"), [(WORST, 20), (WORST - 1, 19), (30_000, 10), (18_000, 4), (12_000, 1)])
+@pytest.mark.parametrize(
+    ("credit", "tokens"), [(MAX_COST, 20), (MAX_COST - 1, 19), (30_000, 10), (18_000, 4), (12_000, 1)]
+)
 async def test_an_answer_is_cut_to_what_the_credit_affords(ledger: Ledger, credit: int, tokens: int) -> None:
     await ledger.grant(money(credit))
     assert (await ledger.hold(STEPPED)).max_tokens == tokens
 
 
 async def test_what_others_hold_still_counts_as_affordable(ledger: Ledger) -> None:
-    await ledger.grant(money(WORST))
+    await ledger.grant(money(MAX_COST))
     await ledger.hold(request("req_other", step_tokens=4))
     hold = await ledger.hold(STEPPED)
     assert (hold.held_nanos, hold.max_tokens) == (FIRST, 20)

@@ -12,7 +12,7 @@ from billing.money import MAX_GRANT_NANOS, Nanos
 from billing.store.keys import shard_for
 from billing.usage import Unit
 from tests.support.clock import SteppedClock
-from tests.support.samples import ACME, FREE, WORST, calls, money, request, settlement
+from tests.support.samples import ACME, FREE, MAX_COST, calls, money, request, settlement
 
 
 class TestGrantsAndClawbacks:
@@ -35,25 +35,25 @@ class TestGrantsAndClawbacks:
             await ledger.grant(money(amount))
 
     async def test_a_refund_may_leave_a_debt_that_stops_everything_paid_in_money(self, ledger: Ledger) -> None:
-        await ledger.grant(money(WORST))
+        await ledger.grant(money(MAX_COST))
         await ledger.hold(request("req_1"))
         await ledger.settle(settlement("req_1", completion=20))
-        refund = Clawback("refund:1", ACME, "payment:1", WORST)
-        assert [await ledger.claw_back(refund) for _ in range(3)] == [WORST, WORST, WORST]
-        assert (await ledger.account(ACME)).balance_nanos == -WORST
+        refund = Clawback("refund:1", ACME, "payment:1", MAX_COST)
+        assert [await ledger.claw_back(refund) for _ in range(3)] == [MAX_COST, MAX_COST, MAX_COST]
+        assert (await ledger.account(ACME)).balance_nanos == -MAX_COST
         with pytest.raises(InsufficientCredits):
-            await ledger.hold(request("req_2", funding=Funding(credit_limit=Nanos(10 * WORST))))
+            await ledger.hold(request("req_2", funding=Funding(credit_limit=Nanos(10 * MAX_COST))))
         await ledger.hold(request("req_3", price=FREE))
 
     async def test_a_new_grant_pays_the_debt_first_even_if_it_expires(
         self, ledger: Ledger, clock: SteppedClock
     ) -> None:
-        await ledger.grant(money(WORST))
+        await ledger.grant(money(MAX_COST))
         await ledger.hold(request("req_1"))
         await ledger.settle(settlement("req_1", completion=20))
-        await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", WORST))
-        await ledger.grant(money(3 * WORST, "payment:2", clock.now_ms + 10))
-        assert (await ledger.account(ACME)).balance_nanos == 2 * WORST
+        await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", MAX_COST))
+        await ledger.grant(money(3 * MAX_COST, "payment:2", clock.now_ms + 10))
+        assert (await ledger.account(ACME)).balance_nanos == 2 * MAX_COST
         clock.now_ms += 10
         assert (await ledger.account(ACME)).balance_nanos == 0
 
@@ -72,9 +72,9 @@ class TestGrantsAndClawbacks:
         assert kinds == ["grant", "clawback"]
 
     async def test_a_refund_while_the_credit_is_held_is_felt_when_it_settles(self, ledger: Ledger) -> None:
-        await ledger.grant(money(WORST))
+        await ledger.grant(money(MAX_COST))
         await ledger.hold(request())
-        await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", WORST))
+        await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", MAX_COST))
         record = (await ledger.settle(settlement(completion=5))).record
         assert (record.charged_nanos, record.balance_nanos) == (20_000, -20_000)
 
@@ -118,22 +118,22 @@ class TestCorrections:
             await ledger.adjust(correction(amount))
 
     async def test_what_is_taken_is_taken_from_credit_and_the_rest_is_owed(self, ledger: Ledger) -> None:
-        await ledger.grant(money(WORST))
+        await ledger.grant(money(MAX_COST))
         await ledger.hold(request(max_tokens=10))
-        await ledger.adjust(correction(-WORST))
+        await ledger.adjust(correction(-MAX_COST))
         assert (await ledger.account(ACME)).balance_nanos == -30_000
         with pytest.raises(InsufficientCredits):
             await ledger.hold(request("req_2"))
         record = (await ledger.settle(settlement(completion=10))).record
         assert (record.charged_nanos, record.balance_nanos) == (30_000, -30_000)
-        await ledger.grant(money(WORST, "payment:2"))
-        assert (await ledger.account(ACME)).balance_nanos == WORST - 30_000
+        await ledger.grant(money(MAX_COST, "payment:2"))
+        assert (await ledger.account(ACME)).balance_nanos == MAX_COST - 30_000
 
     async def test_calls_can_be_corrected_too(self, ledger: Ledger) -> None:
         await ledger.grant(calls(3))
         await ledger.adjust(correction(-2, unit=Unit.REQUESTS))
         covered = [(await ledger.hold(request("req_0"))).covered_by_requests]
-        await ledger.grant(money(WORST, "payment:2"))
+        await ledger.grant(money(MAX_COST, "payment:2"))
         covered.append((await ledger.hold(request("req_1"))).covered_by_requests)
         assert covered == [True, False]
 

@@ -10,7 +10,7 @@ from billing.ledger.errors import CreditOnHold, InsufficientCredits, UnknownHold
 from billing.ledger.extension import GrowingHold
 from billing.ledger.ledger import Ledger
 from billing.money import Nanos
-from tests.support.samples import ACME, WORST, calls, money, request, settlement
+from tests.support.samples import ACME, MAX_COST, calls, money, request, settlement
 
 PROMPT, TOKEN, STEP = 10_000, 2_000, 8_000
 STEPPED = request(step_tokens=4)
@@ -22,7 +22,7 @@ async def growing(ledger: Ledger, asked: HoldRequest = STEPPED) -> GrowingHold:
 
 async def at_rest(ledger: Ledger, hold: GrowingHold, held: int) -> None:
     """Wait until an extension on its way has come to so much, there and here."""
-    while hold.held_nanos != held:  # noqa: ASYNC110, the store tells nobody
+    while hold.held_nanos != held:  # noqa: ASYNC110, the store sends no event
         await asyncio.sleep(0.001)
     assert (await ledger.account(ACME)).held_nanos == held
 
@@ -39,12 +39,12 @@ async def test_more_is_asked_for_when_half_a_step_is_left_and_nothing_waits(ledg
 async def test_a_hold_ends_at_the_longest_answer_and_asks_no_further(ledger: Ledger) -> None:
     await ledger.grant(money(100_000))
     hold = await growing(ledger)
-    assert await hold.grow(Nanos(WORST - TOKEN))
-    await at_rest(ledger, hold, WORST)
-    assert hold.pays(Nanos(WORST))
-    assert not hold.pays(Nanos(WORST + 1))
-    assert not await hold.grow(Nanos(WORST + 1))
-    assert (hold.held_nanos, hold.refusal) == (WORST, None)
+    assert await hold.grow(Nanos(MAX_COST - TOKEN))
+    await at_rest(ledger, hold, MAX_COST)
+    assert hold.pays(Nanos(MAX_COST))
+    assert not hold.pays(Nanos(MAX_COST + 1))
+    assert not await hold.grow(Nanos(MAX_COST + 1))
+    assert (hold.held_nanos, hold.refusal) == (MAX_COST, None)
 
 
 async def test_the_last_credit_is_used_up_before_it_is_refused(ledger: Ledger) -> None:
@@ -55,7 +55,7 @@ async def test_the_last_credit_is_used_up_before_it_is_refused(ledger: Ledger) -
     assert hold.held_nanos == PROMPT + STEP + TOKEN
 
 
-async def test_credit_that_ended_and_credit_that_others_hold_are_told_apart(ledger: Ledger) -> None:
+async def test_ended_credit_and_held_credit_are_refused_apart(ledger: Ledger) -> None:
     await ledger.grant(money(PROMPT + STEP))
     await ledger.grant(money(100_000, "payment:2"))
     hold = await growing(ledger)
@@ -69,7 +69,7 @@ async def test_credit_that_ended_and_credit_that_others_hold_are_told_apart(ledg
 
 
 async def test_what_others_give_back_while_the_hold_lasts_is_found(ledger: Ledger) -> None:
-    await ledger.grant(money(WORST))
+    await ledger.grant(money(MAX_COST))
     hold = await growing(ledger)
     await ledger.hold(request("req_2", prompt_tokens=0, max_tokens=16))
     assert hold.pays(Nanos(PROMPT + 3 * TOKEN))

@@ -14,10 +14,10 @@ from billing.pricing.prices import Price
 from billing.store.keys import shard_for
 from billing.usage import NOTHING, RequestId, Status, TenantId, Usage
 from tests.support.clock import SteppedClock
-from tests.support.samples import ACME, FREE, PER_TOKEN, WORST, calls, money, records, request, settlement
+from tests.support.samples import ACME, FREE, MAX_COST, PER_TOKEN, calls, money, records, request, settlement
 
 
-async def test_a_hold_takes_the_worst_case_and_a_settle_returns_the_rest(ledger: Ledger) -> None:
+async def test_hold_takes_max_cost_and_settle_returns_the_rest(ledger: Ledger) -> None:
     await ledger.grant(money(100_000))
     hold = await ledger.hold(request())
     assert (hold.balance_nanos, hold.max_tokens) == (50_000, 20)
@@ -41,7 +41,7 @@ async def test_what_the_receipt_says_is_what_the_stream_keeps(ledger: Ledger, st
 
 @pytest.mark.parametrize(
     ("credit", "tokens"),
-    [(WORST, 20), (WORST - 1, 19), (48_000, 19), (47_999, 18), (12_000, 1)],
+    [(MAX_COST, 20), (MAX_COST - 1, 19), (48_000, 19), (47_999, 18), (12_000, 1)],
 )
 async def test_a_hold_is_cut_to_what_the_credit_affords(ledger: Ledger, credit: int, tokens: int) -> None:
     await ledger.grant(money(credit))
@@ -54,16 +54,20 @@ async def test_a_nano_less_than_the_shortest_answer_is_refused(ledger: Ledger) -
     await ledger.grant(money(11_999))
     with pytest.raises(InsufficientCredits) as refused:
         await ledger.hold(request())
-    assert (refused.value.balance_nanos, refused.value.required_nanos) == (11_999, WORST)
+    assert (refused.value.balance_nanos, refused.value.required_nanos) == (11_999, MAX_COST)
     assert (refused.value.max_affordable_tokens, refused.value.limit_source) == (0, "balance")
 
 
 async def test_credit_that_others_hold_is_worth_a_retry(ledger: Ledger) -> None:
-    await ledger.grant(money(WORST))
+    await ledger.grant(money(MAX_COST))
     await ledger.hold(request())
     with pytest.raises(CreditOnHold) as refused:
         await ledger.hold(request("req_2"))
-    assert (refused.value.balance_nanos, refused.value.held_nanos, refused.value.required_nanos) == (0, WORST, 12_000)
+    assert (refused.value.balance_nanos, refused.value.held_nanos, refused.value.required_nanos) == (
+        0,
+        MAX_COST,
+        12_000,
+    )
     assert refused.value.retry_after_s > 0
 
 
@@ -82,7 +86,7 @@ class TestRepeats:
         await ledger.grant(money(100_000))
         first, second = await ledger.hold(request()), await ledger.hold(request())
         assert (first.draws, first.lease_ends_at_ms) == (second.draws, second.lease_ends_at_ms)
-        assert (await ledger.account(ACME)).held_nanos == WORST
+        assert (await ledger.account(ACME)).held_nanos == MAX_COST
 
     async def test_an_id_used_for_something_else_is_refused(self, ledger: Ledger) -> None:
         await ledger.grant(money(100_000))
@@ -122,16 +126,16 @@ class TestRepeats:
         with pytest.raises(UnknownHold):
             await ledger.settle(replace(settlement(), tenant=neighbour))
 
-    async def test_a_settled_id_is_known_for_two_stretches_and_then_refused(
+    async def test_settled_id_is_known_for_two_windows_and_then_refused(
         self, store: Redis, clock: SteppedClock
     ) -> None:
         window_ms = 400
         ledger = Ledger(store, clock, window_ms)
         await ledger.grant(money(100_000))
-        await _start_of_a_stretch(store, window_ms)
+        await _start_of_a_window(store, window_ms)
         await ledger.hold(request())
         await ledger.settle(settlement())
-        await _start_of_a_stretch(store, window_ms)
+        await _start_of_a_window(store, window_ms)
         assert (await ledger.settle(settlement())).is_repeat
         await asyncio.sleep(window_ms / 1000)
         assert (await ledger.settle(settlement())).is_repeat
@@ -142,7 +146,7 @@ class TestRepeats:
         assert not await store.exists(*shard_for(ACME).settled)
 
 
-async def _start_of_a_stretch(store: Redis, window_ms: int) -> None:
+async def _start_of_a_window(store: Redis, window_ms: int) -> None:
     seconds, microseconds = await store.time()
     await asyncio.sleep((window_ms - (seconds * 1000 + microseconds // 1000) % window_ms + 5) / 1000)
 
@@ -152,7 +156,7 @@ class TestCharges:
         await ledger.grant(money(100_000))
         await ledger.hold(request())
         record = (await ledger.settle(settlement(completion=500))).record
-        assert (record.list_nanos, record.charged_nanos, record.balance_nanos) == (1_010_000, WORST, 50_000)
+        assert (record.list_nanos, record.charged_nanos, record.balance_nanos) == (1_010_000, MAX_COST, 50_000)
 
     async def test_a_settle_of_nothing_frees_everything_and_leaves_a_record(self, ledger: Ledger, store: Redis) -> None:
         await ledger.grant(money(100_000))

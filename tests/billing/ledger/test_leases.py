@@ -102,7 +102,7 @@ class Buggy(Ledger):
     def _meet(self) -> None:
         if self.bugs:
             self.bugs -= 1
-            raise RuntimeError("nobody foresaw this")
+            raise RuntimeError("unforeseen")
 
 
 async def test_a_bug_stops_neither_renewal_nor_expiry(ledger: Ledger, store: Redis, clock: SteppedClock) -> None:

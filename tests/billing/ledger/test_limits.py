@@ -69,7 +69,7 @@ async def test_what_is_left_after_each_of_six_requests_at_once(
 
 
 @pytest.mark.parametrize(("ahead_s", "wait_s"), [(5.5, 0.5), (6, 1), (60, 55)])
-async def test_the_seventh_is_told_when_its_time_comes(
+async def test_seventh_request_learns_when_to_retry(
     ledger: Ledger, store: Redis, ahead_s: float, wait_s: float
 ) -> None:
     await use(store, ahead_s)

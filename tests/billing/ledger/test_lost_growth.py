@@ -66,9 +66,7 @@ async def test_lost_growth_of_postpaid_use_is_exposure(store: Redis, ledger: Led
     assert (account.overage_nanos, account.held_nanos, account.balance_nanos) == (40_000 - credit, 0, 0)
 
 
-async def test_an_ended_lease_whose_growth_is_lost_is_topped_up_to_all_that_it_was(
-    store: Redis, ledger: Ledger
-) -> None:
+async def test_late_settle_of_lost_growth_charges_all_of_it(store: Redis, ledger: Ledger) -> None:
     await ledger.grant(money(100_000))
     ended = await _grown(store, ledger, replace(STEPPED, lease_ms=1), 15)
     await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""A store that lost its last seconds: each movement counts once in the end, and what nobody can know is kept."""
+"""A store that lost its last seconds: each movement counts once in the end; what cannot be known stays unresolved."""
 
 import asyncio
 import shutil
@@ -27,7 +27,7 @@ from tests.support.clock import SteppedClock
 from tests.support.fleet import HOST, durable, wait_until
 from tests.support.samples import ACME, calls, money, request, settlement
 
-STRETCH_MS = 400
+WINDOW_MS = 400
 COST = 20_000
 """Of ``settlement()``; its hold is 50,000."""
 
@@ -100,7 +100,7 @@ async def test_a_settle_that_does_not_know_its_hold_is_not_guessed(store: Redis,
         await ledger.settle(settlement())
 
 
-async def test_credit_that_was_lost_as_well_is_waited_for_by_a_person(store: Redis, ledger: Ledger) -> None:
+async def test_lost_hold_whose_credit_is_lost_too_stays_unresolved(store: Redis, ledger: Ledger) -> None:
     await ledger.grant(money(100_000))
     ended = await _held(ledger, request())
     await store.flushall()
@@ -119,19 +119,17 @@ async def test_credit_that_was_lost_as_well_is_waited_for_by_a_person(store: Red
         await recovery.drop(RequestId("req_1"))
 
 
-async def test_an_orphan_is_charged_while_its_marker_would_be_remembered_and_kept_after(
-    store: Redis, clock: SteppedClock
-) -> None:
+async def test_lost_hold_is_charged_while_its_mark_would_be_remembered(store: Redis, clock: SteppedClock) -> None:
     """Both sides of the boundary: at no age may a settled request be taken for one that never was."""
-    ledger = Ledger(store, clock, STRETCH_MS)
+    ledger = Ledger(store, clock, WINDOW_MS)
     await ledger.grant(money(1_000_000))
     charged = await _held(ledger, request("req_settled"))
     lost = await _held(ledger, request("req_lost"))
     await ledger.settle(charged)
     started, fates = time.monotonic(), set[str]()
-    while time.monotonic() - started < 4.5 * STRETCH_MS / 1000:
+    while time.monotonic() - started < 4.5 * WINDOW_MS / 1000:
         fates.add(await _fate(ledger, charged))
-        await asyncio.sleep(STRETCH_MS / 20_000)
+        await asyncio.sleep(WINDOW_MS / 20_000)
     assert fates == {"repeat", "kept"}
     assert await _fate(ledger, lost) == "settled", "an open hold is charged at any age"
     assert (await ledger.account(ACME)).balance_nanos == 1_000_000 - 2 * COST
@@ -146,7 +144,7 @@ async def _fate(ledger: Ledger, ended: Settlement) -> str:
 
 
 @pytest.mark.parametrize(("age", "fate"), [(0.0, "settled"), (1.9, "settled"), (2.0, "kept"), (2.1, "kept")])
-async def test_the_age_of_an_orphan_decides(store: Redis, clock: SteppedClock, age: float, fate: str) -> None:
+async def test_age_of_a_lost_hold_decides(store: Redis, clock: SteppedClock, age: float, fate: str) -> None:
     window_ms = 60_000
     ledger = Ledger(store, clock, window_ms)
     await ledger.grant(money(1_000_000))
@@ -169,9 +167,7 @@ async def test_a_marker_of_a_clock_that_was_ahead_is_found(store: Redis, clock: 
     assert (await ledger.settle(ended)).is_repeat
 
 
-async def test_the_spool_hands_an_orphan_on_and_keeps_nothing_of_it(
-    store: Redis, ledger: Ledger, tmp_path: Path
-) -> None:
+async def test_spool_hands_on_a_lost_hold_and_keeps_nothing_of_it(store: Redis, ledger: Ledger, tmp_path: Path) -> None:
     await ledger.grant(money(100_000))
     ended = await _held(ledger, request())
     assert unpack_settlement(pack_settlement(ended)) == ended

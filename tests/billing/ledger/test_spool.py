@@ -94,7 +94,9 @@ async def test_while_the_store_is_away_everything_goes_on_waiting(spool: Spool, 
     again.kill()
 
 
-async def test_what_the_ledger_does_not_know_is_kept_for_people(ledger: Ledger, spool: Spool, tmp_path: Path) -> None:
+async def test_settle_that_the_ledger_refuses_is_kept_for_the_operator(
+    ledger: Ledger, spool: Spool, tmp_path: Path
+) -> None:
     spool.append(settlement("req_never_held"))
     assert await spool.replay(ledger) == 1
     assert spool.pending == 0

@@ -17,7 +17,7 @@ from billing.store.keys import shard_for
 from billing.tenants.spend_caps import Window, cap_at
 from billing.usage import RequestId
 from tests.support.clock import SteppedClock
-from tests.support.samples import ACME, WORST, money, request, settlement
+from tests.support.samples import ACME, MAX_COST, money, request, settlement
 
 CHARGE = 20_000
 DAY_MS = 24 * 3_600_000
@@ -55,7 +55,7 @@ async def test_a_clock_that_is_far_from_the_store_s_is_refused_and_writes_nothin
     store: Redis, clock: SteppedClock, ahead_ms: int
 ) -> None:
     ledger = Ledger(store, clock, clocks_may_differ_ms=TOLERANCE_MS)
-    await ledger.grant(money(10 * WORST))
+    await ledger.grant(money(10 * MAX_COST))
     clock.now_ms += ahead_ms
     before = await everything(store)
     for ask in (ledger.hold, ledger.preview):
@@ -69,7 +69,7 @@ async def test_a_clock_that_is_far_from_the_store_s_is_refused_and_writes_nothin
 @pytest.mark.parametrize("ahead_ms", [-TOLERANCE_MS + SLACK_MS, 0, TOLERANCE_MS - SLACK_MS])
 async def test_a_clock_that_is_nearly_right_is_taken(store: Redis, clock: SteppedClock, ahead_ms: int) -> None:
     ledger = Ledger(store, clock, clocks_may_differ_ms=TOLERANCE_MS)
-    await ledger.grant(money(10 * WORST))
+    await ledger.grant(money(10 * MAX_COST))
     clock.now_ms += ahead_ms
     await ledger.hold(asked("req_1", clock.now_ms))
 
@@ -90,8 +90,8 @@ async def freed(ledger: Ledger, request_id: str) -> None:
 async def test_what_a_clock_that_is_put_back_has_left_ahead_gives_way(
     store: Redis, ledger: Ledger, clock: SteppedClock, end: Ends, is_late: bool
 ) -> None:
-    """Both clocks were wrong, or nobody compared them; a hold from then may end after today's have begun."""
-    await ledger.grant(money(10 * WORST))
+    """Both clocks were wrong, or were not compared; a hold from then may end after today's have begun."""
+    await ledger.grant(money(10 * MAX_COST))
     today = clock.now_ms
     clock.now_ms += DECADE_MS
     await ledger.hold(asked("req_ahead", clock.now_ms))
@@ -112,7 +112,7 @@ async def test_what_a_clock_that_is_put_back_has_left_ahead_gives_way(
 
 
 async def test_a_refusal_and_a_quote_put_nothing_back(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
-    await ledger.grant(money(10 * WORST))
+    await ledger.grant(money(10 * MAX_COST))
     today = clock.now_ms
     clock.now_ms += DECADE_MS
     await ledger.hold(asked("req_ahead", clock.now_ms))
