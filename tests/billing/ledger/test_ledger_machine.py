@@ -82,7 +82,7 @@ ALLOWANCES = {
 CREDIT_LIMITS = {"pro": 50, "payg": 50}
 IDS = st.sampled_from([f"req_{n}" for n in range(6)])
 SOURCES = st.sampled_from([f"payment:{n}" for n in range(6)])
-AMOUNTS = st.integers(0, 60)
+AMOUNTS = st.integers(0, 60) | st.sampled_from([30, 60])
 CALLS = st.integers(0, 1)
 CAPS = st.sampled_from([0, 40, 100])
 DEADLINE_S = 10.0
@@ -412,6 +412,19 @@ class LedgerMachine(RuleBasedStateMachine):
         for _, send in sorted(again, key=lambda one: one[0] != settles_first):
             send()
 
+    @precondition(lambda self: self.model.holds)
+    @rule(data=st.data(), total=st.sampled_from([40, 60]))
+    def lose_extension(self, data: st.DataObject, total: int) -> None:
+        self.replica_catches_up()
+        self.extend_open(data, total, 0)
+        self.fail_over(settles_first=False)
+
+    @rule(tokens=st.sampled_from([20, 60]), cap=CAPS)
+    def lose_hold(self, tokens: int, cap: int) -> None:
+        self.replica_catches_up()
+        self.hold_new(tokens, tokens, cap)
+        self.fail_over(settles_first=False)
+
     @invariant()
     def the_account_is_what_the_model_says(self) -> None:
         account, expected = self.run(self.ledger.account(ACME)), self.model
@@ -478,6 +491,6 @@ def drive(
 def test_the_ledger_does_what_the_model_says(server: valkey.Valkey) -> None:
     relax(server.url)
     try:
-        drive(server.url, examples=400, steps=40)
+        drive(server.url, examples=200, steps=40)
     finally:
         relax(server.url, "always")
