@@ -127,6 +127,8 @@ class RequestState:
 
     async def deltas(self) -> AsyncGenerator[OutputDelta, None]:
         """The output as it comes; what was yielded counts as delivered."""
+        if self.ending is not None:
+            raise self._stop_reason
         delta = self._first
         while delta is not None:
             self._delivered = self._output.usage
@@ -144,10 +146,12 @@ class RequestState:
     async def _next(self) -> OutputDelta:
         try:
             return await self._output.next()
-        except BaseException as error:
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        except Exception as error:
             self.end_with(error)
-            if not isinstance(error, asyncio.CancelledError):
-                await self.settled()
+            await self.settled()
             raise
 
     # Ending it. Every method but ``settle`` and ``settled`` returns at once.
@@ -175,8 +179,9 @@ class RequestState:
 
     def stop(self, reason: EngineError | None = None) -> None:
         """This gateway ends the request; whoever reads its output gets ``reason``."""
-        self._stop_reason = reason or self._stop_reason
-        self._end(Ending.STOPPED)
+        if self.ending is None:
+            self._stop_reason = reason or self._stop_reason
+            self._end(Ending.STOPPED)
 
     def end_with(self, error: BaseException) -> None:
         """End the request for an error: its client's cancellation, or a failure of ours."""

@@ -1,5 +1,6 @@
 """OpenAI's routes: chat and text completions, whole or as server-sent events, quotes, and the models a key may use."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from typing import Annotated
@@ -83,7 +84,7 @@ async def _stream(state: RequestState, claim: Claim, head: Head, text: Text) -> 
     try:
         await claim.check()
         return EventStream(state, claim, head, text)
-    except BaseException as error:
+    except (Exception, asyncio.CancelledError) as error:
         state.end_with(error)
         claim.conclude(state)
         raise
@@ -130,7 +131,7 @@ async def _whole(state: RequestState, claim: Claim, head: Head, text: Text) -> R
         await claim.stage(head, _incomplete(state))
         state.is_repeatable = claim.is_made
         record = (await state.settle(is_delivered=False)).record
-    except BaseException as error:
+    except (Exception, asyncio.CancelledError) as error:
         state.end_with(error)
         raise
     finally:
