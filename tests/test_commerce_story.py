@@ -16,7 +16,7 @@ NONE = (0, 0, "")
 
 # fmt: off
 TABLE = (
-    # day, status, (admitted, refused, why), balance, owed, told to charge, told as paid, invoiced, refunded
+    # day, status, (admitted, refused, why), balance, owed, exported to charge, exported as paid, invoiced, refunded
     # $2 are 4 calls.
     ("Jan 01", "", (4, 2, BALANCE), "0.00", "0.00", "0.00", "2.00", "0.00", "0.00"),
     ("Jan 05", "", NONE, "10.00", "0.00", "0.00", "2.00", "10.00", "0.00"),
@@ -87,7 +87,7 @@ TABLE = (
     ("Dec 31", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "44.00", "329.00", "349.00", "4.00"),
 )
 # fmt: on
-TOLD = {
+NOTICES = {
     # 80 and 100 %: free's January, February, November, December; team's of March and June; pro's of February, March,
     # July, August and October
     "allowance.reached": 2 * 11,
@@ -114,6 +114,6 @@ async def test_each_step_of_the_year_is_as_worked_out_by_hand(tmp_path: Path) ->
     year = await run_year(tmp_path)
     assert [seen(row) for row in year.rows] == list(TABLE)
     assert len(year.rows) == len(SCRIPT)
-    assert Counter(year.notices) == TOLD
+    assert Counter(year.notices) == NOTICES
     assert year.report.is_clean, (year.report.unproven, year.report.faults)
     assert year.report.drift_nanos == 0

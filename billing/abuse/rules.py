@@ -1,4 +1,4 @@
-"""Tell whether a key is used as a stolen one would be, by the hour and compared with its own past.
+"""Judge whether a key is used as a stolen one would be, by the hour and compared with its own past.
 
 Pure: usage records in, verdicts out, on which ``billing.abuse.enforcer`` acts.
 """

@@ -167,8 +167,8 @@ class Contract:
 
     async def a_wrong_key_is_unauthorized(self) -> None:
         """a wrong API key is 401"""
-        async with self._client("dodo_test_wrong") as stranger:
-            await _refused(stranger.customers.list(page_size=1), 401)
+        async with self._client("dodo_test_wrong") as unauthorized:
+            await _refused(unauthorized.customers.list(page_size=1), 401)
 
     async def what_is_unknown_is_not_found(self) -> None:
         """an unknown payment is 404 with a code in capitals"""

@@ -161,7 +161,7 @@ async def test_abuse_detection_can_be_switched_off(tenants: Tenants, store: Redi
     guard = enforcer(tenants, store, clock, *USUAL, record(0, usd=500), record(0, usd=500, key_id="key_gone"))
     assert await guard.run_once(ABUSE.model_copy(update={"watch": False}), Sweep("abuse")) == 0
     assert (await tenants.key(ACME, "key_1")).throttled is None
-    assert await guard.run_once(ABUSE, Sweep("abuse")) == 1, "and a key that nobody has is nobody's concern"
+    assert await guard.run_once(ABUSE, Sweep("abuse")) == 1, "and an unknown key is skipped"
 
 
 async def test_key_is_throttled_though_another_cannot_be_read(

@@ -30,8 +30,8 @@ async def test_current_catalog_has_retired_plans(redis: Redis) -> None:
 
 
 async def test_retired_plan_is_kept_as_it_last_was(redis: Redis) -> None:
-    dearer = CATALOG | {"plans": CATALOG["plans"] | {"club": {"kind": "pay_as_you_go", "credit_limit": "3"}}}  # type: ignore[operator]
-    for catalog in (OLD, Catalog.model_validate(dearer), NEW):
+    raised = CATALOG | {"plans": CATALOG["plans"] | {"club": {"kind": "pay_as_you_go", "credit_limit": "3"}}}  # type: ignore[operator]
+    for catalog in (OLD, Catalog.model_validate(raised), NEW):
         await publication.publish(redis, catalog, "gw", NOON)
     plan = (await publication.plans_ever(redis))["club"]
     assert plan == Plan.model_validate({"kind": "pay_as_you_go", "credit_limit": "3"})

@@ -1,4 +1,4 @@
-"""Dodo's bad news reaches the owner: once each, whatever its delivery's id, and only about tenants."""
+"""Failed payments and dunning make notices: once each, whatever the delivery's id, and only about tenants."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from tests.support.world import DAY, World, delivery
 ACME = TenantId("acme")
 
 
-async def heard(world: World) -> list[NoticeKind]:
+async def recorded(world: World) -> list[NoticeKind]:
     return [notice.kind for notice in reversed(await Notices(world.redis).newest())]
 
 
@@ -27,8 +27,8 @@ async def test_failed_payment_is_noticed_once(world: World) -> None:
     await world.tenant("acme")
     payment = await declined(world)
     for webhook_id in ("msg_1", "msg_1", "msg_2"):
-        told = await world.webhooks().receive(*delivery("payment.failed", payment, webhook_id))
-        assert told.outcome is Outcome.APPLIED
+        applied = await world.webhooks().receive(*delivery("payment.failed", payment, webhook_id))
+        assert applied.outcome is Outcome.APPLIED
     (notice,) = await Notices(world.redis).newest()
     assert (notice.kind, notice.tenant) == (NoticeKind.PAYMENT_FAILED, ACME)
     assert notice.facts["error_code"] == "CARD_DECLINED"
@@ -38,9 +38,9 @@ async def test_failed_payment_is_noticed_once(world: World) -> None:
 async def test_failed_payment_of_unknown_customer_makes_no_notice(world: World) -> None:
     await world.tenant("acme")
     payment = await declined(world)
-    stranger = payment | {"customer": {"customer_id": "cus_nobody"}}
-    assert (await world.webhooks().receive(*delivery("payment.failed", stranger))).outcome is Outcome.KEPT
-    assert await heard(world) == []
+    unknown = payment | {"customer": {"customer_id": "cus_unknown"}}
+    assert (await world.webhooks().receive(*delivery("payment.failed", unknown))).outcome is Outcome.KEPT
+    assert await recorded(world) == []
 
 
 @pytest.mark.parametrize("grace_days", [0, 3])
@@ -58,4 +58,4 @@ async def test_failing_renewal_is_noticed_from_start_to_end(world: World, grace_
     dunning = {"customer_id": customer, "subscription_id": one, "trigger_state": state, "created_at": "2026-12-01"}
     for number, kind in enumerate(("dunning.started", "dunning.recovered", "dunning.started")):
         await world.webhooks().receive(*delivery(kind, dunning, f"msg_dunning_{number}"))
-    assert await heard(world) == [f"subscription.{state}", "dunning.started", "dunning.recovered"]
+    assert await recorded(world) == [f"subscription.{state}", "dunning.started", "dunning.recovered"]

@@ -63,7 +63,7 @@ MODEL = {
     "stranger": Known(nanos=5 * USD, keys=1),
     "refunded": Known(),
 }
-TOLD = {
+NOTICES = {
     ("acme", "payment.failed"), ("held", "subscription.on_hold"), ("late", "subscription.past_due"),
     ("held", "dunning.started"), ("held", "dunning.recovered"),
 }  # fmt: skip
@@ -71,7 +71,7 @@ Event = tuple[str, dict[str, object]]
 
 
 class Scene:
-    """What happens at Dodo, and what it would tell of it. Nothing is delivered yet."""
+    """What happens at Dodo, and the events of it. Nothing is delivered yet."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -206,8 +206,8 @@ async def test_every_type_in_any_order_reaches_the_same_state(shop: World, seed:
     tenants = await shop.tenants.list()
     assert {tenant.email.partition("@")[0]: await known(shop, tenant) for tenant in tenants} == MODEL
     names = {tenant.id: tenant.email.partition("@")[0] for tenant in tenants}
-    told = [(names[notice.tenant], notice.kind.value) for notice in await Notices(shop.redis).newest()]
-    assert sorted(told) == sorted(TOLD)
+    found = [(names[notice.tenant], notice.kind.value) for notice in await Notices(shop.redis).newest()]
+    assert sorted(found) == sorted(NOTICES)
     for number, (type_, _) in enumerate(events):
         kept = await shop.webhooks().inbox.get(f"msg_{number}")
         assert kept is not None

@@ -1,4 +1,4 @@
-"""A licence key that Dodo hands out is an API key here until Dodo takes it back; a stranger who buys is a tenant."""
+"""A licence key that Dodo hands out is an API key here until Dodo revokes it; a buyer becomes a tenant."""
 
 import random
 
@@ -163,7 +163,7 @@ async def test_revoked_key_stays_revoked(keyed: World) -> None:
 
 
 async def test_late_delivery_does_not_undo_a_revocation(keyed: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tell of a new key at once; it is revoked between the slower one's look and its write."""
+    """Two deliveries of a new key at once; it is revoked between the read and the write of the slower one."""
     await keyed.tenant("acme")
     await keyed.buy("acme", "plan:pro")
     (grant,) = await grants(keyed)

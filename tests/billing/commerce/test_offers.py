@@ -1,4 +1,4 @@
-"""What is hidden is offered to the arm that names it and to nobody else; a dropped plan names who is on it."""
+"""What is hidden is offered to the arm that names it only; a dropped plan names its tenants."""
 
 import pytest
 
@@ -59,16 +59,16 @@ def test_dropped_plan_names_its_tenants(
     tenant = Tenant(id=TenantId("acme"), email="a@example.com", plan=plan, subscription=subscription)
     assert left_behind([tenant], old, new) == {name: ["acme"] for name in expected}
     assert left_behind([tenant], old, old) == {}
-    assert left_behind([tenant], new, old) == {}, "a new plan leaves nobody behind"
+    assert left_behind([tenant], new, old) == {}, "a new plan leaves no tenant behind"
 
 
 def test_retired_plans_are_no_part_of_the_content() -> None:
     old = Catalog.model_validate(CATALOG)
     new = Catalog.model_validate(CATALOG | {"plans": {"prepaid": {"kind": "prepaid"}}})
-    told = new.remembering(old.plans)
-    assert told.content_hash == new.content_hash
-    assert set(told.retired) == {"payg", "club"}
-    assert told.plan_named("payg") == old.plans["payg"]
-    assert told.plan_named("prepaid") == new.plans["prepaid"]
-    assert told.plan_named("never-was") is None
-    assert Catalog.model_validate_json(told.model_dump_json()) == new
+    remembered = new.remembering(old.plans)
+    assert remembered.content_hash == new.content_hash
+    assert set(remembered.retired) == {"payg", "club"}
+    assert remembered.plan_named("payg") == old.plans["payg"]
+    assert remembered.plan_named("prepaid") == new.plans["prepaid"]
+    assert remembered.plan_named("never-was") is None
+    assert Catalog.model_validate_json(remembered.model_dump_json()) == new

@@ -89,7 +89,7 @@ async def test_pause_repays_the_usage_it_invoiced(world: World, before_the_end_m
     await world.use("acme", charged=5 * USD, overage=5 * USD, ago_ms=MINUTE)
     await world.redis.hset(shard_for(ACME).account(ACME), "overage", str(5 * USD + 99))
     await world.exporter().flush_once()
-    world.clock.move(MINUTE)  # what is told in the moment of the pause belongs to what comes after it
+    world.clock.move(MINUTE)  # what is exported in the moment of the pause belongs to what comes after it
     await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
     bill = (await world.operator.get("/payments", headers=AUTH)).json()["items"][0]
     assert (bill["total_amount"], bill["service_periods"]) == (500, [])
@@ -102,7 +102,7 @@ async def test_pause_repays_the_usage_it_invoiced(world: World, before_the_end_m
 
 @pytest.mark.parametrize("is_late", [False, True])
 async def test_renewal_and_pause_repay_their_own_usage(world: World, is_late: bool) -> None:
-    """Also where both are told only after the pause, with two periods that ended within an hour."""
+    """Also where both come only after the pause, with two periods that ended within an hour."""
     await world.tenant("acme", plan="payg")
     started = await subscribe(world, "payg")
     webhooks = world.webhooks()
@@ -126,8 +126,8 @@ async def test_renewal_and_pause_repay_their_own_usage(world: World, is_late: bo
     await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
     bill = (await world.operator.get("/payments", headers=AUTH)).json()["items"][0]
     assert (renewal["total_amount"], bill["total_amount"]) == (500, 700)
-    for number, told in enumerate((bill, renewal, bill)):
-        await webhooks.receive(*delivery("payment.succeeded", told, f"msg_{3 + number}"))
+    for number, payment in enumerate((bill, renewal, bill)):
+        await webhooks.receive(*delivery("payment.succeeded", payment, f"msg_{3 + number}"))
     assert (await world.ledger.account(ACME)).overage_nanos == 8 * USD
 
 

@@ -1,4 +1,4 @@
-"""What we sell is made at Dodo once, found again, never deleted; differences are told."""
+"""What we sell is made at Dodo once, found again, never deleted; differences are reported."""
 
 import httpx
 import pytest
@@ -58,8 +58,8 @@ async def test_interrupted_sync_goes_on(redis: Redis, dodo: Dodo, sandbox: Sandb
 async def test_changed_price_is_reported_only(redis: Redis, dodo: Dodo) -> None:
     await sync(dodo, redis, CATALOGUE_NOW)
     packs = CATALOGUE_NOW.packs
-    dearer = packs["small"].model_copy(update={"price": 6_000_000_000})
-    changed = CATALOGUE_NOW.model_copy(update={"packs": packs | {"small": dearer}})
+    raised = packs["small"].model_copy(update={"price": 6_000_000_000})
+    changed = CATALOGUE_NOW.model_copy(update={"packs": packs | {"small": raised}})
     (drift,) = (await sync(dodo, redis, changed)).drift
     assert (drift.name, drift.what, drift.ours, drift.theirs) == ("pack:small", "cents", "600", "500")
     assert [p.cents for p in await dodo.products() if p.tag == "pack:small"] == [500]
@@ -93,7 +93,7 @@ async def test_dry_run_makes_nothing(redis: Redis, dodo: Dodo) -> None:
 
 async def test_dry_run_reports_differences(redis: Redis, dodo: Dodo) -> None:
     await sync(dodo, redis, CATALOGUE_NOW)
-    dearer = CATALOGUE_NOW.packs["small"].model_copy(update={"price": 9_000_000_000})
-    changed = CATALOGUE_NOW.model_copy(update={"packs": {"small": dearer}})
+    raised = CATALOGUE_NOW.packs["small"].model_copy(update={"price": 9_000_000_000})
+    changed = CATALOGUE_NOW.model_copy(update={"packs": {"small": raised}})
     (drift,) = (await plan(dodo, redis, changed)).drift
     assert (drift.name, drift.what, drift.ours, drift.theirs) == ("pack:small", "cents", "900", "500")

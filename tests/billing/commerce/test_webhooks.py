@@ -57,8 +57,8 @@ async def test_purchase_is_fixed_when_first_seen(world: World) -> None:
     payment = await world.buy("acme", "pack:small")
     await world.webhooks().receive(*delivery("payment.succeeded", payment))
     pack = world.catalog.packs["small"]
-    dearer = pack.model_copy(update={"grants": pack.grants.model_copy(update={"usd": 9 * USD})})
-    world.catalog = world.catalog.model_copy(update={"packs": {"small": dearer}})
+    raised = pack.model_copy(update={"grants": pack.grants.model_copy(update={"usd": 9 * USD})})
+    world.catalog = world.catalog.model_copy(update={"packs": {"small": raised}})
     again = await world.webhooks().receive(*delivery("payment.succeeded", payment, "msg_2"))
     assert again.outcome is Outcome.APPLIED
     assert await balance(world) == 5 * USD
@@ -104,8 +104,8 @@ async def test_payment_of_unknown_customer_is_parked(world: World) -> None:
     tenant = await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     webhooks = world.webhooks()
-    stranger = payment | {"customer": {"customer_id": "cus_later", "email": "a@example.com", "name": "A"}}
-    parked = await webhooks.receive(*delivery("payment.succeeded", stranger))
+    unknown = payment | {"customer": {"customer_id": "cus_later", "email": "a@example.com", "name": "A"}}
+    parked = await webhooks.receive(*delivery("payment.succeeded", unknown))
     assert (parked.outcome, await balance(world)) == (Outcome.WAITING, 0)
     assert "cus_later" in parked.reason
     assert await webhooks.replay(world.sweep()) == 0, "not due yet"

@@ -16,7 +16,7 @@ async def main(store_url: str, dodo_url: str) -> None:
     redis = await connect(store_url)
     dodo = Dodo(DodoSettings(API_KEY, base_url=dodo_url))
     exporter = Exporter(redis, dodo, Tenants(redis), budget=CallBudget(1_000_000), jitter=lambda: 0.0)
-    print("pumping", flush=True)
+    print("exporting", flush=True)
     while True:
         await exporter.flush_once()
 

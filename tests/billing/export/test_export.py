@@ -1,4 +1,4 @@
-"""What Dodo is told equals what the ledger drew, to the nano, whatever fails on the way."""
+"""What is exported equals what the ledger drew, to the nano, whatever fails on the way."""
 
 import asyncio
 import hashlib
@@ -189,12 +189,12 @@ async def test_refused_event_becomes_a_dead_letter_alone(world: World) -> None:
     for number in range(9):
         await world.tenant(f"tenant-{number}")
         await world.use(f"tenant-{number}")
-    poisoned = await world.tenants.set_customer(TenantId("tenant-4"), "cus_nobody")
+    poisoned = await world.tenants.set_customer(TenantId("tenant-4"), "cus_unknown")
     report = await world.exporter().flush_once()
     assert (report.sent, report.dead_letters, report.waiting) == (8, 1, 0)
     (dead,) = await Outbox(world.redis).dead()
     assert dead.tenant == poisoned.id
-    assert "cus_nobody" in dead.reason
+    assert "cus_unknown" in dead.reason
     sums = await Outbox(world.redis).sums()
     assert (sums.sealed_events, sums.acked_events, sums.dead_events) == (9, 8, 1)
     assert (await world.exporter().flush_once()).sent == 0
@@ -202,7 +202,7 @@ async def test_refused_event_becomes_a_dead_letter_alone(world: World) -> None:
 
 async def test_dead_letter_can_be_sent_again(world: World) -> None:
     tenant = await world.tenant("acme")
-    await world.tenants.set_customer(tenant.id, "cus_nobody")
+    await world.tenants.set_customer(tenant.id, "cus_unknown")
     await world.use("acme", overage=60)
     await world.exporter().flush_once()
     await world.tenants.set_customer(tenant.id, tenant.dodo_customer_id)

@@ -1,4 +1,4 @@
-"""Timestamps, periods, budgets and long outages: when Dodo is told, not how much."""
+"""Timestamps, periods, budgets and long outages: when usage is exported, not how much."""
 
 from datetime import datetime
 
@@ -23,8 +23,8 @@ async def test_stale_timestamp_is_replaced_and_kept_in_metadata(world: World, ag
     ((event),) = await world.events()
     assert event["metadata"]["restamped"] is restamped  # type: ignore[index]
     occurred = world.clock() - ago_ms
-    told = _ms(str(event["timestamp"]))
-    assert told == (world.clock() if restamped else occurred)
+    sent = _ms(str(event["timestamp"]))
+    assert sent == (world.clock() if restamped else occurred)
     assert _ms(str(event["metadata"]["occurred_at"])) == occurred  # type: ignore[index]
     assert event["metadata"]["crosses_period"] is False  # type: ignore[index]
 
@@ -57,7 +57,7 @@ async def test_attempt_of_more_than_an_hour_ago_is_looked_up_before_it_is_repeat
 async def test_flush_stops_at_its_budget_and_the_rest_follows(world: World) -> None:
     for number in range(6):
         await world.tenant(f"tenant-{number}")
-        await world.tenants.set_customer(TenantId(f"tenant-{number}"), f"cus_nobody_{number}")
+        await world.tenants.set_customer(TenantId(f"tenant-{number}"), f"cus_unknown_{number}")
         await world.use(f"tenant-{number}")
     exporter = world.exporter(calls_per_minute=12)
     calls = 0
@@ -92,7 +92,7 @@ async def test_event_not_attempted_for_want_of_calls_is_not_looked_up(world: Wor
 async def test_patient_flush_waits_for_calls(world: World) -> None:
     for name in ("acme", "zeta"):
         await world.tenant(name)
-        await world.tenants.set_customer(TenantId(name), f"cus_nobody_{name}")
+        await world.tenants.set_customer(TenantId(name), f"cus_unknown_{name}")
         await world.use(name)
     budget = CallBudget(12)
     exporter = Exporter(world.redis, world.dodo, world.tenants, world.clock, budget, patience_s=30)
@@ -174,12 +174,12 @@ async def test_charges_of_a_closed_billing_period_are_billed_in_the_next(world: 
 
 @pytest.mark.parametrize("is_resumed", [False, True])
 async def test_charges_after_a_pause_are_billed_later(world: World, is_resumed: bool) -> None:
-    """Each once: five cents at the pause, seven cents that were told after it with the renewal."""
+    """Each once: five cents at the pause, seven cents exported after it with the renewal."""
     await world.tenant("acme", plan="payg")
     payment = await world.buy("acme", "plan:payg")
-    path, told = f"/subscriptions/{payment['subscription_id']}", {"subscription_id": payment["subscription_id"]}
+    path, event = f"/subscriptions/{payment['subscription_id']}", {"subscription_id": payment["subscription_id"]}
     exporter, webhooks = world.exporter(), world.webhooks()
-    await webhooks.receive(*delivery("subscription.active", told, "msg_1"))
+    await webhooks.receive(*delivery("subscription.active", event, "msg_1"))
     world.clock.move(MINUTE)
     await world.use("acme", charged=50_000_000, overage=50_000_000)
     await exporter.flush_once()
@@ -188,7 +188,7 @@ async def test_charges_after_a_pause_are_billed_later(world: World, is_resumed: 
     world.clock.move(MINUTE)
     for status in ("paused", "active")[: 1 + is_resumed]:
         (await world.operator.patch(path, json={"status": status}, headers=AUTH)).raise_for_status()
-        await webhooks.receive(*delivery(f"subscription.{status}", told, f"msg_{status}"))
+        await webhooks.receive(*delivery(f"subscription.{status}", event, f"msg_{status}"))
         world.clock.move(MINUTE)
     assert (await exporter.flush_once(force=True)).sent == 1
     if not is_resumed:
@@ -223,9 +223,9 @@ def _ms(moment: str) -> int:
 async def test_charges_sent_before_a_pause_was_known_are_billed(world: World) -> None:
     await world.tenant("acme", plan="payg")
     payment = await world.buy("acme", "plan:payg")
-    path, told = f"/subscriptions/{payment['subscription_id']}", {"subscription_id": payment["subscription_id"]}
+    path, event = f"/subscriptions/{payment['subscription_id']}", {"subscription_id": payment["subscription_id"]}
     webhooks = world.webhooks()
-    await webhooks.receive(*delivery("subscription.active", told, "msg_1"))
+    await webhooks.receive(*delivery("subscription.active", event, "msg_1"))
     await world.use("acme", charged=50_000_000, overage=50_000_000)
     await world.exporter().flush_once()
     world.clock.move(MINUTE)
@@ -235,7 +235,7 @@ async def test_charges_sent_before_a_pause_was_known_are_billed(world: World) ->
         (await world.operator.patch(path, json={"status": status}, headers=AUTH)).raise_for_status()
         world.clock.move(MINUTE)
         await world.exporter().flush_once(force=True)
-        await webhooks.receive(*delivery(f"subscription.{status}", told, f"msg_{status}"))
+        await webhooks.receive(*delivery(f"subscription.{status}", event, f"msg_{status}"))
     world.clock.move(32 * DAY)
     (await world.operator.post("/_sandbox/clock", json={"advance_s": 0})).raise_for_status()
     bills = (await world.operator.get("/payments", headers=AUTH)).json()["items"]

@@ -48,29 +48,29 @@ async def test_ledger_records_and_dodo_agree_to_the_nano(world: World) -> None:
         if number % 4 == 3:
             await world.exporter().flush_once()
     await world.exporter().flush_once()
-    told = await world.exported()
+    exported = await world.exported()
     assert overage > 0
-    assert told[ACME, "charge_nanos"] == overage == (await world.ledger.account(ACME)).overage_nanos
-    assert told[ACME, "covered_nanos"] == charged - overage == 95_000
-    assert (told[ACME, "requests"], told[ACME, "completion_tokens"]) == (9, sum(range(9)))
+    assert exported[ACME, "charge_nanos"] == overage == (await world.ledger.account(ACME)).overage_nanos
+    assert exported[ACME, "covered_nanos"] == charged - overage == 95_000
+    assert (exported[ACME, "requests"], exported[ACME, "completion_tokens"]) == (9, sum(range(9)))
 
 
 @pytest.mark.slow
 async def test_sums_hold_over_kills_and_dodo_faults(world: World, store_url: str, repo: Path) -> None:
-    """Two pumps at a time, each killed with SIGKILL at a random moment, while half the calls fail."""
+    """Two exporters at a time, each killed with SIGKILL at a random moment, while half the calls fail."""
     dice = random.Random(20_261_123)
     names = [f"tenant-{number}" for number in range(5)]
     for name in names:
         await world.tenant(name)
     await world.fault("status:500", "drop_before", "drop_after", "status_after:503", rate=0.5)
     for _ in range(3):
-        pumps = [await _pump(world, store_url, repo) for _ in range(2)]
-        for pump in pumps:
+        exporters = [await _exporter(world, store_url, repo) for _ in range(2)]
+        for exporter in exporters:
             for _ in range(20):
                 await world.use(dice.choice(names), charged=dice.randrange(1, 10**9), overage=dice.randrange(2))
                 await asyncio.sleep(dice.random() * 0.02)
-            pump.kill()
-            await pump.communicate()
+            exporter.kill()
+            await exporter.communicate()
     await world.heal()
     await world.exporter().flush_once()
     assert_same(await world.exported(), world.sums)
@@ -81,10 +81,10 @@ async def test_sums_hold_over_kills_and_dodo_faults(world: World, store_url: str
     )
 
 
-async def _pump(world: World, store_url: str, repo: Path) -> asyncio.subprocess.Process:
+async def _exporter(world: World, store_url: str, repo: Path) -> asyncio.subprocess.Process:
     command = ["-m", "tests.billing.export.flush_process", store_url, str(world.operator.base_url)]
     pipe = asyncio.subprocess.PIPE
-    pump = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=repo, stdout=pipe, stderr=pipe)
-    assert pump.stdout is not None
-    assert await pump.stdout.readline() == b"pumping\n"
-    return pump
+    exporter = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=repo, stdout=pipe, stderr=pipe)
+    assert exporter.stdout is not None
+    assert await exporter.stdout.readline() == b"exporting\n"
+    return exporter

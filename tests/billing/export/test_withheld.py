@@ -1,4 +1,4 @@
-"""A record that is not as it was written is not told to Dodo, and named; everything else goes on."""
+"""A record that is not as it was written is withheld and named; everything else is exported."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ def neighbour() -> str:
 
 
 async def put(world: World, entries: Entries) -> None:
-    """The stream as somebody with a hand on the store leaves it."""
+    """The stream as an intruder in the store leaves it."""
     pipe = world.redis.pipeline(transaction=True)
     pipe.delete(STREAM)
     for id_, fields in entries:
@@ -38,7 +38,7 @@ async def put(world: World, entries: Entries) -> None:
     await pipe.execute()
 
 
-def dearer(fields: dict[str, str]) -> dict[str, str]:
+def raised(fields: dict[str, str]) -> dict[str, str]:
     record = json.loads(fields["p"])
     record["charged_nanos"] += 900
     record["draws"][0]["amount"] += 900
@@ -46,14 +46,14 @@ def dearer(fields: dict[str, str]) -> dict[str, str]:
 
 
 def without(world: World, charged: int) -> dict[tuple[str, str], int]:
-    """What Dodo is told while one record of acme's that cost so much is withheld."""
+    """What is exported while one record of acme's that cost so much is withheld."""
     less = {(ACME, "covered_nanos"): charged, (ACME, "completion_tokens"): 5, (ACME, "requests"): 1}
     return {what: total - less.get((TenantId(what[0]), what[1]), 0) for what, total in world.sums.items()}
 
 
 @pytest.fixture
 async def three(world: World) -> Entries:
-    """Acme's records of 100, 200 and 400 nanos, in one window with a neighbour's; nobody has exported them."""
+    """Acme's records of 100, 200 and 400 nanos, in one window with a neighbour's; not exported yet."""
     for name in ("acme", neighbour(), "zeta"):
         await world.tenant(name)
     for charged in (100, 200, 400):
@@ -75,7 +75,7 @@ async def test_altered_record_is_withheld_alone_until_put_right(
     place = nth(three, number)
     id_, fields = three[place]
     name = json.loads(fields["p"])["record_id"]
-    await put(world, [*three[:place], (id_, dearer(fields)), *three[place + 1 :]])
+    await put(world, [*three[:place], (id_, raised(fields)), *three[place + 1 :]])
     exporter = world.exporter()
     for _ in range(2):
         report = await exporter.flush_once()
@@ -103,7 +103,7 @@ async def test_record_is_checked_against_what_was_sealed_before(world: World) ->
     assert (await world.exporter().flush_once()).withheld == 0
     await world.use("acme", charged=800)
     *before, (id_, fields) = await world.redis.xrange(STREAM)
-    await put(world, [*before, (id_, dearer(fields))])
+    await put(world, [*before, (id_, raised(fields))])
     assert (await world.exporter().flush_once()).withheld == 1
     assert_same(await world.exported(), without(world, 800))
 
@@ -135,7 +135,7 @@ def doubled(entries: Entries, place: int) -> Entries:
 
 
 def put_in(entries: Entries, place: int) -> Entries:
-    """By somebody who knows no digests."""
+    """By an intruder who does not know of digests."""
     return [*entries, (_next_id(entries), {"k": "usage", "t": ACME, "p": entries[place][1]["p"]})]
 
 
@@ -144,7 +144,7 @@ def _next_id(entries: Entries) -> str:
 
 
 @pytest.mark.parametrize(
-    ("harm", "withheld", "untold"),
+    ("harm", "withheld", "not_exported"),
     [
         (taken_out, 1, 600),
         (another_tenant_s, 2, 600),
@@ -155,7 +155,7 @@ def _next_id(entries: Entries) -> str:
     ],
 )
 async def test_any_alteration_exports_no_more_than_was_written(
-    world: World, three: Entries, harm: Harm, withheld: int, untold: int
+    world: World, three: Entries, harm: Harm, withheld: int, not_exported: int
 ) -> None:
     """What follows a record that is gone cannot be judged, and is withheld with it."""
     await put(world, harm(three, nth(three, 1)))
@@ -163,9 +163,9 @@ async def test_any_alteration_exports_no_more_than_was_written(
     assert (await exporter.flush_once()).withheld == withheld
     await world.use("acme", charged=800)
     assert (await exporter.flush_once()).withheld == withheld
-    told = await world.exported()
-    assert told[neighbour(), "covered_nanos"] == told["zeta", "covered_nanos"] == 700
-    assert world.sums["acme", "covered_nanos"] - told["acme", "covered_nanos"] == untold
+    exported = await world.exported()
+    assert exported[neighbour(), "covered_nanos"] == exported["zeta", "covered_nanos"] == 700
+    assert world.sums["acme", "covered_nanos"] - exported["acme", "covered_nanos"] == not_exported
 
 
 async def test_reconcile_names_withheld_records_only(world: World) -> None:
@@ -186,8 +186,8 @@ async def test_reconcile_names_withheld_records_only(world: World) -> None:
     assert (await Reconciler(world.redis, world.dodo, clock=world.clock).run()).is_clean, "it waits"
     await exporter.flush_once()
     assert (await Reconciler(world.redis, world.dodo, clock=world.clock).run()).is_clean
-    told = await world.exported()
-    assert told["acme", "covered_nanos"] == 3 * PER_TOKEN.charge(Usage(prompt_tokens=10, completion_tokens=5))
+    exported = await world.exported()
+    assert exported["acme", "covered_nanos"] == 3 * PER_TOKEN.charge(Usage(prompt_tokens=10, completion_tokens=5))
 
 
 @pytest.mark.usefixtures("three")

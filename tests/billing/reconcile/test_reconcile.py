@@ -162,22 +162,22 @@ async def test_doubled_record_is_named(house: House) -> None:
 
 
 async def test_record_whose_charge_was_altered_is_named(house: House) -> None:
-    def dearer(record: dict[str, object]) -> None:
+    def raise_charge(record: dict[str, object]) -> None:
         record["charged_nanos"] = int(str(record["charged_nanos"])) + 1
 
-    await _rewrite(house, "rec_req_money", dearer)
+    await _rewrite(house, "rec_req_money", raise_charge)
     await assert_found(house, "records", "rec_req_money charges", 1)
     await assert_found(house, f"exported {USAGE}", "its records sum to", -1)
 
 
 async def test_consistently_altered_record_differs_from_its_bucket(house: House) -> None:
-    def dearer(record: dict[str, object]) -> None:
+    def raise_charge(record: dict[str, object]) -> None:
         draws = record["draws"]
         assert isinstance(draws, list)
         draws[0]["amount"] += 1
         record["charged_nanos"] = record["list_nanos"] = int(str(record["charged_nanos"])) + 1
 
-    await _rewrite(house, "rec_req_money", dearer)
+    await _rewrite(house, "rec_req_money", raise_charge)
     await assert_found(house, "credit", "bucket payment:1", 1)
     await assert_found(house, "records", "rec_req_money is not as it was written")
 

@@ -40,7 +40,9 @@ async def _add_dead_letters(store_url: str) -> None:
     outbox = Outbox(redis)
     for event in EVENTS:
         await outbox.seal(shard_for(event.tenant), START, "1-0", CheckedEntries({}), [event])
-        await outbox.bury(SealedEvent.from_json(event.to_json().replace('"reason":""', f'"reason":"{REASON}"')))
+        await outbox.add_dead_letter(
+            SealedEvent.from_json(event.to_json().replace('"reason":""', f'"reason":"{REASON}"'))
+        )
     await redis.aclose()
 
 
