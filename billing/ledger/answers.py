@@ -71,7 +71,7 @@ class Answers:
                 args={
                     "request": asked.request_id,
                     "body": asked.body,
-                    "may_deliver_early": asked.is_streamed,
+                    "may_deliver_early": int(asked.is_streamed),
                     "lease": self._lease_ms,
                     "ttl": self._kept_ms,
                     "window": self._window_ms,

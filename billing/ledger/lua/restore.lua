@@ -13,14 +13,13 @@ if before[1] then
 end
 if redis.call("HEXISTS", keys.clawback, "content") == 0 then return { "unknown" } end
 local given = number_at(keys.clawback, "taken") + number_at(keys.granted, "took:" .. undone)
+local now, buckets, paid = store_ms(), read_buckets(keys), {}
+local b = find_bucket(keys, buckets, granted_by)
+if given > 0 then b.remaining, b.granted, b.is_changed = b.remaining + given, b.granted + given, true end
 redis.call("HSET", keys.movement, "content", content, "given", text(given))
 redis.call("PEXPIRE", keys.movement, ttl)
 redis.call("HDEL", keys.granted, "owed:" .. undone)
 if given == 0 then return { "done", "0" } end
-
-local now, buckets, paid = store_ms(), read_buckets(keys), {}
-local b = find_bucket(keys, buckets, granted_by)
-b.remaining, b.granted, b.is_changed = b.remaining + given, b.granted + given, true
 give_back(keys, buckets, b, given, paid)
 local balance = balance_of(buckets, gateway_now, buckets.allowance)
 local clawbacks = take_owed(keys.granted, b, buckets, gateway_now)

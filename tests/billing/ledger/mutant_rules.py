@@ -7,9 +7,9 @@ CLOCKS = "tests/billing/ledger/test_wrong_clocks.py"
 EXPORT = "tests/billing/export/test_export.py"
 WITHHELD = "tests/billing/export/test_withheld.py"
 GROWTH = "tests/billing/ledger/test_lost_growth.py"
+FORMER = "tests/billing/ledger/test_former_allowance.py"
 LOST = "tests/billing/ledger/test_lost_store.py"
 RULES = "tests/billing/ledger/test_ledger_rules.py"
-TABLES = "tests/billing/ledger/test_worked_tables.py"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "an allowance of the version before is given twice",
         "allowance.lua",
         'live[former] or former ~= "" and find_bucket(keys, buckets, former) or ',
-        test=RULES,
+        test=FORMER,
     ),
     Mutant("a call covers any model", "waterfall.lua", 'b.adapters == "" or', "true or"),
     Mutant("a hold counts nothing as held", "waterfall.lua", "b.held + part, true", "b.held, true"),
