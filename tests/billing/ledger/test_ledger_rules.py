@@ -412,6 +412,17 @@ async def test_recover_by_call_shows_allowance_in_balance(store: Redis, ledger: 
     assert await balance(ledger) == 30_000
 
 
+async def test_recover_shows_the_balance_of_the_account(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
+    """The store lost everything, so that no allowance is in force: both count until the next hold names one."""
+    one = Funding(allowance("allowance:one", 30_000, clock.now_ms + DAY_MS))
+    other = Funding(allowance("allowance:other", 30_000, clock.now_ms + DAY_MS))
+    holds = [await ledger.hold(request("req_1", funding=one)), await ledger.hold(request("req_2", funding=other))]
+    await store.flushall()
+    balances = [(await ledger.settle(ended(hold, 5))).record.balance_nanos for hold in holds]
+    assert balances == [10_000, 20_000]
+    assert await balance(ledger) == 20_000
+
+
 async def test_entry_balance_is_without_left_allowance(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """A free plan left with 30,000; a pack of 100,000 of which 50,000 are spent, then one of 10,000."""
     left = Funding(allowance("allowance:free", 30_000, clock.now_ms + DAY_MS))
