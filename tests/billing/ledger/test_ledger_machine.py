@@ -426,7 +426,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.fail_over(settles_first=False)
 
     @invariant()
-    def the_account_is_what_the_model_says(self) -> None:
+    def account_agrees_with_model(self) -> None:
         account, expected = self.run(self.ledger.account(ACME)), self.model
         money = sum(hold.held for hold in expected.holds.values() if hold.unit == model.MONEY)
         calls = sum(hold.held for hold in expected.holds.values() if hold.unit == model.CALLS)
@@ -488,7 +488,7 @@ def drive(
 
 
 @pytest.mark.slow
-def test_the_ledger_does_what_the_model_says(server: valkey.Valkey) -> None:
+def test_ledger_agrees_with_model(server: valkey.Valkey) -> None:
     relax(server.url)
     try:
         drive(server.url, examples=200, steps=40)

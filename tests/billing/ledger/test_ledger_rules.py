@@ -40,6 +40,10 @@ def ended(hold: Hold, completion: int, held: int | None = None) -> Settlement:
     return replace(settlement(hold.request.request_id, completion), snapshot=snapshot)
 
 
+def progress(done: Settlement, held: int) -> Progress:
+    return Progress(done.request_id, ACME, done.usage, done.list_nanos, Nanos(held))
+
+
 def void(hold: Hold) -> Settlement:
     return replace(ended(hold, 0), usage=NOTHING, list_nanos=Nanos(0), status=Status.FAILED)
 
@@ -86,25 +90,21 @@ def on_plan(plan: str, start_ms: int) -> Tenant:
     return Tenant(id=ACME, email="acme@farebox.test", plan=plan, subscription=carried)
 
 
-async def test_another_free_plan_has_an_allowance_of_its_own(ledger: Ledger, clock: SteppedClock) -> None:
+async def test_free_plans_have_allowances_of_their_own(ledger: Ledger, clock: SteppedClock) -> None:
     """30,000 used up on one free plan; the other gives 500,000."""
     tenant = Tenant(id=ACME, email="acme@farebox.test", plan="small")
     small = funding_for(tenant, free("0.00003"), clock.now_ms)
     await serve(ledger, "req_1", 10, funding=small, max_tokens=10)
     assert await balance(ledger, small) == 0
-    large = funding_for(replace_plan(tenant, "large"), free("0.0005"), clock.now_ms)
+    large = funding_for(tenant.model_copy(update={"plan": "large"}), free("0.0005"), clock.now_ms)
     assert await balance(ledger, large) == 500_000
     await serve(ledger, "req_2", 20, funding=large)
     assert await balance(ledger, large) == 450_000
     assert await balance(ledger, small) == 0, "back on the first plan, its allowance is still used up"
 
 
-def replace_plan(tenant: Tenant, plan: str) -> Tenant:
-    return tenant.model_copy(update={"plan": plan})
-
-
 @pytest.mark.parametrize(("before", "after"), [("25", "150"), ("150", "25")])
-async def test_another_plan_of_one_subscription_has_an_allowance_of_its_own(
+async def test_plan_change_in_one_subscription_brings_its_allowance(
     ledger: Ledger, clock: SteppedClock, before: str, after: str
 ) -> None:
     start = clock.now_ms
@@ -116,7 +116,7 @@ async def test_another_plan_of_one_subscription_has_an_allowance_of_its_own(
     assert await balance(ledger, new) == int(after) * 10**9 - cost(5)
 
 
-async def test_lost_growth_is_billed_by_expiry_as_by_settle(store: Redis, ledger: Ledger) -> None:
+async def test_expire_bills_lost_growth(store: Redis, ledger: Ledger) -> None:
     """Held 18,000, grown to 50,000 which the store lost, 40,000 delivered and checkpointed."""
     await ledger.grant(money(100_000))
     asked, replica = request(step_tokens=4), Replica(store)
@@ -135,11 +135,7 @@ async def test_lost_growth_is_billed_by_expiry_as_by_settle(store: Redis, ledger
     assert await differences(store, ACME) == []
 
 
-def progress(done: Settlement, held: int) -> Progress:
-    return Progress(done.request_id, ACME, done.usage, done.list_nanos, Nanos(held))
-
-
-async def test_a_late_settle_lists_what_it_charges(store: Redis, ledger: Ledger) -> None:
+async def test_late_settle_lists_what_it_charges(store: Redis, ledger: Ledger) -> None:
     """The checkpoint lists 40,000, the hold covers 18,000 and had grown to 50,000: 22,000 are charged late."""
     await ledger.grant(money(100_000))
     asked, replica = request(step_tokens=4), Replica(store)
@@ -156,7 +152,7 @@ async def test_a_late_settle_lists_what_it_charges(store: Redis, ledger: Ledger)
     assert await differences(store, ACME) == []
 
 
-async def test_credit_that_is_held_pays_no_debt(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
+async def test_refund_of_held_credit_is_no_debt_yet(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """A pack of 50,000 that ends tomorrow is held whole and refunded: no debt, as the hold may give it all back.
 
     20,000 of it turn out to be used: that is the debt, which the pack without an end pays.
@@ -174,7 +170,7 @@ async def test_credit_that_is_held_pays_no_debt(store: Redis, ledger: Ledger, cl
     assert await differences(store, ACME) == []
 
 
-async def test_an_expired_hold_pays_the_debt_that_it_leaves(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
+async def test_expire_pays_the_debt_that_it_leaves(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     await ledger.grant(money(50_000, "payment:1", clock.now_ms + DAY_MS))
     hold = await ledger.hold(request())
     await ledger.grant(money(50_000, "payment:2"))
@@ -185,7 +181,7 @@ async def test_an_expired_hold_pays_the_debt_that_it_leaves(store: Redis, ledger
     assert await remaining(store) == {"payment:1": 0, "payment:2": 30_000}
 
 
-async def test_a_won_dispute_repays_the_pack_that_paid(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
+async def test_restore_repays_the_pack_that_paid(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """Pack 1 of 100,000, 40,000 spent, is disputed: it owes 40,000, which pack 2 of 50,000 pays.
 
     Won after pack 1 has ended: the 40,000 go back to pack 2, the other 60,000 to pack 1, where nobody can draw them.
@@ -207,7 +203,7 @@ async def test_a_won_dispute_repays_the_pack_that_paid(store: Redis, ledger: Led
     assert await differences(store, ACME) == []
 
 
-async def test_a_debt_in_a_past_allowance_counts(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
+async def test_debt_in_past_allowance_counts(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """November's 30,000: 18,000 held, grown to 30,000 and the growth lost; another takes 12,000; 30,000 delivered.
 
     November owes 12,000, so that December has 18,000 of 30,000, and with a pack of 50,000 it has 68,000.
@@ -234,7 +230,7 @@ async def test_a_debt_in_a_past_allowance_counts(store: Redis, ledger: Ledger, c
 
 
 @pytest.mark.parametrize("was_held", [True, False])
-async def test_an_allowance_pays_no_debt(store: Redis, ledger: Ledger, clock: SteppedClock, was_held: bool) -> None:
+async def test_allowance_pays_no_debt(store: Redis, ledger: Ledger, clock: SteppedClock, was_held: bool) -> None:
     """A pack of 50,000 is spent and refunded: December's 30,000 leave a debt of 20,000, with or without November's."""
     end = clock.now_ms + DAY_MS
     november = Funding(allowance("allowance:2026-11", 30_000, end))
@@ -250,9 +246,7 @@ async def test_an_allowance_pays_no_debt(store: Redis, ledger: Ledger, clock: St
     assert await balance(ledger, december) == -20_000
 
 
-async def test_the_allowance_of_a_plan_that_was_left_pays_no_debt(
-    store: Redis, ledger: Ledger, clock: SteppedClock
-) -> None:
+async def test_allowance_of_left_plan_pays_no_debt(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     left = Funding(allowance("allowance:free", 30_000, clock.now_ms + DAY_MS))
     await ledger.grant(money(50_000))
     await ledger.hold(request("req_1", funding=left))
@@ -264,7 +258,7 @@ async def test_the_allowance_of_a_plan_that_was_left_pays_no_debt(
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
-async def test_a_lost_hold_draws_on_its_bucket_though_that_has_ended(
+async def test_recover_draws_on_ended_bucket_of_hold(
     store: Redis, ledger: Ledger, clock: SteppedClock, is_lost: bool
 ) -> None:
     """Held at 23:59 on an allowance of 30,000, settled at 00:01: covered, whether the store lost the hold or not."""
@@ -282,9 +276,7 @@ async def test_a_lost_hold_draws_on_its_bucket_though_that_has_ended(
     assert (await ledger.account(ACME)).overage_nanos == 0
 
 
-async def test_lost_growth_draws_on_its_bucket_though_that_has_ended(
-    store: Redis, ledger: Ledger, clock: SteppedClock
-) -> None:
+async def test_lost_growth_draws_on_ended_bucket_of_hold(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """An allowance of 60,000: 18,000 held, grown to 50,000, lost; 40,000 delivered, of which none is exposure."""
     end, replica = clock.now_ms + DAY_MS, Replica(store)
     asked = request(step_tokens=4, funding=Funding(allowance("allowance:1", 60_000, end), Nanos(100_000)))
@@ -298,9 +290,7 @@ async def test_lost_growth_draws_on_its_bucket_though_that_has_ended(
     assert await remaining(store) == {"allowance:1": 20_000}
 
 
-async def test_a_late_settle_draws_no_allowance_of_a_plan_that_was_left(
-    store: Redis, ledger: Ledger, clock: SteppedClock
-) -> None:
+async def test_late_settle_draws_no_allowance_of_left_plan(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """A free plan left with 30,000; a hold of the pack of 100,000 expires unbilled and is settled late with 20,000."""
     left = Funding(allowance("allowance:free", 30_000, clock.now_ms + DAY_MS))
     await ledger.hold(request("req_0", funding=left))
@@ -314,9 +304,7 @@ async def test_a_late_settle_draws_no_allowance_of_a_plan_that_was_left(
     assert (record.balance_nanos, await balance(ledger)) == (80_000, 80_000)
 
 
-async def test_a_late_settle_draws_the_next_periods_allowance(
-    store: Redis, ledger: Ledger, clock: SteppedClock
-) -> None:
+async def test_late_settle_draws_next_periods_allowance(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """The hold expired in November; December's allowance of 30,000 is in force when it settles late with 20,000."""
     end = clock.now_ms + DAY_MS
     november = Funding(allowance("allowance:2026-11", 50_000, end))
@@ -332,7 +320,7 @@ async def test_a_late_settle_draws_the_next_periods_allowance(
     assert (record.balance_nanos, await balance(ledger)) == (10_000, 10_000)
 
 
-async def test_a_lost_void_settles_though_its_credit_is_lost(store: Redis, ledger: Ledger) -> None:
+async def test_void_recovers_without_its_credit(store: Redis, ledger: Ledger) -> None:
     await ledger.grant(money(100_000))
     hold = await ledger.hold(request())
     await store.flushall()
@@ -340,9 +328,7 @@ async def test_a_lost_void_settles_though_its_credit_is_lost(store: Redis, ledge
     assert (record.status, record.charged_nanos, record.draws) == (Status.FAILED, 0, ())
 
 
-async def test_a_lost_hold_is_charged_to_the_allowance_lost_with_it(
-    store: Redis, ledger: Ledger, clock: SteppedClock
-) -> None:
+async def test_recover_restores_lost_allowance(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """The first hold of a period put its allowance of 30,000 in place; the store lost both."""
     funding = Funding(allowance("allowance:1", 30_000, clock.now_ms + DAY_MS))
     hold = await ledger.hold(request(funding=funding, max_tokens=10))
@@ -353,7 +339,7 @@ async def test_a_lost_hold_is_charged_to_the_allowance_lost_with_it(
     assert await differences(store, ACME) == []
 
 
-async def test_a_lost_hold_is_charged_once_its_credit_is_back(store: Redis, ledger: Ledger) -> None:
+async def test_recover_charges_once_credit_is_back(store: Redis, ledger: Ledger) -> None:
     await ledger.grant(money(100_000))
     hold = await ledger.hold(request())
     await store.flushall()
@@ -365,7 +351,7 @@ async def test_a_lost_hold_is_charged_once_its_credit_is_back(store: Redis, ledg
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
-async def test_yesterdays_lost_hold_counts_in_no_window_of_today(
+async def test_recover_counts_in_no_later_window(
     store: Redis, ledger: Ledger, clock: SteppedClock, is_lost: bool
 ) -> None:
     replica = Replica(store)
@@ -381,7 +367,7 @@ async def test_yesterdays_lost_hold_counts_in_no_window_of_today(
     assert await store.hget(SHARD.account(ACME), "cap:key_1:day") == f"{today.start_ms}|20000|0"
 
 
-async def test_a_hold_extends_into_the_next_period(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
+async def test_extend_draws_next_periods_allowance(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """November's 18,000 are all held when it ends. December's 48,000 are in force: 12,000 more come from there."""
     end = clock.now_ms + DAY_MS
     november = Funding(allowance("allowance:2026-11", 18_000, end))
@@ -400,9 +386,7 @@ async def test_a_hold_extends_into_the_next_period(store: Redis, ledger: Ledger,
     assert await balance(ledger, december) == 36_000
 
 
-async def test_a_damaged_hold_keeps_no_other_from_expiring(
-    store: Redis, ledger: Ledger, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_expire_skips_damaged_hold(store: Redis, ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
     """Two overdue holds; the bucket of the first is gone. The log names it."""
     await ledger.grant(money(100_000))
     await ledger.hold(request("req_1"))
@@ -415,9 +399,7 @@ async def test_a_damaged_hold_keeps_no_other_from_expiring(
     assert "req_0" in caplog.text
 
 
-async def test_the_record_of_a_lost_hold_of_calls_shows_the_allowance(
-    store: Redis, ledger: Ledger, clock: SteppedClock
-) -> None:
+async def test_recover_by_call_shows_allowance_in_balance(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     funding, replica = Funding(allowance("allowance:1", 30_000, clock.now_ms + DAY_MS)), Replica(store)
     await ledger.grant(calls(3))
     await ledger.hold(request("req_0", funding=funding))
@@ -430,9 +412,18 @@ async def test_the_record_of_a_lost_hold_of_calls_shows_the_allowance(
     assert await balance(ledger) == 30_000
 
 
-async def test_an_entry_shows_the_balance_without_an_allowance_that_was_left(
-    store: Redis, ledger: Ledger, clock: SteppedClock
-) -> None:
+async def test_recover_shows_the_balance_of_the_account(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
+    """The store lost everything, so that no allowance is in force: both count until the next hold names one."""
+    one = Funding(allowance("allowance:one", 30_000, clock.now_ms + DAY_MS))
+    other = Funding(allowance("allowance:other", 30_000, clock.now_ms + DAY_MS))
+    holds = [await ledger.hold(request("req_1", funding=one)), await ledger.hold(request("req_2", funding=other))]
+    await store.flushall()
+    balances = [(await ledger.settle(ended(hold, 5))).record.balance_nanos for hold in holds]
+    assert balances == [10_000, 20_000]
+    assert await balance(ledger) == 20_000
+
+
+async def test_entry_balance_is_without_left_allowance(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """A free plan left with 30,000; a pack of 100,000 of which 50,000 are spent, then one of 10,000."""
     left = Funding(allowance("allowance:free", 30_000, clock.now_ms + DAY_MS))
     await ledger.hold(request("req_0", funding=left))
@@ -447,7 +438,7 @@ async def test_an_entry_shows_the_balance_without_an_allowance_that_was_left(
     assert await balance(ledger) == 90_000, "back on the plan its allowance is in force again"
 
 
-async def test_a_postpaid_tenant_in_debt_learns_the_reason(ledger: Ledger) -> None:
+async def test_hold_refused_by_debt_says_so(ledger: Ledger) -> None:
     """Balance -40,000, exposure 0 of 100,000: the debt is what stops it, not the credit limit."""
     await ledger.grant(money(40_000))
     await serve(ledger, "req_1", 15, max_tokens=15)
@@ -465,9 +456,7 @@ async def test_a_postpaid_tenant_in_debt_learns_the_reason(ledger: Ledger) -> No
         (5_000, 35_000),  # held 5,000 + 15,000 of the line; another took as much; lost: the line, its last draw
     ],
 )
-async def test_what_a_lost_hold_had_of_the_credit_line_is_exposure(
-    store: Redis, ledger: Ledger, pack: int, exposure: int
-) -> None:
+async def test_recover_owes_to_the_credit_line_last(store: Redis, ledger: Ledger, pack: int, exposure: int) -> None:
     """A credit limit of 20,000, a lost hold of 20,000, and another that took all there was meanwhile."""
     funding, replica = Funding(credit_limit=Nanos(20_000)), Replica(store)
     if pack:
@@ -482,7 +471,7 @@ async def test_what_a_lost_hold_had_of_the_credit_line_is_exposure(
     assert await differences(store, ACME) == []
 
 
-async def test_what_lost_growth_had_of_the_credit_line_is_exposure(store: Redis, ledger: Ledger) -> None:
+async def test_lost_growth_owes_to_the_credit_line_last(store: Redis, ledger: Ledger) -> None:
     """A pack of 10,000 and a limit of 30,000: 10,000 + 8,000 held, the growth to 40,000 lost, the rest another's.
 
     Of 40,000 delivered 10,000 come from the pack, 30,000 from the line, beside the 22,000 of the other.

@@ -100,7 +100,7 @@ async def test_running_process_writes_no_notice_and_no_key_to_a_migrated_store(s
     for call in (
         tenants.update(ACME, lambda tenant: tenant.model_copy(update={"suspended": True})),
         tenants.revoke_key(ACME, key.id),
-        notices.tell(Notice(NoticeKind.BALANCE_LOW, ACME, "low:1", 1)),
+        notices.record(Notice(NoticeKind.BALANCE_LOW, ACME, "low:1", 1)),
     ):
         with pytest.raises(StoreUnavailable, match=f"schema {LATER}"):
             await call
