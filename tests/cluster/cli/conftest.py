@@ -11,6 +11,7 @@ from billing.archive.files import Archive
 from billing.dodo.client import Dodo
 from billing.dodo.settings import DodoSettings
 from billing.store.connection import connect
+from billing.sweep import Sweep
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local.settings import Settings
 from cluster.local.state import Home
@@ -38,7 +39,7 @@ async def _fill(store_url: str, sandbox: SandboxServer, archive: Path) -> None:
         await house.open()
         await house.move()
         await house.flush()
-        await Archiver(redis, Archive(str(archive)), 0).run_once()
+        await Archiver(redis, Archive(str(archive)), 0).run_once(Sweep("archive"))
         await house.serve("req_live")
     finally:
         await dodo.close()
