@@ -8,6 +8,7 @@ EXPORT = "tests/billing/export/test_export.py"
 WITHHELD = "tests/billing/export/test_withheld.py"
 GROWTH = "tests/billing/ledger/test_lost_growth.py"
 FORMER = "tests/billing/ledger/test_former_allowance.py"
+GRANTS = "tests/billing/ledger/test_grants.py"
 LOST = "tests/billing/ledger/test_lost_store.py"
 RULES = "tests/billing/ledger/test_ledger_rules.py"
 
@@ -210,7 +211,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a payment of a debt comes back twice",
         "debts.lua",
         'redis.call("HINCRBY", marker, "paid:" .. to.id, text(-part))',
-        test=RULES,
+        test=GRANTS,
     ),
     Mutant("records are not numbered", "entries.lua", 'redis.call("HSET", account, "seq", seq)'),
     Mutant("a payment grants each time it comes", "grant.lua", "if before then return", "if false then return"),
