@@ -163,7 +163,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "an ended lease bills all that is held", "expire.lua", "list = tonumber(hold.list), status", "list = 60, status"
     ),
     Mutant("the end of a lease is not looked at", "expire.lua", "or tonumber(ends) > now then", "then"),
-    Mutant("an expired hold is not remembered", "expire.lua", "mark(keys.settled, id,", "text(0, id,"),
+    Mutant("an expired hold is not remembered", "expire.lua", "mark(keys.settled, id, cjson", "text(0, id, cjson"),
     Mutant("an ended lease forgets lost growth", "expire.lua", 'tonumber(hold.grown or "0")', "0", RULES),
     Mutant(
         "a checkpoint does not say what is held",
