@@ -8,6 +8,7 @@ EXPORT = "tests/billing/export/test_export.py"
 WITHHELD = "tests/billing/export/test_withheld.py"
 GROWTH = "tests/billing/ledger/test_lost_growth.py"
 FORMER = "tests/billing/ledger/test_former_allowance.py"
+GRANTS = "tests/billing/ledger/test_grants.py"
 LOST = "tests/billing/ledger/test_lost_store.py"
 RULES = "tests/billing/ledger/test_ledger_rules.py"
 
@@ -162,7 +163,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "an ended lease bills all that is held", "expire.lua", "list = tonumber(hold.list), status", "list = 60, status"
     ),
     Mutant("the end of a lease is not looked at", "expire.lua", "or tonumber(ends) > now then", "then"),
-    Mutant("an expired hold is not remembered", "expire.lua", "mark(keys.settled, id,", "text(0, id,"),
+    Mutant("an expired hold is not remembered", "expire.lua", "mark(keys.settled, id, cjson", "text(0, id, cjson"),
     Mutant("an ended lease forgets lost growth", "expire.lua", 'tonumber(hold.grown or "0")', "0", RULES),
     Mutant(
         "a checkpoint does not say what is held",
@@ -210,7 +211,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a payment of a debt comes back twice",
         "debts.lua",
         'redis.call("HINCRBY", marker, "paid:" .. to.id, text(-part))',
-        test=RULES,
+        test=GRANTS,
     ),
     Mutant("records are not numbered", "entries.lua", 'redis.call("HSET", account, "seq", seq)'),
     Mutant("a payment grants each time it comes", "grant.lua", "if before then return", "if false then return"),

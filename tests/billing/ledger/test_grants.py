@@ -141,3 +141,17 @@ class TestCorrections:
         await ledger.adjust(correction(-5))
         assert await ledger.claw_back(Clawback("refund:1", ACME, "adjustment:1", 5)) == 0
         assert (await ledger.account(ACME)).balance_nanos == -5
+
+
+async def test_what_paid_a_debt_comes_back_once(ledger: Ledger) -> None:
+    """Pack 2 pays 40,000 for the disputed pack 1 and has them back; a later refund that is undone moves nothing."""
+    await ledger.grant(money(100_000))
+    await ledger.hold(request(max_tokens=15))
+    await ledger.settle(settlement(completion=15))
+    await ledger.grant(money(50_000, "payment:2"))
+    for source, amount in (("dispute:1", 100_000), ("refund:2", 50_000)):
+        clawback = Clawback(source, ACME, "payment:1", amount)
+        assert await ledger.claw_back(clawback) == amount
+        assert await ledger.restore(clawback) == amount
+        remaining = {bucket.id: bucket.remaining for bucket in (await ledger.account(ACME)).buckets}
+        assert remaining == {"payment:1": 60_000, "payment:2": 50_000}

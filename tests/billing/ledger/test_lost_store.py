@@ -92,6 +92,16 @@ async def test_postpaid_use_of_a_lost_hold_is_exposure(store: Redis, ledger: Led
     assert (await ledger.account(ACME)).overage_nanos == COST
 
 
+async def test_recovery_leaves_a_hold_alone_that_the_store_has(ledger: Ledger) -> None:
+    await ledger.grant(money(100_000))
+    ended = await _held(ledger, request())
+    assert await ledger.recovery.settle(ended) is None
+    await ledger.settle(ended)
+    assert await ledger.recovery.settle(ended) is None
+    account = await ledger.account(ACME)
+    assert (account.balance_nanos, account.held_nanos, account.seq) == (100_000 - COST, 0, 2)
+
+
 async def test_a_settle_that_does_not_know_its_hold_is_not_guessed(store: Redis, ledger: Ledger) -> None:
     await ledger.grant(money(100_000))
     await _held(ledger, request())
