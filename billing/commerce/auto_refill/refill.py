@@ -103,8 +103,8 @@ class Refill(_Stored):
         return self.model_copy(update={"attempts": attempts})
 
 
-def refusal_of(refill: Refill, packs: Mapping[str, Pack]) -> str:
-    """Why a tenant to whom these packs are offered may not have this auto-refill; empty where it may."""
+def refusal_of(refill: Refill, packs: Mapping[str, Pack]) -> str | None:
+    """Why a tenant to whom these packs are offered may not have this auto-refill; ``None`` where it may."""
     pack = packs.get(refill.pack)
     if pack is None or pack.grants.usd is None:
         sold = ", ".join(sorted(name for name, one in packs.items() if one.grants.usd is not None))
@@ -113,4 +113,4 @@ def refusal_of(refill: Refill, packs: Mapping[str, Pack]) -> str:
         return f"the threshold must be below what the pack gives, ${format_usd(pack.grants.amount, 2)}"
     if refill.monthly_cap_cents * NANOS_PER_CENT < pack.price:
         return f"the monthly cap does not pay for one pack of ${format_usd(pack.price, 2)}"
-    return ""
+    return None

@@ -172,8 +172,8 @@ async def test_sufficient_balance_is_not_refilled(world: World) -> None:
     ],
 )
 async def test_contradictory_refill_is_refused(world: World, change: dict[str, object], word: str) -> None:
-    assert refusal_of(SMALL, world.catalog.packs) == ""
-    assert word in refusal_of(SMALL.model_copy(update=change), world.catalog.packs)
+    assert refusal_of(SMALL, world.catalog.packs) is None
+    assert word in str(refusal_of(SMALL.model_copy(update=change), world.catalog.packs))
 
 
 @pytest.mark.parametrize("status", [SubscriptionStatus.PAUSED, SubscriptionStatus.ON_HOLD])
