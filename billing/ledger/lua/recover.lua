@@ -49,7 +49,7 @@ begin_under(keys.account, key, counted, 0, bill.charged)
 count_spend(keys.account, month, bill.charged, latest)
 local record, entry = append_record(keys, tenant, {
   record_id = "rec_" .. id, head = head, usage = used, status = status, now = now, list = list, charged = bill.charged,
-  draws = bill.draws, balance = balance_of(buckets, gateway_now, in_force),
+  draws = bill.draws, balance = balance_of(buckets, gateway_now, buckets.allowance),
 })
 mark(keys.settled, id, entry, now, window)
 redis.call("HDEL", keys.unresolved, id)
