@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from billing.notices.notice import Notice
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
-from billing.store.keys import NOTICES, NOTICES_SENT, NOTICES_TOLD
+from billing.store.keys import NOTICES, NOTICES_RECORDED, NOTICES_SENT
 from billing.store.scripts import Script
 
 KEPT = 10_000
@@ -32,13 +32,13 @@ class Sent:
 class Notices:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._tell = Script(redis, "notices/tell")
+        self._record = Script(redis, "notices/record")
 
     async def record(self, notice: Notice) -> bool:
         """Add a notice to the log; False where the same was recorded before."""
         async with guarded(BULK_DEADLINE_S):
-            is_new = await self._tell.number(
-                keys={"log": NOTICES, "told": NOTICES_TOLD},
+            is_new = await self._record.number(
+                keys={"log": NOTICES, "recorded": NOTICES_RECORDED},
                 args={
                     "once": notice.once,
                     "notice": notice.to_json(),

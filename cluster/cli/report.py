@@ -56,7 +56,7 @@ def price(
     margin: Annotated[int, typer.Option(min=0, max=99, help="Percent of the revenue that is left.")] = 60,
     gpu_hour: GpuHour = "",
     tokens_per_second: Annotated[
-        int | None, typer.Option(min=0, help="OutputDelta that one busy replica generates (default: as measured).")
+        int | None, typer.Option(min=0, help="Tokens that one busy replica generates (default: as measured).")
     ] = None,
     prompt_tokens_per_second: Annotated[
         int | None, typer.Option(min=0, help="Prompt tokens that it reads (default: ten times as many).")

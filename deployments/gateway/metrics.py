@@ -19,7 +19,7 @@ class GatewayMetrics:
     def __init__(self) -> None:
         self._requests = Counter("farebox_requests", "Requests settled", tag_keys=("model", "status"))
         self._refusals = Counter("farebox_refusals", "Requests refused", tag_keys=("code",))
-        self._tokens = Counter("farebox_tokens", "OutputDelta billed", tag_keys=("model", "kind"))
+        self._tokens = Counter("farebox_tokens", "Tokens billed", tag_keys=("model", "kind"))
         self._charged = Counter("farebox_charged_nanos", "Nanos of a US dollar charged", tag_keys=("model",))
         self._spooled = Counter("farebox_spooled_settles", "Settlements that had to wait for the store")
         self._waiting = Gauge("farebox_spool_settles", "Settlements on this gateway's disk that wait for the store")

@@ -12,7 +12,7 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
     "farebox_engine_mixed_steps": ("mixed_steps", "Batches that held three or more different adapters"),
     "vllm_prompt_tokens": ("prompt_tokens", "Prompt tokens computed"),
     "vllm_prefix_cache_hits": ("cached_tokens", "Prompt tokens found in the prefix cache"),
-    "vllm_generation_tokens": ("generation_tokens", "OutputDelta generated"),
+    "vllm_generation_tokens": ("generation_tokens", "Tokens generated"),
     "vllm_request_success": ("requests_finished", "Requests that the engine ended"),
     "vllm_num_preemptions": ("preemptions", "Running requests that were preempted"),
     "farebox_engine_requests_aborted": ("requests_aborted", "Requests that were aborted"),

@@ -53,7 +53,7 @@ def variants(fixture: engine_fixture.Fixture, vllm: Vllm | None) -> list[Variant
 
 
 Speeds = dict[tuple[str, int], float]
-"""OutputDelta per CPU second, by name and adapters."""
+"""Tokens per CPU second, by name and adapters."""
 BASE, MIXED, MINE = ("transformers `generate`", 0), "PEFT, mixed batch", "farebox"
 
 

@@ -9,8 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from cluster import valkey
-from tests.billing.ledger.test_ledger_machine import drive, relax
 from tests.chaos.table import Row
+from tests.support.ledger_machine import drive, relax
 from tests.support.servers import SYSTEM_REDIS
 
 NAME = "ledger-machine"

@@ -8,10 +8,10 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from tests.billing.ledger.test_ledger_machine import LedgerMachine, drive
 from tests.chaos.store_load import until_served
 from tests.chaos.table import Row
 from tests.support.fleet import Fleet, cluster, replace_primary, watched
+from tests.support.ledger_machine import LedgerMachine, drive
 from tests.support.samples import ACME
 
 NAME = "store-shapes"

@@ -29,7 +29,9 @@ ALLOWANCE = Bucket(BucketId("allowance:free:2026-11"), Unit.NANOS, 30_000, 30_00
 
 
 @dataclass(frozen=True)
-class House:
+class Scenario:
+    """Two tenants and what is moved on their accounts."""
+
     redis: Redis
     dodo: Dodo
 
@@ -93,15 +95,15 @@ class House:
 
 
 @asynccontextmanager
-async def lived_in(redis: Redis, folder: Path) -> AsyncIterator[House]:
-    """A house with mixed movements, all of them exported to a sandbox in ``folder`` and acknowledged."""
+async def played(redis: Redis, folder: Path) -> AsyncIterator[Scenario]:
+    """A scenario with every movement, all of them exported to a sandbox in ``folder`` and acknowledged."""
     with SandboxServer(folder, SANDBOX_KEY) as sandbox:
         dodo = Dodo(DodoSettings(SANDBOX_KEY, base_url=sandbox.url))
-        house = House(redis, dodo)
+        scenario = Scenario(redis, dodo)
         try:
-            await house.open()
-            await house.move()
-            await house.flush()
-            yield house
+            await scenario.open()
+            await scenario.move()
+            await scenario.flush()
+            yield scenario
         finally:
             await dodo.close()

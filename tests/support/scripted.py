@@ -1,4 +1,4 @@
-"""A ``ReplicaLink`` whose output is set beforehand. OutputDelta are counted as an engine counts them."""
+"""A ``ReplicaLink`` whose output is set beforehand. Tokens are counted as an engine counts them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
@@ -24,7 +24,7 @@ class ScriptedLink:
     """For each token."""
     requests: list[GenerateRequest] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
-    """OutputDelta generated, by request id: it stops growing when a request is aborted."""
+    """Tokens generated, by request id: it stops growing when a request is aborted."""
     aborted: list[str] = field(default_factory=list)
     extended: list[Mapping[str, float]] = field(default_factory=list)
     slow: frozenset[str] = frozenset()

@@ -18,15 +18,15 @@ from billing.reconcile.reconciler import Reconciler
 from billing.reports import history
 from billing.store.keys import Shard, shard_for
 from billing.sweep import Sweep
-from tests.support.movements import ACME, ZETA, House, lived_in
+from tests.support.movements import ACME, ZETA, Scenario, played
 
 FOREVER_MS = 2**52
 
 
 @pytest.fixture
-async def house(store: Redis, tmp_path: Path) -> AsyncIterator[House]:
-    async with lived_in(store, tmp_path / "dodo") as house:
-        yield house
+async def scenario(store: Redis, tmp_path: Path) -> AsyncIterator[Scenario]:
+    async with played(store, tmp_path / "dodo") as scenario:
+        yield scenario
 
 
 @pytest.fixture
@@ -34,56 +34,56 @@ def archive(tmp_path: Path) -> Archive:
     return Archive(str(tmp_path / "archive"))
 
 
-def archiver(house: House, archive: Archive, keep_ms: int = 0) -> Archiver:
-    return Archiver(house.redis, archive, keep_ms)
+def archiver(scenario: Scenario, archive: Archive, keep_ms: int = 0) -> Archiver:
+    return Archiver(scenario.redis, archive, keep_ms)
 
 
-async def live(house: House) -> int:
-    return sum([await house.redis.xlen(shard_for(tenant).stream) for tenant in (ACME, ZETA)])
+async def live(scenario: Scenario) -> int:
+    return sum([await scenario.redis.xlen(shard_for(tenant).stream) for tenant in (ACME, ZETA)])
 
 
-async def test_archive_reads_back_the_stream(house: House, archive: Archive) -> None:
-    stream = await house.redis.xrange(shard_for(ACME).stream)
-    before = await live(house)
-    report = await archiver(house, archive).run_once(Sweep("archive"))
+async def test_archive_reads_back_the_stream(scenario: Scenario, archive: Archive) -> None:
+    stream = await scenario.redis.xrange(shard_for(ACME).stream)
+    before = await live(scenario)
+    report = await archiver(scenario, archive).run_once(Sweep("archive"))
     assert (report.archived, report.trimmed, report.problems) == (before, before, ())
-    assert await live(house) == 0
+    assert await live(scenario) == 0
     assert archive.read(shard_for(ACME)) == [Entry(i, f["k"], f["t"], f["p"], f["c"]) for i, f in stream]
 
 
-async def usage(house: House) -> list[object]:
+async def usage(scenario: Scenario) -> list[object]:
     """All that a tenant can ask about what it used, of both tenants."""
     kinds: tuple[history.GroupBy | None, ...] = (None, "model", "day")
-    totals = [await history.totals(house.redis, t, 0, FOREVER_MS, kind) for t in (ACME, ZETA) for kind in kinds]
-    return [totals, [await history.records(house.redis, t) for t in (ACME, ZETA)]]
+    totals = [await history.totals(scenario.redis, t, 0, FOREVER_MS, kind) for t in (ACME, ZETA) for kind in kinds]
+    return [totals, [await history.records(scenario.redis, t) for t in (ACME, ZETA)]]
 
 
-async def test_usage_is_the_same_before_and_after_trimming(house: House, archive: Archive) -> None:
-    before = await usage(house)
-    await archiver(house, archive).run_once(Sweep("archive"))
-    assert await live(house) == 0
-    assert await usage(house) == before
+async def test_usage_is_the_same_before_and_after_trimming(scenario: Scenario, archive: Archive) -> None:
+    before = await usage(scenario)
+    await archiver(scenario, archive).run_once(Sweep("archive"))
+    assert await live(scenario) == 0
+    assert await usage(scenario) == before
 
 
-async def test_stream_and_archive_add_up(house: House, archive: Archive) -> None:
-    (before,) = await history.totals(house.redis, ACME, 0, FOREVER_MS)
-    await archiver(house, archive).run_once(Sweep("archive"))
-    await house.serve("req_after")
-    (after,) = await history.totals(house.redis, ACME, 0, FOREVER_MS)
+async def test_stream_and_archive_add_up(scenario: Scenario, archive: Archive) -> None:
+    (before,) = await history.totals(scenario.redis, ACME, 0, FOREVER_MS)
+    await archiver(scenario, archive).run_once(Sweep("archive"))
+    await scenario.serve("req_after")
+    (after,) = await history.totals(scenario.redis, ACME, 0, FOREVER_MS)
     assert after.records == before.records + 1
     assert after.charged_nanos == before.charged_nanos + 20_000
-    (newest, *older) = (await history.records(house.redis, ACME)).records
+    (newest, *older) = (await history.records(scenario.redis, ACME)).records
     assert newest.request_id == "req_after"
     assert len(older) == before.records
 
 
-async def test_pages_go_on_from_the_stream_into_the_archive(house: House, archive: Archive) -> None:
-    whole = (await history.records(house.redis, ACME)).records
-    await archiver(house, archive).run_once(Sweep("archive"))
+async def test_pages_go_on_from_the_stream_into_the_archive(scenario: Scenario, archive: Archive) -> None:
+    whole = (await history.records(scenario.redis, ACME)).records
+    await archiver(scenario, archive).run_once(Sweep("archive"))
     found: list[object] = []
     cursor = ""
     for _ in range(len(whole) + 1):
-        page = await history.records(house.redis, ACME, cursor, 3)
+        page = await history.records(scenario.redis, ACME, cursor, 3)
         found += page.records
         cursor = page.next_cursor
         if not cursor:
@@ -91,51 +91,53 @@ async def test_pages_go_on_from_the_stream_into_the_archive(house: House, archiv
     assert tuple(found) == whole
 
 
-async def test_books_are_proved_over_stream_and_archive_together(house: House, archive: Archive) -> None:
-    await archiver(house, archive).run_once(Sweep("archive"))
-    await house.serve("req_after")
-    await house.flush()
-    report = await Reconciler(house.redis, house.dodo, archive).run()
+async def test_books_are_proved_over_stream_and_archive_together(scenario: Scenario, archive: Archive) -> None:
+    await archiver(scenario, archive).run_once(Sweep("archive"))
+    await scenario.serve("req_after")
+    await scenario.flush()
+    report = await Reconciler(scenario.redis, scenario.dodo, archive).run()
     assert report.faults == ()
     assert report.is_clean
 
 
-async def test_missing_archive_file_is_a_fault(house: House, archive: Archive, tmp_path: Path) -> None:
-    await archiver(house, archive).run_once(Sweep("archive"))
+async def test_missing_archive_file_is_a_fault(scenario: Scenario, archive: Archive, tmp_path: Path) -> None:
+    await archiver(scenario, archive).run_once(Sweep("archive"))
     for file in (tmp_path / "archive").glob(f"date=*/s{shard_for(ACME).number:02d}_*.parquet"):
         file.unlink()
-    report = await Reconciler(house.redis, None, archive).run()
+    report = await Reconciler(scenario.redis, None, archive).run()
     assert any(row.tenant == ACME and row.proof == "sequence" for row in report.faults)
 
 
-async def test_unsealed_entries_stay(house: House, archive: Archive) -> None:
-    await house.serve("req_unsealed")
-    await archiver(house, archive).run_once(Sweep("archive"))
-    assert await live(house) == 1
+async def test_unsealed_entries_stay(scenario: Scenario, archive: Archive) -> None:
+    await scenario.serve("req_unsealed")
+    await archiver(scenario, archive).run_once(Sweep("archive"))
+    assert await live(scenario) == 1
     assert "rec_req_unsealed" not in {e.payload for e in archive.read(shard_for(ACME))}
-    await house.flush()
-    await archiver(house, archive).run_once(Sweep("archive"))
-    assert await live(house) == 0
+    await scenario.flush()
+    await archiver(scenario, archive).run_once(Sweep("archive"))
+    assert await live(scenario) == 0
 
 
-async def test_young_entries_stay(house: House, archive: Archive) -> None:
-    report = await archiver(house, archive, keep_ms=60_000).run_once(Sweep("archive"))
+async def test_young_entries_stay(scenario: Scenario, archive: Archive) -> None:
+    report = await archiver(scenario, archive, keep_ms=60_000).run_once(Sweep("archive"))
     assert (report.archived, report.trimmed) == (0, 0)
 
 
-async def test_unarchived_entries_are_not_trimmed(house: House) -> None:
-    before = await live(house)
-    assert await ArchiveCursor(house.redis).trim(shard_for(ACME), 0) == 0
-    assert await live(house) == before
+async def test_unarchived_entries_are_not_trimmed(scenario: Scenario) -> None:
+    before = await live(scenario)
+    assert await ArchiveCursor(scenario.redis).trim(shard_for(ACME), 0) == 0
+    assert await live(scenario) == before
 
 
-async def test_shard_with_an_unreadable_link_keeps_no_other_from_the_archive(house: House, archive: Archive) -> None:
+async def test_shard_with_an_unreadable_link_keeps_no_other_from_the_archive(
+    scenario: Scenario, archive: Archive
+) -> None:
     bad, good = sorted((ACME, ZETA), key=lambda tenant: shard_for(tenant).number)
-    await house.redis.hset(shard_for(bad).archived, bad, "no link")
-    report = await archiver(house, archive).run_once(Sweep("archive"))
+    await scenario.redis.hset(shard_for(bad).archived, bad, "no link")
+    report = await archiver(scenario, archive).run_once(Sweep("archive"))
     assert report.problems[0].startswith(f"shard {shard_for(bad).number} is not archived further: ValueError")
-    assert await house.redis.xlen(shard_for(good).stream) == 0
-    assert await house.redis.xlen(shard_for(bad).stream) > 0
+    assert await scenario.redis.xlen(shard_for(good).stream) == 0
+    assert await scenario.redis.xlen(shard_for(bad).stream) > 0
 
 
 class Killed(BaseException):
@@ -144,7 +146,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("point", ["move", "trim"])
 async def test_archiving_repeats_harmlessly_after_a_kill(
-    house: House, archive: Archive, point: str, monkeypatch: pytest.MonkeyPatch
+    scenario: Scenario, archive: Archive, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def die(*_: object) -> int:
         raise Killed
@@ -153,43 +155,43 @@ async def test_archiving_repeats_harmlessly_after_a_kill(
         patch.setattr(ArchiveCursor, point, die)
         for _ in range(2):
             with pytest.raises(Killed):
-                await archiver(house, archive).run_once(Sweep("archive"))
-    await house.serve("req_between")
-    await house.flush()
-    await archiver(house, archive).run_once(Sweep("archive"))
-    report = await Reconciler(house.redis, house.dodo, archive).run()
+                await archiver(scenario, archive).run_once(Sweep("archive"))
+    await scenario.serve("req_between")
+    await scenario.flush()
+    await archiver(scenario, archive).run_once(Sweep("archive"))
+    report = await Reconciler(scenario.redis, scenario.dodo, archive).run()
     assert report.faults == ()
     ids = [entry.id for entry in archive.read(shard_for(ACME))]
     assert len(ids) == len(set(ids))
 
 
-async def test_of_two_archivers_one_moves_the_cursor(house: House) -> None:
-    cursor, shard = ArchiveCursor(house.redis), shard_for(ACME)
+async def test_of_two_archivers_one_moves_the_cursor(scenario: Scenario) -> None:
+    cursor, shard = ArchiveCursor(scenario.redis), shard_for(ACME)
     assert await cursor.move(shard, "0-0", "5-0", {ACME: Link(2, "ab")})
     assert not await cursor.move(shard, "0-0", "9-0", {ACME: Link(3, "cd")})
     assert (await cursor.position(shard))[0] == "5-0"
     assert await cursor.links(shard) == {ACME: Link(2, "ab")}
 
 
-async def test_gap_keeps_its_shard_alone_in_the_stream(house: House, archive: Archive) -> None:
+async def test_gap_keeps_its_shard_alone_in_the_stream(scenario: Scenario, archive: Archive) -> None:
     stream = shard_for(ACME).stream
-    entries = await house.redis.xrange(stream)
-    await house.redis.xdel(stream, entries[3][0])
-    report = await archiver(house, archive).run_once(Sweep("archive"))
+    entries = await scenario.redis.xrange(stream)
+    await scenario.redis.xdel(stream, entries[3][0])
+    report = await archiver(scenario, archive).run_once(Sweep("archive"))
     assert "acme" in report.problems[0]
-    assert await house.redis.xlen(stream) == len(entries) - 1
-    assert await house.redis.xlen(shard_for(ZETA).stream) == 0
+    assert await scenario.redis.xlen(stream) == len(entries) - 1
+    assert await scenario.redis.xlen(shard_for(ZETA).stream) == 0
 
 
-async def test_altered_entry_keeps_its_shard_alone_in_the_stream(house: House, archive: Archive) -> None:
+async def test_altered_entry_keeps_its_shard_alone_in_the_stream(scenario: Scenario, archive: Archive) -> None:
     stream = shard_for(ACME).stream
-    *_, (entry, fields) = await house.redis.xrange(stream)
-    await house.redis.xdel(stream, entry)
-    await house.redis.xadd(stream, {**fields, "p": fields["p"].replace('"list_nanos":', '"list_nanos": ')}, id="*")
-    await house.flush()
-    report = await archiver(house, archive).run_once(Sweep("archive"))
+    *_, (entry, fields) = await scenario.redis.xrange(stream)
+    await scenario.redis.xdel(stream, entry)
+    await scenario.redis.xadd(stream, {**fields, "p": fields["p"].replace('"list_nanos":', '"list_nanos": ')}, id="*")
+    await scenario.flush()
+    report = await archiver(scenario, archive).run_once(Sweep("archive"))
     assert "not as it was written" in report.problems[0]
-    assert await house.redis.xlen(shard_for(ZETA).stream) == 0
+    assert await scenario.redis.xlen(shard_for(ZETA).stream) == 0
 
 
 @pytest.mark.parametrize("numbers", [(1, 3), (1, 1), (2,)])
@@ -219,9 +221,9 @@ def _linked(entry_id: str, number: int, before: str) -> Entry:
     return Entry(entry_id, "grant", ACME, payload, chain)
 
 
-async def test_any_tool_can_sum_the_files(house: House, archive: Archive, tmp_path: Path) -> None:
-    (total,) = await history.totals(house.redis, ACME, 0, FOREVER_MS)
-    await archiver(house, archive).run_once(Sweep("archive"))
+async def test_any_tool_can_sum_the_files(scenario: Scenario, archive: Archive, tmp_path: Path) -> None:
+    (total,) = await history.totals(scenario.redis, ACME, 0, FOREVER_MS)
+    await archiver(scenario, archive).run_once(Sweep("archive"))
     table = ds.dataset(tmp_path / "archive", partitioning="hive").to_table(filter=ds.field("tenant") == ACME)
     assert sum(table.column("charged_nanos").to_pylist()) == total.charged_nanos
     assert sum(table.column("completion_tokens").to_pylist()) == total.completion_tokens
@@ -264,33 +266,33 @@ def test_archive_on_any_filesystem() -> None:
     assert archive.read(Shard(7)) == [entry]
 
 
-async def test_usage_and_books_are_the_same_over_an_archive_of_any_filesystem(house: House) -> None:
-    before = await usage(house)
+async def test_usage_and_books_are_the_same_over_an_archive_of_any_filesystem(scenario: Scenario) -> None:
+    before = await usage(scenario)
     name = f"books-{uuid4().hex}"
     elsewhere = Archive(f"memory://{name}")
-    report = await archiver(house, elsewhere).run_once(Sweep("archive"))
+    report = await archiver(scenario, elsewhere).run_once(Sweep("archive"))
     assert report.archived == report.trimmed > 0
-    assert await live(house) == 0
-    assert await archive_url(house.redis) == f"memory:///{name}"
-    assert await usage(house) == before
-    assert (await Reconciler(house.redis, house.dodo, await history.archive_of(house.redis)).run()).is_clean
+    assert await live(scenario) == 0
+    assert await archive_url(scenario.redis) == f"memory:///{name}"
+    assert await usage(scenario) == before
+    assert (await Reconciler(scenario.redis, scenario.dodo, await history.archive_of(scenario.redis)).run()).is_clean
 
 
 async def test_entry_altered_in_the_stream_after_it_was_archived_is_named(
-    house: House, archive: Archive, monkeypatch: pytest.MonkeyPatch
+    scenario: Scenario, archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await archiver(house, archive).run_once(Sweep("archive"))
-    await house.serve("req_after")
-    await house.flush()
+    await archiver(scenario, archive).run_once(Sweep("archive"))
+    await scenario.serve("req_after")
+    await scenario.flush()
     stream = shard_for(ACME).stream
     monkeypatch.setattr(ArchiveCursor, "trim", _nothing)
-    await archiver(house, archive).run_once(Sweep("archive"))
-    ((entry, fields),) = await house.redis.xrange(stream)
-    await house.redis.delete(stream)
-    await house.redis.xadd(
+    await archiver(scenario, archive).run_once(Sweep("archive"))
+    ((entry, fields),) = await scenario.redis.xrange(stream)
+    await scenario.redis.delete(stream)
+    await scenario.redis.xadd(
         stream, fields | {"p": fields["p"].replace('"status":"complete"', '"status":"failed"')}, id=entry
     )
-    report = await Reconciler(house.redis, None, archive).run()
+    report = await Reconciler(scenario.redis, None, archive).run()
     assert any("rec_req_after differs between stream and archive" in row.named for row in report.faults)
 
 
@@ -303,7 +305,7 @@ def test_unknown_kind_of_url_is_refused() -> None:
         Archive("carrier-pigeon://roost")
 
 
-async def test_archive_address_is_in_the_store(house: House, archive: Archive) -> None:
-    assert await archive_url(house.redis) == ""
-    await archiver(house, archive).run_once(Sweep("archive"))
-    assert await archive_url(house.redis) == archive.url
+async def test_archive_address_is_in_the_store(scenario: Scenario, archive: Archive) -> None:
+    assert await archive_url(scenario.redis) == ""
+    await archiver(scenario, archive).run_once(Sweep("archive"))
+    assert await archive_url(scenario.redis) == archive.url

@@ -108,7 +108,7 @@ def _run_machine() -> int:
     from redis.exceptions import ResponseError
 
     from cluster import valkey
-    from tests.billing.ledger.test_ledger_machine import drive, relax
+    from tests.support.ledger_machine import drive, relax
 
     with tempfile.TemporaryDirectory(prefix="m") as folder:
         server = valkey.start(Path(folder))

@@ -16,7 +16,7 @@ from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local.settings import Settings
 from cluster.local.state import Home
 from tests.support.cli import write_healthy_run
-from tests.support.movements import House
+from tests.support.movements import Scenario
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ async def _fill(store_url: str, sandbox: SandboxServer, archive: Path) -> None:
     redis, dodo = await connect(store_url), Dodo(DodoSettings(sandbox.api_key, base_url=sandbox.url))
     try:
         await redis.flushall()
-        house = House(redis, dodo)
-        await house.open()
-        await house.move()
-        await house.flush()
+        scenario = Scenario(redis, dodo)
+        await scenario.open()
+        await scenario.move()
+        await scenario.flush()
         await Archiver(redis, Archive(str(archive)), 0).run_once(Sweep("archive"))
-        await house.serve("req_live")
+        await scenario.serve("req_live")
     finally:
         await dodo.close()
         await redis.aclose()
