@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # connections cut by a kill
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft, of transformers
     pytest.mark.filterwarnings("ignore:.*config file:UserWarning", "ignore:.*remote file:UserWarning"),  # of peft
 ]
 

@@ -18,10 +18,7 @@ from deployments.inference.native.model import linear_shapes
 from deployments.inference.text import Text
 from tests.support.demo_models import demo_models
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.slow
 
 STYLES = (text.BASE, *text.ADAPTERS)
 BRIEF = Schedule(rate=1e-3, steps=2, warm_up_steps=1)
