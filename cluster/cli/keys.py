@@ -160,4 +160,6 @@ def _print_secret(secret: str, key: ApiKey, as_json: bool) -> None:
 
 
 def _json(key: ApiKey) -> dict[str, object]:
-    return key.model_dump(mode="json", exclude={"hash"})
+    """``quarantine`` is the name of ``throttled`` before 0.2."""
+    shown = key.model_dump(mode="json", exclude={"hash"})
+    return shown | {"quarantine": shown["throttled"]}

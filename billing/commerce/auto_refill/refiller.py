@@ -20,7 +20,7 @@ from billing.money import NANOS_PER_CENT, divide_up, format_usd
 from billing.notices.log import Notices
 from billing.notices.notice import Notice, NoticeKind
 from billing.sweep import Sweep
-from billing.tenants.tenant import Tenant
+from billing.tenants.tenant import SubscriptionStatus, Tenant
 from billing.usage import TenantId
 
 REFILL_TAG = "farebox_refill"
@@ -62,9 +62,7 @@ class Refiller:
             return False
         now, cents = self._clock(), divide_up(pack.price, NANOS_PER_CENT)
         month = month_start_ms(now)
-        rests = tenant.subscription is not None and tenant.subscription.is_resting(now)
-        # A pause charges no card: the allowance that rests with the subscription counts as if it could be drawn on.
-        funding = None if rests else funding_for(tenant, plan_of(tenant, catalog), now)
+        funding = funding_for(_as_if_active(tenant, now), plan_of(tenant, catalog), now)
         balance = (await self._ledger.account(tenant.id, funding)).balance_nanos
         if not refill.is_due(balance, cents, now, month):
             return False
@@ -136,3 +134,12 @@ class Refiller:
     async def _product(self, pack: str) -> str:
         names = await self._inbox.names()
         return next((id_ for id_, name in names.items() if name == f"pack:{pack}"), "")
+
+
+def _as_if_active(tenant: Tenant, now_ms: int) -> Tenant:
+    """A pause charges no card: the allowance of a resting subscription counts as if it could be drawn on."""
+    subscription = tenant.subscription
+    if subscription is None or not subscription.is_resting(now_ms):
+        return tenant
+    active = subscription.model_copy(update={"status": SubscriptionStatus.ACTIVE})
+    return tenant.model_copy(update={"subscription": active})

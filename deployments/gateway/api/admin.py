@@ -171,7 +171,7 @@ async def adjust(tenant_id: TenantId, asked: NewAdjustment, gateway: GatewayDep)
     return AdjustmentBody.of(made, await gateway.parts.ledger.adjust(made))
 
 
-@router.get("/catalogue")
+@router.get("/catalogue", operation_id="catalogue_admin_catalogue_get")
 async def catalog(gateway: GatewayDep) -> CatalogBody:
     """What this gateway sells, and the rejected entries with their reasons."""
     return CatalogBody.of(gateway.parts.catalog_holder.current, gateway.config.gateway_id)

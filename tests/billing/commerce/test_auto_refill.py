@@ -193,5 +193,9 @@ async def test_paused_subscription_charges_no_card(world: World, status: Subscri
     await world.ledger.hold(request(funding=funding))
     assert await refiller(world).run_once(world.sweep()) == 0
     rests = subscription.model_copy(update={"status": status})
-    await world.tenants.update(ACME, lambda t: t.model_copy(update={"subscription": rests}))
+    tenant = await world.tenants.update(ACME, lambda t: t.model_copy(update={"subscription": rests}))
+    assert await refiller(world).run_once(world.sweep()) == 0
+    await world.ledger.grant(Grant("payment:x", ACME, Unit.NANOS, USD // 2))
+    while_resting = funding_for(tenant, plan_of(tenant, world.catalog), world.clock())
+    await world.ledger.hold(request("req_resting", funding=while_resting))
     assert await refiller(world).run_once(world.sweep()) == 0
