@@ -71,6 +71,9 @@ def catalog(content_hash: str) -> str:
     return f"fb:catalogue:{content_hash}"
 
 
+_TAGS = tuple(f"fb:{{s{number:02d}}}" for number in range(SHARDS))
+
+
 def shard_of(tenant: TenantId) -> int:
     """The number of a tenant's shard."""
     return crc32(tenant.encode()) % SHARDS
@@ -84,7 +87,7 @@ class Shard:
 
     @property
     def tag(self) -> str:
-        return f"fb:{{s{self.number:02d}}}"
+        return _TAGS[self.number]
 
     # Shared by all tenants of the shard.
 
@@ -107,7 +110,8 @@ class Shard:
     def settled(self) -> tuple[str, ...]:
         """Hashes, one for each deduplication window in turn: settled request id to its entry id, or to JSON of an
         expired hold."""
-        return tuple(f"{self.tag}:settled:{turn}" for turn in range(SETTLED_WINDOWS))
+        tag = self.tag
+        return tuple([f"{tag}:settled:{turn}" for turn in range(SETTLED_WINDOWS)])
 
     @property
     def unresolved(self) -> str:

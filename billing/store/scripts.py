@@ -7,15 +7,15 @@ declare, in the order in which they travel, what goes in and what comes out::
     -- include: store/numbers ledger/waterfall
     -- writes: yes
     -- keys: account buckets holds settled[]
-    -- args: id tenant total:nanos least:nanos calendar:ms is_preview:flag caps[window start:ms limit:nanos]
+    -- args: id tenant total:nanos least:nanos gateway_now:ms is_preview:flag caps[window start:ms limit:nanos]
     -- reply: held amount | unknown | insufficient balance available held
 
 A script that ``writes`` to keys with a fence first compares the store's schema (``billing.store.schema``).
-``include`` names parts, ``<feature>/lua/lib/<name>.lua``, which may include others; each stands in the text once. The
-locals ``keys``, ``id``, ``total`` ... are written by this module. ``nanos``, ``ms`` and ``count`` arrive as numbers, a
-``flag`` as a boolean, everything else as text; ``caps[...]`` is a list of tables with these fields, ``ids[]`` a list of
-texts. Lists come last. ``reply`` declares a list that begins with a word; a script that returns one number says in
-words what that is, after ``returns``. A declaration goes on in lines that are indented further.
+``include`` names parts, ``<feature>/lua/lib/<name>.lua``, which may include others; what a script uses of them is put
+before it. The locals ``keys``, ``id``, ``total`` ... are written by this module. ``nanos``, ``ms`` and ``count`` arrive
+as numbers, a ``flag`` as a boolean, everything else as text; ``caps[...]`` is a list of tables with these fields,
+``ids[]`` a list of texts. Lists come last. ``reply`` declares a list that begins with a word; a script that returns one
+number says in words what that is, after ``returns``. A declaration goes on in lines that are indented further.
 """
 
 import re
@@ -33,6 +33,8 @@ _FEATURES = Path(__file__).parent.parent
 _DECLARATIONS = ("include", "writes", "keys", "args", "reply", "returns")
 _READ_AS = {"": "ARGV[{}]", "flag": 'ARGV[{}] == "1"', **dict.fromkeys(("nanos", "ms", "count"), "tonumber(ARGV[{}])")}
 _DECLARED = re.compile(rf"-- ({'|'.join(_DECLARATIONS)}): (.*)")
+_DEFINED = re.compile(r"local (?:function )?(\w+(?:, \w+)*)")
+_COMMENT = re.compile(r"--.*")
 _NAME = re.compile(r"(?P<name>\w+)(?:(?P<list>\[(?P<fields>[^\]]*)\])|:(?P<kind>\w+))?")
 
 T = TypeVar("T")
@@ -108,7 +110,7 @@ class Script:
         return int(cast(int, await self._run(keys, args)))
 
     async def _run(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument]) -> object:
-        names = [word for key in self._keys.values(keys) for word in ((key,) if isinstance(key, str) else key)]
+        names = self._keys.keys(keys)
         words = self._args.words(args)
         if self._fenced is not None and (fence := fence_of(names[0])):
             return cast(object, await self._fenced(keys=[*names, fence], args=words))
@@ -121,20 +123,27 @@ class _Order:
     def __init__(self, script: str, declared: Sequence[Name]) -> None:
         self._script = script
         self._ordered = [name.name for name in declared]
-        self._names = frozenset(self._ordered)
         self._lists = [name for name in declared if name.is_list]
         self._flags = [number for number, name in enumerate(declared) if name.kind == "flag"]
 
-    def values(self, given: Mapping[str, T]) -> list[T]:
-        """Raises TypeError where a name is wrong or missing."""
-        if given.keys() != self._names:
-            wrong = ", ".join(sorted(self._names ^ given.keys()))
-            raise TypeError(f"script {self._script} declares {sorted(self._names)}: {wrong} is missing or too many")
-        return [given[name] for name in self._ordered]
+    def keys(self, given: Mapping[str, str | Sequence[str]]) -> list[str]:
+        """A list of keys is the last. Raises TypeError where a name is wrong or missing."""
+        values = self._values(given)
+        single = cast(list[str], values[: len(values) - len(self._lists)])
+        return [*single, *values[-1]] if self._lists else single
+
+    def _values(self, given: Mapping[str, T]) -> list[T]:
+        if len(given) == len(self._ordered):
+            try:
+                return [given[name] for name in self._ordered]
+            except KeyError:
+                pass
+        wrong = ", ".join(sorted({*self._ordered} ^ given.keys()))
+        raise TypeError(f"script {self._script} declares {sorted(self._ordered)}: {wrong} is missing or too many")
 
     def words(self, given: Mapping[str, Argument]) -> list[Word]:
         """On the wire a list is its number of rows, then their words, and a flag is 1 or 0."""
-        values = self.values(given)
+        values = self._values(given)
         count = len(values) - len(self._lists)
         words = cast(list[Word], values[:count])
         for flag in self._flags:
@@ -161,8 +170,9 @@ def path(name: str) -> Path:
 @cache
 def source(name: str) -> str:
     """The whole text of one script. A script's SHA-1 is its name in the store: equal text is loaded once."""
-    parts = [path(part).read_text() for part in _included(name)]
-    return "\n".join([*parts, _locals(header_of(name)), path(name).read_text()])
+    parts = "\n".join(path(part).read_text() for part in _included(name))
+    body = path(name).read_text()
+    return "\n".join([_used(parts, body), _locals(header_of(name)), body])
 
 
 @cache
@@ -206,6 +216,20 @@ def _included(name: str) -> list[str]:
     for part in header_of(name).includes:
         needed |= dict.fromkeys([*_included(part), part])
     return list(needed)
+
+
+def _used(parts: str, body: str) -> str:
+    """Of all that the parts define, what a script uses, directly or not: a function costs time each time a script runs.
+
+    A definition begins with ``local`` at the start of a line, and can use only those before it.
+    """
+    used, code = [], _COMMENT.sub("", body)
+    for definition in reversed(re.split(r"^(?=local )", parts, flags=re.MULTILINE)[1:]):
+        names = cast(re.Match[str], _DEFINED.match(definition))[1].split(", ")
+        if any(re.search(rf"\b{name}\b", code) for name in names):
+            used.append(definition)
+            code += _COMMENT.sub("", definition)
+    return "".join(reversed(used))
 
 
 def _locals(header: Header) -> str:

@@ -6,6 +6,7 @@ CAPS = "tests/billing/ledger/test_caps.py"
 CLOCKS = "tests/billing/ledger/test_wrong_clocks.py"
 EXPORT = "tests/billing/export/test_export.py"
 WITHHELD = "tests/billing/export/test_withheld.py"
+EXPIRY = "tests/billing/ledger/test_expiry.py"
 GROWTH = "tests/billing/ledger/test_lost_growth.py"
 FORMER = "tests/billing/ledger/test_former_allowance.py"
 GRANTS = "tests/billing/ledger/test_grants.py"
@@ -178,7 +179,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "due = math.min(list, math.max(tonumber(expired.held), held))",
         "due = list",
     ),
-    Mutant("a late settle bills the checkpoint again", "settle.lua", "due - tonumber(expired.charged))", "due)"),
+    Mutant(
+        "a late settle bills the checkpoint again", "settle.lua", "due - tonumber(expired.charged))", "due)", EXPIRY
+    ),
     Mutant(
         "a late settle draws any allowance",
         "settle.lua",
@@ -213,7 +216,7 @@ MUTANTS: tuple[Mutant, ...] = (
         'redis.call("HINCRBY", marker, "paid:" .. to.id, text(-part))',
         test=GRANTS,
     ),
-    Mutant("records are not numbered", "entries.lua", 'redis.call("HSET", account, "seq", seq)'),
+    Mutant("records are not numbered", "entries.lua", '"seq", seq, "chain"', '"seq", "1", "chain"'),
     Mutant("a payment grants each time it comes", "grant.lua", "if before then return", "if false then return"),
     Mutant(
         "a refund before its payment is lost",

@@ -107,7 +107,7 @@ def test_an_entry_has_one_digest(lua: Lua, kind: str, before: str, payload: str)
     body = """
     local keys = { account = "account", stream = "stream" }
     redis.call("HSET", keys.account, "chain", ARGV[2])
-    append(keys, ARGV[1], "acme", ARGV[3])
+    append(keys, ARGV[1], "acme", function() return ARGV[3] end)
     return { redis.call("HGET", keys.account, "chain") }
     """
     (chain,) = lua.run(("store/numbers", "ledger/entries"), body, kind, before, payload)

@@ -20,11 +20,12 @@ local function append_record(keys, tenant, r)
     draws[i] = '{"bucket":' .. cjson.encode(draw[1]) .. ',"unit":"' .. (draw[2] == "r" and "requests" or "nanos")
       .. '","amount":' .. draw[3] .. "}"
   end
-  local record = '{"record_id":' .. cjson.encode(r.record_id) .. "," .. r.head .. ',"usage":' .. usage_json(r.usage)
-    .. ',"status":"' .. r.status .. '","occurred_at_ms":' .. text(r.now) .. ',"list_nanos":' .. text(r.list)
-    .. ',"charged_nanos":' .. text(r.charged) .. ',"draws":[' .. table.concat(draws, ",") .. ']'
-    .. ',"balance_nanos":' .. text(r.balance) .. ',"seq":' .. next_seq(keys.account) .. "}"
-  return record, append(keys, "usage", tenant, record)
+  return append(keys, "usage", tenant, function(seq)
+    return '{"record_id":' .. cjson.encode(r.record_id) .. "," .. r.head .. ',"usage":' .. usage_json(r.usage)
+      .. ',"status":"' .. r.status .. '","occurred_at_ms":' .. text(r.now) .. ',"list_nanos":' .. text(r.list)
+      .. ',"charged_nanos":' .. text(r.charged) .. ',"draws":[' .. table.concat(draws, ",") .. ']'
+      .. ',"balance_nanos":' .. text(r.balance) .. ',"seq":' .. seq .. "}"
+  end)
 end
 
 -- Charge draws in their order; the rest of each goes back to the bucket that it came from.

@@ -1,18 +1,15 @@
 -- Writing entries of the journal. What stands in one is never changed.
 -- include: store/numbers
 
-local function next_seq(account)
-  local seq = text(number_at(account, "seq") + 1)
-  redis.call("HSET", account, "seq", seq)
-  return seq
-end
-
--- Each entry carries a digest of itself and of the tenant's entry before it: none is altered unseen.
-local function append(keys, kind, tenant, payload)
-  local before = redis.call("HGET", keys.account, "chain") or ""
-  local chain = string.sub(redis.sha1hex(before .. kind .. payload), 1, 16)
-  redis.call("HSET", keys.account, "chain", chain)
-  return redis.call("XADD", keys.stream, "*", "k", kind, "t", tenant, "p", payload, "c", chain)
+-- Append one entry: `write` makes its payload, given its number. Each entry carries a digest of itself and of the tenant's
+-- entry before it, so that none is altered unseen. Returns the payload and the entry's id.
+local function append(keys, kind, tenant, write)
+  local last = redis.call("HMGET", keys.account, "seq", "chain")
+  local seq = text(tonumber(last[1] or "0") + 1)
+  local payload = write(seq)
+  local chain = string.sub(redis.sha1hex((last[2] or "") .. kind .. payload), 1, 16)
+  redis.call("HSET", keys.account, "seq", seq, "chain", chain)
+  return payload, redis.call("XADD", keys.stream, "*", "k", kind, "t", tenant, "p", payload, "c", chain)
 end
 
 -- `paid`: what the movement let one bucket pay of another's debt; below zero where that came back.
@@ -26,10 +23,11 @@ local function paid_json(payments)
 end
 
 local function append_movement(keys, kind, tenant, m)
-  local payload = '{"source":' .. cjson.encode(m.source) .. ',"unit":"' .. (m.unit == "r" and "requests" or "nanos")
-    .. '","amount":' .. text(m.amount) .. ',"bucket":' .. cjson.encode(m.bucket) .. ',"seq":' .. next_seq(keys.account)
-    .. ',"balance_nanos":' .. text(m.balance) .. ',"occurred_at_ms":' .. text(m.now)
-    .. (m.reason and ',"reason":' .. cjson.encode(m.reason) or "")
-    .. (m.paid and #m.paid > 0 and paid_json(m.paid) or "") .. "}"
-  append(keys, kind, tenant, payload)
+  append(keys, kind, tenant, function(seq)
+    return '{"source":' .. cjson.encode(m.source) .. ',"unit":"' .. (m.unit == "r" and "requests" or "nanos")
+      .. '","amount":' .. text(m.amount) .. ',"bucket":' .. cjson.encode(m.bucket) .. ',"seq":' .. seq
+      .. ',"balance_nanos":' .. text(m.balance) .. ',"occurred_at_ms":' .. text(m.now)
+      .. (m.reason and ',"reason":' .. cjson.encode(m.reason) or "")
+      .. (m.paid and #m.paid > 0 and paid_json(m.paid) or "") .. "}"
+  end)
 end
