@@ -249,15 +249,20 @@ def unpack_hold(request: HoldRequest, reply: Reply, gateway_now_ms: int) -> Hold
         lease_ends_at_ms=reply.number("lease_end"),
         balance_nanos=Nanos(reply.number("balance")),
         covered_by_requests=covered,
-        limits_left=LimitsLeft(
-            requests=int(reply["requests"]) if reply["requests"] else None,
-            requests_reset_s=int(reply["requests_reset"] or 0) / 1000,
-            tokens=int(reply["tokens"]) if reply["tokens"] else None,
-            tokens_reset_s=int(reply["tokens_reset"] or 0) / 1000,
-        ),
+        limits_left=_limits_left(reply.words),
         clamped_by=_capped([reply[f"cap_{word}"] for word in _CAP_WORDS], gateway_now_ms)
         if reply["cap_window"]
         else None,
+    )
+
+
+def _limits_left(words: Mapping[str, str]) -> LimitsLeft:
+    requests, tokens = words["requests"], words["tokens"]
+    return LimitsLeft(
+        requests=int(requests) if requests else None,
+        requests_reset_s=int(words["requests_reset"] or 0) / 1000,
+        tokens=int(tokens) if tokens else None,
+        tokens_reset_s=int(words["tokens_reset"] or 0) / 1000,
     )
 
 

@@ -17,7 +17,6 @@ from billing.store.keys import ALL_SHARDS, META, NOTICES, SCHEMA, SHARDS
 
 CLIENT_NAME = f"farebox:{SCHEMA}"
 """The name of each connection, by which ``CLIENT LIST`` shows who must be stopped before a migration."""
-_TAG = re.compile(r"fb:\{[^}]+\}")
 
 FENCE = f"""\
 do -- the fence is the last key
@@ -32,8 +31,8 @@ end
 
 def fence_of(key: str) -> str | None:
     """The fence that is on the same cluster node as a script's key; None for a key without a hash tag."""
-    tag = _TAG.match(key)
-    return f"{tag[0]}:schema" if tag else None
+    end = key.find("}")
+    return f"{key[: end + 1]}:schema" if end > 0 else None
 
 
 FENCES = tuple(f"{tag}:schema" for tag in (*(shard.tag for shard in ALL_SHARDS), NOTICES.rpartition(":")[0]))

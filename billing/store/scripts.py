@@ -72,7 +72,7 @@ class Header:
     Empty for a script that returns one number."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """A list that a script returned: its first word, and the other words by their declared names."""
 
