@@ -199,7 +199,7 @@ class Ledger:
     async def _settle_known(self, settlement: Settlement) -> Receipt | None:
         async with guarded():
             reply = await self._settle.reply(
-                keys=_ending_keys(settlement.tenant),
+                keys=_ending_keys(shard_for(settlement.tenant), settlement.tenant),
                 args={
                     "id": settlement.request_id,
                     "tenant": settlement.tenant,
@@ -230,14 +230,20 @@ class Ledger:
     async def expire(self, limit: int = 100) -> int:
         """Bill the last checkpoint of up to ``limit`` holds whose lease has ended; how many. Any process may.
 
-        A hold that cannot be ended keeps no other from it: it is named in the log and tried again each time.
+        A hold that cannot be ended keeps no other from it: it is named in the log and tried again each time. A lease
+        without a hold is removed.
         """
         expired = 0
-        for _, request_id, tenant in await self._overdue(limit + len(self._damaged)):
-            args: dict[str, Argument] = {"id": request_id, "gateway_now": self._clock(), "window": self._window_ms}
+        for shard, request_id, tenant in await self._overdue(limit + len(self._damaged)):
+            args: dict[str, Argument] = {
+                "id": request_id,
+                "tenant": tenant,
+                "gateway_now": self._clock(),
+                "window": self._window_ms,
+            }
             try:
                 async with guarded():
-                    expired += await self._expire.number(keys=_ending_keys(tenant), args=args)
+                    expired += await self._expire.number(keys=_ending_keys(shard, tenant), args=args)
             except ResponseError as error:
                 self._note_damaged(request_id, error)
             else:
@@ -250,6 +256,7 @@ class Ledger:
         self._damaged.add(request_id)
 
     async def _overdue(self, limit: int) -> list[tuple[Shard, RequestId, TenantId]]:
+        """Leases that have ended; of no tenant ("") where there is no hold."""
         async with guarded(SWEEP_SILENCE_S):
             seconds, microseconds = await self._redis.time()
             now = seconds * 1000 + microseconds // 1000
@@ -264,8 +271,7 @@ class Ledger:
         overdue = []
         for (shard, request_id), text in zip(found, holds, strict=True):
             try:
-                if text:
-                    overdue.append((shard, RequestId(request_id), tenant_in(text)))
+                overdue.append((shard, RequestId(request_id), tenant_in(text) if text else TenantId("")))
             except (ValueError, KeyError, TypeError) as error:
                 self._note_damaged(RequestId(request_id), error)
         return overdue
@@ -470,9 +476,8 @@ class Ledger:
         return unpack_account(tenant, reply)
 
 
-def _ending_keys(tenant: TenantId) -> Mapping[str, str | Sequence[str]]:
+def _ending_keys(shard: Shard, tenant: TenantId) -> Mapping[str, str | Sequence[str]]:
     """Every key that ending a hold may touch."""
-    shard = shard_for(tenant)
     return {
         "account": shard.account(tenant),
         "buckets": shard.buckets(tenant),

@@ -436,7 +436,7 @@ class Model:
         return self.clawbacks[source].reply
 
     def restore(self, source: str) -> int | Refusal:
-        """Give back what a clawback took: first to those who paid the debt that it made."""
+        """Give back what a clawback took: once its bucket owes nothing, first to those who paid its debt."""
         if source not in self.clawbacks:
             return Refusal("unknown")
         clawback = self.clawbacks[source]
@@ -451,10 +451,10 @@ class Model:
         return clawback.restored
 
     def give_back(self, name: str, amount: int) -> None:
-        """Of what came back into a bucket, those who paid its debts get theirs, and so on."""
+        """Of what came back into a bucket and it does not owe, those who paid its debts get theirs, and so on."""
         payers = self.buckets[name].payers
         for payer in sorted(payers, key=self.rank):
-            part = min(amount, payers[payer])
+            part = max(0, min(amount, payers[payer], self.buckets[name].remaining))
             if part:
                 amount -= part
                 self.pay(name, payer, -part)

@@ -2,13 +2,18 @@
 -- include: store/numbers store/clock ledger/markers ledger/bill
 -- writes: yes
 -- keys: account buckets holds leases limits stream movements settled[]
--- args: id gateway_now:ms window:ms
+-- args: id tenant gateway_now:ms window:ms
 -- returns: 1 if it expired, 0 if it is gone or its lease was renewed
+-- A lease without a hold is removed.
 
 local now = store_ms()
 local open, ends = redis.call("HGET", keys.holds, id), redis.call("ZSCORE", keys.leases, id)
-if not open or tonumber(ends) > now then return 0 end
+if not open then
+  redis.call("ZREM", keys.leases, id)
+  return 0
+end
 local hold = cjson.decode(open)
+if hold.tenant ~= tenant or tonumber(ends) > now then return 0 end
 local usage = numbers(hold.usage)
 local bill = close_hold(keys, id, hold, { usage = usage, list = tonumber(hold.list), status = "expired",
   held = tonumber(hold.grown or "0"), now = now, gateway_now = gateway_now })

@@ -4,7 +4,8 @@
 -- keys: account buckets retired stream movements movement clawback granted
 -- args: tenant source undone granted_by content gateway_now:ms ttl:ms
 -- reply: done given | repeat given | reused | unknown
--- What the clawback still waited to take is forgotten. Packs that had paid for what it took get theirs back first.
+-- What the clawback still waited to take is forgotten. Once the bucket owes nothing more, packs that had paid for it
+-- get theirs back first.
 
 local before = redis.call("HMGET", keys.movement, "content", "given")
 if before[1] then

@@ -206,10 +206,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "credit that comes back stays where a debt was paid",
         "debts.lua",
-        "local part, to = math.min(payer.paid, amount), payer.bucket",
-        "local part, to = 0, payer.bucket",
+        'local part = math.min(number_at(marker, "paid:" .. to.id), amount, math.max(0, b.remaining))',
+        "local part = 0",
         RULES,
     ),
+    Mutant("giving back leaves a debt", "debts.lua", ", amount, math.max(0, b.remaining))", ", amount)", RULES),
     Mutant(
         "a payment of a debt comes back twice",
         "debts.lua",

@@ -123,6 +123,14 @@ class TestLeases:
         record = (await ledger.settle(settlement(completion=20))).record
         assert (record.charged_nanos, record.overage_nanos) == (4_000, 4_000)
 
+    async def test_leases_without_holds_are_removed(self, ledger: Ledger, store: Redis) -> None:
+        leases = shard_for(ACME).leases
+        await self._held(ledger)
+        await store.zadd(leases, {f"req_gone_{n}": n for n in range(5)})
+        await asyncio.sleep(2 * self.SHORT_MS / 1000)
+        assert [await ledger.expire(limit=4) for _ in range(3)] == [0, 1, 0]
+        assert await store.zcard(leases) == 0
+
     async def test_hold_past_its_lease_settles_as_usual_until_expired(self, ledger: Ledger) -> None:
         await self._held(ledger)
         await asyncio.sleep(2 * self.SHORT_MS / 1000)

@@ -203,6 +203,57 @@ async def test_restore_repays_the_pack_that_paid(store: Redis, ledger: Ledger, c
     assert await differences(store, ACME) == []
 
 
+async def test_restore_settles_the_debt_of_its_own_bucket_first(
+    store: Redis, ledger: Ledger, clock: SteppedClock
+) -> None:
+    """Pack 1 of 100,000 is spent and taken back: pack 2 of 80,000 pays 30,000 for a refund, 50,000 for a dispute.
+
+    Pack 1 owes 20,000 then. Won after pack 2 has ended: 20,000 settle that debt, 50,000 go back to pack 2, and the
+    30,000 for the refund, which stands, do not. So the tenant owes nothing.
+    """
+    await ledger.grant(money(100_000))
+    for request_id in ("req_1", "req_2"):
+        await serve(ledger, request_id, 20)
+    await ledger.grant(money(80_000, "payment:2", clock.now_ms + DAY_MS))
+    dispute = Clawback("dispute:1", ACME, "payment:1", 70_000)
+    await ledger.claw_back(Clawback("refund:1", ACME, "payment:1", 30_000))
+    await ledger.claw_back(dispute)
+    assert await remaining(store) == {"payment:1": -20_000, "payment:2": 0}
+    clock.now_ms += 2 * DAY_MS
+    assert await ledger.restore(dispute) == 70_000
+    assert await remaining(store) == {"payment:1": 0, "payment:2": 50_000}
+    assert await balance(ledger) == 0
+    _, last = (await entries(store))[-1]
+    assert last["paid"] == [{"bucket": "payment:2", "debt": "payment:1", "amount": -50_000}]
+    assert await differences(store, ACME) == []
+
+
+async def test_restore_repays_packs_that_paid_each_other(store: Redis, ledger: Ledger) -> None:
+    """Pack 1 pays 10,000 for pack 2, pack 2 then 30,000 for pack 1, and pack 3 another 40,000 for pack 1.
+
+    When pack 1's dispute is won, each pack has what was paid for it less what was spent and refunded of it.
+    """
+    await ledger.grant(money(100_000, "payment:2"))
+    await serve(ledger, "req_1", 20)
+    await ledger.hold(request("req_2"))
+    await ledger.grant(money(100_000, "payment:1"))
+    refunds = [Clawback(f"refund:{n}", ACME, "payment:2", 30_000) for n in range(2)]
+    for refund in refunds:
+        await ledger.claw_back(refund)
+    await ledger.restore(refunds[1])
+    await ledger.void(RequestId("req_2"), ACME)
+    assert await remaining(store) == {"payment:1": 90_000, "payment:2": 30_000}
+    await serve(ledger, "req_3", 20)
+    await serve(ledger, "req_4", 15)
+    dispute = Clawback("dispute:1", ACME, "payment:1", 100_000)
+    await ledger.claw_back(dispute)
+    await ledger.grant(money(40_000, "payment:3"))
+    assert await remaining(store) == {"payment:1": -30_000, "payment:2": 0, "payment:3": 0}
+    await ledger.restore(dispute)
+    assert await remaining(store) == {"payment:1": 10_000, "payment:2": 20_000, "payment:3": 40_000}
+    assert await differences(store, ACME) == []
+
+
 async def test_debt_in_past_allowance_counts(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """November's 30,000: 18,000 held, grown to 30,000 and the growth lost; another takes 12,000; 30,000 delivered.
 

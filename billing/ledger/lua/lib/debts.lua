@@ -26,17 +26,18 @@ local function pay_debts(keys, buckets, gateway_now)
 end
 
 -- Of an amount that came back into a bucket, give those theirs that had paid its debt, and so on. Adds to `payments`.
+-- What the bucket still owes is settled first: a payment may have been for a clawback that stands, so giving back takes
+-- no bucket below zero. Packs may have paid each other, so each note is read when its turn comes.
 local function give_back(keys, buckets, b, amount, payments)
   local marker, payers = keys.movements .. b.id, {}
-  local noted = redis.call("HGETALL", marker)
-  for i = 1, #noted, 2 do
-    local id = string.match(noted[i], "^paid:(.*)$")
+  for _, noted in ipairs(redis.call("HKEYS", marker)) do
+    local id = string.match(noted, "^paid:(.*)$")
     local payer = id and find_bucket(keys, buckets, id)
-    if payer then payers[#payers + 1] = { bucket = payer, paid = tonumber(noted[i + 1]) } end
+    if payer then payers[#payers + 1] = payer end
   end
-  table.sort(payers, function(one, other) return is_drawn_before(one.bucket, other.bucket) end)
-  for _, payer in ipairs(payers) do
-    local part, to = math.min(payer.paid, amount), payer.bucket
+  table.sort(payers, is_drawn_before)
+  for _, to in ipairs(payers) do
+    local part = math.min(number_at(marker, "paid:" .. to.id), amount, math.max(0, b.remaining))
     if part > 0 then
       b.remaining, to.remaining, amount = b.remaining - part, to.remaining + part, amount - part
       b.is_changed, to.is_changed = true, true
