@@ -41,6 +41,7 @@ async def store(nodes: Fleet) -> AsyncIterator[Redis]:
     redis = await connect(nodes.url)
     await redis.flushall()
     yield redis
+    await redis.flushall()
     await redis.aclose()
 
 
@@ -177,7 +178,6 @@ async def test_write_is_made_and_refused_on_a_cluster(store: Redis, what: str) -
     with pytest.raises(StoreUnavailable, match="the store has schema"):
         await WRITES[what](store)
     assert await everything(store) == before
-    await store.flushall()
 
 
 async def everything(store: Redis) -> list[dict[str, object]]:
