@@ -15,6 +15,7 @@ from billing.store.connection import guarded
 from billing.store.errors import StoreUnavailable
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import shard_for
+from billing.store.schema import refuse_other_schema
 from billing.usage import TenantId
 
 HOUR_MS = 3_600_000
@@ -53,6 +54,7 @@ class AddressSketches:
             return
         try:
             async with guarded(BULK_DEADLINE_S):
+                await refuse_other_schema(self._redis)  # too many for one atomic step, and they end within two hours
                 pipe = self._redis.pipeline(transaction=False)
                 for tenant, key_id, hour, digest in writing:
                     name = shard_for(tenant).address_sketches(tenant, key_id, hour)

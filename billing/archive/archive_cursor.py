@@ -13,6 +13,7 @@ from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import ARCHIVE, Shard
 from billing.store.scripts import Script
+from billing.store.write import write
 from billing.usage import TenantId
 
 
@@ -33,7 +34,7 @@ class ArchiveCursor:
     async def announce(self, url: str) -> None:
         """Store where the archive is, for all that read old entries."""
         async with guarded():
-            await self._redis.set(ARCHIVE, url)
+            await write(self._redis, ("SET", ARCHIVE, url))
 
     async def position(self, shard: Shard) -> tuple[str, str]:
         """The stream ids up to which a shard is archived, and sealed for export."""

@@ -13,6 +13,7 @@ from billing.catalog.plans import Plan
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import CATALOG_CURRENT, GATEWAYS, PLANS, catalog
+from billing.store.write import write
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,15 @@ class GatewayState:
 async def publish(redis: Redis, value: Catalog, gateway_id: str, at_ms: int) -> str:
     """Put a validated catalog in force and report that this gateway serves it. Returns its hash."""
     hash_ = value.content_hash
-    plans = {name: plan.model_dump_json() for name, plan in value.plans.items()}
+    plans = [word for name, plan in value.plans.items() for word in (name, plan.model_dump_json())]
     async with guarded(BULK_DEADLINE_S):
         # Plans are stored before the catalog that names them: a plan in force is never missing.
-        await redis.hset(PLANS, mapping=plans)  # type: ignore[arg-type]
-        await redis.set(catalog(hash_), value.model_dump_json())
-        await redis.set(CATALOG_CURRENT, hash_)
+        await write(
+            redis,
+            ("HSET", PLANS, *plans),
+            ("SET", catalog(hash_), value.model_dump_json()),
+            ("SET", CATALOG_CURRENT, hash_),
+        )
     await renew(redis, value, gateway_id, at_ms)
     return hash_
 
@@ -47,7 +51,7 @@ async def renew(redis: Redis, value: Catalog, gateway_id: str, at_ms: int) -> No
     rejected = [f"{entry.kind} {entry.id}: {entry.reason}" for entry in value.rejected]
     report = json.dumps({"hash": value.content_hash, "quarantined": rejected, "at_ms": at_ms})
     async with guarded(BULK_DEADLINE_S):
-        await redis.hset(GATEWAYS, gateway_id, report)
+        await write(redis, ("HSET", GATEWAYS, gateway_id, report))
 
 
 async def current(redis: Redis) -> Catalog | None:
@@ -82,4 +86,4 @@ async def gateways(redis: Redis) -> list[GatewayState]:
 async def forget_gateway(redis: Redis, gateway_id: str) -> None:
     """Delete the report of a gateway that has stopped."""
     async with guarded(BULK_DEADLINE_S):
-        await redis.hdel(GATEWAYS, gateway_id)
+        await write(redis, ("HDEL", GATEWAYS, gateway_id))

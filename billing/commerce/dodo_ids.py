@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import DODO_IDS
+from billing.store.write import write
 
 
 async def id_of(redis: Redis, name: str) -> str:
@@ -24,4 +25,4 @@ async def all_ids(redis: Redis) -> dict[str, str]:
 async def keep_ids(redis: Redis, ids: Mapping[str, str]) -> None:
     """What was kept under other names stays: a late payment may still name it."""
     async with guarded(BULK_DEADLINE_S):
-        await redis.hset(DODO_IDS, mapping=ids)  # type: ignore[arg-type]
+        await write(redis, ("HSET", DODO_IDS, *(word for pair in ids.items() for word in pair)))

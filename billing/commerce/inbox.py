@@ -16,6 +16,7 @@ from billing.commerce.dodo_ids import all_ids
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import INBOX, INBOX_PARKED, PAYMENTS
+from billing.store.write import write
 from billing.usage import Unit
 
 SCAN = 500
@@ -69,11 +70,11 @@ class Inbox:
     async def receive(self, delivery: Delivery, next_try_ms: int) -> Delivery:
         """Store a delivery before anything is done with it. Returns the one stored under this id before, if any."""
         async with guarded(BULK_DEADLINE_S):
-            is_new = await self._redis.hsetnx(INBOX, delivery.id, json.dumps(asdict(delivery)))
+            (is_new,) = await write(self._redis, ("HSETNX", INBOX, delivery.id, json.dumps(asdict(delivery))))
             if not is_new:
                 known = await self.get(delivery.id)
                 return known or delivery
-            await self._redis.zadd(INBOX_PARKED, {delivery.id: next_try_ms})
+            await write(self._redis, ("ZADD", INBOX_PARKED, next_try_ms, delivery.id))
             return delivery
 
     async def get(self, webhook_id: str) -> Delivery | None:
@@ -84,18 +85,20 @@ class Inbox:
     async def finish(self, delivery: Delivery) -> None:
         """Store how it ended, applied or kept: it is not tried again."""
         async with guarded(BULK_DEADLINE_S):
-            pipe = self._redis.pipeline(transaction=False)
-            pipe.hset(INBOX, delivery.id, json.dumps(asdict(delivery)))
-            pipe.zrem(INBOX_PARKED, delivery.id)
-            await pipe.execute()
+            await write(
+                self._redis,
+                ("HSET", INBOX, delivery.id, json.dumps(asdict(delivery))),
+                ("ZREM", INBOX_PARKED, delivery.id),
+            )
 
     async def park(self, delivery: Delivery, next_try_ms: int) -> None:
         """Store it with the reason why it waits, to be tried again at ``next_try_ms``."""
         async with guarded(BULK_DEADLINE_S):
-            pipe = self._redis.pipeline(transaction=False)
-            pipe.hset(INBOX, delivery.id, json.dumps(asdict(delivery)))
-            pipe.zadd(INBOX_PARKED, {delivery.id: next_try_ms})
-            await pipe.execute()
+            await write(
+                self._redis,
+                ("HSET", INBOX, delivery.id, json.dumps(asdict(delivery))),
+                ("ZADD", INBOX_PARKED, next_try_ms, delivery.id),
+            )
 
     async def parked(self, limit: int = 50) -> list[Delivery]:
         """Deliveries that wait, those due first."""
@@ -113,8 +116,9 @@ class Inbox:
     async def reschedule(self, webhook_ids: Sequence[str], due_ms: int) -> None:
         """Try waiting deliveries at ``due_ms``; what was finished meanwhile stays finished."""
         if webhook_ids:
+            due = [word for webhook_id in webhook_ids for word in (due_ms, webhook_id)]
             async with guarded(BULK_DEADLINE_S):
-                await self._redis.zadd(INBOX_PARKED, dict.fromkeys(webhook_ids, due_ms), xx=True)
+                await write(self._redis, ("ZADD", INBOX_PARKED, "XX", *due))
 
     async def parked_count(self) -> int:
         async with guarded(BULK_DEADLINE_S):
@@ -133,13 +137,14 @@ class Inbox:
                 if delivery.outcome is not Outcome.WAITING and delivery.received_at_ms < before_ms:
                     old.append(webhook_id)
             for first in range(0, len(old), SCAN):
-                await self._redis.hdel(INBOX, *old[first : first + SCAN])
+                await write(self._redis, ("HDEL", INBOX, *old[first : first + SCAN]))
         return len(old)
 
     async def fix_purchase(self, payment_id: str, credits_: Sequence[PurchasedCredit]) -> tuple[PurchasedCredit, ...]:
         """What a payment buys: ``credits_``, or what was fixed when it was first seen."""
         async with guarded(BULK_DEADLINE_S):
-            await self._redis.hsetnx(PAYMENTS, payment_id, json.dumps([asdict(one) for one in credits_]))
+            fixed = json.dumps([asdict(one) for one in credits_])
+            await write(self._redis, ("HSETNX", PAYMENTS, payment_id, fixed))
             text = await self._redis.hget(PAYMENTS, payment_id)
         return _credits(cast(str, text))
 

@@ -19,6 +19,7 @@ from billing.store.connection import guarded, replicated
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import ALL_SHARDS, EXPORTER, Shard, shard_for
 from billing.store.scripts import Script
+from billing.store.write import write
 from billing.usage import TenantId
 
 START = "0-0"
@@ -263,7 +264,7 @@ class Outbox:
     async def show(self, state: ExporterState) -> None:
         """Store the exporter's state, for the admin API."""
         async with guarded(BULK_DEADLINE_S):
-            await self._redis.hset(EXPORTER, mapping=asdict(state))  # type: ignore[arg-type]
+            await write(self._redis, ("HSET", EXPORTER, *(word for pair in asdict(state).items() for word in pair)))
 
     async def shown(self) -> ExporterState:
         async with guarded(BULK_DEADLINE_S):

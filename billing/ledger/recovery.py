@@ -12,6 +12,7 @@ from billing.ledger.errors import DuplicateRequest, UnknownHold, UnresolvedSettl
 from billing.store.connection import guarded
 from billing.store.keys import ALL_SHARDS, shard_for
 from billing.store.scripts import Argument, Script
+from billing.store.write import write
 from billing.usage import RequestId, UsageRecord
 
 LIST_SILENCE_S = 2.0
@@ -105,7 +106,7 @@ class Recovery:
         """Forget an unresolved settlement: the operator found out that it was charged. Raises UnknownHold."""
         settlement = await self._find(request_id)
         async with guarded():
-            await self._redis.hdel(shard_for(settlement.tenant).unresolved, request_id)
+            await write(self._redis, ("HDEL", shard_for(settlement.tenant).unresolved, request_id))
         return settlement
 
     async def _find(self, request_id: RequestId) -> Settlement:

@@ -12,6 +12,7 @@ from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import NOTICES, NOTICES_RECORDED, NOTICES_SENT
 from billing.store.scripts import Script
+from billing.store.write import write
 
 KEPT = 10_000
 REMEMBERED_MS = 400 * 24 * 3_600_000
@@ -65,9 +66,11 @@ class Notices:
         return Sent(raw["at"], int(raw["attempts"]), int(raw["next_try_ms"])) if raw else Sent()
 
     async def note_sent(self, sent: Sent) -> None:
-        values = {"at": sent.at, "attempts": sent.attempts, "next_try_ms": sent.next_try_ms}
         async with guarded(BULK_DEADLINE_S):
-            await self._redis.hset(NOTICES_SENT, mapping=values)  # type: ignore[arg-type]
+            await write(
+                self._redis,
+                ("HSET", NOTICES_SENT, "at", sent.at, "attempts", sent.attempts, "next_try_ms", sent.next_try_ms),
+            )
 
 
 def _read(raw: object) -> list[Notice]:

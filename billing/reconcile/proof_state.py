@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import PROOF
+from billing.store.write import write
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class ProofState:
 
 async def show(redis: Redis, kind: str, state: ProofState) -> None:
     async with guarded(BULK_DEADLINE_S):
-        await redis.hset(PROOF, kind, json.dumps(asdict(state)))
+        await write(redis, ("HSET", PROOF, kind, json.dumps(asdict(state))))
 
 
 async def shown(redis: Redis) -> dict[str, ProofState]:

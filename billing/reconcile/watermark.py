@@ -9,8 +9,11 @@ from billing.export.outbox import START
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import ALL_SHARDS, Shard
+from billing.store.write import write
 from billing.usage import TenantId
 
+WORDS = 1_000
+"""Names and values in one command: even, and far fewer than a script may give to a command."""
 _AT, _DODO_MS = "at", "told_ms"
 _FOLD, _DODO = "fold:", "told:"
 
@@ -43,11 +46,13 @@ class Watermarks:
         values: dict[str, str | int] = {_AT: mark.at, _DODO_MS: mark.dodo_ms}
         values |= {_FOLD + tenant: text for tenant, text in mark.folds.items()}
         values |= {_DODO + tenant: text for tenant, text in mark.dodo.items()}
+        words = [word for pair in values.items() for word in pair]
         async with guarded(BULK_DEADLINE_S):
-            pipe = self._redis.pipeline(transaction=True)
-            pipe.delete(shard.proved)
-            pipe.hset(shard.proved, mapping=values)  # type: ignore[arg-type]
-            await pipe.execute()
+            await write(
+                self._redis,
+                ("DEL", shard.proved),
+                *(("HSET", shard.proved, *words[at : at + WORDS]) for at in range(0, len(words), WORDS)),
+            )
 
 
 def _mark(raw: Mapping[str, str]) -> Mark:

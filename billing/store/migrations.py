@@ -23,6 +23,7 @@ from billing.store.errors import StoreRefused
 from billing.store.guard import BULK_DEADLINE_S, guarded, is_unfit
 from billing.store.keys import CATALOG_CURRENT, GATEWAYS, META, PLANS, SCHEMA, TENANTS, api_key, catalog, shard_for
 from billing.store.schema import Version, open_schema, raise_fences, read_version
+from billing.store.scripts import Script
 from billing.usage import TenantId
 
 BATCH = 500
@@ -75,19 +76,27 @@ async def migrate(redis: Redis, is_dry: bool = False, ignore_unnamed: bool = Fal
         return Migration(found)
     if found.target > SCHEMA or (found.is_migrating and found.target != SCHEMA):
         raise StoreRefused(f"the store has schema {found} and this farebox migrates to {SCHEMA}: use a later one")
+    under_way = Version(found.schema, SCHEMA)
     if is_dry:
         return Migration(found, await _rewrite(redis, found, is_dry), await _connected(redis, ignore_unnamed))
     async with guarded(BULK_DEADLINE_S):
-        await redis.hset(META, "schema", str(Version(found.schema, SCHEMA)))
+        if not await _swap_version(redis, found, under_way):
+            raise StoreRefused("another `farebox migrate` is running: wait until it has ended")
     if others := await _connected(redis, ignore_unnamed):
         async with guarded(BULK_DEADLINE_S):
-            await redis.hset(META, "schema", str(found))
+            await _swap_version(redis, under_way, found)  # unless another migration finished meanwhile
         raise StoreRefused(f"stop these first, they use the store: {'; '.join(others)}")
     changes = await _rewrite(redis, found, is_dry)
     async with guarded(BULK_DEADLINE_S):
         await raise_fences(redis)
         await redis.hset(META, "schema", str(SCHEMA))
     return Migration(found, changes)
+
+
+async def _swap_version(redis: Redis, old: Version, new: Version) -> bool:
+    """Write the version into ``META`` only where it is still the old one."""
+    args = {"field": "schema", "old": str(old), "new": str(new)}
+    return bool(await Script(redis, "store/swap_field").number(keys={"hash": META}, args=args))
 
 
 async def _connected(redis: Redis, ignore_unnamed: bool) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from billing.store import keys as names
 from billing.store.compare_and_set import CompareAndSet
 from billing.store.connection import guarded
 from billing.store.keys import shard_for
+from billing.store.write import write
 from billing.tenants.errors import (
     CustomerTaken,
     InvalidKey,
@@ -68,8 +69,11 @@ class Tenants:
         if tenant.dodo_customer_id:
             await self._claim(tenant.dodo_customer_id, tenant.id)
         async with guarded():
-            await self._redis.sadd(names.TENANTS, tenant.id)
-            await self._redis.set(shard_for(tenant.id).tenant(tenant.id), tenant.model_dump_json(), nx=True)
+            await write(
+                self._redis,
+                ("SADD", names.TENANTS, tenant.id),
+                ("SET", shard_for(tenant.id).tenant(tenant.id), tenant.model_dump_json(), "NX"),
+            )
         stored = await self.get(tenant.id)
         await self._note_customer(stored)
         if stored != tenant:
@@ -114,15 +118,12 @@ class Tenants:
 
     async def _note_customer(self, tenant: Tenant) -> None:
         async with guarded():
-            if tenant.dodo_customer_id:
-                await self._redis.srem(names.CUSTOMERS_WANTED, tenant.id)
-            else:
-                await self._redis.sadd(names.CUSTOMERS_WANTED, tenant.id)
+            await write(self._redis, ("SREM" if tenant.dodo_customer_id else "SADD", names.CUSTOMERS_WANTED, tenant.id))
 
     async def _claim(self, dodo_customer_id: str, tenant_id: TenantId) -> None:
         """A customer is one tenant's for ever, even where that tenant has a newer one: its payments still arrive."""
         async with guarded():
-            await self._redis.hsetnx(names.CUSTOMER_TENANTS, dodo_customer_id, tenant_id)
+            await write(self._redis, ("HSETNX", names.CUSTOMER_TENANTS, dodo_customer_id, tenant_id))
             owner = str(await self._redis.hget(names.CUSTOMER_TENANTS, dodo_customer_id))
         if owner != tenant_id:
             raise CustomerTaken(dodo_customer_id, owner)
@@ -141,8 +142,11 @@ class Tenants:
         """One that is there stays as it is: who adds it late does not undo its end. Raises: UnknownTenant."""
         await self._text_of(key.tenant)
         async with guarded():
-            await self._redis.sadd(shard_for(key.tenant).keys_of(key.tenant), key.hash)
-            await self._redis.set(names.api_key(key.hash), key.model_dump_json(), nx=True)
+            await write(
+                self._redis,
+                ("SADD", shard_for(key.tenant).keys_of(key.tenant), key.hash),
+                ("SET", names.api_key(key.hash), key.model_dump_json(), "NX"),
+            )
 
     async def keys(self, tenant_id: TenantId) -> list[ApiKey]:
         """All keys of a tenant, revoked ones too, oldest first."""

@@ -49,7 +49,8 @@ async def contents(redis: Redis) -> dict[str, object]:
     for key in sorted([key async for key in redis.scan_iter(count=1_000)]):
         match await redis.type(key):
             case "string":
-                found[key] = await redis.get(key)
+                is_sketch = ":sightings:" in key  # no text
+                found[key] = await (redis.pfcount(key) if is_sketch else redis.get(key))
             case "hash":
                 found[key] = await redis.hgetall(key)
             case "set":

@@ -9,6 +9,7 @@ from billing.store.compare_and_set import CompareAndSet
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import REFILLS, shard_for
+from billing.store.write import write
 from billing.usage import TenantId
 
 
@@ -25,8 +26,11 @@ class Refills:
     async def put(self, tenant: TenantId, wanted: Refill) -> Refill:
         """Set it up, or set it up anew: attempts made so far, one in flight too, are kept."""
         async with guarded(BULK_DEADLINE_S):
-            await self._redis.sadd(REFILLS, tenant)
-            is_new = await self._redis.set(shard_for(tenant).refill(tenant), wanted.model_dump_json(), nx=True)
+            _, is_new = await write(
+                self._redis,
+                ("SADD", REFILLS, tenant),
+                ("SET", shard_for(tenant).refill(tenant), wanted.model_dump_json(), "NX"),
+            )
         if is_new:
             return wanted
         return await self.change(tenant, lambda old: old.renewed(wanted))

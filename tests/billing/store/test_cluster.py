@@ -13,12 +13,14 @@ from billing.export.outbox import Outbox
 from billing.ledger.errors import CreditOnHold
 from billing.ledger.ledger import Ledger
 from billing.pricing.prices import Price
+from billing.store.cluster import Cluster
 from billing.store.connection import connect, verify
 from billing.store.errors import StoreRefused, StoreUnavailable
 from billing.store.guard import guarded
-from billing.store.keys import ALL_SHARDS, SCHEMA, shard_for, shard_of
+from billing.store.keys import ALL_SHARDS, META, SCHEMA, shard_for, shard_of
 from billing.store.migrations import migrate
 from billing.usage import TenantId
+from tests.billing.store.test_write import WRITES, fill
 from tests.support import recorded
 from tests.support.fleet import HOST, PROMPT_S, Fleet, answered, cluster, until_served
 from tests.support.samples import money, request, settlement
@@ -39,6 +41,7 @@ async def store(nodes: Fleet) -> AsyncIterator[Redis]:
     redis = await connect(nodes.url)
     await redis.flushall()
     yield redis
+    await redis.flushall()
     await redis.aclose()
 
 
@@ -160,3 +163,23 @@ async def test_migration_finds_connections_to_any_node(nodes: Fleet, store: Redi
     with pytest.raises(StoreRefused, match="stop these first"):
         await migrate(store, ignore_unnamed=True)
     other.close()
+
+
+@pytest.mark.parametrize("what", WRITES)
+async def test_write_is_made_and_refused_on_a_cluster(store: Redis, what: str) -> None:
+    await fill(store)
+    before = await everything(store)
+    await WRITES[what](store)
+    assert await everything(store) != before
+    await store.flushall()
+    await fill(store)
+    await store.hset(META, "schema", str(SCHEMA + 1))
+    before = await everything(store)
+    with pytest.raises(StoreUnavailable, match="the store has schema"):
+        await WRITES[what](store)
+    assert await everything(store) == before
+
+
+async def everything(store: Redis) -> list[dict[str, object]]:
+    assert isinstance(store, Cluster)
+    return [await recorded.contents(node) for node in store.primaries.values()]

@@ -316,3 +316,34 @@ async def test_new_store_gets_the_schema_at_once(old: Recorded) -> None:
     await verify(old.redis)
     assert await old.redis.hgetall(META) == {"schema": str(SCHEMA), "shards": str(len(ALL_SHARDS))}
     assert await old.redis.get(shard_for(ACME).schema) == str(SCHEMA)
+
+
+async def test_migration_refused_beside_another_leaves_the_finished_one(
+    old: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one finishes after this one has seen that it is connected."""
+
+    async def connected(redis: Redis, ignore_unnamed: bool) -> tuple[str, ...]:
+        await redis.hset(META, "schema", str(SCHEMA))
+        return ("farebox:2",)
+
+    await old.redis.hset(META, "schema", f"1>{SCHEMA}")
+    monkeypatch.setattr(migrations, "_connected", connected)
+    with pytest.raises(StoreRefused, match="stop these first"):
+        await migrate(old.redis)
+    assert await old.redis.hget(META, "schema") == str(SCHEMA)
+
+
+async def test_migration_refused_after_another_finished(old: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one finishes after this one has read the version."""
+    read = migrations.read_version
+
+    async def read_before_the_other_finished(redis: Redis) -> object:
+        found = await read(redis)
+        await redis.hset(META, "schema", str(SCHEMA))
+        return found
+
+    monkeypatch.setattr(migrations, "read_version", read_before_the_other_finished)
+    with pytest.raises(StoreRefused, match="another `farebox migrate`"):
+        await migrate(old.redis)
+    assert await old.redis.hget(META, "schema") == str(SCHEMA)
