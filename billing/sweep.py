@@ -66,8 +66,10 @@ class Sweep:
         self.name = name
         self._clock, self._ends_after, self._ends_on = clock, ends_after, ends_on
         self._failing: dict[str, FailingItem] = {}
-        self._last_begun: str | None = None
-        """The item that an unfinished run came to: the next one goes on behind it."""
+        self._turn: list[str] = []
+        """The items of the last run in the order it took them; empty once a run came to all."""
+        self._place = 0
+        """How many of them it came to before it ended early: the next run begins with the others."""
 
     @property
     def failing(self) -> tuple[FailingItem, ...]:
@@ -90,18 +92,21 @@ class Sweep:
         results: list[Result] = []
         failures_in_a_row = 0
         self._forget_old()
-        for id_, item in self._in_turn([(id_of(item), item) for item in items]):
+        turn = self._in_turn([(id_of(item), item) for item in items])
+        self._turn = [id_ for id_, _ in turn]
+        for place, (id_, item) in enumerate(turn):
+            self._place = place
             if not is_forced and self._is_left_out(id_):
                 continue
-            before, self._last_begun = self._last_begun, id_
+            self._place += 1
             try:
                 async with asyncio.timeout(ITEM_LIMIT_S):
                     results.append(await act(item))
             except EndOfRun:
-                self._last_begun = before
+                self._place = place
                 return results
             except self._ends_on:
-                self._last_begun = before
+                self._place = place
                 raise
             except Exception as error:  # whatever it is, it is this item's
                 self._note_failure(id_, error)
@@ -111,7 +116,7 @@ class Sweep:
             else:
                 self._failing.pop(id_, None)
                 failures_in_a_row = 0
-        self._last_begun = None
+        self._turn = []
         return results
 
     def failures_of(self, id_: str) -> int:
@@ -120,9 +125,12 @@ class Sweep:
         return 0 if known is None else known.failures
 
     def _in_turn(self, items: list[tuple[str, Item]]) -> list[tuple[str, Item]]:
-        """Behind the item at which the last run ended early, then from the first."""
-        start = next((place + 1 for place, (id_, _) in enumerate(items) if id_ == self._last_begun), 0)
-        return items[start:] + items[:start]
+        """First those that the last run did not come to, in its order; then the others, new ones among them.
+
+        So no item comes before one that waits, and each has its turn, however the list changes from run to run.
+        """
+        waiting = {id_: place for place, id_ in enumerate(self._turn[self._place :])}
+        return sorted(items, key=lambda one: waiting.get(one[0], len(waiting)))
 
     def _is_left_out(self, id_: str) -> bool:
         known = self._failing.get(id_)

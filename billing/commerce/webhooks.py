@@ -69,8 +69,10 @@ class Webhooks:
 
     async def replay(self, sweep: Sweep) -> int:
         """Try parked deliveries that are due again. How many were applied."""
-        due = await self.inbox.due(self._clock(), REPLAYED_AT_ONCE)
-        return sum(await sweep.run(due, self._replay_one))
+        now = self._clock()
+        left_out = {one.id for one in sweep.failing if now < one.retry_at_ms}
+        due = await self.inbox.due(now, REPLAYED_AT_ONCE + len(left_out))
+        return sum(await sweep.run([id_ for id_ in due if id_ not in left_out][:REPLAYED_AT_ONCE], self._replay_one))
 
     async def _replay_one(self, webhook_id: str) -> bool:
         # It goes behind the others first: whatever becomes of this try, it is not the first in line again.

@@ -128,6 +128,25 @@ async def test_run_after_a_cut_off_begins_behind_that_item(sweep: Sweep) -> None
     assert await sweep.run("abc", failing()) == ["C", "A", "B"]
 
 
+async def test_item_is_reached_although_those_before_it_fail_and_change(sweep: Sweep) -> None:
+    tried: list[str] = []
+    for number in range(3):
+        new = [f"{number}-{place}" for place in range(FAILURES_IN_A_ROW)]
+        with pytest.raises(ValueError, match="is broken"):
+            await sweep.run([*new, "old"], failing(*new, tried=tried))
+    assert "old" in tried
+
+
+async def test_run_after_end_of_run_begins_behind_items_that_are_gone(sweep: Sweep) -> None:
+    async def act(item: str) -> str:
+        if item == "c":
+            raise EndOfRun
+        return item
+
+    assert await sweep.run("abcde", act) == ["a", "b"]
+    assert await sweep.run("xyde", failing()) == ["D", "E", "X", "Y"]
+
+
 async def test_item_that_hangs_fails_alone(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "ITEM_LIMIT_S", 0.02)
 

@@ -135,6 +135,28 @@ async def test_stored_webhook_that_cannot_be_read_keeps_no_other_waiting(
     assert [one.id for one in sweep.failing] == ["msg_0"]
 
 
+async def test_webhooks_that_the_sweep_leaves_out_take_no_place_of_those_tried(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks_module, "REPLAYED_AT_ONCE", 2)
+    webhooks, sweep = world.webhooks(), world.sweep()
+    await world.tenant("acme")
+    await world.fault("status:500", path="/payments")
+    payment = await world.buy("acme", "pack:small") | {"product_cart": None}
+    for webhook_id in ("msg_bad_0", "msg_bad_1"):
+        await webhooks.receive(*delivery("payment.succeeded", payment, webhook_id))
+        await world.redis.hset(INBOX, webhook_id, "{}")
+    for _ in range(6):  # so often that the sweep leaves them out for longer than the inbox does
+        world.clock.move(HOUR)
+        await webhooks.replay(sweep)
+    world.clock.move(webhooks_module.FIRST_RETRY_MS)
+    await webhooks.receive(*delivery("payment.succeeded", payment, "msg_good"))
+    await world.heal()
+    world.clock.move(webhooks_module.FIRST_RETRY_MS)
+    assert await webhooks.replay(sweep) == 1
+    assert await balance(world) == 5 * USD
+
+
 async def test_customers_are_created_past_a_tenant_that_cannot_be_read(world: World) -> None:
     for name in (BAD, ACME):
         await world.tenant(name, has_customer=False)
