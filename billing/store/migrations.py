@@ -23,12 +23,17 @@ from billing.store.errors import StoreRefused
 from billing.store.guard import BULK_DEADLINE_S, guarded, is_unfit
 from billing.store.keys import CATALOG_CURRENT, GATEWAYS, META, PLANS, SCHEMA, TENANTS, api_key, catalog, shard_for
 from billing.store.schema import Version, open_schema, raise_fences, read_version
-from billing.store.scripts import Script
 from billing.usage import TenantId
 
 BATCH = 500
 GATEWAY_ALIVE_MS = 30_000
 """A gateway reports every five seconds. Asked only where ``CLIENT LIST`` is denied."""
+
+_SWAP = """
+if redis.call("HGET", KEYS[1], "schema") ~= ARGV[1] then return 0 end
+redis.call("HSET", KEYS[1], "schema", ARGV[2])
+return 1
+"""
 
 Value = dict[str, Any]
 """A stored JSON object."""
@@ -95,8 +100,8 @@ async def migrate(redis: Redis, is_dry: bool = False, ignore_unnamed: bool = Fal
 
 async def _swap_version(redis: Redis, old: Version, new: Version) -> bool:
     """Write the version into ``META`` only where it is still the old one."""
-    args = {"field": "schema", "old": str(old), "new": str(new)}
-    return bool(await Script(redis, "store/swap_field").number(keys={"hash": META}, args=args))
+    swapped = await redis.register_script(_SWAP)(keys=[META], args=[str(old), str(new)])
+    return bool(swapped)
 
 
 async def _connected(redis: Redis, ignore_unnamed: bool) -> tuple[str, ...]:
