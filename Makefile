@@ -25,7 +25,7 @@ test: $(INSTALLED) ## run all tests: most of them in parallel, then those that n
 	$(BIN)/python -m pytest -m "$(ALONE)" || status=$$?; \
 	exit $$status
 
-test-fast: $(INSTALLED) ## run the tests that take less than two minutes: no Ray, no training, no long random runs
+test-fast: $(INSTALLED) ## run the tests to run while editing: no Ray, no training, no long random runs
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not ($(ALONE) or slow)"
 
 chaos: $(INSTALLED) ## run the fault scenarios and write their table to RELIABILITY.md

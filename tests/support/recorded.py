@@ -7,6 +7,10 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from billing.clock import now_ms
+from billing.ledger.ledger import MARKER_WINDOW_MS
+from billing.store.keys import SETTLED_WINDOWS
+
 FILE = Path(__file__).parent.parent / "billing" / "store" / "version_1.jsonl"
 
 
@@ -19,13 +23,28 @@ def lines(kind: str) -> Iterator[dict[str, Any]]:
 
 
 RECORDED_AT_MS: int = next(lines("about"))["recorded_at_ms"]
+LOADED_AT_MS = now_ms()
+"""The same for all tests of a process, so that each loads the same."""
+
+
+def spool_lines() -> Iterator[str]:
+    """Settlements on disk, whose holds are as old now as they were when they were recorded."""
+    for line in lines("spool"):
+        settlement = json.loads(line["spool"])
+        if "origin" in settlement:
+            settlement["origin"]["held_at_ms"] += LOADED_AT_MS - RECORDED_AT_MS
+        yield json.dumps(settlement)
 
 
 async def load(redis: Redis) -> None:
-    """Write the recorded keys into an empty store. Lifetimes begin now with what was left of them."""
+    """Write the recorded keys into an empty store. Lifetimes begin now with what was left of them, and the marks of
+    settled requests stand in the hash of now."""
+    turn = LOADED_AT_MS // MARKER_WINDOW_MS % SETTLED_WINDOWS
     pipe = redis.pipeline(transaction=False)
     for line in lines("key"):
         key, value = line["key"], line["value"]
+        if ":settled:" in key:
+            key = f"{key.rpartition(':')[0]}:{turn}"
         match line["type"]:
             case "string":
                 pipe.set(key, value)

@@ -142,7 +142,7 @@ async def test_old_holds_settle_after_migration(old: Recorded) -> None:
 async def test_old_spool_lines_replay_after_migration(old: Recorded, tmp_path: Path) -> None:
     await migrate(old.redis)
     before = (await old.ledger.account(ACME)).balance_nanos
-    (tmp_path / "settles-old.jsonl").write_text("".join(line["spool"] + "\n" for line in recorded.lines("spool")))
+    (tmp_path / "settles-old.jsonl").write_text("".join(f"{line}\n" for line in recorded.spool_lines()))
     spool = Spool(tmp_path)
     assert await spool.replay(old.ledger) == 4
     assert (spool.pending, spool.refused) == (0, 0)
