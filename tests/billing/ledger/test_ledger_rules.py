@@ -184,7 +184,7 @@ async def test_expire_pays_the_debt_that_it_leaves(store: Redis, ledger: Ledger,
 async def test_restore_repays_the_pack_that_paid(store: Redis, ledger: Ledger, clock: SteppedClock) -> None:
     """Pack 1 of 100,000, 40,000 spent, is disputed: it owes 40,000, which pack 2 of 50,000 pays.
 
-    Won after pack 1 has ended: the 40,000 go back to pack 2, the other 60,000 to pack 1, where nobody can draw them.
+    Won after pack 1 has ended: the 40,000 go back to pack 2, the other 60,000 to pack 1, where they cannot be drawn.
     """
     tomorrow = clock.now_ms + DAY_MS
     await ledger.grant(money(100_000, "payment:1", tomorrow))
