@@ -35,6 +35,7 @@ async def caller(request: Request, _: Annotated[object, Security(API_KEY)] = Non
     """Who sends the request. Raises InvalidKey, TenantSuspended, StoreUnavailable."""
     gateway = gateway_of(request)
     principal = await gateway.authenticate(request.headers.get("authorization", ""))
+    request.scope["farebox.tenant"] = principal.tenant.id
     if address := client_address(request.headers.getlist("x-forwarded-for"), gateway.config.trusted_proxies):
         gateway.parts.address_sketches.note(principal.tenant.id, principal.key.id, address)
     return principal
