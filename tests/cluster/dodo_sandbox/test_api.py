@@ -290,3 +290,35 @@ def test_control_routes_need_no_key(there: World) -> None:
     answer: httpx.Response = there.http.get("/_sandbox/health")
     assert answer.json() == {"status": "ok"}
     assert API_KEY not in there.http.get("/").text
+
+
+def test_statuses_of_success_are_those_of_the_document(there: World) -> None:
+    authorization = {"authorization": f"Bearer {API_KEY}"}
+    meter = {"name": "m", "event_name": "e", "measurement_unit": "u", "aggregation": {"type": "count"}}
+    made = there.http.post("/meters", json=meter, headers=authorization)
+    endpoint = there.http.post("/webhooks", json={"url": "http://127.0.0.1:9/"}, headers=authorization)
+    product = there.pack().product_id
+    found = {
+        "POST /meters": made.status_code,
+        "DELETE /meters": there.http.delete(f"/meters/{made.json()['id']}", headers=authorization).status_code,
+        "POST /webhooks": endpoint.status_code,
+        "DELETE /webhooks": there.http.delete(f"/webhooks/{endpoint.json()['id']}", headers=authorization).status_code,
+        "DELETE /products": there.http.delete(f"/products/{product}", headers=authorization).status_code,
+    }
+    assert found == {
+        "POST /meters": 201,
+        "DELETE /meters": 204,
+        "POST /webhooks": 200,
+        "DELETE /webhooks": 200,
+        "DELETE /products": 200,
+    }
+
+
+def test_refunds_and_disputes_carry_what_the_sdk_reads(there: World) -> None:
+    paid = there.buy(there.customer(), there.pack(500))
+    opened = there.control(f"disputes/{paid['payment_id']}", amount=200, is_resolved_by_rdr=True).json()
+    dispute = there.dodo.disputes.retrieve(opened["dispute_id"])
+    assert (dispute.currency, dispute.is_resolved_by_rdr) == ("USD", True)
+    assert there.dodo.disputes.list().items[0].is_resolved_by_rdr
+    refund = there.dodo.refunds.create(payment_id=str(paid["payment_id"]))
+    assert (refund.currency, there.dodo.refunds.list().items[0].currency) == ("USD", "USD")
