@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from billing.catalog.plans import NO_LIMITS, Limits
+from billing.catalog.terms import Terms
 from billing.pricing.prices import Usd
 from billing.usage import TenantId
 
@@ -59,6 +60,10 @@ class Subscription(_Stored):
     cancel_at_period_end: bool = False
     paused_at_ms: int | None = None
     """When its latest pause began: until then Dodo has invoiced what was used."""
+    product_id: str = ""
+    """Of Dodo's product that it pays; empty for one that was stored before products had terms."""
+    sold: Terms | None = None
+    """What that product sells each period, which a later change of the plan does not alter."""
 
     @property
     def is_last_period(self) -> bool:
