@@ -12,7 +12,7 @@ from billing.commerce.signups import Signups
 from billing.commerce.waiting import NotYet
 from billing.dodo.wire import LicenceGrant
 from billing.tenants.errors import UnknownKey
-from billing.tenants.tenant import SHOWN_DIGITS, ApiKey, Tenant, hash_key
+from billing.tenants.tenant import BUYER_SCOPES, MADE_BY_DODO, SHOWN_DIGITS, ApiKey, Tenant, hash_key
 
 ENTITLEMENT = "entitlement:api-key"
 """Our name for the one entitlement at Dodo whose licence keys are API keys."""
@@ -70,6 +70,8 @@ class Licences:
             shown=grant.key[:SHOWN_DIGITS],
             name="licence key",
             created_at_ms=self._clock(),
+            scopes=BUYER_SCOPES,
+            made_by=MADE_BY_DODO,
         )
         await self._tenants.add_key(key)
 
