@@ -24,6 +24,7 @@ from billing.catalog.plans import Pack, Plan, Quota
 from billing.clock import now_ms
 from billing.commerce.links import Receipt, TopUp
 from billing.commerce.offers import by_need
+from billing.commerce.products import Products
 from billing.commerce.receipts import Outcome, Returned, State, outcome_of
 from billing.dodo.errors import DodoUnavailable
 from billing.errors import BillingError
@@ -201,6 +202,7 @@ async def paid(
     account = await _account(gateway, tenant) if outcome.state is State.PAID else None
     if not wants_html(request):
         return _receipt_body(receipt, outcome, account, retry_url)
+    terms = await Products(parts.redis).terms(receipt.product_id)
     wait_s = min(2 ** (seen + 1), LONGEST_WAIT_S) if outcome.state is State.CONFIRMING and seen < REFRESHES else 0
     return _page(
         "paid.html",
@@ -208,7 +210,7 @@ async def paid(
         product=receipt.product,
         account=account,
         retry_url=retry_url,
-        has_licence_key=_has_licence_key(gateway, receipt),
+        has_licence_key=terms is not None and terms.licence_key,
         refresh=f"{wait_s}; url=?{urlencode(query | {'seen': seen + 1})}" if wait_s else "",
     )
 
@@ -227,13 +229,6 @@ def _receipt_body(receipt: Receipt, outcome: Outcome, account: Account | None, r
 async def _account(gateway: Gateway, tenant: Tenant) -> Account:
     funding = funding_for(tenant, plan_of(tenant, gateway.parts.catalog_holder.current), now_ms())
     return await gateway.parts.ledger.account(tenant.id, funding)
-
-
-def _has_licence_key(gateway: Gateway, receipt: Receipt) -> bool:
-    kind, _, name = receipt.product.partition(":")
-    catalog = gateway.parts.catalog_holder.current
-    sold = catalog.packs.get(name) if kind == "pack" else catalog.plan_named(name)
-    return sold is not None and sold.licence_key
 
 
 # How pages are made.

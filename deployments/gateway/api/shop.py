@@ -5,10 +5,11 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import ConfigDict, Field
 
+from billing.catalog.terms import Terms
 from billing.clock import now_ms
-from billing.commerce.dodo_ids import id_of
 from billing.commerce.links import Receipt
 from billing.commerce.offers import Offers, offers_to
+from billing.commerce.products import Products
 from billing.dodo.client import PAGE, Dodo
 from billing.dodo.errors import DodoUnavailable
 from billing.tenants.tenant import Tenant
@@ -76,32 +77,32 @@ async def open_checkout(
     gateway: Gateway, buyer: Tenant, pack: str = "", plan: str = "", return_url: str = ""
 ) -> CheckoutBody:
     """Open a checkout of one pack or plan, if this tenant may buy it now."""
-    name = _product_name(pack, plan, gateway, buyer)
+    terms = _wanted(pack, plan, gateway, buyer)
     dodo, tenant = await _at_dodo(gateway, buyer.id)
-    product_id = await id_of(gateway.parts.redis, name)
+    product_id = await Products(gateway.parts.redis).id_for(terms)
     if not product_id:
-        raise DodoUnavailable(f"{name} has not reached the payments provider yet: retry in a few seconds")
-    metadata = {"farebox_tenant": tenant.id, "farebox_product": name}
+        raise DodoUnavailable(f"{terms.name} is not at the payments provider: the operator makes it there")
+    metadata = {"farebox_tenant": tenant.id, "farebox_product": terms.name}
     if not return_url:
-        receipt = Receipt(tenant.id, name, product_id)
+        receipt = Receipt(tenant.id, terms.name, product_id)
         return_url = gateway.config.receipt_url(await gateway.parts.links.write(receipt))
     url = await dodo.checkout(tenant, product_id, metadata, return_url)
     return CheckoutBody(checkout_url=url, session_id=url.rstrip("/").rpartition("/")[2])
 
 
-def _product_name(pack: str, plan: str, gateway: Gateway, tenant: Tenant) -> str:
+def _wanted(pack: str, plan: str, gateway: Gateway, tenant: Tenant) -> Terms:
     if bool(pack) == bool(plan):
         raise BadRequest("give either pack or plan", "pack")
     offered = offers_for(gateway, tenant)
     if pack:
         if pack not in offered.packs:
             raise NotFound(f"pack {pack!r} is not sold: {', '.join(sorted(offered.packs)) or 'none is'}")
-        return f"pack:{pack}"
+        return Terms.of_pack(pack, offered.packs[pack])
     if plan not in offered.plans:
         raise NotFound(f"plan {plan!r} cannot be subscribed to: {', '.join(sorted(offered.plans)) or 'none can'}")
     if current := subscribed_plan(tenant):
         raise Conflict(f"a subscription to {current!r} is active: cancel it first (POST /v1/portal)")
-    return f"plan:{plan}"
+    return Terms.of_plan(plan, offered.plans[plan])
 
 
 @router.post("/v1/portal", responses=refusals(502))

@@ -13,9 +13,10 @@ from billing.commerce.sync import sync
 from billing.dodo.wire import LicenceGrant
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import InvalidKey
-from billing.tenants.tenant import ApiKey
+from billing.tenants.tenant import BUYER_SCOPES, ApiKey
 from billing.usage import TenantId
 from tests.support.purchases import AUTH, buy_as_stranger
+from tests.support.sandbox_world import ONCE
 from tests.support.world import CATALOG, World, delivery
 
 USD = 1_000_000_000
@@ -67,6 +68,8 @@ async def test_buyer_becomes_a_tenant_with_credit_and_key(keyed: World) -> None:
     (tenant,) = await keyed.tenants.list()
     assert tenant.id == tenant_id_for("Ada.L@example.com", str(grant["customer_id"]))
     assert (tenant.email, tenant.plan, tenant.id[:6]) == ("Ada.L@example.com", "prepaid", "ada-l-")
+    (key,) = await keyed.tenants.keys(tenant.id)
+    assert (key.made_by, key.scopes) == ("dodo", BUYER_SCOPES), "its only key can buy again"
     assert (await keyed.ledger.account(tenant.id)).balance_nanos == 5 * USD
 
 
@@ -221,7 +224,7 @@ async def test_grant_of_another_entitlement_is_kept(world: World) -> None:
 
 
 async def test_customer_without_our_products_is_no_tenant(world: World) -> None:
-    price = {"type": "one_time_price", "price": 500, "currency": "USD"}
+    price = ONCE | {"price": 500}
     made = {"name": "a mug", "price": price, "tax_category": "saas"}
     mug = (await world.operator.post("/products", json=made, headers=AUTH)).json()
     cart = [{"product_id": mug["product_id"], "quantity": 1}]
