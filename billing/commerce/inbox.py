@@ -62,6 +62,8 @@ class PurchasedCredit:
     amount: int
     expires_at_ms: int | None
     adapters: tuple[str, ...]
+    is_allowance: bool = False
+    """A plan's fee buys its period's allowance: ``source`` is the bucket's id, and holds put it in place."""
 
 
 class Inbox:

@@ -1,6 +1,7 @@
 """Bring a tenant's plan in line with its subscription at Dodo, which is asked for its state at every webhook.
 
-Decides which plan a subscription carries and when it counts; moves no money.
+Decides which plan a subscription carries and when it counts. One tenant has one: the first that counts stays, and
+``doubles`` ends any other that is paid meanwhile.
 """
 
 import stamina
@@ -9,6 +10,7 @@ from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Plan
 from billing.catalog.terms import Terms
 from billing.commerce.context import Commerce
+from billing.commerce.doubles import DOUBLED, Doubles
 from billing.commerce.products import Products
 from billing.commerce.signups import Signups
 from billing.commerce.waiting import NotYet
@@ -28,14 +30,48 @@ class Subscriptions:
         self._dodo, self._tenants = commerce.dodo, commerce.tenants
         self._catalog, self._clock = commerce.catalog, commerce.clock
         self._products, self._signups = Products(commerce.redis), Signups(commerce)
+        self._doubles = Doubles(commerce)
 
     async def refresh(self, subscription_id: str, past_due_ends_at_ms: int | None = None) -> Tenant:
         """Ask Dodo for this subscription and store what it says now.
 
+        Where it is a second one, it is ended at Dodo and its fee refunded. Where it ended by itself, another one that
+        is active counts from now on.
+
         Raises:
-            NotYet: its customer or product is unknown here, or another subscription is still live.
-            DodoUnavailable, DodoRefused: Dodo could not say.
+            NotYet: its customer or product is unknown here, or another subscription's payment is late.
+            DodoUnavailable, DodoRefused: Dodo could not say, or did not do.
         """
+        tenant = await self._refresh(subscription_id, past_due_ends_at_ms)
+        one = tenant.subscription
+        if one is None or one.id != subscription_id or not one.has_lapsed(self._clock()):
+            return tenant
+        others = await self._dodo.running_subscriptions(tenant.dodo_customer_id)
+        for other in sorted(others, key=lambda found: found.created_at_ms):
+            if other.id != subscription_id and await self._products.terms(other.product_id) is not None:
+                tenant = await self._refresh(other.id)
+        return tenant
+
+    async def is_doubled(self, subscription_id: str) -> bool:
+        """Was it ended here because another one was live?"""
+        return DOUBLED in (await self._dodo.retrieve_subscription(subscription_id)).metadata
+
+    async def pause_credit(self, tenant: Tenant, subscription_id: str, source: str, until_ms: int) -> None:
+        """Extend no credit until then, if this is the tenant's subscription; 0 until the same source says when.
+
+        The first moment that a source names stands.
+        """
+
+        def change(now: Tenant) -> Tenant:
+            one = now.subscription
+            if one is None or one.id != subscription_id or one.credit_paused.get(source):
+                return now
+            paused = {**one.credit_paused, source: until_ms}
+            return now.model_copy(update={"subscription": one.model_copy(update={"credit_paused": paused})})
+
+        await self._tenants.update(tenant.id, change)
+
+    async def _refresh(self, subscription_id: str, past_due_ends_at_ms: int | None = None) -> Tenant:
         try:
             return await self._refresh_once(subscription_id, past_due_ends_at_ms)
         except _Raced:
@@ -51,7 +87,13 @@ class Subscriptions:
         await self._sold_by(first)
         before = await self._signups.tenant_of(first.customer_id)
         found = await self._dodo.retrieve_subscription(subscription_id)
+        if kept_id := found.metadata.get(DOUBLED):
+            await self._doubles.give_back(found, kept_id, before)
+            return before
         sold, plan, catalog = await self._sold_by(found)
+        other = before.subscription
+        if found.is_running and other is not None and other.id != found.id and other.is_live(self._clock()):
+            return await self._end_second(found, other)
 
         def change(tenant: Tenant) -> Tenant:
             if tenant.subscription != before.subscription:
@@ -60,6 +102,17 @@ class Subscriptions:
             return applied(tenant, stored, catalog.default_plan, self._clock())
 
         return await self._tenants.update(before.id, change)
+
+    async def _end_second(self, second: DodoSubscription, first: Subscription) -> Tenant:
+        """Ask Dodo whether the first is live indeed. If it ended unnoticed, the second counts."""
+        tenant = await self._refresh_once(first.id, None)
+        first_now = tenant.subscription
+        if first_now is None or first_now.id != first.id or not first_now.is_live(self._clock()):
+            raise _Raced
+        if first_now.status is not SubscriptionStatus.ACTIVE:
+            raise NotYet(f"the payment of subscription {first.id} is late: {second.id} waits for what becomes of it")
+        await self._doubles.end(second, first.id, tenant)
+        return tenant
 
     async def _sold_by(self, found: DodoSubscription) -> tuple[Terms, Plan, Catalog]:
         """The terms of the product that a subscription pays, their plan, and the catalog in force."""
@@ -81,9 +134,10 @@ def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_m
     current = tenant.subscription
     is_other = current is not None and current.id != subscription.id
     is_ended, is_pending = subscription.status in ENDED, subscription.status is SubscriptionStatus.PENDING
-    if is_other and (is_ended or is_pending):
+    is_first_live = is_other and current is not None and current.is_live(now_ms)
+    if is_other and (is_ended or is_pending or (is_first_live and not subscription.is_live(now_ms))):
         return tenant
-    if is_other and current is not None and current.is_live(now_ms):
+    if is_first_live and current is not None:
         raise NotYet(f"subscription {current.id} of {tenant.id} is live: end it before {subscription.id} counts")
     if is_pending:
         plan = tenant.plan
@@ -116,4 +170,5 @@ def as_stored(
         paused_at_ms=known.paused_at_ms if found.paused_at_ms is None and known is not None else found.paused_at_ms,
         product_id=found.product_id,
         sold=sold,
+        credit_paused=known.credit_paused if known is not None else {},
     )

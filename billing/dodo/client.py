@@ -6,16 +6,17 @@ Nothing is retried here: the caller has an id and a budget to retry with.
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import cast
+from typing import Literal, cast
 
 import httpx
 from dodopayments import AsyncDodoPayments, DefaultAsyncHttpxClient, omit
 from dodopayments.types import EventInputParam
 from dodopayments.types.attach_product_entitlement_param import AttachProductEntitlementParam
 from dodopayments.types.price_param import PriceParam
+from dodopayments.types.refund_create_params import Item as RefundItem
 
 from billing.dodo.errors import DodoRefused, DodoUnavailable
-from billing.dodo.fields import MS_PER_SECOND, Wire, to_iso
+from billing.dodo.fields import MS_PER_SECOND, Wire, text, to_iso
 from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, text_in
 from billing.dodo.settings import DodoSettings
 from billing.dodo.wire import (
@@ -26,8 +27,11 @@ from billing.dodo.wire import (
     DodoProduct,
     DodoSubscription,
     Invoice,
+    InvoiceLine,
     LicenceGrant,
     Payment,
+    PlanQuote,
+    Refund,
     UsagePeriod,
 )
 from billing.tenants.tenant import Tenant
@@ -38,6 +42,8 @@ PAGE = 100
 MAX_PAGES = 1_000
 TENANT_TAG = "farebox_tenant"
 """Metadata key that says which tenant a Dodo customer is."""
+PRORATION: Literal["prorated_immediately"] = "prorated_immediately"
+"""How Dodo prices a change of plan: what is left of the period is taken off the new plan's first fee."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +216,91 @@ class Dodo:
 
     async def retrieve_subscription(self, subscription_id: str) -> DodoSubscription:
         return read_as(DodoSubscription.read, await answered(self._sdk.subscriptions.retrieve(subscription_id)))
+
+    async def running_subscriptions(self, customer_id: str) -> list[DodoSubscription]:
+        """A customer's subscriptions that are active at Dodo."""
+        pages = await self._pages(
+            lambda page: self._sdk.subscriptions.list(
+                customer_id=customer_id, status="active", page_number=page, page_size=PAGE
+            )
+        )
+        return [parsed(DodoSubscription.read, wire) for wire in pages]
+
+    async def end_subscription(self, subscription_id: str, metadata: Mapping[str, str], why: str) -> None:
+        """End a subscription now, whose metadata is these from then on. Its open usage is not invoiced."""
+        await answered(
+            self._sdk.subscriptions.update(
+                subscription_id, status="cancelled", metadata=dict(metadata), cancellation_comment=why
+            )
+        )
+
+    async def quote_plan(self, subscription_id: str, product_id: str, is_at_period_end: bool) -> PlanQuote:
+        """What a change to this product would charge; nothing is changed."""
+        call = self._sdk.subscriptions.preview_change_plan(
+            subscription_id,
+            product_id=product_id,
+            quantity=1,
+            proration_billing_mode=PRORATION,
+            effective_at="next_billing_date" if is_at_period_end else "immediately",
+            cancel_scheduled_change_plan=True,
+        )
+        return read_as(PlanQuote.read, await answered(call))
+
+    async def change_plan(
+        self, subscription_id: str, product_id: str, is_at_period_end: bool, metadata: Mapping[str, str]
+    ) -> str:
+        """Change a subscription's product, now or at the end of its period, in place of a change scheduled before.
+
+        Returns:
+            The id of the payment, which has ``metadata``; empty where nothing is charged now. If it fails, the
+            subscription stays as it was.
+
+        Raises:
+            DodoUnavailable: whether it was changed is unknown: retrieve it.
+            DodoRefused: it was not.
+        """
+        reply = await answered(
+            self._sdk.subscriptions.change_plan(
+                subscription_id,
+                product_id=product_id,
+                quantity=1,
+                proration_billing_mode=PRORATION,
+                effective_at="next_billing_date" if is_at_period_end else "immediately",
+                on_payment_failure="prevent_change",
+                cancel_scheduled_change_plan=True,
+                metadata=dict(metadata),
+            )
+        )
+        return text(as_wire(reply), "payment_id", "")
+
+    async def keep_plan(self, subscription_id: str) -> None:
+        """Take back a change of plan that is scheduled for the end of the period."""
+        await answered(self._sdk.subscriptions.cancel_change_plan(subscription_id))
+
+    async def subscription_payments(self, subscription_id: str) -> list[Payment]:
+        """Every payment of a subscription that succeeded, without its cart."""
+        pages = await self._pages(
+            lambda page: self._sdk.payments.list(
+                subscription_id=subscription_id, status="succeeded", page_number=page, page_size=PAGE
+            )
+        )
+        return [parsed(Payment.read, wire) for wire in pages]
+
+    async def invoice_lines(self, payment_id: str) -> list[InvoiceLine]:
+        wire = as_wire(await answered(self._sdk.payments.retrieve_line_items(payment_id)))
+        return [parsed(InvoiceLine.read, item) for item in cast(Sequence[Wire], wire.get("items") or ())]
+
+    async def refund(self, payment_id: str, reason: str, line_id: str = "") -> Refund:
+        """Refund what is left of a payment, or of one line of it.
+
+        Raises:
+            DodoUnavailable: whether it was refunded is unknown: retrieve the payment.
+            DodoRefused: it was not.
+        """
+        items = [RefundItem(item_id=line_id)] if line_id else omit
+        return read_as(
+            Refund.read, await answered(self._sdk.refunds.create(payment_id=payment_id, reason=reason, items=items))
+        )
 
     async def retrieve_payment(self, payment_id: str) -> Payment:
         return read_as(Payment.read, await answered(self._sdk.payments.retrieve(payment_id)))

@@ -32,6 +32,14 @@ class Payment:
     service_starts_ms: Mapping[str, int]
     """By subscription, the start of the period this payment pays for; usage in it is of the period before."""
     metadata: Wire
+    service_ends_ms: Mapping[str, int] = field(default_factory=dict)
+    """By subscription, the end of the period that this payment pays for."""
+    charge_type: str = ""
+    """``new``, ``renewal``, ``plan_change`` or ``on_demand`` for a charge of a subscription, else empty."""
+    refund_status: str = ""
+    """``partial`` or ``full``; empty where nothing was refunded."""
+    refunds: Mapping[str, int] = field(default_factory=dict)
+    """By reason, the amount of each of its refunds that did not fail."""
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
@@ -49,7 +57,31 @@ class Payment:
             includes_usage=wire.get("includes_usage") is True,
             service_starts_ms={text(p, "subscription_id", ""): moment(p, "starts_at") for p in periods},
             metadata=as_object(wire.get("metadata")),
+            service_ends_ms={
+                text(p, "subscription_id", ""): end for p in periods if (end := moment_ms(p, "ends_at")) is not None
+            },
+            charge_type=text(wire, "charge_type", ""),
+            refund_status=text(wire, "refund_status", ""),
+            refunds={
+                text(refund, "reason", ""): integer(refund, "amount", 0)
+                for refund in map(as_object, as_list(wire.get("refunds")))
+                if refund.get("status") != "failed"
+            },
         )
+
+
+@dataclass(frozen=True, slots=True)
+class InvoiceLine:
+    """One line of a payment's invoice, in its minor units."""
+
+    id: str
+    """Of the line, or of the product that it is about."""
+    name: str
+    refundable: int
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        return cls(text(wire, "items_id"), text(wire, "name", ""), integer(wire, "refundable_amount", 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +106,11 @@ class Dispute:
     payment_id: str
     status: str
     amount: int | None
+
+    @property
+    def is_open(self) -> bool:
+        """Nobody has the money for good yet."""
+        return not self.is_settled_for_us and self.status not in ("dispute_lost", "dispute_accepted", "dispute_expired")
 
     @property
     def is_settled_for_us(self) -> bool:
@@ -143,6 +180,16 @@ class DodoSubscription:
     """Only webhooks carry it."""
     paused_at_ms: int | None = None
     """Only while it is paused."""
+    product_name: str = ""
+    created_at_ms: int = 0
+    scheduled_product_id: str = ""
+    """That it changes to at the end of its period; empty where no change is scheduled."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_running(self) -> bool:
+        """Does it charge for its periods, or try to?"""
+        return self.status in (SubscriptionStatus.ACTIVE, SubscriptionStatus.PAST_DUE)
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
@@ -160,6 +207,32 @@ class DodoSubscription:
             cancel_at_period_end=wire.get("cancel_at_next_billing_date") is True,
             past_due_ends_at_ms=moment_ms(wire, "past_due_ends_at"),
             paused_at_ms=moment_ms(wire, "paused_at"),
+            product_name=text(wire, "product_name", ""),
+            created_at_ms=moment_ms(wire, "created_at") or 0,
+            scheduled_product_id=text(as_object(wire.get("scheduled_change")), "product_id", ""),
+            metadata={str(key): str(value) for key, value in as_object(wire.get("metadata")).items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlanQuote:
+    """What a change of plan would charge now, in minor units and with tax."""
+
+    total: int
+    currency: str
+    credited: int
+    """What goes to the customer's credit at Dodo; below 0 it pays a part of the change."""
+    effective_at_ms: int
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        charge = as_object(wire.get("immediate_charge"))
+        summary = as_object(charge.get("summary"))
+        return cls(
+            total=integer(summary, "total_amount"),
+            currency=text(summary, "currency", ""),
+            credited=integer(summary, "customer_credits", 0),
+            effective_at_ms=moment(charge, "effective_at"),
         )
 
 

@@ -210,7 +210,8 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Clawback:
-    """Credit taken back once per ``source`` (a refund's id) from what ``granted_by`` gave.
+    """Credit taken back once per ``source`` (a refund's id) from what ``granted_by`` gave: a grant's source, or an
+    allowance's id.
 
     The bucket, and so the balance, may go below zero; never more is taken than was granted.
     """
@@ -219,6 +220,8 @@ class Clawback:
     tenant: TenantId
     granted_by: str
     amount: int
+    allowance: Bucket | None = None
+    """Where that is an allowance: as a hold would put it in place, which none may have done yet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,8 +170,13 @@ def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
     quota = plan.allowance if subscription.sold is None else subscription.sold.grants
     if quota is None or now_ms >= subscription.period_end_ms:
         return Funding(credit_limit=credit_limit)
-    period = f"allowance:{subscription.id}:{subscription.period_start_ms}"
+    period = allowance_period(subscription.id, subscription.period_start_ms)
     return _funding(tenant, quota, period, subscription.period_end_ms, credit_limit)
+
+
+def allowance_period(subscription_id: str, start_ms: int) -> str:
+    """The id of a subscription's allowances in one period, without the plan's name behind it."""
+    return f"allowance:{subscription_id}:{start_ms}"
 
 
 def _funding(tenant: Tenant, quota: Quota, period: str, ends_at_ms: int, credit_limit: Nanos = Nanos(0)) -> Funding:

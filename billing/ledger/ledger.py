@@ -30,6 +30,7 @@ from billing.ledger.account import (
 )
 from billing.ledger.codec import (
     letter_of,
+    pack_bucket,
     pack_funding,
     pack_hold,
     pack_usage,
@@ -382,6 +383,7 @@ class Ledger:
                     **self._moving(tenant),
                     "source": clawback.source,
                     "granted_by": clawback.granted_by,
+                    "allowance_value": pack_bucket(clawback.allowance) if clawback.allowance else "",
                     "amount": clawback.amount,
                     "content": f"c{clawback.amount}:{clawback.granted_by}",
                 },

@@ -66,6 +66,9 @@ class Subscription(_Stored):
     """Of Dodo's product that it pays; empty for one that was stored before products had terms."""
     sold: Terms | None = None
     """What that product sells each period, which a later change of the plan does not alter."""
+    credit_paused: Mapping[str, int] = {}
+    """By refund or dispute of a fee, the moment until which it keeps credit from being extended; 0 while that is
+    open. One that is over is kept: an older answer must not open it again."""
 
     @property
     def is_last_period(self) -> bool:
@@ -73,9 +76,10 @@ class Subscription(_Stored):
         return self.cancel_at_period_end or self.status in ENDED
 
     def extends_credit(self, now_ms: int) -> bool:
-        """May postpaid use go on? While it is live, but not up to the very end of its last period."""
+        """May postpaid use go on? While it is live and paid, but not up to the very end of its last period."""
         is_closing = self.is_last_period and now_ms >= self.period_end_ms - LAST_CHARGES_MS
-        return self.is_live(now_ms) and not is_closing
+        is_paused = any(not until_ms or now_ms < until_ms for until_ms in self.credit_paused.values())
+        return self.is_live(now_ms) and not is_closing and not is_paused
 
     def is_live(self, now_ms: int) -> bool:
         """Only while active, or past due within its grace."""
@@ -86,6 +90,10 @@ class Subscription(_Stored):
     def is_overdue(self, now_ms: int) -> bool:
         """Its period ended, and no event of the next has come."""
         return self.is_live(now_ms) and now_ms > self.period_end_ms
+
+    def has_lapsed(self, now_ms: int) -> bool:
+        """It was live, and carries nothing now."""
+        return self.status is not SubscriptionStatus.PENDING and not self.is_live(now_ms)
 
     def is_resting(self, now_ms: int) -> bool:
         """Neither live nor ended: a payment or its customer may open it again."""

@@ -48,3 +48,14 @@ async def pause(world: World, webhooks: Webhooks, tenant: str = "acme") -> str:
     await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
     await webhooks.receive(*delivery("subscription.paused", {"subscription_id": started}, f"msg_{started}"))
     return started
+
+
+async def items(world: World, path: str) -> list[dict[str, object]]:
+    """What Dodo lists under a path, the newest first."""
+    found: list[dict[str, object]] = (await world.operator.get(f"{path}?page_size=100", headers=AUTH)).json()["items"]
+    return found
+
+
+async def patch_subscription(world: World, subscription_id: str, **change: object) -> None:
+    """Change a subscription at Dodo, without any webhook."""
+    (await world.operator.patch(f"/subscriptions/{subscription_id}", json=change, headers=AUTH)).raise_for_status()

@@ -2,9 +2,10 @@
 -- include: store/numbers store/clock ledger/buckets ledger/waterfall ledger/entries ledger/debts
 -- writes: yes
 -- keys: account buckets retired stream movements movement granted
--- args: tenant source granted_by amount:count content gateway_now:ms ttl:ms
+-- args: tenant source granted_by allowance_value amount:count content gateway_now:ms ttl:ms
 -- reply: done taken | repeat taken | reused | not_a_bucket
--- What is not there to take waits on the grant's marker.
+-- What is not there to take waits on the grant's marker. `allowance_value`: where `granted_by` is an allowance, the bucket
+-- as a hold would put it in place; "" for a grant. No movement fills an allowance, so its marker is made here.
 
 local before = redis.call("HMGET", keys.movement, "content", "taken")
 if before[1] then
@@ -19,13 +20,19 @@ local function remember(taken)
   return { "done", text(taken) }
 end
 
-if redis.call("HEXISTS", keys.granted, "content") == 0 then
+local buckets = read_buckets(keys)
+if allowance_value ~= "" then
+  if not find_bucket(keys, buckets, granted_by) then
+    add_bucket(buckets, parse_bucket(granted_by, allowance_value)).is_changed = true
+  end
+  redis.call("HSET", keys.granted, "content", "allowance")
+  redis.call("PEXPIRE", keys.granted, ttl)
+elseif redis.call("HEXISTS", keys.granted, "content") == 0 then
   local reply = remember(0)
   redis.call("PEXPIRE", keys.granted, ttl)
   return reply
 end
 
-local buckets = read_buckets(keys)
 local b = find_bucket(keys, buckets, granted_by)
 if not b then return { "not_a_bucket" } end
 local taken = math.min(amount, math.max(0, b.granted))

@@ -2,7 +2,6 @@
 
 import pytest
 
-from billing.commerce.inbox import Outcome
 from billing.store.keys import shard_for
 from billing.tenants.tenant import SubscriptionStatus
 from tests.support.purchases import ACME, AUTH, USD, pause, subscribe
@@ -39,20 +38,6 @@ async def test_cancelled_subscription_restores_the_default_plan(world: World) ->
     assert tenant.plan == "prepaid"
     assert tenant.subscription is not None
     assert not tenant.subscription.extends_credit(world.clock())
-
-
-async def test_second_live_subscription_is_parked(world: World) -> None:
-    await world.tenant("acme")
-    webhooks = world.webhooks()
-    first, second = [await subscribe(world, plan) for plan in ("payg", "pro")]
-    await webhooks.receive(*delivery("subscription.active", {"subscription_id": first}, "msg_1"))
-    parked = await webhooks.receive(*delivery("subscription.active", {"subscription_id": second}, "msg_2"))
-    assert (parked.outcome, (await world.tenants.get(ACME)).plan) == (Outcome.WAITING, "payg")
-    await world.operator.patch(f"/subscriptions/{first}", json={"status": "cancelled"}, headers=AUTH)
-    await webhooks.receive(*delivery("subscription.cancelled", {"subscription_id": first}, "msg_3"))
-    world.clock.move(HOUR)
-    assert await webhooks.replay(world.sweep()) == 1
-    assert (await world.tenants.get(ACME)).plan == "pro"
 
 
 async def test_renewal_repays_the_usage_it_invoiced(world: World) -> None:
