@@ -1,7 +1,16 @@
 """Short ways to buy, subscribe and refund at the offline Dodo, and to look at what the ledger made of it."""
 
+from dataclasses import replace
+from uuid import uuid4
+
 from billing.commerce.webhooks import Webhooks
-from billing.usage import TenantId
+from billing.dodo.call_budget import CallBudget
+from billing.ledger.account import Account, Funding
+from billing.ledger.admission import funding_for, plan_of
+from billing.pricing.prices import Price
+from billing.reconcile.reconciler import Reconciler, Report
+from billing.usage import TenantId, Usage
+from tests.support.samples import request, settlement
 from tests.support.world import API_KEY, World, delivery
 
 ACME = TenantId("acme")
@@ -59,3 +68,28 @@ async def items(world: World, path: str) -> list[dict[str, object]]:
 async def patch_subscription(world: World, subscription_id: str, **change: object) -> None:
     """Change a subscription at Dodo, without any webhook."""
     (await world.operator.patch(f"/subscriptions/{subscription_id}", json=change, headers=AUTH)).raise_for_status()
+
+
+async def funding(world: World, tenant: TenantId = ACME) -> Funding:
+    """What plan and subscription give the tenant now."""
+    stored = await world.tenants.get(tenant)
+    return funding_for(stored, plan_of(stored, world.catalog), world.clock())
+
+
+async def account(world: World, tenant: TenantId = ACME) -> Account:
+    """The account as a request would find it now."""
+    return await world.ledger.account(tenant, await funding(world, tenant))
+
+
+async def spend(world: World, usd: str, tenant: TenantId = ACME) -> None:
+    """One request that costs so many dollars, from hold to settle. Raises what refuses it."""
+    id_, price = f"req_{uuid4().hex}", Price.model_validate({"per_request": usd})
+    asked = request(id_, tenant=tenant, price=price, funding=await funding(world, tenant))
+    await world.ledger.hold(asked)
+    usage = Usage(prompt_tokens=10, completion_tokens=5)
+    await world.ledger.settle(replace(settlement(id_), tenant=tenant, usage=usage, list_nanos=price.charge(usage)))
+
+
+async def reconcile(world: World) -> Report:
+    """Entries, credit, holds and exposure compared, without asking Dodo."""
+    return await Reconciler(world.redis, None, None, CallBudget(100_000, world.clock), world.clock, True).run()
