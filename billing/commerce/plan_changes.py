@@ -105,6 +105,12 @@ class _Target:
         return self.terms.price < self.current.price
 
 
+def carries_other_plan(tenant: Tenant, plan: str, now_ms: int) -> bool:
+    """Would moving the tenant to this plan contradict its live subscription?"""
+    one = tenant.subscription
+    return one is not None and one.is_live(now_ms) and one.plan != plan
+
+
 class PlanChanges:
     def __init__(self, commerce: Commerce) -> None:
         self._dodo, self._catalog, self._clock = commerce.dodo, commerce.catalog, commerce.clock

@@ -1,7 +1,9 @@
 """``farebox tenants``: tenants created, shown, suspended and given credit."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from pydantic import TypeAdapter, ValidationError
@@ -11,16 +13,22 @@ from rich.text import Text
 
 from billing.catalog import publication
 from billing.clock import now_ms
+from billing.commerce.context import Commerce
+from billing.commerce.plan_changes import PlanChanges
+from billing.dodo.client import Dodo
+from billing.dodo.settings import DodoSettings
 from billing.ledger.account import Account, Grant
 from billing.ledger.admission import funding_for, plan_of
 from billing.ledger.ledger import Ledger
-from billing.money import AmountError, format_usd, parse_usd
+from billing.money import NANOS_PER_CENT, AmountError, format_usd, parse_usd
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Email, Tenant, TenantName
 from billing.usage import TenantId, Unit
-from cluster.cli.output import JsonOption, dollars, out, print_json, table
-from cluster.cli.target import with_store
-from cluster.local.settings import SettingsError
+from cluster.cli.output import JsonOption, dollars, err, out, print_json, table, utc
+from cluster.cli.target import Target, with_store
+from cluster.local.settings import Settings, SettingsError
+
+T = TypeVar("T")
 
 DAY_MS = 24 * 3_600_000
 
@@ -138,6 +146,75 @@ def resume(tenant: TenantArgument, as_json: JsonOption = False) -> None:
     """Accept a suspended tenant's requests again."""
     changed = with_store(lambda redis: _change(redis, tenant, is_suspended=False))
     _print(changed, as_json, f"{changed.id} is no longer suspended")
+
+
+@app.command("plan")
+def change_plan(
+    tenant: TenantArgument,
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan of the configuration.")],
+    is_preview: Annotated[bool, typer.Option("--preview", help="Only show what it would charge.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a subscription is changed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Move a tenant to another plan. An active subscription is changed at Dodo, which may charge the tenant's card.
+
+    A dearer plan counts at once, less what is left of the period; a cheaper one from the next period on.
+    """
+    target = Target.find(Settings.from_env())
+    if asyncio.run(_is_subscribed(target, tenant, plan)):
+        quote = asyncio.run(_at_dodo(target, tenant, lambda changes, found: changes.quote(found, plan)))
+        cents = quote.total * NANOS_PER_CENT
+        amount = dollars(cents, 2) if quote.currency == "USD" else f"{quote.total} {quote.currency} (minor units)"
+        if is_preview and as_json:
+            print_json(asdict(quote))
+        else:
+            line = f"{tenant}'s subscription changes to {plan} on {utc(quote.effective_at_ms)}; {amount} is charged now"
+            (err if as_json else out).print(line, soft_wrap=True)
+        if is_preview:
+            return
+        if not yes:
+            typer.confirm("Change it?", abort=True, err=True)
+        made = asyncio.run(_at_dodo(target, tenant, lambda changes, found: changes.change(found, plan)))
+        if as_json:
+            print_json(asdict(made))
+        else:
+            out.print(f"{made.state.value}: {tenant} is on {plan} from {utc(made.effective_at_ms)} on", soft_wrap=True)
+        return
+    if is_preview:
+        out.print(f"{tenant} has no active subscription: nothing is charged")
+        return
+    moved = with_store(lambda redis: _move(redis, tenant, plan))
+    _print(moved, as_json, f"{moved.id} is on plan {moved.plan}")
+
+
+async def _is_subscribed(target: Target, tenant: str, plan: str) -> bool:
+    """Has the tenant an active subscription? Raises SettingsError for a plan that there is not."""
+    async with target.store() as redis:
+        await _check_plan(redis, plan)
+        one = (await Tenants(redis).get(TenantId(tenant))).subscription
+        return one is not None and one.is_live(now_ms())
+
+
+async def _check_plan(redis: Redis, plan: str) -> None:
+    catalog = await publication.current(redis)
+    plans = catalog.plans if catalog is not None else {}
+    if plan not in plans:
+        raise SettingsError(f"{plan!r} is not one of the plans {', '.join(sorted(plans))}")
+
+
+async def _move(redis: Redis, tenant: str, plan: str) -> Tenant:
+    return await Tenants(redis).update(TenantId(tenant), lambda one: one.model_copy(update={"plan": plan}))
+
+
+async def _at_dodo(target: Target, tenant: str, ask: Callable[[PlanChanges, Tenant], Awaitable[T]]) -> T:
+    dodo = Dodo(DodoSettings.from_env(target.environment))
+    try:
+        async with target.store() as redis:
+            tenants = Tenants(redis)
+            commerce = Commerce(redis, dodo, Ledger(redis), tenants, lambda: publication.current(redis))
+            return await ask(PlanChanges(commerce), await tenants.get(TenantId(tenant)))
+    finally:
+        await dodo.close()
 
 
 async def _change(redis: Redis, tenant: str, is_suspended: bool) -> Tenant:

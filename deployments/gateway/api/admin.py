@@ -11,6 +11,7 @@ from billing.catalog import publication
 from billing.catalog.plans import Plan
 from billing.clock import now_ms
 from billing.commerce.inbox import Inbox
+from billing.commerce.plan_changes import carries_other_plan
 from billing.export.outbox import Outbox
 from billing.ledger.account import Adjustment, Grant
 from billing.money import NANOS_PER_USD, AmountError, parse_usd
@@ -36,6 +37,7 @@ from deployments.gateway.api.admin_bodies import (
 from deployments.gateway.api.bodies import AccountBody, Listing
 from deployments.gateway.api.dependencies import ADMIN_KEY, GatewayDep, gateway_of
 from deployments.gateway.api.document import refusals
+from deployments.gateway.api.plan import plan_changes
 from deployments.gateway.api.wire import Sent
 from deployments.gateway.errors import AdminDenied, BadRequest, NotFound
 from deployments.gateway.gateway import Gateway
@@ -136,11 +138,16 @@ async def get_tenant(tenant_id: TenantId, gateway: GatewayDep) -> TenantWithAcco
     return TenantWithAccount.of(tenant, account=await read_account(gateway, tenant, AccountBody))
 
 
-@router.patch("/tenants/{tenant_id}", responses=refusals(400, 404, 409, 413))
+@router.patch("/tenants/{tenant_id}", responses=refusals(400, 402, 404, 409, 413, 502))
 async def change_tenant(tenant_id: TenantId, asked: TenantChange, gateway: GatewayDep) -> TenantBody:
+    """A ``plan`` for a tenant with an active subscription changes that at Dodo Payments, as `POST /v1/plan` does."""
     changes = asked.model_dump(exclude_none=True)
     if asked.plan is not None:
         _check_plan(gateway.parts.catalog_holder.current.plans, asked.plan)
+        tenant = await gateway.parts.tenants.get(tenant_id)
+        if carries_other_plan(tenant, asked.plan, now_ms()):
+            await plan_changes(gateway).change(tenant, asked.plan)
+            del changes["plan"]
     return await _update(gateway, tenant_id, changes)
 
 

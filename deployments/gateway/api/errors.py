@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from billing.archive.errors import ArchiveUnavailable
 from billing.catalog.errors import ModelNotAllowed, UnknownModel
 from billing.commerce.links import LinkInvalid, TooManyCheckouts, TopUp
+from billing.commerce.plan_changes import PlanChangeRefused, PlanPaymentFailed
 from billing.dodo.errors import DodoRefused, DodoUnavailable, WebhookRejected
 from billing.errors import BillingError
 from billing.ledger.errors import (
@@ -156,6 +157,9 @@ HTTP_ANSWERS: Mapping[type[BaseException], HttpAnswer] = {
     WebhookRejected: _unauthorized("invalid_webhook"),
     DodoUnavailable: HttpAnswer(503, "payments_unavailable", SERVER, "Payments Unavailable", retry_after_s=5),
     DodoRefused: HttpAnswer(502, "payments_refused", SERVER, "Payments Refused", should_retry=False),
+    # commerce
+    PlanChangeRefused: _conflict("plan_change_refused"),
+    PlanPaymentFailed: HttpAnswer(402, "payment_failed", QUOTA, "Payment Failed", should_retry=False),
     # gateway
     BadRequest: _bad_request(),
     ContextTooLong: _bad_request("context_length_exceeded", "Context Too Long"),

@@ -23,6 +23,8 @@ SCOPES: Mapping[tuple[str, str], Scope] = {
     ("GET", "/v1/account/auto-refill"): Scope.BILLING_READ,
     ("PUT", "/v1/account/auto-refill"): Scope.BILLING_WRITE,
     ("DELETE", "/v1/account/auto-refill"): Scope.BILLING_WRITE,
+    ("GET", "/v1/plan/preview"): Scope.BILLING_READ,
+    ("POST", "/v1/plan"): Scope.BILLING_WRITE,
     ("POST", "/v1/checkout"): Scope.BILLING_WRITE,
     ("POST", "/v1/portal"): Scope.BILLING_WRITE,
 }

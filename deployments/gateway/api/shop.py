@@ -79,6 +79,8 @@ async def open_checkout(
     """Open a checkout of one pack or plan, if this tenant may buy it now."""
     terms = _wanted(pack, plan, gateway, buyer)
     dodo, tenant = await _at_dodo(gateway, buyer.id)
+    if plan and (current := subscribed_plan(tenant)):
+        raise Conflict(f"a subscription to {current!r} is active: change its plan with POST /v1/plan")
     product_id = await Products(gateway.parts.redis).id_for(terms)
     if not product_id:
         raise DodoUnavailable(f"{terms.name} is not at the payments provider: the operator makes it there")
@@ -100,8 +102,6 @@ def _wanted(pack: str, plan: str, gateway: Gateway, tenant: Tenant) -> Terms:
         return Terms.of_pack(pack, offered.packs[pack])
     if plan not in offered.plans:
         raise NotFound(f"plan {plan!r} cannot be subscribed to: {', '.join(sorted(offered.plans)) or 'none can'}")
-    if current := subscribed_plan(tenant):
-        raise Conflict(f"a subscription to {current!r} is active: cancel it first (POST /v1/portal)")
     return Terms.of_plan(plan, offered.plans[plan])
 
 

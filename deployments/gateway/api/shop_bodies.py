@@ -6,8 +6,9 @@ from typing import Literal, Self
 from billing.catalog.plans import Limits, Pack, Plan, PlanKind, Quota
 from billing.commerce.auto_refill.refill import Attempt, AttemptState, Refill
 from billing.commerce.inbox import PurchasedCredit
+from billing.commerce.plan_changes import ChangeState, PlanChange
 from billing.commerce.receipts import State
-from billing.dodo.wire import Invoice
+from billing.dodo.wire import Invoice, PlanQuote
 from billing.money import NANOS_PER_CENT, format_usd
 from deployments.gateway.api.bodies import Body, Dollars, UnitName, amount_of, unit_name
 
@@ -132,6 +133,50 @@ class ReceiptBody(Body):
     balance_usd: Dollars | None
     try_again_url: str | None
     """Only where the payment was declined."""
+
+
+class PlanChangeBody(Body):
+    """``state``: `changed`, `scheduled` for the end of the period, `pending` until its payment is decided, or
+    `unchanged` where the subscription had this plan already; a change that was scheduled is then taken back."""
+
+    object: Literal["plan_change"] = "plan_change"
+    plan: str
+    state: ChangeState
+    effective_at_ms: int
+    payment_id: str | None
+    """Of the change's own payment; null where nothing is charged now."""
+
+    @classmethod
+    def of(cls, plan: str, change: PlanChange) -> Self:
+        return cls(
+            plan=plan,
+            state=change.state,
+            effective_at_ms=change.effective_at_ms,
+            payment_id=change.payment_id or None,
+        )
+
+
+class PlanPreviewBody(Body):
+    """Amounts are in minor units of ``currency``, tax and usage so far included."""
+
+    object: Literal["plan_preview"] = "plan_preview"
+    plan: str
+    total_amount: int
+    """What the card would be charged now."""
+    credit_amount: int
+    """What would go to the customer's credit at the payments provider; below 0 it would pay a part."""
+    currency: str
+    effective_at_ms: int
+
+    @classmethod
+    def of(cls, plan: str, quote: PlanQuote) -> Self:
+        return cls(
+            plan=plan,
+            total_amount=quote.total,
+            credit_amount=quote.credited,
+            currency=quote.currency,
+            effective_at_ms=quote.effective_at_ms,
+        )
 
 
 class PortalBody(Body):
