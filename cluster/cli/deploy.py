@@ -43,6 +43,7 @@ def check(
 ) -> None:
     """Check every key, value, price and adapter of a file. Exit code 0 if it can be deployed, else 1."""
     from cluster.checking import check as checking
+    from cluster.cli.findings import report_table
 
     if resolved:
         print(checking.portable(file), end="")
@@ -51,7 +52,7 @@ def check(
     if as_json:
         print(report.to_json())
     else:
-        out.print(report.table())
+        out.print(report_table(report))
     raise typer.Exit(0 if report.is_valid else 1)
 
 

@@ -15,7 +15,7 @@ from billing.tenants.tenant import ApiKey, new_key
 from billing.usage import TenantId
 from cluster.cli.output import JsonOption, dollars, out, print_json, table, utc
 from cluster.cli.target import with_store
-from cluster.cli.tenants import DAY_MS, TenantArgument
+from cluster.cli.tenants import DAY_MS, TenantArgument, check_name
 from cluster.local.settings import SettingsError
 
 HOUR_MS = 3_600_000
@@ -53,6 +53,7 @@ def create(
     }
     if manages_keys and (models or daily_cap or monthly_cap or any(limits.values())):
         raise typer.BadParameter("--manages-keys takes no model, cap or limit: such a key could create one without")
+    check_name(name)
     secret, key = new_key(TenantId(tenant), now_ms(), name, tuple(models) if models else None)
     key = key.model_copy(
         update={
@@ -93,7 +94,11 @@ def list_(tenant: TenantArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print_json([_json(key) for key in keys])
         return
-    rows = table("key", "secret", "name", "models", "limits", "daily cap", "monthly cap", "created, UTC", "state")
+    rows = table(
+        *("key", "secret", "name", "models", "limits", "daily cap", "monthly cap", "created, UTC", "state"),
+        right=("daily cap", "monthly cap"),
+        prose=("name", "models", "limits", "state"),
+    )
     for key in keys:
         models = "all" if key.models is None else ", ".join(key.models)
         given = key.limits.model_dump(exclude_none=True)

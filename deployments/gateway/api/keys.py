@@ -12,7 +12,7 @@ from billing.catalog.plans import Limits
 from billing.clock import now_ms
 from billing.pricing.prices import Usd
 from billing.tenants.errors import KeysNotManaged
-from billing.tenants.tenant import ApiKey, Principal, new_key
+from billing.tenants.tenant import ApiKey, Principal, ShownName, new_key
 from billing.usage import TenantId
 from deployments.gateway.api.admin import DAY_MS, operator
 from deployments.gateway.api.bodies import KeyBody, Listing, NewKeyBody
@@ -30,7 +30,7 @@ class NewKey(Sent):
         extra="forbid", json_schema_extra={"examples": [{"name": "ci", "daily_cap": "5.00", "expires_days": 30}]}
     )
 
-    name: Annotated[str, Field(max_length=200)] = ""
+    name: Annotated[ShownName, Field(max_length=200)] = ""
     models: list[str] | None = None
     """Models it may use; all that its tenant may where it is left out."""
     limits: Limits = Limits()
