@@ -33,7 +33,7 @@ def parse_usd(text: str, most: Nanos = MAX_AMOUNT_NANOS) -> Nanos:
         raise AmountError(f'{text!r} is not an amount in dollars: write it as "12.50", nine decimals at most')
     whole, part = int(match["whole"]), int((match["part"] or "").ljust(9, "0"))
     nanos = whole * NANOS_PER_USD + part
-    if nanos > most:
+    if abs(nanos) > most:
         raise AmountError(f"{text!r} is too large: the most is {format_usd(most, decimals=2)} dollars")
     return Nanos(-nanos if match["sign"] else nanos)
 
