@@ -22,7 +22,8 @@ SETTLED_WINDOWS = 4
 """Hashes of settled request ids. An id is found during its own window and the two after it; the fourth is emptied."""
 
 META = "fb:meta"
-"""Hash: ``schema``, the version of the stored forms, and ``shards``, their count."""
+"""Hash: ``schema``, the version of the stored forms; ``shards``, their count; ``dodo``, the environment of Dodo whose
+ids the store has."""
 TENANTS = "fb:tenants"
 """Set: tenant ids."""
 CUSTOMERS_WANTED = "fb:customers:wanted"

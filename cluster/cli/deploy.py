@@ -20,7 +20,7 @@ from cluster.cli.target import NotRunning, Running
 from cluster.local import launch
 from cluster.local.configuration import StoreOptions, catalog_of, checked, scaled, store_options
 from cluster.local.dodo_products import sync_products
-from cluster.local.environment import SANDBOX, dodo_environment
+from cluster.local.environment import SANDBOX
 from cluster.local.launch import LaunchError, Progress
 from cluster.local.settings import Settings, SettingsError
 from cluster.local.state import Phase, write_private
@@ -88,10 +88,11 @@ def deploy_file(settings: Settings, file: Path, progress: Progress, may_retire_p
     """Check a file, apply it, and wait until every gateway serves its catalog.
 
     Raises:
-        NotRunning, CheckFailed, LaunchError: it is not in force; what ran before still runs.
+        NotRunning, SettingsError, CheckFailed, LaunchError: it is not in force; what ran before still runs.
         BillingError: the store or Dodo does not answer.
     """
     running = Running.find(settings)
+    running.refuse_other_dodo()
     if running.run.phase is not Phase.HEALTHY:
         raise NotRunning(f"farebox is {running.run.phase}: wait until `farebox status` says healthy")
     progress(f"checking {file}")
@@ -101,7 +102,7 @@ def deploy_file(settings: Settings, file: Path, progress: Progress, may_retire_p
     url, options, catalog = running.run.store_url, store_options(config), catalog_of(config)
     if not may_retire_plans:
         asyncio.run(refuse_lost_plans(url, options, catalog))
-    if dodo_environment() == SANDBOX:
+    if running.dodo_environment == SANDBOX:
         sync_products(config, running.environment)
     progress("applying")
     write_private(running.home.deployed, json.dumps(config, indent=2))

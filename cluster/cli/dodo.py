@@ -29,7 +29,7 @@ from cluster.cli.target import Target, with_store
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local import configuration
 from cluster.local.dodo_products import sync_products
-from cluster.local.environment import LIVE, SANDBOX, dodo_environment
+from cluster.local.environment import LIVE, SANDBOX
 from cluster.local.settings import Settings
 from cluster.local.state import Home
 
@@ -56,7 +56,7 @@ def sync(
     out.print(_sync_table(planned))
     if plan or not planned.created:
         return
-    environment = dodo_environment()
+    environment = target.dodo_environment
     if environment == LIVE and not yes:
         typer.confirm("This is Dodo's live mode. Create them?", abort=True)
     created = sync_products(wanted, target.environment)

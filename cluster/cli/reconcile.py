@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from billing.dodo.belonging import refuse_other
 from billing.dodo.call_budget import CallBudget, SharedBudget
 from billing.dodo.client import Dodo
 from billing.dodo.settings import DodoSettings
@@ -57,6 +58,8 @@ async def _reconcile(target: Target, with_dodo: bool, calls_per_minute: int, is_
     dodo = Dodo(DodoSettings.from_env(target.environment)) if with_dodo else None
     try:
         async with target.store() as redis:
+            if dodo is not None:
+                await refuse_other(redis, target.dodo_environment)
             archive = await history.archive_of(redis)
             budget = CallBudget(calls_per_minute, within=SharedBudget(redis))
             return await Reconciler(redis, dodo, archive, budget, is_full=is_full).run()

@@ -46,6 +46,7 @@ class Run:
     config: str
     ports_base: int
     haproxy: bool
+    dodo_environment: str = ""
     phase: Phase = Phase.STARTING
     step: str = ""
     """The current step of the start."""
@@ -129,6 +130,11 @@ class Home:
         """The configuration that was last sent to Ray Serve."""
         return self.path / "deployed.json"
 
+    @property
+    def operator(self) -> Path:
+        """What the operator's environment named at the start of the run, with Dodo's key."""
+        return self.path / "operator.json"
+
     def secrets(self) -> Secrets:
         """The secrets of this folder, generated on first use."""
         try:
@@ -157,6 +163,7 @@ class Home:
 
     def remove_run(self) -> None:
         (self.path / "run.json").unlink(missing_ok=True)
+        self.operator.unlink(missing_ok=True)
 
     def lock(self) -> IO[str]:
         """Lock the folder. The kernel releases the lock when this process ends, however it ends.

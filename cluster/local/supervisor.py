@@ -69,13 +69,14 @@ class Supervisor:
         """Start everything and wait until it is healthy. The caller holds the folder's lock."""
         settings, home = self._settings, self._home
         check_machine(settings)
+        self._operator.keep_in(home)
         if ended := children.end_processes_of(home.path):
             self._begin(f"ended {ended} processes of an earlier run")
         check_ports(settings, needs_sandbox=self._has_sandbox)
         self._run = replace(self._run, ports_base=free_block(home.path).base)
         check = begin_check(settings, home)
         store_url = self._start_store()
-        env = service_environment(settings, self._secrets, store_url)
+        env = service_environment(settings, self._secrets, store_url, self._operator)
         self._start_ray(env)
         if self._has_sandbox:
             self._start_sandbox()
@@ -142,7 +143,8 @@ class Supervisor:
             self._store = self._run_store()
             url = self._store.url
             asyncio.run(migrate_store(url, self._begin))
-        asyncio.run(verify_store(url, store_options_in(self._settings.config)))
+        options = store_options_in(self._settings.config)
+        asyncio.run(verify_store(url, options, self._operator.farebox_dodo_environment))
         self._run = replace(self._run, store_url=url)
         self._write_pids()
         return url
@@ -240,6 +242,7 @@ class Supervisor:
             config=str(settings.config),
             ports_base=0,
             haproxy=settings.haproxy,
+            dodo_environment=self._operator.farebox_dodo_environment,
         )
 
 

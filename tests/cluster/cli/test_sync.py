@@ -8,8 +8,8 @@ from redis import Redis
 from typer.testing import CliRunner
 
 from billing.catalog.catalog import Catalog
-from cluster.cli import dodo
 from cluster.cli.main import app
+from cluster.cli.target import Target
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local import configuration, dodo_products
 from cluster.local.environment import LIVE
@@ -52,13 +52,13 @@ def test_sync_creates_once(sandbox: SandboxServer) -> None:
 
 
 def test_sync_asks_in_live_mode(sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dodo, "dodo_environment", lambda *_: LIVE)
+    monkeypatch.setattr(Target, "dodo_environment", LIVE)
     refused = runner.invoke(app, ["dodo", "sync"], input="n\n")
     assert (refused.exit_code, "created:" in refused.output) == (1, False)
     assert "created:" in runner.invoke(app, ["dodo", "sync"], input="y\n").output
 
 
 def test_sync_does_not_ask_without_need(sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dodo, "dodo_environment", lambda *_: LIVE)
+    monkeypatch.setattr(Target, "dodo_environment", LIVE)
     assert "created:" in runner.invoke(app, ["dodo", "sync", "--yes"]).output
     assert "live mode" not in runner.invoke(app, ["dodo", "sync"]).output
