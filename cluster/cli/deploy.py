@@ -68,7 +68,10 @@ def deploy(
     out.print(f"in force: {', '.join(model.identity for model in catalog.models)}")
 
 
-def scale(replicas: Annotated[str, typer.Argument(help="A number of LoRA replicas, or auto.")]) -> None:
+def scale(
+    replicas: Annotated[str, typer.Argument(help="A number of LoRA replicas, or auto.")],
+    force: Annotated[bool, typer.Option("--force", help="Start them even if they do not fit.")] = False,
+) -> None:
     """Run a fixed number of LoRA replicas; `auto` returns to the bounds in the configuration."""
     if replicas != "auto" and not (replicas.isdigit() and int(replicas) > 0):
         raise SettingsError(
@@ -78,6 +81,8 @@ def scale(replicas: Annotated[str, typer.Argument(help="A number of LoRA replica
     config = json.loads(running.home.deployed.read_text())
     wanted = None if replicas == "auto" else int(replicas)
     api = running.api()
+    if wanted is not None and not force:
+        launch.refuse_without_room(api, config, wanted)
     launch.put(api, config if wanted is None else scaled(config, wanted))
     with steps() as progress:
         number = launch.wait_scaled(api, wanted, progress)

@@ -22,7 +22,7 @@ from cluster.local.launch import LaunchError
 from cluster.local.settings import Settings
 from cluster.local.state import Home, Phase, Run
 from cluster.local.supervisor import supervise
-from cluster.serve_api import ServeConfig
+from cluster.serve_api import ServeApi, ServeConfig
 from tests.support.disk import fill, small_disk
 from tests.support.waiting import eventually, free_port
 
@@ -103,6 +103,7 @@ def test_supervisor_from_start_to_stop(settings: Settings, monkeypatch: pytest.M
         assert run.phase is Phase.HEALTHY
         assert httpx.get(f"{settings.api_url}/readyz").json() == {"ready": True}
         assert_ports_need_authentication(settings)
+        assert_resources_are_known(settings)
         assert_store_is_restarted(settings, run)
 
     probe = Probe(settings, look)
@@ -172,6 +173,17 @@ def assert_ports_need_authentication(settings: Settings) -> None:
             with pytest.raises(grpc.RpcError) as refused:
                 stub.HandleRequest(serve_pb2.ASGIRequest(), timeout=5)
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED, port
+
+
+def assert_resources_are_known(settings: Settings) -> None:
+    """By these `farebox scale` knows how many replicas fit."""
+    api = ServeApi(settings.dashboard_url, Home(settings.home).secrets().ray_token)
+    eventually(lambda: "CPU" in api.usage())
+    used, total = api.usage()["CPU"]
+    assert 0 <= used <= total
+    assert total >= 4
+    assert all(deployment.pids for app in api.applications().values() for deployment in app.deployments)
+    api.close()
 
 
 def listening_beyond_loopback(home: Path) -> list[int]:
