@@ -71,11 +71,6 @@ class Running:
         """The variables that its processes have, whatever the environment of this command says."""
         return service_environment(self.settings, self.home.secrets(), self.run.store_url, self.operator)
 
-    @property
-    def dodo_environment(self) -> str:
-        """``sandbox``, ``test_mode`` or ``live_mode``."""
-        return self.operator.farebox_dodo_environment
-
     def refuse_other_dodo(self) -> None:
         """Raises SettingsError if this shell's variables name another Dodo than the one that it was started with."""
         self.operator.refuse_other_dodo(os.environ, self.settings.sandbox_url)

@@ -78,7 +78,7 @@ def test_plain_shell_works_after_a_start_in_test_mode(store_url: str, dodo: str,
     }
     start(store_url, shell, **test_mode)
     synced = farebox("dodo", "sync")
-    assert "created: meter:charge, pack:small" in synced.output, synced.output
+    assert "created at Dodo: meter:charge, pack:small" in synced.output, synced.output
     assert "DODO_PAYMENTS_WEBHOOK_KEY" in synced.output, "it is told of the webhook, as it is not in the sandbox"
     assert farebox("reconcile").exit_code == 0
     client = Redis.from_url(store_url, decode_responses=True)
