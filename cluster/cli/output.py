@@ -6,6 +6,7 @@ than the terminal is continued by the terminal itself, so that what it shows can
 """
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class Table(rich.table.Table):
         super().add_row(*texts, *missing, style=str(style or ""), end_section=end_section)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if not console.is_terminal:
+        if not _is_terminal(console):
             yield from self._annotated(self._lines())
         elif self._least_width() <= options.max_width:
             yield from super().__rich_console__(console, options)
@@ -121,6 +122,11 @@ def one_line(text: Text) -> Text:
     return Text(_CONTROL.sub(" ", text.plain), text.style) if _CONTROL.search(text.plain) else text
 
 
+def _is_terminal(console: Console) -> bool:
+    """Whether somebody looks at lines of a certain width. ``FORCE_COLOR`` makes no terminal of a pipe."""
+    return console.is_terminal and (console.file.isatty() or os.environ.get("TTY_COMPATIBLE") == "1")
+
+
 def _fits_in_words(text: Text, width: int) -> bool:
     return all(cell_len(word) <= width for word in text.plain.split())
 
@@ -159,7 +165,7 @@ def panel(console: Console, title: str, pairs: Sequence[tuple[str, str]]) -> Ren
     """The same in a frame, but where the terminal is too narrow for it."""
     shown = fields(pairs)
     width = 4 + max(cell_len(name) for name, _ in pairs) + len(GAP) + max(cell_len(value) for _, value in pairs)
-    if console.is_terminal and width > console.width:
+    if _is_terminal(console) and width > console.width:
         return Group(Text(title, "bold"), shown)
     return Panel(shown, title=title, title_align="left", width=width)
 

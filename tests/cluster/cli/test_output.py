@@ -213,6 +213,17 @@ def test_line_breaks_in_a_value_do_not_break_a_row(monkeypatch: pytest.MonkeyPat
     assert captured.get().splitlines()[1:] == ["two lines [31m  $1.00", "name  two lines"]
 
 
+def test_colours_in_a_pipe_do_not_make_it_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(out, "width", 20)
+    rows = table("id", "usd")
+    rows.add_row(EVENT, "$1.00")
+    with out.capture() as captured:
+        out.print(rows)
+    assert f"{EVENT}  $1.00" in captured.get()
+
+
 def test_sentence_is_one_line_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "0")
     with out.capture() as captured:
