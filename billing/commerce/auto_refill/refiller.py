@@ -79,14 +79,15 @@ class Refiller:
             await self._stop(tenant.id, "no card is saved: buy a pack once by hand")
             return False
         if changed.open_attempt == attempt:
-            await self._charge(tenant, product_id, methods[0], attempt)
+            await self._charge(tenant, refill.pack, product_id, methods[0], attempt)
             return True
         return False
 
-    async def _charge(self, tenant: Tenant, product_id: str, method_id: str, attempt: Attempt) -> None:
+    async def _charge(self, tenant: Tenant, pack: str, product_id: str, method_id: str, attempt: Attempt) -> None:
         """A charge that Dodo refuses was not made; one that it does not answer is looked up later."""
         try:
-            payment_id = await self._dodo.charge_saved(tenant, product_id, method_id, {REFILL_TAG: attempt.id})
+            tags = {REFILL_TAG: attempt.id, "farebox_tenant": tenant.id, "farebox_product": f"pack:{pack}"}
+            payment_id = await self._dodo.charge_saved(tenant, product_id, method_id, tags)
         except DodoRefused as refused:
             await self._fail(tenant.id, attempt, str(refused))
         except DodoUnavailable as error:

@@ -66,6 +66,14 @@ async def test_low_balance_is_refilled_once(world: World) -> None:
     assert (notice.kind, notice.tenant, notice.facts["amount_usd"]) == (NoticeKind.REFILL_SUCCEEDED, ACME, "5.00")
 
 
+async def test_invoice_of_a_refill_names_its_pack(world: World) -> None:
+    await low(world)
+    await refiller(world).run_once(world.sweep())
+    customer_id = (await world.tenants.get(ACME)).dodo_customer_id
+    newest, *_ = await world.dodo.invoices(customer_id, 0, 10)
+    assert (newest.product, newest.total_amount) == ("pack:small", 500)
+
+
 async def test_allowance_of_another_plan_does_not_prevent_a_refill(world: World) -> None:
     await low(world)
     left = Bucket(BucketId("allowance:free"), Unit.NANOS, 9 * USD, 9 * USD, world.clock() + DAY, is_allowance=True)

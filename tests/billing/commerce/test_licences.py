@@ -16,6 +16,7 @@ from billing.tenants.errors import InvalidKey
 from billing.tenants.tenant import BUYER_SCOPES, ApiKey
 from billing.usage import TenantId
 from tests.support.purchases import AUTH, buy_as_stranger
+from tests.support.sandbox_world import ONCE
 from tests.support.world import CATALOG, World, delivery
 
 USD = 1_000_000_000
@@ -232,7 +233,7 @@ async def test_grant_of_another_entitlement_is_kept(world: World) -> None:
 
 
 async def test_customer_without_our_products_is_no_tenant(world: World) -> None:
-    price = {"type": "one_time_price", "price": 500, "currency": "USD"}
+    price = ONCE | {"price": 500}
     made = {"name": "a mug", "price": price, "tax_category": "saas"}
     mug = (await world.operator.post("/products", json=made, headers=AUTH)).json()
     cart = [{"product_id": mug["product_id"], "quantity": 1}]

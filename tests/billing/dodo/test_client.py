@@ -10,6 +10,7 @@ from billing.dodo.settings import DodoSettings
 from billing.dodo.wire import DodoSubscription, Payment
 from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
+from tests.support.sandbox_world import ONCE
 from tests.support.world import API_KEY, World
 
 KEY = {"DODO_PAYMENTS_API_KEY": "dodo_test_1"}
@@ -84,7 +85,7 @@ async def test_every_page_is_read(world: World) -> None:
 
 
 def _one_time() -> object:
-    return {"type": "one_time_price", "price": 100, "currency": "USD"}
+    return ONCE | {"price": 100}
 
 
 async def test_customer_is_found_again_and_never_shared(world: World) -> None:
