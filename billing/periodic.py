@@ -20,7 +20,7 @@ from billing.commerce.auto_refill.refiller import Refiller
 from billing.commerce.context import Commerce
 from billing.commerce.customers import create_missing_customers
 from billing.commerce.webhooks import Webhooks
-from billing.dodo.call_budget import Budget, SharedBudget
+from billing.dodo.call_budget import EXPORT_SHARE, Budget, SharedBudget
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoUnavailable
 from billing.dodo.settings import DodoSettings
@@ -91,6 +91,7 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
         return await publication.current(redis)
 
     budget = SharedBudget(redis, calls_per_minute)
+    export_budget = SharedBudget(redis, calls_per_minute, EXPORT_SHARE)
     dodo, counted_dodo = Dodo(settings), Dodo(settings, on_call=budget.spend)
     ledger, tenants, notices, counters = Ledger(redis), Tenants(redis), Notices(redis), LiveCounters(redis)
     commerce = Commerce(redis, counted_dodo, ledger, tenants, catalog)
@@ -102,7 +103,7 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
         ledger=ledger,
         tenants=tenants,
         notices=notices,
-        exporter=Exporter(redis, dodo, tenants, budget=budget, patience_s=FLUSH_PATIENCE_S),
+        exporter=Exporter(redis, dodo, tenants, budget=export_budget, patience_s=FLUSH_PATIENCE_S),
         webhooks=Webhooks(commerce, settings.webhook_key),
         refiller=Refiller(commerce),
         counters=counters,

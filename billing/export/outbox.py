@@ -58,10 +58,11 @@ class ExporterState:
     """The exporter's state as it last stored it, for people."""
 
     state: str = "starting"
-    """``starting``, ``running``, ``backing_off`` or ``stopped`` (Dodo refuses our credentials or address)."""
+    """``starting``, ``running``, ``backing_off``, ``starved`` (no call to Dodo was left for it for minutes) or
+    ``stopped`` (Dodo refuses our credentials or address)."""
     last_flush_ms: int = 0
     last_success_ms: int = 0
-    """When Dodo last took events, or there were none to send."""
+    """When a flush last ended in which Dodo took events, all that could be sent, and nothing else failed."""
     next_try_ms: int = 0
     failures: int = 0
     """Failed flushes in a row."""
@@ -73,6 +74,8 @@ class ExporterState:
     dead_events: int = 0
     oldest_waiting_ms: int = 0
     """When the oldest record was settled of what the last flush left in the outbox; 0 where it left nothing."""
+    starved_since_ms: int = 0
+    """When the first flush in a row ended that got no call to Dodo; 0 where the last one got one or needed none."""
     error: str = ""
 
     def waiting_s(self, now_ms: int) -> int:
