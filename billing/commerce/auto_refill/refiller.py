@@ -1,7 +1,7 @@
 """Charge saved cards for packs when balances are low, and find out what became of each charge.
 
-An attempt is stored before Dodo is asked to charge. One whose answer was lost, or that was refused on the way, is looked
-up among the customer's payments by its id; it is never made again on a guess.
+An attempt is stored before Dodo is asked to charge. One whose answer was lost, or that was refused on the way, is
+looked up among the customer's payments by its id; it is never made again on a guess.
 """
 
 import logging
