@@ -126,6 +126,7 @@ def billing_lines(billing: Mapping[str, object], now_ms: int) -> Iterator[str]:
         "spooled settlements": "unsettled_on_this_gateway",
         "unresolved settlements": "quarantined_settles",
         "refused settlements": "refused_settles",
+        "unreadable settlements": "unreadable_settles",
     }
     yield "needs attention: " + ", ".join(f"{billing.get(key, 0)} {name}" for name, key in waiting.items())
     for scope, proof in cast(Mapping[str, Mapping[str, object]], billing.get("books") or {}).items():

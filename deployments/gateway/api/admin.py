@@ -202,6 +202,7 @@ async def billing(gateway: GatewayDep) -> BillingBody:
         unsettled_on_this_gateway=settler.spooled,
         quarantined_settles=len(await ledger.recovery.kept()),
         refused_settles=await settler.refused(),
+        unreadable_settles=await settler.unreadable(),
     )
 
 

@@ -130,6 +130,8 @@ class BillingBody(BaseModel):
     unsettled_on_this_gateway: int
     quarantined_settles: int
     refused_settles: int
+    unreadable_settles: int
+    """Lines of this gateway's spool that cannot be read: nothing was settled by them."""
 
     @classmethod
     def of(

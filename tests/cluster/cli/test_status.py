@@ -23,6 +23,7 @@ BILLING: dict[str, object] = {
     "unsettled_on_this_gateway": 5,
     "quarantined_settles": 6,
     "refused_settles": 4,
+    "unreadable_settles": 9,
 }
 
 
@@ -32,7 +33,7 @@ def test_billing_lines() -> None:
         "holds: 3 open with $0.000150, the oldest 12 s",
         "not exported to Dodo: 7, the oldest 1 min 1 s",
         "needs attention: 1 dead letters, 8 withheld records, 2 parked webhooks, 5 spooled settlements, "
-        "6 unresolved settlements, 4 refused settlements",
+        "6 unresolved settlements, 4 refused settlements, 9 unreadable settlements",
         "reconciliation (store): no difference",
         "reconciliation (dodo): no answer",
     ]
