@@ -31,6 +31,10 @@ class NoticeKind(StrEnum):
     """Usage waits, and for minutes no call to Dodo was left for it."""
     KEY_THROTTLED = "key.quarantined"
     """A key is used like a stolen one: it is throttled until a person lifts that."""
+    PRODUCT_DIFFERS = "product.differs"
+    """A product at Dodo has another price, say, than it was made with."""
+    PRODUCT_MISSING = "product.missing"
+    """Something that is on sale is not at Dodo, so that it cannot be bought."""
     ITEM_STUCK = "task.item_stuck"
     """A periodic task of the billing actor fails again and again for one tenant, webhook or shard, its ``item``."""
 
