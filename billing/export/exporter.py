@@ -22,7 +22,7 @@ from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.export.checking import Withheld, check_entries
 from billing.export.events import CHARGE, Destination, SealedEvent, fold
-from billing.export.outbox import ExporterState, Outbox
+from billing.export.outbox import ExporterState, Outbox, Unreadable
 from billing.export.sending import BudgetSpent, Sender, Tally
 from billing.ledger.journal import Entry, Stream, UnreadableEntry
 from billing.notices.log import Notices
@@ -105,9 +105,9 @@ class Exporter:
         self._state = ExporterState()
         self._failing_since_ms: int | None = None
         self._sealed_at_ms = 0
-        self._sealing, self._releasing, self._addressing = (
+        self._sealing, self._releasing, self._reading, self._addressing = self.sweeps = tuple(
             Sweep(name, clock, ends_after=None, ends_on=(StoreUnavailable,))
-            for name in ("sealing of shards", "release of withheld entries", "lookup of customers")
+            for name in ("sealing of shards", "release of withheld entries", "reading of events", "lookup of customers")
         )
         self._withheld: list[Withheld] = []
 
@@ -121,7 +121,7 @@ class Exporter:
         sealed = 0
         if force or self._may_seal():
             sealed = await self._seal() + await self._release()
-        everything = await self.outbox.events()
+        everything = await self._read()
         ready, destinations, held = await self._sendable(everything)
         if force or self._clock() >= self._state.next_try_ms:
             await self._send(ready, destinations, tally)
@@ -200,17 +200,27 @@ class Exporter:
 
     @property
     def _failing(self) -> tuple[FailingItem, ...]:
-        """Shards, withheld records and tenants that the last flush could not deal with."""
-        return (*self._sealing.failing, *self._releasing.failing, *self._addressing.failing)
+        """Shards, withheld records, events and tenants that the last flush could not deal with."""
+        return tuple(one for sweep in self.sweeps for one in sweep.failing)
 
     @property
     def _problem(self) -> str:
         """What keeps records from being sealed; empty where nothing does."""
         for one in self._sealing.failing:
             return f"{one.id} cannot be exported beyond {one.error}"
-        for one in (*self._releasing.failing, *self._addressing.failing):
+        for one in self._failing:
             return f"{one.id} is not exported: {one.error}"
         return f"{len(self._withheld)} records are withheld: {self._withheld[0]}" if self._withheld else ""
+
+    async def _read(self) -> list[SealedEvent]:
+        """The events in the outbox. What cannot be read stays there, and is named."""
+
+        async def fail(one: Unreadable) -> None:
+            raise one.error
+
+        events, unreadable = await self.outbox.read_events()
+        await self._reading.run(unreadable, fail, lambda one: f"event {one.id}", is_forced=True)
+        return events
 
     async def _sendable(self, events: list[SealedEvent]) -> tuple[list[SealedEvent], dict[TenantId, Destination], int]:
         """Events to send and where to; and how many are held because their tenants have no Dodo customer."""

@@ -5,9 +5,11 @@ there: sealed = acknowledged + dead + what is in the outbox. What is withheld is
 """
 
 import asyncio
+import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -21,6 +23,10 @@ from billing.store.keys import ALL_SHARDS, EXPORTER, Shard, shard_for
 from billing.store.scripts import Script
 from billing.store.write import write
 from billing.usage import TenantId
+
+log = logging.getLogger("farebox.billing.export.outbox")
+
+T = TypeVar("T")
 
 START = "0-0"
 """A cursor before the first entry."""
@@ -51,6 +57,14 @@ class Backlog:
     dead_events: int
     withheld_records: int
     """Among the unsealed: entries that are not as they were written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Something in the outbox that this version cannot read."""
+
+    id: str
+    error: Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +155,14 @@ class Outbox:
         return bool(sealed)
 
     async def withheld(self) -> list[Withheld]:
-        """Entries behind the cursor that are withheld, oldest first."""
+        """Entries behind the cursor that are withheld, oldest first, without those that cannot be read."""
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             for shard in ALL_SHARDS:
                 pipe.hgetall(shard.withheld)
             found = await pipe.execute()
-        withheld = [Withheld.from_json(id_, text) for shard in found for id_, text in shard.items()]
+        withheld, unreadable = _read(found, Withheld.from_json)
+        _log(unreadable)
         return sorted(withheld, key=lambda one: order(one.id))
 
     async def release(self, entry: Withheld, events: Sequence[SealedEvent]) -> bool:
@@ -166,14 +181,20 @@ class Outbox:
         return bool(released)
 
     async def events(self) -> list[SealedEvent]:
-        """Everything sealed and not acknowledged, oldest first."""
+        """Everything sealed and not acknowledged, oldest first, without what cannot be read."""
+        events, unreadable = await self.read_events()
+        _log(unreadable)
+        return events
+
+    async def read_events(self) -> tuple[list[SealedEvent], list[Unreadable]]:
+        """Everything sealed and not acknowledged, oldest first; and what of it cannot be read."""
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             for shard in ALL_SHARDS:
-                pipe.hvals(shard.outbox)
+                pipe.hgetall(shard.outbox)
             found = await pipe.execute()
-        events = [SealedEvent.from_json(text) for shard in found for text in shard]
-        return sorted(events, key=lambda e: (e.sealed_at_ms, e.id))
+        events, unreadable = _read(found, lambda _, text: SealedEvent.from_json(text))
+        return sorted(events, key=lambda e: (e.sealed_at_ms, e.id)), unreadable
 
     async def mark(self, events: Iterable[SealedEvent]) -> None:
         """Store the attempts that these events carry, before the attempt is made."""
@@ -229,13 +250,14 @@ class Outbox:
         return bool(moved)
 
     async def dead(self) -> list[SealedEvent]:
-        """All dead letters with their reasons, oldest first."""
+        """All dead letters with their reasons, oldest first, without those that cannot be read."""
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             for shard in ALL_SHARDS:
-                pipe.hvals(shard.dead)
+                pipe.hgetall(shard.dead)
             found = await pipe.execute()
-        events = [SealedEvent.from_json(text) for shard in found for text in shard]
+        events, unreadable = _read(found, lambda _, text: SealedEvent.from_json(text))
+        _log(unreadable)
         return sorted(events, key=lambda e: (e.sealed_at_ms, e.id))
 
     async def sums(self) -> Sums:
@@ -275,6 +297,22 @@ class Outbox:
         known = {f.name: f.type for f in fields(ExporterState)}
         values = {name: value if known[name] is str else int(value) for name, value in raw.items() if name in known}
         return ExporterState(**values)  # type: ignore[arg-type]
+
+
+def _read(shards: Iterable[Mapping[str, str]], read: Callable[[str, str], T]) -> tuple[list[T], list[Unreadable]]:
+    found: list[T] = []
+    unreadable: list[Unreadable] = []
+    for id_, text in (row for shard in shards for row in shard.items()):
+        try:
+            found.append(read(id_, text))
+        except (ValueError, KeyError, TypeError) as error:
+            unreadable.append(Unreadable(id_, error))
+    return found, unreadable
+
+
+def _log(unreadable: Iterable[Unreadable]) -> None:
+    for one in unreadable:
+        log.error("%s of the outbox cannot be read, and stays: %s", one.id, one.error)
 
 
 def _rows(events: Iterable[SealedEvent]) -> list[tuple[str, str]]:

@@ -147,6 +147,7 @@ class BillingBody(BaseModel):
             outbox_events=backlog.outbox_events,
             dead_events=backlog.dead_events,
             withheld_records=backlog.withheld_records,
+            quarantined_settles=open_.unresolved,
             **more,
         )
 
