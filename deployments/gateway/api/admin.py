@@ -200,8 +200,8 @@ async def billing(gateway: GatewayDep) -> BillingBody:
         parked_webhooks=await Inbox(redis).parked_count(),
         cursors={str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
         unsettled_on_this_gateway=settler.spooled,
-        quarantined_settles=len(await ledger.recovery.kept()),
         refused_settles=await settler.refused(),
+        unreadable_settles=await settler.unreadable(),
     )
 
 
