@@ -8,9 +8,10 @@ import stamina
 from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Plan
 from billing.commerce.context import Commerce
+from billing.commerce.foreign import foreign_among
 from billing.commerce.inbox import Inbox
 from billing.commerce.signups import Signups
-from billing.commerce.waiting import NotYet
+from billing.commerce.waiting import NotOurs, NotYet
 from billing.dodo.wire import DodoSubscription
 from billing.tenants.tenant import ENDED, Subscription, SubscriptionStatus, Tenant
 
@@ -32,7 +33,8 @@ class Subscriptions:
         """Ask Dodo for this subscription and store what it says now.
 
         Raises:
-            NotYet: its customer or product is unknown here, or another subscription is still live.
+            NotOurs: its product is not ours.
+            NotYet: its customer or plan is unknown here, or another subscription is still live.
             DodoUnavailable, DodoRefused: Dodo could not say.
         """
         try:
@@ -62,7 +64,10 @@ class Subscriptions:
 
     async def _plan_of(self, found: DodoSubscription) -> tuple[str, Plan, Catalog]:
         catalog = await self._catalog()
-        kind, _, name = (await self._inbox.names()).get(found.product_id, "").partition(":")
+        names = await self._inbox.names()
+        if foreign := await foreign_among(self._dodo, [found.product_id], names):
+            raise NotOurs(f"subscription {found.id}", foreign)
+        kind, _, name = names.get(found.product_id, "").partition(":")
         plan = catalog.plan_named(name) if catalog is not None and kind == "plan" else None
         if catalog is None or plan is None:
             raise NotYet(f"product {found.product_id} is no plan of ours")
