@@ -1,4 +1,4 @@
-"""Who buys by a payment link has a working key and credit at once, in whatever order its webhooks come, kills included."""
+"""Who buys by a payment link has a working key and credit at once, in any order of webhooks and after any kill."""
 
 import asyncio
 import random
