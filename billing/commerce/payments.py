@@ -1,14 +1,16 @@
 """Apply payments, refunds and disputes to a tenant's credit, in any order and any number of times.
 
-Only a succeeded payment grants, by product and quantity from our own configuration. Refunds and disputes
-claw back their share of it, together never more than it granted.
+Only a succeeded payment grants, by quantity and by the terms stored with the product that was paid for. Refunds and
+disputes claw back their share of it, together never more than it granted.
 """
 
 from collections.abc import Iterable, Sequence
 
 from billing.commerce.context import Commerce
+from billing.commerce.dodo_ids import id_of
 from billing.commerce.foreign import foreign_among
 from billing.commerce.inbox import CHARGE_METER, Inbox, PurchasedCredit
+from billing.commerce.products import Products
 from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
 from billing.commerce.waiting import NotOurs, NotYet
@@ -28,8 +30,8 @@ class Payments:
 
     def __init__(self, commerce: Commerce) -> None:
         self._dodo, self._ledger, self._tenants = commerce.dodo, commerce.ledger, commerce.tenants
-        self._catalog, self._clock = commerce.catalog, commerce.clock
-        self._inbox = Inbox(commerce.redis)
+        self._redis, self._clock = commerce.redis, commerce.clock
+        self._inbox, self._products = Inbox(commerce.redis), Products(commerce.redis)
         self._subscriptions, self._signups = Subscriptions(commerce), Signups(commerce)
 
     async def succeeded(self, payment: Payment) -> set[str]:
@@ -67,12 +69,12 @@ class Payments:
 
     async def _foreign(self, payment: Payment, known: Sequence[PurchasedCredit] = ()) -> set[str]:
         """Products of a payment that are not ours. Raises NotOurs where none is, NotYet where one may become ours."""
-        ours = (await self._inbox.names()).keys() | {credit.source.rpartition(":")[2] for credit in known}
         products = {line.product_id for line in payment.lines}
         if not products:
             subscriptions = [await self._dodo.retrieve_subscription(one) for one in payment.subscription_ids]
             products = {one.product_id for one in subscriptions}
-        foreign = await foreign_among(self._dodo, products, ours)
+        granted = {credit.source.rpartition(":")[2] for credit in known}
+        foreign = await foreign_among(self._dodo, self._products, products - granted)
         if foreign and foreign == products:
             raise NotOurs(f"payment {payment.id}", foreign)
         return foreign
@@ -97,29 +99,25 @@ class Payments:
             )
 
     async def _credits(self, payment: Payment) -> list[PurchasedCredit]:
-        """What the cart's packs grant by our configuration. Other products buy nothing."""
+        """What the cart's packs grant by the terms of their products. A plan grants by its subscription, not here."""
         if not payment.lines and not payment.subscription_ids:
             raise NotYet(f"payment {payment.id} names no product")
         quantities: dict[str, int] = {}
         for line in payment.lines:
             quantities[line.product_id] = quantities.get(line.product_id, 0) + line.quantity
-        names, catalog = await self._inbox.names(), await self._catalog()
         credits_: list[PurchasedCredit] = []
         for product_id, quantity in sorted(quantities.items()):
-            kind, _, name = names.get(product_id, "").partition(":")
-            if kind != "pack":
+            sold = await self._products.terms(product_id)
+            if sold is None or sold.kind == "plan":
                 continue
-            if catalog is None or name not in catalog.packs:
-                raise NotYet(f"product {product_id} of payment {payment.id} is no pack of ours")
             if quantity < 1:
                 raise NotYet(f"payment {payment.id} has {quantity} of {product_id}")
-            pack = catalog.packs[name]
+            grants = sold.grants
+            assert grants is not None, "a pack grants something"
             paid_at = payment.created_at_ms if payment.created_at_ms is not None else self._clock()
-            expires = None if pack.expires_days is None else paid_at + pack.expires_days * DAY_MS
+            expires = None if sold.expires_days is None else paid_at + sold.expires_days * DAY_MS
             source = f"payment:{payment.id}:{product_id}"
-            credits_.append(
-                PurchasedCredit(source, pack.grants.unit, pack.grants.amount * quantity, expires, pack.grants.adapters)
-            )
+            credits_.append(PurchasedCredit(source, grants.unit, grants.amount * quantity, expires, grants.adapters))
         return credits_
 
     async def refunded(self, refund: Refund) -> None:
@@ -168,8 +166,8 @@ class Payments:
 
     async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> None:
         """Lower the exposure by what this payment invoiced: the usage of the period that it closes."""
-        meter_id = next((id_ for id_, name in (await self._inbox.names()).items() if name == CHARGE_METER), None)
-        if meter_id is None:
+        meter_id = await id_of(self._redis, CHARGE_METER)
+        if not meter_id:
             raise NotYet("no meter was made at Dodo yet")
         period = _closed_period(payment, subscription_id, await self._dodo.usage_history(subscription_id))
         if period is None:

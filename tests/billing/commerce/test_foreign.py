@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 
+from billing.catalog.terms import Terms
 from billing.commerce.decisions import Booking, Decisions, NotDecidable
 from billing.commerce.inbox import Delivery, Inbox, Outcome
+from billing.commerce.products import Products
 from billing.ledger.errors import GrantRefused
 from billing.notices.log import Notices
 from billing.notices.notice import NoticeKind
-from billing.store.keys import DODO_IDS
 from billing.tenants.errors import UnknownTenant
 from billing.usage import TenantId, Unit
 from tests.support.purchases import ACME, AUTH, USD, balance, refund
@@ -29,6 +30,11 @@ async def product(world: World, name: str = "My e-book", tag: str = "", **price:
     }
     made = await world.operator.post("/products", json=asked, headers=AUTH)
     return str(made.raise_for_status().json()["product_id"])
+
+
+async def sell(world: World, product_id: str) -> None:
+    """Keep a product as the one that sells the small pack, as our own sync does."""
+    await Products(world.redis).add(product_id, Terms.of_pack("small", world.catalog.packs["small"]))
 
 
 async def pay(world: World, cart: dict[str, int], customer: str = "") -> dict[str, object]:
@@ -114,7 +120,7 @@ async def test_payment_ahead_of_our_own_sync_waits(world: World) -> None:
     payment = await pay(world, {made: 1}, tenant.dodo_customer_id)
     waiting = await receive(world, "payment.succeeded", payment)
     assert (waiting.outcome, "farebox dodo sync" in waiting.reason) == (Outcome.WAITING, True)
-    await world.redis.hset(DODO_IDS, "pack:small", made)
+    await sell(world, made)
     assert (await replay_later(world)).outcome is Outcome.APPLIED
     assert await balance(world) == 5 * USD
 
@@ -170,7 +176,7 @@ async def test_booked_payment_is_granted_once(world: World) -> None:
     assert found.outcome is Outcome.BOOKED
     with pytest.raises(NotDecidable, match="is booked"):
         await Decisions(world.redis, world.clock).book("msg_1", booking)
-    await world.redis.hset(DODO_IDS, "pack:small", ebook)  # now it is a pack of ours
+    await sell(world, ebook)  # now it is a pack of ours
     again = await receive(world, "payment.succeeded", payment, "msg_2")
     assert (again.outcome, await balance(world)) == (Outcome.APPLIED, 5 * USD)
     assert [tenant.id for tenant in await world.tenants.list()] == [ACME], "whoever paid did not become a tenant"

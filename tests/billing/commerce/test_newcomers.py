@@ -10,7 +10,7 @@ from billing.commerce.inbox import Outcome
 from billing.commerce.licences import ENTITLEMENT
 from billing.commerce.signups import Signups, tenant_id_for
 from billing.commerce.sync import sync
-from billing.store.keys import CUSTOMER_TENANTS
+from billing.store.keys import CUSTOMER_TENANTS, DODO_IDS
 from billing.tenants import directory
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant
@@ -100,7 +100,7 @@ async def test_newcomer_whose_id_is_taken_gets_another(shop: World) -> None:
 async def test_key_ahead_of_our_own_sync_waits(shop: World) -> None:
     payment = await buy_as_stranger(shop, "pack:keyed")
     (grant,) = await grants(shop)
-    await shop.redis.hdel("fb:dodo:ids", ENTITLEMENT)
+    await shop.redis.hdel(DODO_IDS, ENTITLEMENT)
     waiting = await shop.webhooks().receive(*delivery("entitlement_grant.delivered", grant))
     assert (waiting.outcome, "farebox dodo sync" in waiting.reason) == (Outcome.WAITING, True)
     await sync(shop.dodo, shop.redis, shop.catalog)
