@@ -100,6 +100,7 @@ def drift(world: World) -> Drift:
     return Drift(world)
 
 
+@pytest.mark.slow
 async def test_payment_is_granted_rightly_or_not_at_all(world: World, drift: Drift) -> None:
     await world.tenant("acme")
 
@@ -116,6 +117,7 @@ async def test_payment_is_granted_rightly_or_not_at_all(world: World, drift: Dri
     await drift.every("payment.succeeded", await paid(), paid, check)
 
 
+@pytest.mark.slow
 async def test_refund_claws_back_rightly_or_not_at_all(world: World, drift: Drift) -> None:
     await world.tenant("acme")
 
@@ -136,6 +138,7 @@ async def test_refund_claws_back_rightly_or_not_at_all(world: World, drift: Drif
     await drift.every("refund.succeeded", sample, refunded, check)
 
 
+@pytest.mark.slow
 async def test_dispute_claws_back_rightly_or_not_at_all(world: World, drift: Drift) -> None:
     await world.tenant("acme")
 
@@ -158,6 +161,7 @@ async def test_dispute_claws_back_rightly_or_not_at_all(world: World, drift: Dri
     await drift.every("dispute.opened", sample, disputed, check)
 
 
+@pytest.mark.slow
 async def test_subscription_carries_its_plan_or_changes_nothing(world: World, drift: Drift) -> None:
     await world.tenant("acme")
     one = await subscribe(world, "pro")
@@ -176,6 +180,7 @@ async def test_subscription_carries_its_plan_or_changes_nothing(world: World, dr
     await drift.every("subscription.active", sample, unknown_here, check)
 
 
+@pytest.mark.slow
 async def test_licence_key_opens_or_changes_nothing(world: World, drift: Drift) -> None:
     pro = world.catalog.plans["pro"].model_copy(update={"licence_key": True})
     world.catalog = world.catalog.model_copy(update={"plans": {**world.catalog.plans, "pro": pro}})
@@ -199,6 +204,7 @@ async def test_licence_key_opens_or_changes_nothing(world: World, drift: Drift) 
     await drift.every("entitlement_grant.delivered", sample, same, check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_", ["payment.failed", "payment.processing", "dunning.started", "subscription.made_up"])
 async def test_event_that_moves_nothing_never_fails(world: World, drift: Drift, type_: str) -> None:
     await world.tenant("acme")
