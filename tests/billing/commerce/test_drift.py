@@ -5,9 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-import httpx
 import pytest
-from dodopayments import DefaultAsyncHttpxClient
 from standardwebhooks import Webhook
 
 from billing.commerce.auto_refill.refill import Refill
@@ -16,14 +14,13 @@ from billing.commerce.auto_refill.store import Refills
 from billing.commerce.inbox import Delivery, Inbox, Outcome
 from billing.commerce.licences import ENTITLEMENT
 from billing.commerce.sync import sync
-from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoUnreadable
-from billing.dodo.settings import DodoSettings
 from billing.sweep import FAILURES_IN_A_ROW
 from billing.tenants.tenant import SubscriptionStatus
 from billing.usage import TenantId
+from tests.support.drifting import Drifting, drifting_dodo
 from tests.support.purchases import ACME, AUTH, USD, balance, refund, subscribe
-from tests.support.world import API_KEY, DAY, HOUR, SECRET, World, delivery
+from tests.support.world import DAY, HOUR, SECRET, World, delivery
 
 Data = dict[str, object]
 Path = tuple[str | int, ...]
@@ -232,31 +229,10 @@ async def test_event_without_a_type_waits_for_a_person(world: World, type_: obje
     assert await balance(world) == 0
 
 
-class Drifting(httpx.AsyncHTTPTransport):
-    """Answers of the offline Dodo in which, under some paths, fields have other values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fields: dict[str, Data] = {}
-        """By a part of the address. Of a list, the fields of the first item are replaced."""
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        response = await super().handle_async_request(request)
-        fields = {k: v for part, some in self.fields.items() if part in str(request.url) for k, v in some.items()}
-        if not fields or not response.is_success:
-            return response
-        answer = json.loads(await response.aread())
-        answer.get("items", [answer])[0].update(fields)
-        return httpx.Response(response.status_code, json=answer)
-
-
 @pytest.fixture
 async def drifting(world: World) -> AsyncIterator[Drifting]:
-    transport = Drifting()
-    settings = DodoSettings(API_KEY, SECRET, base_url=str(world.operator.base_url).rstrip("/"))
-    world.dodo = Dodo(settings, DefaultAsyncHttpxClient(transport=transport))
-    yield transport
-    await world.dodo.close()
+    async with drifting_dodo(world) as transport:
+        yield transport
 
 
 @pytest.mark.parametrize("status", ["trialing", None, 7, ["active"]])
