@@ -198,6 +198,7 @@ async def billing(gateway: GatewayDep) -> BillingBody:
         open_holds=await ledger.open_holds(),
         books=await proof_state.shown(redis),
         parked_webhooks=await Inbox(redis).parked_count(),
+        set_aside_webhooks=await Inbox(redis).set_aside_count(),
         cursors={str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
         unsettled_on_this_gateway=settler.spooled,
         refused_settles=await settler.refused(),

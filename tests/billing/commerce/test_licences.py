@@ -241,7 +241,7 @@ async def test_customer_without_our_products_is_no_tenant(world: World) -> None:
     session = (await world.operator.post("/checkouts", json=asked, headers=AUTH)).json()
     payment = (await world.operator.post(f"/_sandbox/pay/{session['session_id']}")).json()
     done = await world.webhooks().receive(*delivery("payment.succeeded", payment))
-    assert done.outcome is Outcome.WAITING
+    assert done.outcome is Outcome.SET_ASIDE
     assert await world.tenants.list() == []
 
 

@@ -192,7 +192,9 @@ def test_payment_or_subscription_without_its_ids_is_unreadable() -> None:
         with pytest.raises(WireError):
             Payment.read(wire)
     with pytest.raises(WireError, match="status"):
-        DodoSubscription.read({"subscription_id": "s", "status": "dancing"})
+        DodoSubscription.read(
+            {"subscription_id": "s", "customer": {"customer_id": "c"}, "product_id": "p", "status": "dancing"}
+        )
 
 
 @pytest.mark.parametrize("id_", ["x" * 100_000, "\x00", "a/../b", "", " ", "ÿ" * 200, "?x=1#y"])
