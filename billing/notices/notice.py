@@ -17,6 +17,8 @@ class NoticeKind(StrEnum):
     BALANCE_LOW = "balance.low"
     REFILL_SUCCEEDED = "refill.succeeded"
     REFILL_FAILED = "refill.failed"
+    REFILL_STOPPED = "refill.stopped"
+    """Switched off without an attempt: ``reason`` says what its tenant has to do."""
     PAYMENT_FAILED = "payment.failed"
     PAYMENT_SET_ASIDE = "payment.set_aside"
     """A payment is for a product that is not ours: once for each product."""

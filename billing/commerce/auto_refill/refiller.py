@@ -60,14 +60,27 @@ class Refiller:
     async def _begin(self, tenant: Tenant, refill: Refill) -> bool:
         catalog = await self._catalog()
         pack = catalog.packs.get(refill.pack) if catalog else None
-        product_id = "" if pack is None else await self._products.id_for(Terms.of_pack(refill.pack, pack))
-        if catalog is None or pack is None or not product_id or not tenant.dodo_customer_id or tenant.suspended:
+        if catalog is not None and pack is None:
+            await self._stop(tenant.id, f"pack {refill.pack} is sold no more: choose another one for auto-refill")
+        terms = None if pack is None else Terms.of_pack(refill.pack, pack)
+        product_id = "" if terms is None else await self._products.id_for(terms)
+        if (
+            catalog is None
+            or pack is None
+            or terms is None
+            or not product_id
+            or not tenant.dodo_customer_id
+            or tenant.suspended
+        ):
             return False
         now, cents = self._clock(), divide_up(pack.price, NANOS_PER_CENT)
         month = month_start_ms(now)
         funding = funding_for(_as_if_active(tenant, now), plan_of(tenant, catalog), now)
         balance = (await self._ledger.account(tenant.id, funding)).balance_nanos
         if not refill.is_due(balance, cents, now, month):
+            return False
+        if refill.terms and refill.terms != terms.key:
+            await self._stop(tenant.id, f"pack {refill.pack} is sold on other terms now: switch auto-refill on again")
             return False
         methods = await self._dodo.payment_methods(tenant.dodo_customer_id)
         attempt = Attempt(id=f"refill_{secrets.token_hex(8)}", started_at_ms=now, cents=cents)
@@ -136,7 +149,12 @@ class Refiller:
 
     async def _stop(self, tenant: TenantId, reason: str) -> None:
         off = {"is_on": False, "stopped_because": reason}
-        await self._refills.change(tenant, lambda refill: refill.model_copy(update=off))
+        stopped = await self._refills.change(tenant, lambda refill: refill.model_copy(update=off))
+        now = self._clock()
+        once = f"{NoticeKind.REFILL_STOPPED}:{tenant}:{now}"
+        await self._notices.record(
+            Notice(NoticeKind.REFILL_STOPPED, tenant, once, now, {"pack": stopped.pack, "reason": reason})
+        )
 
     async def _record(self, kind: NoticeKind, tenant: TenantId, attempt: Attempt, **more: str) -> None:
         facts = {"attempt": attempt.id, "amount_usd": format_usd(attempt.cents * NANOS_PER_CENT, 2), **more}

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from billing.catalog.catalog import Catalog
+from billing.catalog.terms import Terms
 from billing.commerce.auto_refill.refill import COOLDOWN_MS, AttemptState, Refill, refusal_of
 from billing.commerce.auto_refill.refiller import LOST_MS, Refiller
 from billing.commerce.auto_refill.store import Refills
+from billing.commerce.sync import sync
 from billing.dodo.errors import DodoUnavailable
 from billing.ledger.account import Bucket, Funding, Grant
 from billing.ledger.admission import funding_for, plan_of
@@ -19,7 +22,7 @@ from billing.usage import BucketId, TenantId, Unit
 from tests.support.hiccup import fail_next_notice
 from tests.support.purchases import AUTH, balance
 from tests.support.samples import request
-from tests.support.world import DAY, MINUTE, World, delivery
+from tests.support.world import CATALOG, DAY, MINUTE, World, delivery
 
 ACME, USD = TenantId("acme"), 1_000_000_000
 SMALL = Refill(pack="small", threshold_nanos=USD, monthly_cap_cents=1_500)
@@ -68,6 +71,36 @@ async def test_low_balance_is_refilled_once(world: World) -> None:
     assert attempt.state is AttemptState.SUCCEEDED
     (notice,) = await Notices(world.redis).newest()
     assert (notice.kind, notice.tenant, notice.facts["amount_usd"]) == (NoticeKind.REFILL_SUCCEEDED, ACME, "5.00")
+
+
+async def test_pack_on_other_terms_is_not_charged(world: World) -> None:
+    """Its tenant agreed to $5 for $5: neither $50 for $50 nor $5 for $4 is that."""
+    agreed = SMALL.model_copy(update={"terms": Terms.of_pack("small", world.catalog.packs["small"]).key})
+    refills = await low(world, agreed.model_copy(update={"monthly_cap_cents": 100_000}))
+    dear = {"small": {"price": "50", "grants": {"usd": "50"}}}
+    world.catalog = Catalog.model_validate(CATALOG | {"packs": dear})
+    await sync(world.dodo, world.redis, world.catalog)
+    for _ in range(2):
+        assert await refiller(world).run_once(world.sweep()) == 0
+    assert await charges(world) == 0
+    found = await state(refills)
+    assert (found.is_on, "other terms" in found.stopped_because) == (False, True)
+    (notice,) = await Notices(world.redis).newest()
+    assert (notice.kind, notice.tenant) == (NoticeKind.REFILL_STOPPED, ACME)
+
+
+async def test_pack_off_sale_stops_auto_refill(world: World) -> None:
+    refills = await low(world)
+    world.catalog = Catalog.model_validate(CATALOG | {"packs": {}})
+    assert await refiller(world).run_once(world.sweep()) == 0
+    found = await state(refills)
+    assert (found.is_on, "sold no more" in found.stopped_because) == (False, True)
+
+
+async def test_pack_on_the_agreed_terms_is_charged(world: World) -> None:
+    await low(world, SMALL.model_copy(update={"terms": Terms.of_pack("small", world.catalog.packs["small"]).key}))
+    assert await refiller(world).run_once(world.sweep()) == 1
+    assert await balance(world) == 5 * USD
 
 
 async def test_invoice_of_a_refill_names_its_pack(world: World) -> None:
