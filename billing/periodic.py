@@ -23,7 +23,7 @@ from billing.commerce.price_watch import compare_products
 from billing.commerce.webhooks import Webhooks
 from billing.dodo.call_budget import EXPORT_SHARE, Budget, SharedBudget
 from billing.dodo.client import Dodo
-from billing.dodo.errors import DodoUnavailable
+from billing.dodo.errors import DodoUnavailable, DodoUnreadable
 from billing.dodo.settings import DodoSettings
 from billing.export.exporter import Exporter, FlushReport
 from billing.ledger.admission import funding_for, plan_of
@@ -273,11 +273,13 @@ async def _record_stuck_items(task: PeriodicTask, notices: Notices) -> None:
         now = now_ms()
         facts = {"task": task.name, "item": id_, "error": stuck[id_].error}
         await notices.record(Notice(NoticeKind.ITEM_STUCK, TenantId(""), f"stuck:{task.name}:{id_}:{now}", now, facts))
+        task.noticed.add(id_)
     task.noticed = set(stuck)
 
 
 def _is_outage(failing: FailingItem) -> bool:
-    return issubclass(failing.error_type, (DodoUnavailable, StoreUnavailable))
+    is_unreadable = issubclass(failing.error_type, DodoUnreadable)
+    return issubclass(failing.error_type, (DodoUnavailable, StoreUnavailable)) and not is_unreadable
 
 
 async def _flush(parts: Parts, sweep: Sweep) -> FlushReport:

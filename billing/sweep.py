@@ -83,10 +83,12 @@ class Sweep:
         act: Callable[[Item], Awaitable[Result]],
         id_of: Callable[[Item], str] = str,
         is_forced: bool = False,
+        own: tuple[type[Exception], ...] = (),
     ) -> list[Result]:
         """Call ``act`` with each item and return the results of those that went well.
 
-        ``is_forced`` also tries those that failed shortly before.
+        ``is_forced`` also tries those that failed shortly before. ``own``: errors that are surely the item's own, so
+        that no number of them in a row ends the run.
 
         Raises:
             Exception: what ended the run.
@@ -112,6 +114,8 @@ class Sweep:
                 raise
             except Exception as error:  # whatever it is, it is this item's
                 self._note_failure(id_, error)
+                if isinstance(error, own):
+                    continue
                 failures_in_a_row += 1
                 if failures_in_a_row == self._ends_after:
                     raise

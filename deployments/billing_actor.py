@@ -13,7 +13,9 @@ from ray.util.metrics import Gauge
 from billing.archive.archiver import Archiver, ArchiveReport
 from billing.archive.files import Archive
 from billing.clock import now_ms
+from billing.dodo.belonging import claim
 from billing.dodo.settings import DodoSettings
+from billing.errors import BillingError
 from billing.export.outbox import Backlog, ExporterState
 from billing.notices.dispatcher import NoticeDispatcher
 from billing.notices.receiver import NoticeReceiver
@@ -46,6 +48,11 @@ class BillingActor:
 
         async def open_parts() -> Parts:
             redis = await connect(url, durability=args.durability, min_replicas_acked=args.min_replicas_acked)
+            try:
+                await claim(redis, settings.environment)
+            except BillingError:
+                await redis.aclose()
+                raise
             return assemble(redis, settings, args.requests_per_minute)
 
         intervals = Intervals(

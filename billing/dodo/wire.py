@@ -4,8 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from billing.dodo.fields import Wire, WireError, as_list, as_object, inner, integer, moment, moment_ms, text
+from billing.dodo.fields import Wire, WireError, as_list, as_object, inner, integer, moment, moment_ms, one_of, text
 from billing.tenants.tenant import SubscriptionStatus
+
+DISPUTE_STATUSES = tuple(
+    f"dispute_{name}" for name in ("opened", "expired", "accepted", "cancelled", "challenged", "won", "lost")
+)
+GRANT_STATUSES = ("Pending", "Delivered", "Failed", "Revoked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class Payment:
             customer_id=text(as_object(wire.get("customer")), "customer_id"),
             status=text(wire, "status", ""),
             lines=tuple(_line(as_object(item)) for item in as_list(wire.get("product_cart"))),
-            total_amount=integer(wire, "total_amount", 0),
+            total_amount=integer(wire, "total_amount"),
             currency=text(wire, "currency", ""),
             created_at_ms=moment_ms(wire, "created_at"),
             subscription_ids=tuple(str(s) for s in as_list(wire.get("subscription_ids"))) or ((one,) if one else ()),
@@ -58,12 +63,15 @@ class Refund:
 
     id: str
     payment_id: str
+    status: str
     amount: int | None
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        amount = None if wire.get("amount") is None else integer(wire, "amount")
-        return cls(text(wire, "refund_id"), text(wire, "payment_id"), amount)
+        """Dodo may leave out the amount of a full refund. That of a partial one is never guessed."""
+        is_whole = wire.get("amount") is None and wire.get("is_partial") is False
+        amount = None if is_whole else integer(wire, "amount")
+        return cls(text(wire, "refund_id"), text(wire, "payment_id"), text(wire, "status"), amount)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,8 @@ class Dispute:
             amount = integer(wire, "amount")
         except WireError:
             amount = None
-        return cls(text(wire, "dispute_id"), text(wire, "payment_id"), text(wire, "dispute_status"), amount)
+        status = one_of(wire, "dispute_status", DISPUTE_STATUSES)
+        return cls(text(wire, "dispute_id"), text(wire, "payment_id"), status, amount)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +119,7 @@ class LicenceGrant:
             id=text(wire, "id"),
             customer_id=text(wire, "customer_id"),
             entitlement_id=text(wire, "entitlement_id"),
-            status=text(wire, "status"),
+            status=one_of(wire, "status", GRANT_STATUSES),
             key=text(inner(wire, "license_key"), "key", ""),
             subscription_id=text(wire, "subscription_id", ""),
             payment_id=text(wire, "payment_id", ""),
@@ -146,15 +155,11 @@ class DodoSubscription:
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        try:
-            status = SubscriptionStatus(text(wire, "status"))
-        except ValueError as unknown:
-            raise WireError(f"status: {unknown}") from None
         return cls(
             id=text(wire, "subscription_id"),
             customer_id=text(as_object(wire.get("customer")), "customer_id"),
             product_id=text(wire, "product_id"),
-            status=status,
+            status=SubscriptionStatus(one_of(wire, "status", tuple(SubscriptionStatus))),
             period_start_ms=moment(wire, "previous_billing_date"),
             period_end_ms=moment(wire, "next_billing_date"),
             cancel_at_period_end=wire.get("cancel_at_next_billing_date") is True,
@@ -279,7 +284,7 @@ class DodoEvent:
 
 
 def _line(wire: Wire) -> Line:
-    return Line(text(wire, "product_id"), integer(wire, "quantity", 1))
+    return Line(text(wire, "product_id"), integer(wire, "quantity"))
 
 
 def _meter_price(wire: Wire) -> MeterPrice:

@@ -123,6 +123,7 @@ def billing_lines(billing: Mapping[str, object], now_ms: int) -> Iterator[str]:
         "dead letters": "dead_events",
         "withheld records": "withheld_records",
         "parked webhooks": "parked_webhooks",
+        "webhooks set aside": "set_aside_webhooks",
         "spooled settlements": "unsettled_on_this_gateway",
         "unresolved settlements": "quarantined_settles",
         "refused settlements": "refused_settles",

@@ -14,7 +14,7 @@ from billing.commerce.auto_refill.store import Refills
 from billing.commerce.context import Commerce
 from billing.commerce.payments import Payments
 from billing.commerce.products import Products
-from billing.dodo.errors import DodoRefused, DodoUnavailable
+from billing.dodo.errors import DodoRefused, DodoUnavailable, DodoUnreadable
 from billing.dodo.wire import Payment
 from billing.ledger.admission import funding_for, plan_of
 from billing.money import NANOS_PER_CENT, divide_up, format_usd
@@ -46,7 +46,7 @@ class Refiller:
 
     async def run_once(self, sweep: Sweep) -> int:
         """Look after every tenant that has set up auto-refill. How many attempts were begun."""
-        return sum(await sweep.run(await self._refills.tenants(), self._look_after))
+        return sum(await sweep.run(await self._refills.tenants(), self._look_after, own=(DodoUnreadable,)))
 
     async def _look_after(self, tenant_id: TenantId) -> bool:
         """Follow the open attempt, or begin one that is due. Was one begun?"""
@@ -81,16 +81,17 @@ class Refiller:
             await self._stop(tenant.id, "no card is saved: buy a pack once by hand")
             return False
         if changed.open_attempt == attempt:
-            await self._charge(tenant, product_id, methods[0], attempt)
+            await self._charge(tenant, refill.pack, product_id, methods[0], attempt)
             return True
         return False
 
-    async def _charge(self, tenant: Tenant, product_id: str, method_id: str, attempt: Attempt) -> None:
+    async def _charge(self, tenant: Tenant, pack: str, product_id: str, method_id: str, attempt: Attempt) -> None:
         """A charge that is refused, and that Dodo has no payment of, was not made; one without an answer is looked
         up later.
         """
         try:
-            payment_id = await self._dodo.charge_saved(tenant, product_id, method_id, {REFILL_TAG: attempt.id})
+            tags = {REFILL_TAG: attempt.id, "farebox_tenant": tenant.id, "farebox_product": f"pack:{pack}"}
+            payment_id = await self._dodo.charge_saved(tenant, product_id, method_id, tags)
         except DodoRefused as refused:
             if await self._payment_of(tenant, attempt) is None:
                 await self._fail(tenant.id, attempt, str(refused))
@@ -114,8 +115,9 @@ class Refiller:
             await self._refills.change(tenant.id, lambda refill: refill.charged(attempt.id, payment.id))
         if payment.status == "succeeded":
             await self._payments.succeeded(payment)
-            await self._refills.change(tenant.id, lambda refill: refill.succeeded(attempt.id, self._clock()))
+            # The notice comes first: once the attempt has ended, nobody asks about it again.
             await self._record(NoticeKind.REFILL_SUCCEEDED, tenant.id, attempt, payment_id=payment.id)
+            await self._refills.change(tenant.id, lambda refill: refill.succeeded(attempt.id, self._clock()))
         elif payment.status not in WAITING or age_ms > UNFINISHED_MS:
             await self._fail(tenant.id, attempt, f"the payment is {payment.status}")
 
@@ -129,8 +131,8 @@ class Refiller:
         return None
 
     async def _fail(self, tenant: TenantId, attempt: Attempt, reason: str) -> None:
-        await self._refills.change(tenant, lambda refill: refill.failed(attempt.id, reason, self._clock()))
         await self._record(NoticeKind.REFILL_FAILED, tenant, attempt, reason=reason)
+        await self._refills.change(tenant, lambda refill: refill.failed(attempt.id, reason, self._clock()))
 
     async def _stop(self, tenant: TenantId, reason: str) -> None:
         off = {"is_on": False, "stopped_because": reason}

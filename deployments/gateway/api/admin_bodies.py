@@ -122,6 +122,7 @@ class BillingBody(BaseModel):
     money: UnsettledBody
     books: dict[str, ProofState]
     parked_webhooks: int
+    set_aside_webhooks: int
     unsealed_entries: int
     outbox_events: int
     dead_events: int

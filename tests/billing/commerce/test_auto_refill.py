@@ -16,6 +16,7 @@ from billing.notices.log import Notices
 from billing.notices.notice import NoticeKind
 from billing.tenants.tenant import Subscription, SubscriptionStatus
 from billing.usage import BucketId, TenantId, Unit
+from tests.support.hiccup import fail_next_notice
 from tests.support.purchases import AUTH, balance
 from tests.support.samples import request
 from tests.support.world import DAY, MINUTE, World, delivery
@@ -67,6 +68,14 @@ async def test_low_balance_is_refilled_once(world: World) -> None:
     assert attempt.state is AttemptState.SUCCEEDED
     (notice,) = await Notices(world.redis).newest()
     assert (notice.kind, notice.tenant, notice.facts["amount_usd"]) == (NoticeKind.REFILL_SUCCEEDED, ACME, "5.00")
+
+
+async def test_invoice_of_a_refill_names_its_pack(world: World) -> None:
+    await low(world)
+    await refiller(world).run_once(world.sweep())
+    customer_id = (await world.tenants.get(ACME)).dodo_customer_id
+    newest, *_ = await world.dodo.invoices(customer_id, 0, 10)
+    assert (newest.product, newest.total_amount) == ("pack:small", 500)
 
 
 async def test_allowance_of_another_plan_does_not_prevent_a_refill(world: World) -> None:
@@ -238,3 +247,18 @@ async def test_paused_subscription_charges_no_card(world: World, status: Subscri
     while_resting = funding_for(tenant, plan_of(tenant, world.catalog), world.clock())
     await world.ledger.hold(request("req_resting", funding=while_resting))
     assert await refiller(world).run_once(world.sweep()) == 0
+
+
+@pytest.mark.parametrize("declines", [True, False])
+async def test_notice_of_a_refill_survives_a_store_that_was_away(
+    world: World, monkeypatch: pytest.MonkeyPatch, declines: bool
+) -> None:
+    await low(world)
+    await decline(world, declines)
+    fail_next_notice(monkeypatch)
+    assert await refiller(world).run_once(world.sweep()) == 0, "the run failed with the notice"
+    await refiller(world).run_once(world.sweep())
+    assert [notice.kind for notice in await Notices(world.redis).newest()] == [
+        NoticeKind.REFILL_FAILED if declines else NoticeKind.REFILL_SUCCEEDED
+    ]
+    assert (await charges(world), await balance(world)) == (1, 0 if declines else 5 * USD)

@@ -20,6 +20,7 @@ BILLING: dict[str, object] = {
     "dead_events": 1,
     "withheld_records": 8,
     "parked_webhooks": 2,
+    "set_aside_webhooks": 3,
     "unsettled_on_this_gateway": 5,
     "quarantined_settles": 6,
     "refused_settles": 4,
@@ -32,8 +33,8 @@ def test_billing_lines() -> None:
     assert list(billing_lines(BILLING | {"books": books}, NOW)) == [
         "holds: 3 open with $0.000150, the oldest 12 s",
         "not exported to Dodo: 7, the oldest 1 min 1 s",
-        "needs attention: 1 dead letters, 8 withheld records, 2 parked webhooks, 5 spooled settlements, "
-        "6 unresolved settlements, 4 refused settlements, 9 unreadable settlements",
+        "needs attention: 1 dead letters, 8 withheld records, 2 parked webhooks, 3 webhooks set aside, "
+        "5 spooled settlements, 6 unresolved settlements, 4 refused settlements, 9 unreadable settlements",
         "reconciliation (store): no difference",
         "reconciliation (dodo): no answer",
     ]
