@@ -156,7 +156,7 @@ async def test_charge_with_a_lost_answer_is_found_though_dodos_clock_is_another(
     """Dodo's clock is ahead by so many minutes."""
     refills = await low(world)
     ours = Refiller(replace(world.commerce(), clock=lambda: world.clock() - minutes * MINUTE))
-    await world.fault("timeout_after_commit", path="/checkouts", times=1)
+    await world.fault("drop_after", path="/checkouts", times=1)
     await ours.run_once(world.sweep())
     await world.heal()
     world.clock.move(LOST_MS + 1)
