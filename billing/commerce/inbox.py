@@ -61,6 +61,8 @@ class PurchasedCredit:
     amount: int
     expires_at_ms: int | None
     adapters: tuple[str, ...]
+    price: int = 0
+    """Nanos that the line was sold for; 0 in purchases fixed before 0.2."""
 
 
 class Inbox:

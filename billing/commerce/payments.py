@@ -52,8 +52,8 @@ class Payments:
 
     async def _grant(self, tenant: Tenant, payment: Payment) -> None:
         for credit in await self._purchase(payment):
-            grant = Grant(credit.source, tenant.id, credit.unit, credit.amount, credit.expires_at_ms, credit.adapters)
-            await self._ledger.grant(grant)
+            sold = (credit.unit, credit.amount, credit.expires_at_ms, credit.adapters, credit.price)
+            await self._ledger.grant(Grant(credit.source, tenant.id, *sold))
 
     async def _purchase(self, payment: Payment) -> tuple[PurchasedCredit, ...]:
         """What this payment buys, as it was when the payment was first seen."""
@@ -83,9 +83,9 @@ class Payments:
             pack = catalog.packs[name]
             paid_at = payment.created_at_ms if payment.created_at_ms is not None else self._clock()
             expires = None if pack.expires_days is None else paid_at + pack.expires_days * DAY_MS
-            source = f"payment:{payment.id}:{product_id}"
+            source, granted, price = f"payment:{payment.id}:{product_id}", pack.grants, pack.price * quantity
             credits_.append(
-                PurchasedCredit(source, pack.grants.unit, pack.grants.amount * quantity, expires, pack.grants.adapters)
+                PurchasedCredit(source, granted.unit, granted.amount * quantity, expires, granted.adapters, price)
             )
         return credits_
 

@@ -184,8 +184,14 @@ def _funding(tenant: Tenant, plan: Plan, period: str, ends_at_ms: int, credit_li
         expires_at_ms=ends_at_ms,
         adapters=quota.adapters,
         is_allowance=True,
+        price=_sold_for(plan),
     )
     return Funding(allowance, credit_limit, former_allowance_id=BucketId(period))
+
+
+def _sold_for(plan: Plan) -> Nanos:
+    """What a period's allowance was sold for."""
+    return plan.monthly_price if plan.kind is PlanKind.SUBSCRIPTION else Nanos(0)
 
 
 def _explained(refusal: InsufficientCredits, plan: Plan, funding: Funding) -> InsufficientCredits:

@@ -11,6 +11,7 @@ GROWTH = "tests/billing/ledger/test_lost_growth.py"
 FORMER = "tests/billing/ledger/test_former_allowance.py"
 GRANTS = "tests/billing/ledger/test_grants.py"
 LOST = "tests/billing/ledger/test_lost_store.py"
+SALES = "tests/billing/ledger/test_sales.py"
 RULES = "tests/billing/ledger/test_ledger_rules.py"
 
 
@@ -216,6 +217,32 @@ MUTANTS: tuple[Mutant, ...] = (
         "debts.lua",
         'redis.call("HINCRBY", marker, "paid:" .. to.id, text(-part))',
         test=GRANTS,
+    ),
+    Mutant(
+        "a draw does not say what its credit was sold for",
+        "bill.lua",
+        "text(part), b.price, b.sold }",
+        'text(part), "" }',
+    ),
+    Mutant(
+        "a refund changes what the rest was sold for",
+        "buckets.lua",
+        '"|" .. b.price .. "|" .. b.sold or',
+        '"|" .. b.price .. "|" .. text(b.granted) or',
+        SALES,
+    ),
+    Mutant(
+        "what a grant was sold for is forgotten", "grant.lua", "price = price, sold = text(amount)", 'price = ""', SALES
+    ),
+    Mutant(
+        "a grant's entry does not say what it was sold for", "entries.lua", 'm.price and m.price ~= ""', "nil", SALES
+    ),
+    Mutant(
+        "what an allowance was sold for is forgotten",
+        "ledger/codec.py",
+        "(bucket.price, bucket.sold or bucket.granted) if bucket.price else ()",
+        "()",
+        SALES,
     ),
     Mutant("records are not numbered", "entries.lua", '"seq", seq, "chain"', '"seq", "1", "chain"'),
     Mutant("a payment grants each time it comes", "grant.lua", "if before then return", "if false then return"),
