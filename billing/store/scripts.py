@@ -19,7 +19,7 @@ number says in words what that is, after ``returns``. A declaration goes on in l
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -109,12 +109,13 @@ class Script:
         """Run it for the number that it returns. Raises TypeError as ``reply`` does."""
         return int(cast(int, await self._run(keys, args)))
 
-    async def _run(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument]) -> object:
+    def _run(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument]) -> Awaitable[object]:
         names = self._keys.keys(keys)
         words = self._args.words(args)
         if self._fenced is not None and (fence := fence_of(names[0])):
-            return cast(object, await self._fenced(keys=[*names, fence], args=words))
-        return cast(object, await self._plain(keys=names, args=words))
+            names.append(fence)
+            return cast(Awaitable[object], self._fenced(keys=names, args=words))
+        return cast(Awaitable[object], self._plain(keys=names, args=words))
 
 
 class _Order:
@@ -124,18 +125,20 @@ class _Order:
         self._script = script
         self._ordered = [name.name for name in declared]
         self._lists = [name for name in declared if name.is_list]
+        self._singles = len(declared) - len(self._lists)
         self._flags = [number for number, name in enumerate(declared) if name.kind == "flag"]
 
     def keys(self, given: Mapping[str, str | Sequence[str]]) -> list[str]:
         """A list of keys is the last. Raises TypeError where a name is wrong or missing."""
-        values = self._values(given)
-        single = cast(list[str], values[: len(values) - len(self._lists)])
-        return [*single, *values[-1]] if self._lists else single
+        values = cast(list[str], self._values(given))
+        if self._lists:
+            values += values.pop()
+        return values
 
     def _values(self, given: Mapping[str, T]) -> list[T]:
         if len(given) == len(self._ordered):
             try:
-                return [given[name] for name in self._ordered]
+                return list(map(given.__getitem__, self._ordered))
             except KeyError:
                 pass
         wrong = ", ".join(sorted({*self._ordered} ^ given.keys()))
@@ -143,12 +146,12 @@ class _Order:
 
     def words(self, given: Mapping[str, Argument]) -> list[Word]:
         """On the wire a list is its number of rows, then their words, and a flag is 1 or 0."""
-        values = self._values(given)
-        count = len(values) - len(self._lists)
-        words = cast(list[Word], values[:count])
+        words = cast(list[Word], self._values(given))
+        lists = cast(list[Sequence[Row]], words[self._singles :])
+        del words[self._singles :]
         for flag in self._flags:
             words[flag] = int(words[flag])
-        for name, rows in zip(self._lists, cast(list[Sequence[Row]], values[count:]), strict=True):
+        for name, rows in zip(self._lists, lists, strict=True):
             words.append(len(rows))
             for row in rows:
                 row_words = (row,) if isinstance(row, str | int) else row

@@ -123,12 +123,14 @@ if buckets.allowance ~= allowance then redis.call("HSET", keys.account, "allowan
 for _, b in ipairs(buckets) do b.is_done = is_done(b) end
 write_buckets(keys, buckets)
 -- The limits of all keys lie in one hash: it must outlive the latest of them.
-local keep_ms = math.max(2 * MINUTE_MS, redis.call("PTTL", keys.limits))
+local keep_ms = 0
 for field, due in pairs(arrivals) do
   redis.call("HSET", keys.limits, field, string.format("%.3f", due))
-  keep_ms = math.max(keep_ms, math.ceil(due - now))
+  keep_ms = math.max(keep_ms, MINUTE_MS, math.ceil(due - now))
 end
-if next(arrivals) then redis.call("PEXPIRE", keys.limits, text(keep_ms)) end
+if keep_ms > 0 and redis.call("PTTL", keys.limits) < keep_ms then
+  redis.call("PEXPIRE", keys.limits, text(keep_ms + 2 * MINUTE_MS)) -- not again at once
+end
 for _, other in ipairs(gone) do redis.call("SREM", keys.slots, other) end
 if concurrency > 0 then
   redis.call("SADD", keys.slots, id)

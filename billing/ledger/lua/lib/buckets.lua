@@ -48,11 +48,11 @@ local function read_buckets(keys)
   local flat, buckets = redis.call("HGETALL", keys.buckets), {}
   for i = 1, #flat, 2 do buckets[#buckets + 1] = parse_bucket(flat[i], flat[i + 1]) end
   local account = redis.call("HMGET", keys.account, "overage", "overage_held", "allowance")
+  if #buckets > 1 then table.sort(buckets, is_drawn_before) end
   local settled, held = tonumber(account[1] or "0"), tonumber(account[2] or "0")
   buckets[#buckets + 1] = { id = LINE, unit = "n", remaining = -(settled + held), held = held, expires = 0,
     is_allowance = false, is_line = true, price = "" }
   buckets.allowance = account[3] or nil
-  table.sort(buckets, is_drawn_before)
   return buckets
 end
 

@@ -25,5 +25,6 @@ local function mark(settled, id, value, now, window_ms)
   local window = math.floor(now / window_ms)
   local key = window_key(settled, window)
   redis.call("HSET", key, id, value)
+  if redis.call("HLEN", key) > 1 then return end
   redis.call("PEXPIREAT", key, text(math.floor((window + WINDOWS_REMEMBERED + 1.1) * window_ms)))
 end
