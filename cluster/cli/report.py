@@ -101,19 +101,19 @@ def price(
 async def _report(redis: Redis, span_ms: tuple[int, int], costs: Costs | None) -> tuple[Report, Costs | None]:
     """The report, and the costs that it was made with."""
     start, end = span_ms
-    catalog = await publication.current(redis)
-    if catalog is None:
+    catalogs = await publication.in_force_ever(redis)
+    if catalogs is None:
         raise SettingsError("no gateway has published a catalog yet: start one, or deploy a configuration")
-    costs = costs or catalog.costs
     before = {
         record.tenant
         async for record in history.of_all_tenants(redis, start - (end - start), start)
         if record.usage != NOTHING
     }
     records = [record async for record in history.of_all_tenants(redis, start, end)]
-    worth = Worth(catalog, await Inbox(redis).names())
+    worth = Worth(catalogs, await Inbox(redis).names())
     tenants = await Tenants(redis).list()
-    return build(records, frozenset(before), tenants, worth, costs, span_ms, now_ms()), costs
+    found = build(records, frozenset(before), tenants, worth, costs, span_ms, now_ms())
+    return found, costs or catalogs.at(end - 1).costs
 
 
 def _given_costs(gpu_hour: str) -> Costs | None:
