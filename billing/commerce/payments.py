@@ -6,6 +6,7 @@ claw back their share of it, together never more than it granted.
 
 from collections.abc import Iterable
 
+from billing.commerce.cash import CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry
 from billing.commerce.context import Commerce
 from billing.commerce.inbox import CHARGE_METER, Inbox, PurchasedCredit
 from billing.commerce.signups import Signups
@@ -13,10 +14,11 @@ from billing.commerce.subscriptions import DAY_MS, Subscriptions
 from billing.commerce.waiting import NotYet
 from billing.dodo.wire import Payment, Refund, UsagePeriod
 from billing.ledger.account import Clawback, Grant
-from billing.money import divide_up
+from billing.money import Nanos, divide_up
 from billing.tenants.tenant import Tenant
 
 HOUR_MS = 60 * 60_000
+LOST = ("dispute_lost", "dispute_accepted", "dispute_expired")
 
 
 class Payments:
@@ -25,7 +27,7 @@ class Payments:
     def __init__(self, commerce: Commerce) -> None:
         self._dodo, self._ledger, self._tenants = commerce.dodo, commerce.ledger, commerce.tenants
         self._catalog, self._clock = commerce.catalog, commerce.clock
-        self._inbox = Inbox(commerce.redis)
+        self._inbox, self._cash = Inbox(commerce.redis), CashBook(commerce.redis)
         self._subscriptions, self._signups = Subscriptions(commerce), Signups(commerce)
 
     async def succeeded(self, payment: Payment) -> None:
@@ -34,10 +36,26 @@ class Payments:
             raise NotYet(f"payment {payment.id} is {payment.status}")
         tenant = await self._buyer(payment)
         await self._grant(tenant, payment)
+        usage_cents, fees = 0, list[tuple[Fee, Nanos]]()
         for subscription_id in payment.subscription_ids:
             if payment.includes_usage:
-                await self._repay(tenant, payment, subscription_id)
-            await self._subscriptions.refresh(subscription_id)
+                usage_cents += await self._repay(tenant, payment, subscription_id)
+            fees += await self._fee(await self._subscriptions.refresh(subscription_id), payment, subscription_id)
+        credits_ = await self._purchase(payment)
+        await self._cash.book(payment_entry(payment, tenant.id, credits_, fees, usage_cents))
+
+    async def _fee(self, tenant: Tenant, payment: Payment, subscription_id: str) -> list[tuple[Fee, Nanos]]:
+        """The period whose fee this payment pays, if it pays one, and its list price."""
+        starts_ms, ends_ms = (of.get(subscription_id) for of in (payment.service_starts_ms, payment.service_ends_ms))
+        if starts_ms is None or ends_ms is None:
+            return []
+        subscription, catalog = tenant.subscription, await self._catalog()
+        if subscription is None or subscription.id != subscription_id or catalog is None:
+            return [(Fee(subscription_id, starts_ms, ends_ms), Nanos(0))]
+        if abs(subscription.period_start_ms - starts_ms) <= HOUR_MS:
+            starts_ms = subscription.period_start_ms  # the allowance bears this one in its name
+        plan = catalog.plan_named(subscription.plan)
+        return [(Fee(subscription_id, starts_ms, ends_ms), plan.monthly_price if plan else Nanos(0))]
 
     async def _buyer(self, payment: Payment) -> Tenant:
         """The tenant that paid. A customer becomes one by buying something of ours, and not otherwise."""
@@ -96,6 +114,8 @@ class Payments:
         """
         for clawback in await self._reversal(f"refund:{refund.id}", refund.payment_id, refund.amount):
             await self._ledger.claw_back(clawback)
+        payment = await self._dodo.retrieve_payment(refund.payment_id)
+        await self._cash.book(refund_entry(refund, payment, (await self._tenant(payment.customer_id)).id))
 
     async def disputed(self, dispute_id: str) -> None:
         """Claw back the disputed share while the dispute is open or lost; restore it where it was won or dropped.
@@ -107,6 +127,11 @@ class Payments:
             await self._ledger.claw_back(clawback)
             if dispute.is_settled_for_us:
                 await self._ledger.restore(clawback)
+        payment = await self._dodo.retrieve_payment(dispute.payment_id)
+        tenant = await self._tenant(payment.customer_id)
+        won, lost = dispute.is_settled_for_us, dispute.status in LOST
+        for kind in (Kind.DISPUTE_OPENED, *([Kind.DISPUTE_WON] if won else [Kind.DISPUTE_LOST] if lost else [])):
+            await self._cash.book(dispute_entry(dispute, payment, tenant.id, kind))
 
     async def _reversal(self, source: str, payment_id: str, amount: int | None) -> list[Clawback]:
         """The share of each of a payment's grants that ``amount`` of its minor units stands for; ``None`` is all."""
@@ -122,8 +147,8 @@ class Payments:
                 clawbacks.append(Clawback(f"{source}:{product_id}", tenant.id, credit.source, share))
         return clawbacks
 
-    async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> None:
-        """Lower the exposure by what this payment invoiced: the usage of the period that it closes."""
+    async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> int:
+        """Lower the exposure by what this payment invoiced: the usage of the period that it closes. Its cents."""
         meter_id = next((id_ for id_, name in (await self._inbox.names()).items() if name == CHARGE_METER), None)
         if meter_id is None:
             raise NotYet("no meter was made at Dodo yet")
@@ -132,6 +157,7 @@ class Payments:
             raise NotYet(f"the period of {subscription_id} that payment {payment.id} bills has no usage yet")
         if nanos := period.units.get(meter_id, 0):
             await self._ledger.repay_overage(f"payment:{payment.id}:{subscription_id}", tenant.id, nanos)
+        return period.cents.get(meter_id, 0)
 
     async def _tenant(self, customer_id: str) -> Tenant:
         tenant = await self._tenants.by_customer(customer_id)

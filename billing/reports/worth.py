@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from billing.catalog.plans import PlanKind
+from billing.catalog.plans import Pack, PlanKind
 from billing.catalog.publication import CatalogHistory
 from billing.money import Nanos, divide_up
 from billing.usage import OVERAGE, Draw, UsageRecord
+
+DAY_MS = 24 * 3_600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +25,10 @@ class Worth:
 
     def revenue(self, record: UsageRecord) -> Nanos:
         """What a record earned: postpaid draws in full, prepaid ones at what their credit was sold for."""
-        return Nanos(sum(self._of(draw, record) for draw in record.draws))
+        return Nanos(sum(self.of_draw(draw, record) for draw in record.draws))
 
-    def _of(self, draw: Draw, record: UsageRecord) -> int:
+    def of_draw(self, draw: Draw, record: UsageRecord) -> int:
+        """Nanos that one of its draws earned."""
         if draw.bucket == OVERAGE:
             return draw.amount
         if draw.price:
@@ -37,9 +40,20 @@ class Worth:
             return self._of_allowance(draw.amount, record)
         return 0  # granted by the operator
 
+    def of_grant(self, source: str, amount: int, at_ms: int) -> tuple[int, int]:
+        """Price and expiry of a grant from before 0.2, whose entry has neither. Price 0 of a gift; expiry 0 is never."""
+        kind, _, rest = source.partition(":")
+        pack = self._pack(rest.rpartition(":")[2], at_ms) if kind == "payment" else None
+        if pack is None:
+            return 0, 0
+        expires_ms = 0 if pack.expires_days is None else at_ms + pack.expires_days * DAY_MS
+        return divide_up(amount * pack.price, pack.grants.amount), expires_ms
+
+    def _pack(self, product_id: str, at_ms: int) -> Pack | None:
+        return self.history.at(at_ms).packs.get(self.products.get(product_id, "").removeprefix("pack:"))
+
     def _of_pack(self, amount: int, product_id: str, at_ms: int) -> int:
-        name = self.products.get(product_id, "").removeprefix("pack:")
-        pack = self.history.at(at_ms).packs.get(name)
+        pack = self._pack(product_id, at_ms)
         return 0 if pack is None else divide_up(amount * pack.price, pack.grants.amount)
 
     def _of_allowance(self, amount: int, record: UsageRecord) -> int:

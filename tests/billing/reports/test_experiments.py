@@ -91,7 +91,9 @@ def test_only_its_adapters_count_and_only_while_it_ran() -> None:
 def test_changed_experiment_is_another_one() -> None:
     """Until six o'clock with the terms of then; what was used behind that counts for the new ones."""
     [name] = members("raised", 1)
-    raised_more = Experiment.model_validate({"id": "raise", "arms": [{"id": "control"}, {"id": "raised", "multiplier": "2"}]})
+    raised_more = Experiment.model_validate(
+        {"id": "raise", "arms": [{"id": "control"}, {"id": "raised", "multiplier": "2"}]}
+    )
     worth = worth_with((0, [RAISE]), (6 * HOUR_MS, [raised_more]), (30 * HOUR_MS, []))
     records = [record(OVERAGE, hour * USD, tenant=name, occurred_at_ms=hour * HOUR_MS) for hour in (1, 5, 6)]
     found = results(records, [name], worth, DAY)
