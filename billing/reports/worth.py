@@ -41,7 +41,7 @@ class Worth:
         return 0  # granted by the operator
 
     def of_grant(self, source: str, amount: int, at_ms: int) -> tuple[int, int]:
-        """Price and expiry of a grant from before 0.2, whose entry has neither. Price 0 of a gift; expiry 0 is never."""
+        """Price (0 of a gift) and expiry (0 is never) of a grant from before 0.2, whose entry has neither."""
         kind, _, rest = source.partition(":")
         pack = self._pack(rest.rpartition(":")[2], at_ms) if kind == "payment" else None
         if pack is None:
