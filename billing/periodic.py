@@ -20,6 +20,7 @@ from billing.commerce.auto_refill.refiller import Refiller
 from billing.commerce.cash import CashBook
 from billing.commerce.context import Commerce
 from billing.commerce.customers import create_missing_customers
+from billing.commerce.price_watch import compare_products
 from billing.commerce.webhooks import Webhooks
 from billing.dodo.call_budget import Budget, SharedBudget
 from billing.dodo.client import Dodo
@@ -79,6 +80,7 @@ class Parts:
     counters: LiveCounters
     watch: Watch
     abuse_enforcer: AbuseEnforcer
+    commerce: Commerce
 
     async def close(self) -> None:
         await self.dodo.close()
@@ -111,6 +113,7 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
         counters=counters,
         watch=Watch(redis, dodo, budget),
         abuse_enforcer=AbuseEnforcer(tenants, notices, AddressSketches(redis), counters.habits),
+        commerce=commerce,
     )
 
 
@@ -129,6 +132,7 @@ class Intervals:
     subscriptions_s: float = 300.0
     prune_s: float = 3_600.0
     cash_s: float = 3_600.0
+    products_s: float = 3_600.0
     reconcile_store_s: float = 60.0
     reconcile_dodo_s: float = 3_600.0
 
@@ -191,6 +195,7 @@ class PeriodicTasks:
             PeriodicTask("subscriptions", intervals.subscriptions_s, _refresh_subscriptions),
             PeriodicTask("prune", intervals.prune_s, lambda parts, _: parts.webhooks.prune()),
             PeriodicTask("cash", intervals.cash_s, lambda parts, _: parts.cash.book_lines(parts.counted_dodo)),
+            PeriodicTask("products", intervals.products_s, lambda parts, _: compare_products(parts.commerce)),
             PeriodicTask("reconcile_store", intervals.reconcile_store_s, _reconcile_store),
             PeriodicTask("reconcile_dodo", intervals.reconcile_dodo_s, _reconcile_dodo, RECONCILE_DODO_LIMIT_S),
         ]

@@ -1,4 +1,4 @@
-"""Dodo's ids of what we made there, by our names: ``pack:small``, ``plan:pro``, the meter, the webhook endpoint."""
+"""Dodo's ids of what we made there, by our names: products by the key of their terms, the meter, the webhook."""
 
 from collections.abc import Mapping
 from typing import cast

@@ -13,6 +13,7 @@ from typing import Self, cast
 from redis.asyncio import Redis
 
 from billing.commerce.dodo_ids import all_ids
+from billing.commerce.products import Products
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import INBOX, INBOX_PARKED, PAYMENTS
@@ -157,7 +158,8 @@ class Inbox:
 
     async def names(self) -> dict[str, str]:
         """By Dodo's id, our name, such as ``pack:small``, of everything that we made at Dodo."""
-        return {id_: name for name, id_ in (await all_ids(self._redis)).items()}
+        sold = {id_: terms.name for id_, terms in (await Products(self._redis).all()).items()}
+        return {id_: name for name, id_ in (await all_ids(self._redis)).items()} | sold
 
 
 def _credits(text: str) -> tuple[PurchasedCredit, ...]:

@@ -7,12 +7,12 @@ Requests never ask Dodo: a licence key is looked up in the directory like any ot
 from collections.abc import Sequence
 
 from billing.commerce.context import Commerce
-from billing.commerce.inbox import Inbox
+from billing.commerce.dodo_ids import id_of
 from billing.commerce.signups import Signups
 from billing.commerce.waiting import NotYet
 from billing.dodo.wire import LicenceGrant
 from billing.tenants.errors import UnknownKey
-from billing.tenants.tenant import SHOWN_DIGITS, ApiKey, Tenant, hash_key
+from billing.tenants.tenant import BUYER_SCOPES, MADE_BY_DODO, SHOWN_DIGITS, ApiKey, Tenant, hash_key
 
 ENTITLEMENT = "entitlement:api-key"
 """Our name for the one entitlement at Dodo whose licence keys are API keys."""
@@ -24,7 +24,7 @@ ATTEMPTS = 5
 class Licences:
     def __init__(self, commerce: Commerce) -> None:
         self._dodo, self._tenants, self._clock = commerce.dodo, commerce.tenants, commerce.clock
-        self._inbox, self._signups = Inbox(commerce.redis), Signups(commerce)
+        self._redis, self._signups = commerce.redis, Signups(commerce)
 
     async def refresh(self, entitlement_id: str, customer_id: str) -> bool:
         """Bring a customer's keys in line with its grants as Dodo has them now.
@@ -38,7 +38,7 @@ class Licences:
             NotYet: the customer cannot be a tenant yet, or its keys keep changing.
             DodoUnavailable, DodoRefused: Dodo could not say.
         """
-        if (await self._inbox.names()).get(entitlement_id) != ENTITLEMENT:
+        if entitlement_id != await id_of(self._redis, ENTITLEMENT):
             return False
         tenant = await self._signups.tenant_of(customer_id)
         for _ in range(ATTEMPTS):
@@ -70,6 +70,8 @@ class Licences:
             shown=grant.key[:SHOWN_DIGITS],
             name="licence key",
             created_at_ms=self._clock(),
+            scopes=BUYER_SCOPES,
+            made_by=MADE_BY_DODO,
         )
         await self._tenants.add_key(key)
 

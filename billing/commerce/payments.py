@@ -1,14 +1,16 @@
 """Apply payments, refunds and disputes to a tenant's credit, in any order and any number of times.
 
-Only a succeeded payment grants, by product and quantity from our own configuration. Refunds and disputes
-claw back their share of it, together never more than it granted.
+Only a succeeded payment grants, by quantity and by the terms stored with the product that was paid for. Refunds and
+disputes claw back their share of it, together never more than it granted.
 """
 
 from collections.abc import Iterable
 
 from billing.commerce.cash import CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry
 from billing.commerce.context import Commerce
+from billing.commerce.dodo_ids import id_of
 from billing.commerce.inbox import CHARGE_METER, Inbox, PurchasedCredit
+from billing.commerce.products import Products
 from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
 from billing.commerce.waiting import NotYet
@@ -26,8 +28,9 @@ class Payments:
 
     def __init__(self, commerce: Commerce) -> None:
         self._dodo, self._ledger, self._tenants = commerce.dodo, commerce.ledger, commerce.tenants
-        self._catalog, self._clock = commerce.catalog, commerce.clock
-        self._inbox, self._cash = Inbox(commerce.redis), CashBook(commerce.redis)
+        self._redis, self._clock = commerce.redis, commerce.clock
+        self._inbox, self._products = Inbox(commerce.redis), Products(commerce.redis)
+        self._cash = CashBook(commerce.redis)
         self._subscriptions, self._signups = Subscriptions(commerce), Signups(commerce)
 
     async def succeeded(self, payment: Payment) -> None:
@@ -49,13 +52,13 @@ class Payments:
         starts_ms, ends_ms = (of.get(subscription_id) for of in (payment.service_starts_ms, payment.service_ends_ms))
         if starts_ms is None or ends_ms is None:
             return []
-        subscription, catalog = tenant.subscription, await self._catalog()
-        if subscription is None or subscription.id != subscription_id or catalog is None:
+        subscription = tenant.subscription
+        if subscription is None or subscription.id != subscription_id:
             return [(Fee(subscription_id, starts_ms, ends_ms), Nanos(0))]
         if abs(subscription.period_start_ms - starts_ms) <= HOUR_MS:
             starts_ms = subscription.period_start_ms  # the allowance bears this one in its name
-        plan = catalog.plan_named(subscription.plan)
-        return [(Fee(subscription_id, starts_ms, ends_ms), plan.monthly_price if plan else Nanos(0))]
+        price = Nanos(subscription.sold.price) if subscription.sold else Nanos(0)
+        return [(Fee(subscription_id, starts_ms, ends_ms), price)]
 
     async def _buyer(self, payment: Payment) -> Tenant:
         """The tenant that paid. A customer becomes one by buying something of ours, and not otherwise."""
@@ -79,7 +82,7 @@ class Payments:
         return await self._inbox.fix_purchase(payment.id, await self._credits(payment)) if known is None else known
 
     async def _credits(self, payment: Payment) -> list[PurchasedCredit]:
-        """What the cart's packs grant by our configuration. Other products of a subscription buy nothing."""
+        """What the cart's packs grant by the terms of their products. A plan grants by its subscription, not here."""
         lines = payment.lines
         if not lines and not payment.subscription_ids:
             lines = (await self._dodo.retrieve_payment(payment.id)).lines
@@ -88,23 +91,25 @@ class Payments:
         quantities: dict[str, int] = {}
         for line in lines:
             quantities[line.product_id] = quantities.get(line.product_id, 0) + line.quantity
-        names, catalog = await self._inbox.names(), await self._catalog()
         credits_: list[PurchasedCredit] = []
         for product_id, quantity in sorted(quantities.items()):
-            kind, _, name = names.get(product_id, "").partition(":")
-            if kind == "plan":
-                continue
-            if kind != "pack" or catalog is None or name not in catalog.packs:
+            sold = await self._products.terms(product_id)
+            if sold is None:
                 raise NotYet(f"product {product_id} of payment {payment.id} is no pack of ours")
+            if sold.kind == "plan":
+                continue
             if quantity < 1:
                 raise NotYet(f"payment {payment.id} has {quantity} of {product_id}")
-            pack = catalog.packs[name]
+            grants = sold.grants
+            assert grants is not None, "a pack grants something"
             paid_at = payment.created_at_ms if payment.created_at_ms is not None else self._clock()
-            expires = None if pack.expires_days is None else paid_at + pack.expires_days * DAY_MS
-            source, granted, price = f"payment:{payment.id}:{product_id}", pack.grants, pack.price * quantity
-            credits_.append(
-                PurchasedCredit(source, granted.unit, granted.amount * quantity, expires, granted.adapters, price)
+            expires = None if sold.expires_days is None else paid_at + sold.expires_days * DAY_MS
+            source, amount, price = (
+                f"payment:{payment.id}:{product_id}",
+                grants.amount * quantity,
+                sold.price * quantity,
             )
+            credits_.append(PurchasedCredit(source, grants.unit, amount, expires, grants.adapters, price))
         return credits_
 
     async def refunded(self, refund: Refund) -> None:
@@ -149,8 +154,8 @@ class Payments:
 
     async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> int:
         """Lower the exposure by what this payment invoiced: the usage of the period that it closes. Its cents."""
-        meter_id = next((id_ for id_, name in (await self._inbox.names()).items() if name == CHARGE_METER), None)
-        if meter_id is None:
+        meter_id = await id_of(self._redis, CHARGE_METER)
+        if not meter_id:
             raise NotYet("no meter was made at Dodo yet")
         period = _closed_period(payment, subscription_id, await self._dodo.usage_history(subscription_id))
         if period is None:

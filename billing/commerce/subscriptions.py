@@ -7,8 +7,9 @@ import stamina
 
 from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Plan
+from billing.catalog.terms import Terms
 from billing.commerce.context import Commerce
-from billing.commerce.inbox import Inbox
+from billing.commerce.products import Products
 from billing.commerce.signups import Signups
 from billing.commerce.waiting import NotYet
 from billing.dodo.wire import DodoSubscription
@@ -26,7 +27,7 @@ class Subscriptions:
     def __init__(self, commerce: Commerce) -> None:
         self._dodo, self._tenants = commerce.dodo, commerce.tenants
         self._catalog, self._clock = commerce.catalog, commerce.clock
-        self._inbox, self._signups = Inbox(commerce.redis), Signups(commerce)
+        self._products, self._signups = Products(commerce.redis), Signups(commerce)
 
     async def refresh(self, subscription_id: str, past_due_ends_at_ms: int | None = None) -> Tenant:
         """Ask Dodo for this subscription and store what it says now.
@@ -47,26 +48,28 @@ class Subscriptions:
         So an older answer never replaces a newer one.
         """
         first = await self._dodo.retrieve_subscription(subscription_id)
-        await self._plan_of(first)
+        await self._sold_by(first)
         before = await self._signups.tenant_of(first.customer_id)
         found = await self._dodo.retrieve_subscription(subscription_id)
-        plan_name, plan, catalog = await self._plan_of(found)
+        sold, plan, catalog = await self._sold_by(found)
 
         def change(tenant: Tenant) -> Tenant:
             if tenant.subscription != before.subscription:
                 raise _Raced
-            stored = as_stored(found, plan_name, plan, tenant, past_due_ends_at_ms, self._clock())
+            stored = as_stored(found, sold, plan, tenant, past_due_ends_at_ms, self._clock())
             return applied(tenant, stored, catalog.default_plan, self._clock())
 
         return await self._tenants.update(before.id, change)
 
-    async def _plan_of(self, found: DodoSubscription) -> tuple[str, Plan, Catalog]:
-        catalog = await self._catalog()
-        kind, _, name = (await self._inbox.names()).get(found.product_id, "").partition(":")
-        plan = catalog.plan_named(name) if catalog is not None and kind == "plan" else None
-        if catalog is None or plan is None:
+    async def _sold_by(self, found: DodoSubscription) -> tuple[Terms, Plan, Catalog]:
+        """The terms of the product that a subscription pays, their plan, and the catalog in force."""
+        sold, catalog = await self._products.terms(found.product_id), await self._catalog()
+        if sold is None or sold.kind != "plan":
             raise NotYet(f"product {found.product_id} is no plan of ours")
-        return name, plan, catalog
+        plan = catalog.plan_named(sold.plain_name) if catalog is not None else None
+        if catalog is None or plan is None:
+            raise NotYet(f"no catalog with the plan {sold.plain_name} is in force yet")
+        return sold, plan, catalog
 
 
 def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_ms: int) -> Tenant:
@@ -93,7 +96,7 @@ def applied(tenant: Tenant, subscription: Subscription, default_plan: str, now_m
 
 
 def as_stored(
-    found: DodoSubscription, plan_name: str, plan: Plan, tenant: Tenant, past_due_ends_at_ms: int | None, now_ms: int
+    found: DodoSubscription, sold: Terms, plan: Plan, tenant: Tenant, past_due_ends_at_ms: int | None, now_ms: int
 ) -> Subscription:
     known = tenant.subscription if tenant.subscription and tenant.subscription.id == found.id else None
     grace_ends = None
@@ -104,11 +107,13 @@ def as_stored(
         grace_ends = min(ends, default=None)
     return Subscription(
         id=found.id,
-        plan=plan_name,
+        plan=sold.plain_name,
         status=found.status,
         period_start_ms=found.period_start_ms,
         period_end_ms=found.period_end_ms,
         past_due_ends_at_ms=grace_ends,
         cancel_at_period_end=found.cancel_at_period_end,
         paused_at_ms=known.paused_at_ms if found.paused_at_ms is None and known is not None else found.paused_at_ms,
+        product_id=found.product_id,
+        sold=sold,
     )

@@ -1,11 +1,11 @@
 """Makes at Dodo what our configuration sells: one meter, products for packs and postpaid plans, the webhook.
 
-Run it any number of times: what exists is found again, nothing is deleted or changed, and what
-differs from the configuration is reported.
+Run it any number of times: what exists is found again, and nothing is deleted or changed. A product that differs from
+the configuration, there or in its stored terms, is left as it is, and a new one takes its place.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 
@@ -13,9 +13,12 @@ from dodopayments.types.price_param import OneTimePrice, PriceParam, UsageBasedP
 from redis.asyncio import Redis
 
 from billing.catalog.catalog import Catalog
+from billing.catalog.publication import current
+from billing.catalog.terms import Terms
 from billing.commerce.dodo_ids import all_ids, keep_ids
 from billing.commerce.inbox import CHARGE_METER
 from billing.commerce.licences import ENTITLEMENT
+from billing.commerce.products import Products, sold
 from billing.dodo.client import Dodo
 from billing.dodo.wire import DodoMeter, DodoProduct
 from billing.export.events import CHARGE
@@ -29,7 +32,7 @@ CENTS_PER_NANO = "0.0000001"
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Something at Dodo that is not as our configuration says. Nothing was changed."""
+    """A way in which the product that was sold until now differs from the configuration; a new one takes its place."""
 
     name: str
     what: str
@@ -43,6 +46,7 @@ class SyncReport:
     """Our names of what was made now, or would be, such as ``pack:small``."""
     found: tuple[str, ...]
     drift: tuple[Drift, ...]
+    """Why products were made anew, or would be."""
     webhook_secret: str = field(default="", repr=False)
     """What the endpoint's deliveries are signed with; empty where no endpoint was asked for."""
 
@@ -51,21 +55,31 @@ class SyncReport:
 class _Wanted:
     """A product as our configuration describes it."""
 
-    name: str
-    title: str
-    cents: int
+    terms: Terms
     meter_id: str | None = None
     """``None`` for a product sold once."""
-    hands_out_key: bool = False
+
+    @property
+    def title(self) -> str:
+        kind = "Credit pack" if self.terms.kind == "pack" else "Plan"
+        return f"{kind} {self.terms.plain_name}"
+
+    @property
+    def cents(self) -> int:
+        return divide_up(self.terms.price, NANOS_PER_CENT)
 
     @property
     def price(self) -> PriceParam:
         if self.meter_id is None:
-            return OneTimePrice(type="one_time_price", price=self.cents, currency="USD")
+            return OneTimePrice(
+                type="one_time_price", price=self.cents, currency="USD", discount=0, purchasing_power_parity=False
+            )
         return UsageBasedPrice(
             type="usage_based_price",
             fixed_price=self.cents,
             currency="USD",
+            discount=0,
+            purchasing_power_parity=False,
             payment_frequency_count=1,
             payment_frequency_interval="Month",
             subscription_period_count=20,
@@ -74,10 +88,13 @@ class _Wanted:
         )
 
     def drift(self, product: DodoProduct) -> Iterator[Drift]:
+        """What the product at Dodo has otherwise than it must for these terms."""
         kind = "one_time_price" if self.meter_id is None else "usage_based_price"
-        pairs = [("kind", kind, product.kind), ("cents", str(self.cents), str(product.cents))]
-        pairs.append(("currency", "USD", product.currency))
-        pairs.append(("licence key", str(self.hands_out_key), str(product.hands_out_key)))
+        pairs = [
+            ("kind", kind, product.kind),
+            ("price", _price(self.cents, "USD"), _price(product.cents, product.currency)),
+        ]
+        pairs.append(("licence key", _yes(self.terms.licence_key), _yes(product.hands_out_key)))
         if self.meter_id is not None:
             meters = {m.meter_id: m for m in product.meters}
             price = meters[self.meter_id].price_per_unit if self.meter_id in meters else "none"
@@ -85,7 +102,7 @@ class _Wanted:
             pairs.append(("free_threshold", "0", str(sum(m.free_threshold for m in product.meters))))
         for what, ours, theirs in pairs:
             if not _is_same(ours, theirs):
-                yield Drift(self.name, what, ours, theirs)
+                yield Drift(self.terms.name, what, ours, theirs)
 
 
 async def plan(dodo: Dodo, redis: Redis, catalog: Catalog, webhook_url: str = "") -> SyncReport:
@@ -109,22 +126,23 @@ class _Sync:
     dodo: Dodo
     is_dry: bool
     created: list[str] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+    """Products that need not be made."""
     drift: list[Drift] = field(default_factory=list)
     ids: dict[str, str] = field(default_factory=dict)
-    """Dodo's id by our name; empty for what a dry pass would make."""
+    """Dodo's id of the meter, the entitlement and the webhook; empty for what a dry pass would make."""
 
     async def run(self, redis: Redis, catalog: Catalog, webhook_url: str) -> SyncReport:
-        known = await all_ids(redis)
+        known, wanted = await all_ids(redis), sold(catalog)
         await self._meter(known)
-        sold = [pack.licence_key for pack in catalog.packs.values()]
-        if any([*sold, *(plan.licence_key for plan in catalog.plans.values())]):
+        if any(terms.licence_key for terms in wanted):
             await self._entitlement()
-        await self._products(known, catalog)
+        await self._products(Products(redis), wanted, await current(redis))
         secret = await self._webhook(webhook_url) if webhook_url else ""
         if not self.is_dry:
             await keep_ids(redis, self.ids)
-        found = tuple(name for name in self.ids if name not in self.created)
-        return SyncReport(tuple(self.created), found, tuple(self.drift), secret)
+        found = [*(name for name in self.ids if name not in self.created), *self.found]
+        return SyncReport(tuple(self.created), tuple(found), tuple(self.drift), secret)
 
     async def _meter(self, known: Mapping[str, str]) -> None:
         meter = _find_meter(known.get(CHARGE_METER, ""), await self.dodo.meters())
@@ -143,18 +161,34 @@ class _Sync:
                 found = await self.dodo.create_licence_entitlement(ENTITLEMENT, "Farebox API key")
         self.ids[ENTITLEMENT] = found
 
-    async def _products(self, known: Mapping[str, str], catalog: Catalog) -> None:
-        by_id, by_tag = _index(await self.dodo.products())
-        for wanted in _wanted(catalog, self.ids[CHARGE_METER]):
-            product = by_id.get(known.get(wanted.name, "")) or by_tag.get(wanted.name)
-            if product is not None:
-                self.drift += wanted.drift(await self.dodo.retrieve_product(product.id))
+    async def _products(self, products: Products, wanted: Sequence[Terms], in_force: Catalog | None) -> None:
+        there, stored = await self.dodo.products(), await products.all()
+        sold_before = {terms.name: terms for terms in sold(in_force)} if in_force else {}
+        for terms in wanted:
+            one = _Wanted(terms, self.ids[CHARGE_METER] if terms.kind == "plan" else None)
+            preferred = await products.id_for(terms)
+            same = [p for p in there if p.id == preferred or stored.get(p.id) == terms or p.tag == terms.key]
+            same.sort(key=lambda product: product.id != preferred)
+            drift: list[Drift] = []
+            product_id = ""
+            for product in same:
+                differences = list(one.drift(await self.dodo.retrieve_product(product.id)))
+                if not differences:
+                    product_id = product.id
+                    break
+                drift = drift or differences
+            if product_id:
+                self.found.append(terms.name)
             else:
-                self.created.append(wanted.name)
+                before = sold_before.get(terms.name)
+                changed = () if before is None or drift else terms.differences(before)
+                self.drift += drift or [Drift(terms.name, *difference) for difference in changed]
+                self.created.append(terms.name)
                 if not self.is_dry:
-                    given = [self.ids[ENTITLEMENT]] if wanted.hands_out_key else []
-                    product = await self.dodo.create_product(wanted.name, wanted.title, wanted.price, given)
-            self.ids[wanted.name] = product.id if product else ""
+                    given = [self.ids[ENTITLEMENT]] if terms.licence_key else []
+                    product_id = (await self.dodo.create_product(terms.key, one.title, one.price, given)).id
+            if product_id and not self.is_dry:
+                await products.add(product_id, terms)
 
     async def _webhook(self, url: str) -> str:
         """The secret of the endpoint of this address; empty for one that a dry pass would make."""
@@ -168,29 +202,18 @@ class _Sync:
         return await self.dodo.webhook_secret(endpoint) if endpoint else ""
 
 
-def _wanted(catalog: Catalog, meter_id: str) -> list[_Wanted]:
-    packs = [
-        _Wanted(f"pack:{name}", f"Credit pack {name}", divide_up(pack.price, NANOS_PER_CENT), None, pack.licence_key)
-        for name, pack in catalog.packs.items()
-    ]
-    plans = [
-        _Wanted(
-            f"plan:{name}", f"Plan {name}", divide_up(plan.monthly_price, NANOS_PER_CENT), meter_id, plan.licence_key
-        )
-        for name, plan in catalog.plans.items()
-        if plan.is_postpaid
-    ]
-    return packs + plans
-
-
 def _find_meter(known_id: str, meters: list[DodoMeter]) -> DodoMeter | None:
     """The meter we made, or one that sums the same thing: two of them would charge twice."""
     fits = [m for m in meters if (m.event_name, m.aggregation, m.key) == (CHARGE, "sum", METER_KEY)]
     return next((m for m in fits if m.id == known_id), fits[0] if fits else None)
 
 
-def _index(products: list[DodoProduct]) -> tuple[Mapping[str, DodoProduct], Mapping[str, DodoProduct]]:
-    return {p.id: p for p in products}, {p.tag: p for p in reversed(products) if p.tag}
+def _price(cents: int, currency: str) -> str:
+    return f"${cents // 100}.{cents % 100:02}" if currency == "USD" else f"{cents} minor units of {currency}"
+
+
+def _yes(answer: bool) -> str:
+    return "yes" if answer else "no"
 
 
 def _is_same(ours: str, theirs: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from billing.catalog.abuse import Abuse
 from billing.catalog.catalog import Catalog, Model
-from billing.catalog.plans import Limits, Plan, PlanKind
+from billing.catalog.plans import Limits, Plan, PlanKind, Quota
 from billing.clock import Clock, month_of, month_start_ms, now_ms, unix_ms
 from billing.errors import Refusal
 from billing.ledger.account import Bucket, Funding, Hold, HoldRequest
@@ -159,23 +159,26 @@ def plan_of(tenant: Tenant, catalog: Catalog) -> Plan:
 def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
     """What a tenant may draw on besides packs: this period's allowance, and credit while it is extended."""
     if plan.kind is PlanKind.FREE:
+        assert plan.allowance is not None, "a free plan has an allowance"
         start, end = month_of(now_ms)
-        return _funding(tenant, plan, f"allowance:free:{start:%Y-%m}", unix_ms(end))
+        return _funding(tenant, plan.allowance, f"allowance:free:{start:%Y-%m}", unix_ms(end))
     subscription = tenant.subscription
     is_carried = subscription is not None and subscription.plan == tenant.plan and subscription.is_live(now_ms)
     if not plan.is_postpaid or subscription is None or not is_carried:
         return Funding()
     credit_limit = plan.credit_limit if subscription.extends_credit(now_ms) else Nanos(0)
-    if plan.allowance is None or now_ms >= subscription.period_end_ms:
+    quota = plan.allowance if subscription.sold is None else subscription.sold.grants
+    if quota is None or now_ms >= subscription.period_end_ms:
         return Funding(credit_limit=credit_limit)
     period = f"allowance:{subscription.id}:{subscription.period_start_ms}"
-    return _funding(tenant, plan, period, subscription.period_end_ms, credit_limit)
+    price = Nanos(plan.monthly_price if subscription.sold is None else subscription.sold.price)
+    return _funding(tenant, quota, period, subscription.period_end_ms, credit_limit, price)
 
 
-def _funding(tenant: Tenant, plan: Plan, period: str, ends_at_ms: int, credit_limit: Nanos = Nanos(0)) -> Funding:
+def _funding(
+    tenant: Tenant, quota: Quota, period: str, ends_at_ms: int, credit_limit: Nanos = Nanos(0), price: Nanos = Nanos(0)
+) -> Funding:
     """An allowance of one period and one plan: who changes the plan within a period gets the new plan's."""
-    quota = plan.allowance
-    assert quota is not None, "a plan with periods has an allowance"
     allowance = Bucket(
         id=BucketId(f"{period}:{tenant.plan}"),
         unit=quota.unit,
@@ -184,14 +187,9 @@ def _funding(tenant: Tenant, plan: Plan, period: str, ends_at_ms: int, credit_li
         expires_at_ms=ends_at_ms,
         adapters=quota.adapters,
         is_allowance=True,
-        price=_sold_for(plan),
+        price=price,
     )
     return Funding(allowance, credit_limit, former_allowance_id=BucketId(period))
-
-
-def _sold_for(plan: Plan) -> Nanos:
-    """What a period's allowance was sold for."""
-    return plan.monthly_price if plan.kind is PlanKind.SUBSCRIPTION else Nanos(0)
 
 
 def _explained(refusal: InsufficientCredits, plan: Plan, funding: Funding) -> InsufficientCredits:

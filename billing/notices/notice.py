@@ -27,6 +27,10 @@ class NoticeKind(StrEnum):
     """A usage record is not as it was written, and is not exported to Dodo."""
     KEY_THROTTLED = "key.quarantined"
     """A key is used like a stolen one: it is throttled until a person lifts that."""
+    PRODUCT_DIFFERS = "product.differs"
+    """A product at Dodo has another price, say, than it was made with."""
+    PRODUCT_MISSING = "product.missing"
+    """Something that is on sale is not at Dodo, so that it cannot be bought."""
     ITEM_STUCK = "task.item_stuck"
     """A periodic task of the billing actor fails again and again for one tenant, webhook or shard, its ``item``."""
 

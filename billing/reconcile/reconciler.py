@@ -13,7 +13,8 @@ from redis.asyncio import Redis
 from billing.archive.archive_cursor import ArchiveCursor
 from billing.archive.files import Archive
 from billing.clock import Clock, now_ms
-from billing.commerce.inbox import CHARGE_METER, Inbox
+from billing.commerce.dodo_ids import id_of
+from billing.commerce.inbox import CHARGE_METER
 from billing.dodo.call_budget import Budget, CallBudget
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused, DodoUnavailable
@@ -135,8 +136,7 @@ class Reconciler:
         return Report(tuple(row for found in rows.values() for row in found), tuple(unproven))
 
     async def _meter_id(self) -> str:
-        names = await Inbox(self.redis).names()
-        return next((id_ for id_, name in names.items() if name == CHARGE_METER), "")
+        return await id_of(self.redis, CHARGE_METER)
 
     async def _begin(self) -> None:
         marks = {} if self.is_full else await Watermarks(self.redis).all()

@@ -3,8 +3,8 @@
 A fold: the journal and the cash book are read from their beginning, in order, and both only grow at their end.
 So a month that is over is the same whenever it is asked for, whatever was changed since.
 
-Credit that was sold is deferred revenue until it is used or expires. What is left of it is worth its share of the price,
-rounded down, and a draw earns the difference that it makes: in the end exactly the price was earned, and no nano more.
+Credit that was sold is deferred revenue until it is used or expires. What is left of it is worth its share of the
+price, rounded down, and a draw earns the difference that it makes: in the end exactly the price was earned.
 """
 
 from collections import Counter, defaultdict, deque

@@ -21,7 +21,19 @@ from redis.asyncio import Redis
 from billing.store.connection import primaries_of
 from billing.store.errors import StoreRefused
 from billing.store.guard import BULK_DEADLINE_S, guarded, is_unfit
-from billing.store.keys import CATALOG_CURRENT, GATEWAYS, META, PLANS, SCHEMA, TENANTS, api_key, catalog, shard_for
+from billing.store.keys import (
+    CATALOG_CURRENT,
+    DODO_IDS,
+    GATEWAYS,
+    META,
+    PLANS,
+    PRODUCTS,
+    SCHEMA,
+    TENANTS,
+    api_key,
+    catalog,
+    shard_for,
+)
 from billing.store.schema import Version, open_schema, raise_fences, read_version
 from billing.usage import TenantId
 
@@ -189,11 +201,44 @@ async def _publish_catalog(redis: Redis, is_dry: bool) -> int:
     return int(new is not None)
 
 
+async def _keep_terms(redis: Redis, is_dry: bool) -> int:
+    """Until now a product at Dodo granted by the catalog in force. From now on it has terms of its own: these."""
+    async with guarded(BULK_DEADLINE_S):
+        ids = cast(Mapping[str, str], await redis.hgetall(DODO_IDS))
+        current = cast(str | None, await redis.get(CATALOG_CURRENT))
+        text = cast(str | None, await redis.get(catalog(current))) if current else None
+        plans = cast(Mapping[str, str], await redis.hgetall(PLANS))
+        known = cast(Sequence[str], await redis.hkeys(PRODUCTS))
+        in_force: Value = json.loads(text) if text else {"packs": {}, "plans": {}}
+        packs, ever = in_force["packs"], {name: json.loads(plan) for name, plan in plans.items()} | in_force["plans"]
+        found = {f"pack:{name}": _terms_of_pack(name, pack) for name, pack in packs.items()}
+        found |= {f"plan:{name}": _terms_of_plan(name, plan) for name, plan in ever.items()}
+        new = {id_: json.dumps(found[name]) for name, id_ in ids.items() if name in found and id_ not in known}
+        if new and not is_dry:
+            await redis.hset(PRODUCTS, mapping=new)  # type: ignore[arg-type]
+    return len(new)
+
+
+def _terms_of_pack(name: str, pack: Value) -> Value:
+    same: Value = {field: pack[field] for field in ("price", "grants", "expires_days", "licence_key") if field in pack}
+    return {"name": f"pack:{name}", **same}
+
+
+def _terms_of_plan(name: str, plan: Value) -> Value:
+    return {
+        "name": f"plan:{name}",
+        "price": plan.get("monthly_price", "0"),
+        "grants": plan.get("allowance"),
+        "licence_key": plan.get("licence_key", False),
+    }
+
+
 _STEPS: Mapping[int, Mapping[str, Callable[[Redis, bool], Awaitable[int]]]] = {
     2: {
         "API keys: quarantine is called throttled": _name_throttled_keys,
         "plans: overage_cap is called credit_limit": _name_credit_limits,
         "catalog in force: the same in its plans, quarantined is called rejected": _publish_catalog,
+        "products at Dodo: their terms, those of the catalog in force": _keep_terms,
     },
 }
 """By the version that they lead to. A step returns how many values it changed, or would change in a dry run."""

@@ -6,7 +6,7 @@ nothing.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -27,7 +27,18 @@ from billing.tenants.errors import (
     UnknownKey,
     UnknownTenant,
 )
-from billing.tenants.tenant import KEY_PREFIX, ApiKey, Principal, Tenant, hash_key, successor
+from billing.tenants.tenant import (
+    KEY_PREFIX,
+    ApiKey,
+    Principal,
+    Scope,
+    Tenant,
+    check_scopes,
+    hash_key,
+    in_order,
+    made_by,
+    successor,
+)
 from billing.usage import TenantId
 
 CACHE_S = 0.9
@@ -139,7 +150,13 @@ class Tenants:
             return [TenantId(str(i)) for i in sorted(await self._redis.smembers(names.CUSTOMERS_WANTED))]
 
     async def add_key(self, key: ApiKey) -> None:
-        """One that is there stays as it is: who adds it late does not undo its end. Raises: UnknownTenant."""
+        """One that is there stays as it is: who adds it late does not undo its end.
+
+        Raises:
+            UnknownTenant: there is none of that id.
+            ScopesRefused: its scopes do not go with its bounds.
+        """
+        check_scopes(key)
         await self._text_of(key.tenant)
         async with guarded():
             await write(
@@ -180,20 +197,42 @@ class Tenants:
 
         return await self.change_key(tenant_id, key_id, ending)
 
-    async def rotate_key(self, tenant_id: TenantId, key_id: str, grace_ms: int) -> tuple[str, ApiKey]:
+    async def rotate_key(
+        self, tenant_id: TenantId, key_id: str, grace_ms: int, maker: ApiKey | None = None
+    ) -> tuple[str, ApiKey]:
         """A new secret for a key; the old one works for the grace that is given.
+
+        ``maker`` is the key that rotates it; ``None`` is the operator.
 
         Raises:
             UnknownKey: the tenant has none of that id.
             KeyNotRotated: it has ended, or is a licence key.
+            ScopeMissing: it may do more than its maker.
         """
         old, now = await self.key(tenant_id, key_id), self._clock()
         if not old.is_usable(now) or not old.is_ours:
             raise KeyNotRotated(key_id, "it has ended" if old.is_ours else "Dodo made it and replaces it")
         secret, made = successor(old, now)
+        made = made if maker is None else made_by(maker, made)
         await self.add_key(made)
         await self.expire_key(tenant_id, key_id, now + grace_ms)
         return secret, made
+
+    async def set_scopes(self, tenant_id: TenantId, key_id: str, scopes: Iterable[Scope]) -> ApiKey:
+        """Let a key be used for these and nothing else, everywhere within a second.
+
+        Raises:
+            UnknownKey: the tenant has none of that id.
+            ScopesRefused: they do not go with its bounds.
+        """
+        wanted = in_order(scopes)
+
+        def changed(key: ApiKey) -> ApiKey:
+            new = key.model_copy(update={"scopes": wanted})
+            check_scopes(new)
+            return new
+
+        return await self.change_key(tenant_id, key_id, changed)
 
     async def lift_key(self, tenant_id: TenantId, key_id: str) -> ApiKey:
         """Lift a key's throttle; it is not throttled again for a day. Raises UnknownKey."""

@@ -66,11 +66,33 @@ class KeyNotRotated(Refusal):
         return f"API key {self.key_id!r} cannot be rotated, {self.reason}: make a new key"
 
 
-class KeysNotManaged(Refusal):
-    """A key that may not make, rotate or revoke keys asked to."""
+@dataclass(eq=False)
+class ScopeMissing(Refusal):
+    """A key may not be used for what it was sent for."""
+
+    scope: str
+    is_throttled: bool = False
+    """It has the scope, which its throttle suspends."""
+    of_other: bool = False
+    """The key that it makes or rotates has the scope, and it has not."""
 
     def __str__(self) -> str:
-        return (
-            "this key may not manage keys, or is throttled: use one that was made with `manages_keys`, "
-            "or ask the operator"
-        )
+        if self.is_throttled:
+            return (
+                f"this key is throttled, which suspends its scope `{self.scope}`: GET /v1/account says why, "
+                "the operator lifts it"
+            )
+        what = ", so it can neither make nor rotate a key that has it" if self.of_other else ""
+        return f"this key lacks the scope `{self.scope}`{what}: use a key that has it, or ask the operator for one"
+
+
+@dataclass(eq=False)
+class ScopesRefused(Refusal):
+    """A key cannot have this scope together with its bounds."""
+
+    scope: str
+    bound: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"a key with the scope `{self.scope}` takes no {self.bound}: {self.reason}; leave one of them out"

@@ -2,14 +2,17 @@
 
 import hashlib
 import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, computed_field, model_validator
 
 from billing.catalog.plans import NO_LIMITS, Limits
+from billing.catalog.terms import Terms
 from billing.pricing.prices import Usd
+from billing.tenants.errors import ScopeMissing, ScopesRefused
 from billing.usage import TenantId
 
 KEY_PREFIX = "fbx_"
@@ -59,6 +62,10 @@ class Subscription(_Stored):
     cancel_at_period_end: bool = False
     paused_at_ms: int | None = None
     """When its latest pause began: until then Dodo has invoiced what was used."""
+    product_id: str = ""
+    """Of Dodo's product that it pays; empty for one that was stored before products had terms."""
+    sold: Terms | None = None
+    """What that product sells each period, which a later change of the plan does not alter."""
 
     @property
     def is_last_period(self) -> bool:
@@ -114,6 +121,31 @@ class Throttle(_Stored):
     since_ms: int
 
 
+class Scope(StrEnum):
+    """What a key may be used for; each route of the API asks for one."""
+
+    INFERENCE = "inference"
+    USAGE_READ = "usage:read"
+    """Account, usage, records and offers."""
+    KEYS_WRITE = "keys:write"
+    """Make, rotate and revoke the tenant's keys."""
+    BILLING_READ = "billing:read"
+    """Invoices, and how auto-refill is set up."""
+    BILLING_WRITE = "billing:write"
+    """Checkout, portal, auto-refill: what charges a card or changes what is paid for."""
+
+
+BILLING = (Scope.BILLING_READ, Scope.BILLING_WRITE)
+NEW_KEY_SCOPES = (Scope.INFERENCE, Scope.USAGE_READ)
+"""Of a key for which no scopes are chosen."""
+BUYER_SCOPES = (*NEW_KEY_SCOPES, *BILLING)
+"""Of a licence key: its buyer may have no other key to buy again with."""
+SUSPENDED_BY_THROTTLE = (Scope.KEYS_WRITE, *BILLING)
+
+MADE_BY_OPERATOR = "admin"
+MADE_BY_DODO = "dodo"
+
+
 class ApiKey(_Stored):
     """A key as it is stored: never the key itself."""
 
@@ -133,8 +165,10 @@ class ApiKey(_Stored):
     daily_cap: Usd | None = None
     """The most that it may spend in a day, in UTC."""
     monthly_cap: Usd | None = None
-    manages_keys: bool = False
-    """It may make, rotate and revoke its tenant's keys."""
+    scopes: tuple[Scope, ...] = ()
+    """What it may be used for, in the order of ``Scope``."""
+    made_by: str = ""
+    """The id of the key that made or rotated it, ``admin`` or ``dodo``; empty in records from before 0.2."""
     throttled: Throttle | None = Field(default=None, validation_alias=AliasChoices("throttled", "quarantine"))
     lifted_at_ms: int = 0
     """When a person last lifted its throttle."""
@@ -146,8 +180,46 @@ class ApiKey(_Stored):
         """Not a licence key, which Dodo made and ends."""
         return self.shown.startswith(KEY_PREFIX)
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def manages_keys(self) -> bool:
+        """The scope ``keys:write``, under its name before 0.2."""
+        return Scope.KEYS_WRITE in self.scopes
+
+    @property
+    def is_bounded(self) -> bool:
+        """It may do less than its tenant: it has models, limits or a spend cap of its own."""
+        return self.models is not None or self.limits != NO_LIMITS or self.has_spend_cap
+
+    @property
+    def has_spend_cap(self) -> bool:
+        return self.daily_cap is not None or self.monthly_cap is not None
+
     def is_usable(self, now_ms: int) -> bool:
         return self.revoked_at_ms is None and (self.expires_at_ms is None or now_ms < self.expires_at_ms)
+
+    def require(self, scope: Scope) -> None:
+        """Raises ScopeMissing unless the key may be used for this now."""
+        if scope not in self.scopes:
+            raise ScopeMissing(scope)
+        if self.throttled is not None and scope in SUSPENDED_BY_THROTTLE:
+            raise ScopeMissing(scope, is_throttled=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_scopes(cls, stored: object) -> object:
+        """Give scopes to a record from before 0.2, when every key might buy.
+
+        One without bounds of its own keeps that; one with bounds was never meant to, nor to manage keys.
+        """
+        if not isinstance(stored, Mapping) or "scopes" in stored:
+            return stored
+        bounds = (stored.get(name) for name in ("models", "daily_cap", "monthly_cap"))
+        limits = Limits.model_validate(stored.get("limits", NO_LIMITS))
+        if limits != NO_LIMITS or any(bound is not None for bound in bounds):
+            return {**stored, "scopes": NEW_KEY_SCOPES}
+        managing = (Scope.KEYS_WRITE,) if stored.get("manages_keys") else ()
+        return {**stored, "scopes": in_order((*BUYER_SCOPES, *managing))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +235,50 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
+def in_order(scopes: Iterable[Scope]) -> tuple[Scope, ...]:
+    """Each scope once, in the order of ``Scope``."""
+    given = set(scopes)
+    return tuple(scope for scope in Scope if scope in given)
+
+
+def check_scopes(key: ApiKey) -> None:
+    """Raises ScopesRefused where a key's scopes would make its bounds worthless."""
+    if Scope.KEYS_WRITE in key.scopes and key.is_bounded:
+        raise ScopesRefused(Scope.KEYS_WRITE, "model, limit or cap", "it could make a key without")
+    for scope in BILLING:
+        if scope in key.scopes and key.has_spend_cap:
+            raise ScopesRefused(scope, "spend cap", "it could spend more through the saved card")
+
+
+def made_by(maker: ApiKey, key: ApiKey) -> ApiKey:
+    """``key`` as one that ``maker`` makes or rotates: it may do no more, and expires no later.
+
+    Raises:
+        ScopeMissing: it has a scope that ``maker`` lacks.
+    """
+    assert not maker.is_bounded, "a key that makes keys has no bounds that they would have to keep"
+    for scope in key.scopes:
+        if scope not in maker.scopes:
+            raise ScopeMissing(scope, of_other=True)
+    ends = [at for at in (key.expires_at_ms, maker.expires_at_ms) if at is not None]
+    return key.model_copy(update={"made_by": maker.id, "expires_at_ms": min(ends, default=None)})
+
+
 def successor(key: ApiKey, now_ms: int) -> tuple[str, ApiKey]:
     """A new secret with all that the old key may do, counted as the old one."""
     secret, made = new_key(key.tenant, now_ms, key.name, key.models)
-    fresh = {name: getattr(made, name) for name in ("id", "hash", "shown", "created_at_ms")}
+    fresh = {name: getattr(made, name) for name in ("id", "hash", "shown", "created_at_ms", "made_by")}
     return secret, key.model_copy(update=fresh | {"counts_as": key.counts_as or key.id})
 
 
-def new_key(tenant: TenantId, now_ms: int, name: str = "", models: tuple[str, ...] | None = None) -> tuple[str, ApiKey]:
-    """Make a key: the secret, shown once, and what is stored of it."""
+def new_key(
+    tenant: TenantId,
+    now_ms: int,
+    name: str = "",
+    models: tuple[str, ...] | None = None,
+    scopes: tuple[Scope, ...] = NEW_KEY_SCOPES,
+) -> tuple[str, ApiKey]:
+    """Make a key as the operator does: the secret, shown once, and what is stored of it."""
     secret = KEY_PREFIX + secrets.token_urlsafe(24)
     stored = ApiKey(
         id="key_" + secrets.token_hex(8),
@@ -181,5 +288,7 @@ def new_key(tenant: TenantId, now_ms: int, name: str = "", models: tuple[str, ..
         name=name,
         models=models,
         created_at_ms=now_ms,
+        scopes=in_order(scopes),
+        made_by=MADE_BY_OPERATOR,
     )
     return secret, stored

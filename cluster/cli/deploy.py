@@ -12,16 +12,17 @@ from billing.catalog.catalog import Catalog
 from billing.catalog.publication import current, gateways
 from billing.clock import now_ms
 from billing.commerce.offers import left_behind
+from billing.errors import BillingError
 from billing.store.connection import connect
 from billing.tenants.directory import Tenants
 from billing.usage import TenantId
 from cluster.cli.output import JsonOption, out, steps
+from cluster.cli.selling import make_at_dodo, sync_table
 from cluster.cli.target import NotRunning, Running
 from cluster.local import launch
 from cluster.local.configuration import StoreOptions, catalog_of, checked, scaled, store_options
 from cluster.local.dodo_products import sync_products
-from cluster.local.environment import SANDBOX, dodo_environment
-from cluster.local.launch import LaunchError, Progress
+from cluster.local.launch import LaunchError
 from cluster.local.settings import Settings, SettingsError
 from cluster.local.state import Phase, write_private
 from cluster.serve_api import GATEWAY
@@ -52,7 +53,25 @@ def check(
         print(report.to_json())
     else:
         out.print(report.table())
+        if report.is_valid:
+            _show_what_dodo_lacks(file)
     raise typer.Exit(0 if report.is_valid else 1)
+
+
+def _show_what_dodo_lacks(file: Path) -> None:
+    """Where a farebox runs in this folder: what a deployment of the file would create at its Dodo."""
+    try:
+        running = Running.find(Settings.from_env())
+        config = checked(running.settings.model_copy(update={"config": file.absolute()}))
+        planned = sync_products(config, running.environment, is_dry_run=True)
+    except NotRunning:
+        return
+    except BillingError as error:
+        out.print(f"not compared with Dodo: {error}")
+        return
+    if planned.created:
+        out.print("`farebox deploy` would first create at Dodo:")
+        out.print(sync_table(planned))
 
 
 def deploy(
@@ -60,10 +79,16 @@ def deploy(
     retire_plans: Annotated[
         bool, typer.Option("--retire-plans", help="Allow the file to drop plans that have tenants; they stay on them.")
     ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Create products at Dodo without asking, in live mode too.")
+    ] = False,
 ) -> None:
-    """Check a file, apply it to the running farebox, and return when every gateway serves it."""
-    with steps() as progress:
-        catalog = deploy_file(Settings.from_env(), file, progress, may_retire_plans=retire_plans)
+    """Check a file, apply it to the running farebox, and return when every gateway serves it.
+
+    What it sells and Dodo lacks is shown and created there first; in live mode this asks. A changed price or grant is a
+    new product, and whoever still pays the old one gets what that sold.
+    """
+    catalog = deploy_file(Settings.from_env(), file, retire_plans, yes)
     out.print(f"in force: {', '.join(model.identity for model in catalog.models)}")
 
 
@@ -83,8 +108,8 @@ def scale(replicas: Annotated[str, typer.Argument(help="A number of LoRA replica
     out.print(f"{number} LoRA replicas run")
 
 
-def deploy_file(settings: Settings, file: Path, progress: Progress, may_retire_plans: bool) -> Catalog:
-    """Check a file, apply it, and wait until every gateway serves its catalog.
+def deploy_file(settings: Settings, file: Path, may_retire_plans: bool = False, is_agreed: bool = False) -> Catalog:
+    """Check a file, apply it, and wait until every gateway serves its catalog. ``is_agreed``: ask for nothing.
 
     Raises:
         NotRunning, CheckFailed, LaunchError: it is not in force; what ran before still runs.
@@ -93,20 +118,21 @@ def deploy_file(settings: Settings, file: Path, progress: Progress, may_retire_p
     running = Running.find(settings)
     if running.run.phase is not Phase.HEALTHY:
         raise NotRunning(f"farebox is {running.run.phase}: wait until `farebox status` says healthy")
-    progress(f"checking {file}")
-    config = checked(running.settings.model_copy(update={"config": file.absolute()}))
     api = running.api()
-    launch.refuse_lost_applications(config, api.applications())
-    url, options, catalog = running.run.store_url, store_options(config), catalog_of(config)
-    if not may_retire_plans:
-        asyncio.run(refuse_lost_plans(url, options, catalog))
-    if dodo_environment() == SANDBOX:
-        sync_products(config, running.environment)
-    progress("applying")
-    write_private(running.home.deployed, json.dumps(config, indent=2))
-    launch.put(api, config)
-    asyncio.run(_wait_until_served(url, options, catalog, lambda: launch.running(api, GATEWAY)))
-    launch.wait_healthy(api, running.run.api_url, progress)
+    with steps() as progress:
+        progress(f"checking {file}")
+        config = checked(running.settings.model_copy(update={"config": file.absolute()}))
+        launch.refuse_lost_applications(config, api.applications())
+        url, options, catalog = running.run.store_url, store_options(config), catalog_of(config)
+        if not may_retire_plans:
+            asyncio.run(refuse_lost_plans(url, options, catalog))
+    make_at_dodo(config, running.environment, is_agreed)
+    with steps() as progress:
+        progress("applying")
+        write_private(running.home.deployed, json.dumps(config, indent=2))
+        launch.put(api, config)
+        asyncio.run(_wait_until_served(url, options, catalog, lambda: launch.running(api, GATEWAY)))
+        launch.wait_healthy(api, running.run.api_url, progress)
     return catalog
 
 

@@ -14,10 +14,8 @@ from typing import Annotated
 
 import typer
 from redis.asyncio import Redis
-from rich.table import Table
 from rich.text import Text
 
-from billing.commerce.sync import SyncReport
 from billing.dodo.contract import Contract, Finding
 from billing.dodo.errors import DodoMisconfigured
 from billing.dodo.settings import DodoSettings
@@ -25,11 +23,12 @@ from billing.export.events import SealedEvent
 from billing.export.outbox import Outbox
 from cluster.cli.lifecycle import ConfigOption
 from cluster.cli.output import JsonOption, dollars, fail, out, print_json, table
+from cluster.cli.selling import make_at_dodo, sync_table
 from cluster.cli.target import Target, with_store
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local import configuration
 from cluster.local.dodo_products import sync_products
-from cluster.local.environment import LIVE, SANDBOX, dodo_environment
+from cluster.local.environment import LIVE, SANDBOX
 from cluster.local.settings import Settings
 from cluster.local.state import Home
 
@@ -46,38 +45,16 @@ def sync(
 ) -> None:
     """Create the packs, plans, meter and webhook that Dodo lacks.
 
-    Shows them first, and in live mode asks for confirmation. Nothing at Dodo is changed or deleted; a second run
-    changes nothing.
+    Shows them first, and in live mode asks for confirmation. Nothing at Dodo is changed or deleted: where a price or a
+    grant differs, a new product takes the place of the old one. A second run changes nothing.
     """
     target = Target.find(Settings.from_env(config=config))
     settings = target.settings if config is None else target.settings.model_copy(update={"config": config.absolute()})
     wanted = configuration.checked(settings)
-    planned = sync_products(wanted, target.environment, is_dry_run=True)
-    out.print(_sync_table(planned))
-    if plan or not planned.created:
-        return
-    environment = dodo_environment()
-    if environment == LIVE and not yes:
-        typer.confirm("This is Dodo's live mode. Create them?", abort=True)
-    created = sync_products(wanted, target.environment)
-    out.print(f"created: {', '.join(created.created)}")
-    if created.webhook_secret and environment != SANDBOX:
-        out.print("set DODO_PAYMENTS_WEBHOOK_KEY to the secret that Dodo's dashboard shows for this webhook")
-
-
-def _sync_table(report: SyncReport) -> Table:
-    rows = table("at Dodo", "state", "configuration", "Dodo")
-    for name in report.created:
-        rows.add_row(name, "to be created")
-    for name in report.found:
-        differences = [one for one in report.drift if one.name == name]
-        if not differences:
-            rows.add_row(name, "exists")
-        for one in differences:
-            rows.add_row(
-                name, f"differs in {one.what}: change it at Dodo or here", one.ours, one.theirs, style="yellow"
-            )
-    return rows
+    if plan:
+        out.print(sync_table(sync_products(wanted, target.environment, is_dry_run=True)))
+    elif make_at_dodo(wanted, target.environment, is_agreed=yes) is None:
+        out.print("Dodo has everything that this file sells")
 
 
 @app.command()

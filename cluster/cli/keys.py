@@ -11,7 +11,7 @@ from billing.catalog.plans import Limits
 from billing.clock import now_ms
 from billing.money import AmountError, Nanos, parse_usd
 from billing.tenants.directory import Tenants
-from billing.tenants.tenant import ApiKey, new_key
+from billing.tenants.tenant import NEW_KEY_SCOPES, ApiKey, Scope, new_key
 from billing.usage import TenantId
 from cluster.cli.output import JsonOption, dollars, out, print_json, table, utc
 from cluster.cli.target import with_store
@@ -39,8 +39,12 @@ def create(
     tokens_per_minute: Limit = None,
     concurrent_requests: Limit = None,
     expires_days: Annotated[int | None, typer.Option(min=1, max=3650, help="Days until it expires.")] = None,
+    scopes: Annotated[
+        list[Scope] | None,
+        typer.Option("--scope", help="What it may be used for; may be repeated (default: inference, usage:read)."),
+    ] = None,
     manages_keys: Annotated[
-        bool, typer.Option("--manages-keys", help="It may create and revoke the tenant's keys over the API.")
+        bool, typer.Option("--manages-keys", help="Adds the scope keys:write to the others.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,16 +55,14 @@ def create(
         "tokens_per_minute": tokens_per_minute,
         "concurrent_requests": concurrent_requests,
     }
-    if manages_keys and (models or daily_cap or monthly_cap or any(limits.values())):
-        raise typer.BadParameter("--manages-keys takes no model, cap or limit: such a key could create one without")
-    secret, key = new_key(TenantId(tenant), now_ms(), name, tuple(models) if models else None)
+    wanted = (*(scopes or NEW_KEY_SCOPES), *([Scope.KEYS_WRITE] if manages_keys else []))
+    secret, key = new_key(TenantId(tenant), now_ms(), name, tuple(models) if models else None, wanted)
     key = key.model_copy(
         update={
             "limits": _limits(limits),
             "daily_cap": _cap(daily_cap),
             "monthly_cap": _cap(monthly_cap),
             "expires_at_ms": None if expires_days is None else key.created_at_ms + expires_days * DAY_MS,
-            "manages_keys": manages_keys,
         }
     )
     with_store(lambda redis: Tenants(redis).add_key(key))
@@ -93,13 +95,26 @@ def list_(tenant: TenantArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print_json([_json(key) for key in keys])
         return
-    rows = table("key", "secret", "name", "models", "limits", "daily cap", "monthly cap", "created, UTC", "state")
+    rows = table(
+        "key",
+        "secret",
+        "name",
+        "models",
+        "limits",
+        "daily cap",
+        "monthly cap",
+        "scopes",
+        "created, UTC",
+        "made by",
+        "state",
+    )
     for key in keys:
         models = "all" if key.models is None else ", ".join(key.models)
         given = key.limits.model_dump(exclude_none=True)
         limits = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items()) or "the plan's"
         caps = ("" if cap is None else dollars(cap, 2) for cap in (key.daily_cap, key.monthly_cap))
-        rows.add_row(key.id, f"{key.shown}…", key.name, models, limits, *caps, utc(key.created_at_ms), _state(key))
+        rest = (", ".join(key.scopes), utc(key.created_at_ms), key.made_by, _state(key))
+        rows.add_row(key.id, f"{key.shown}…", key.name, models, limits, *caps, *rest)
     out.print(rows)
 
 
@@ -114,8 +129,19 @@ def _state(key: ApiKey) -> Text:
         return Text("expired")
     if key.throttled is not None:
         return Text.assemble(("throttled", "red"), f" since {utc(key.throttled.since_ms)}: {key.throttled.detail}")
-    state = "valid, may manage keys" if key.manages_keys else "valid"
-    return Text(state if key.expires_at_ms is None else f"{state} until {utc(key.expires_at_ms)}")
+    return Text("valid" if key.expires_at_ms is None else f"valid until {utc(key.expires_at_ms)}")
+
+
+@app.command()
+def scopes(
+    tenant: TenantArgument,
+    key: KeyArgument,
+    scopes: Annotated[list[Scope], typer.Option("--scope", help="What it may be used for; may be repeated.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Let a key be used for these scopes and nothing else, within a second on every gateway."""
+    changed = with_store(lambda redis: Tenants(redis).set_scopes(TenantId(tenant), key, scopes))
+    _print(changed, as_json, f"has the scopes {', '.join(changed.scopes)}")
 
 
 @app.command()

@@ -25,6 +25,7 @@ from billing.commerce.auto_refill.refiller import Refiller
 from billing.commerce.auto_refill.store import Refills
 from billing.commerce.context import Commerce
 from billing.commerce.dodo_ids import id_of
+from billing.commerce.products import Products, sold
 from billing.commerce.sync import sync
 from billing.commerce.webhooks import Webhooks
 from billing.dodo.call_budget import CallBudget
@@ -198,7 +199,8 @@ class Simulation:
         await self.control(f"customers/{who.tenant.dodo_customer_id}/card", declines=declines)
 
     async def product_id(self, name: str) -> str:
-        return await id_of(self.redis, name)
+        terms = next((terms for terms in sold(self.catalog) if terms.name == name), None)
+        return await id_of(self.redis, name) if terms is None else await Products(self.redis).id_for(terms)
 
     async def dodo_totals(self, who: Principal) -> DodoTotals:
         """Read from Dodo, not from the ledger."""

@@ -8,11 +8,14 @@ from typing import TypeVar
 
 import httpx
 
+from billing.tenants.tenant import BUYER_SCOPES
 from cluster.errors import ClusterError
 
 TIMEOUT_S = 60.0
 """For Dodo to create a customer, and for the webhook of a payment to arrive."""
 KEY_NAME = "demo"
+KEY_SCOPES = [scope.value for scope in BUYER_SCOPES]
+"""Each has one key, with which it also buys."""
 _POLL_S = 0.1
 _CALL_TIMEOUT_S = 30.0
 
@@ -112,7 +115,8 @@ async def _key(admin: httpx.AsyncClient, path: str, earlier: str) -> str:
     for key in _list(await _request(admin, "GET", f"{path}/keys")):
         if key["name"] == KEY_NAME and key["revoked_at_ms"] is None:
             await _request(admin, "DELETE", f"{path}/keys/{key['id']}")
-    return str((await _request(admin, "POST", f"{path}/keys", {"name": KEY_NAME}))["api_key"])
+    made = await _request(admin, "POST", f"{path}/keys", {"name": KEY_NAME, "scopes": KEY_SCOPES})
+    return str(made["api_key"])
 
 
 async def _works(client: httpx.AsyncClient, key: str) -> bool:
@@ -143,7 +147,7 @@ async def _has_bought(planned: Planned, caller: httpx.AsyncClient) -> bool:
 
 
 async def _request(
-    client: httpx.AsyncClient, method: str, path: str, body: Mapping[str, str] | None = None
+    client: httpx.AsyncClient, method: str, path: str, body: Mapping[str, object] | None = None
 ) -> dict[str, object]:
     reply = await _send(client.build_request(method, path, json=body), client)
     if not reply.is_success:

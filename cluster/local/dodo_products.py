@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 
+from billing.commerce.products import Products, sold
 from billing.commerce.sync import SyncReport, plan, sync
 from billing.dodo.call_budget import SharedBudget
 from billing.dodo.client import Dodo
@@ -34,3 +35,13 @@ def sync_products(config: ServeConfig, env: Mapping[str, str], is_dry_run: bool 
             await dodo.close()
 
     return asyncio.run(run())
+
+
+async def missing_products(config: ServeConfig, env: Mapping[str, str]) -> list[str]:
+    """Names of what a configuration sells and what was not created at Dodo, as far as the store says."""
+    redis = await connect(env["REDIS_URL"], **store_options(config))
+    try:
+        products = Products(redis)
+        return [terms.name for terms in sold(catalog_of(config)) if not await products.id_for(terms)]
+    finally:
+        await redis.aclose()

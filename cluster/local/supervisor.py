@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -27,7 +27,7 @@ from cluster.errors import ClusterError
 from cluster.local import children, demo, launch, ray_node
 from cluster.local.children import OWNER, Child
 from cluster.local.configuration import begin_check, end_check, store_options_in
-from cluster.local.dodo_products import sync_products
+from cluster.local.dodo_products import missing_products, sync_products
 from cluster.local.environment import SANDBOX, OperatorEnvironment, inherited, service_environment
 from cluster.local.launch import LaunchError, Progress
 from cluster.local.preflight import check_machine, check_ports
@@ -82,14 +82,21 @@ class Supervisor:
         self._begin("checking the configuration")
         config = end_check(check, settings, home)
         if self._has_sandbox:
-            self._begin("creating products in the Dodo sandbox")
             self._wait_for_sandbox()
-            sync_products(config, env)
+        self._make_at_dodo(config, env)
         self._deploy(config)
         if self._has_sandbox:
             self._begin("creating the demo's tenants")
             demo.ensure_tenants(settings, home, self._secrets)
         self._run = home.write_run(replace(self._run, phase=Phase.HEALTHY, step=""))
+
+    def _make_at_dodo(self, config: ServeConfig, env: Mapping[str, str]) -> None:
+        """In the sandbox, create what it lacks of what is sold. At the real Dodo, that is a command's to ask for."""
+        if self._has_sandbox:
+            self._begin("creating products in the Dodo sandbox")
+            sync_products(config, env)
+        elif missing := asyncio.run(missing_products(config, env)):
+            self._begin(f"not at Dodo, and so not on sale until `farebox dodo sync`: {', '.join(missing)}")
 
     def watch(self) -> None:
         """Restart the store and the sandbox when they end, until a signal arrives.

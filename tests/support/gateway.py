@@ -18,7 +18,7 @@ from billing.ledger.account import Grant
 from billing.money import Nanos, parse_usd
 from billing.store import guard
 from billing.store.keys import shard_for
-from billing.tenants.tenant import Tenant, new_key
+from billing.tenants.tenant import BUYER_SCOPES, Scope, Tenant, new_key
 from billing.usage import TenantId, Unit, UsageRecord
 from cluster import valkey
 from deployments.gateway.api.application import make_app
@@ -84,14 +84,19 @@ class Harness:
     redis: Redis
 
     async def tenant(
-        self, name: str = "acme", usd: str = "1.00", plan: str = "prepaid", models: tuple[str, ...] | None = None
+        self,
+        name: str = "acme",
+        usd: str = "1.00",
+        plan: str = "prepaid",
+        models: tuple[str, ...] | None = None,
+        scopes: tuple[Scope, ...] = BUYER_SCOPES,
     ) -> str:
-        """A tenant with that much credit; returns its API key."""
+        """A tenant with that much credit; returns its API key, which may buy as well."""
         parts = self.gateway.parts
         await parts.tenants.create(Tenant(id=TenantId(name), email=f"{name}@example.com", plan=plan))
         if nanos := parse_usd(usd):
             await parts.ledger.grant(Grant(f"test:{name}", TenantId(name), Unit.NANOS, nanos))
-        secret, key = new_key(TenantId(name), 0, models=models)
+        secret, key = new_key(TenantId(name), 0, models=models, scopes=scopes)
         await parts.tenants.add_key(key)
         return secret
 

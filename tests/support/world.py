@@ -13,6 +13,8 @@ from standardwebhooks import Webhook
 
 from billing.catalog.catalog import Catalog
 from billing.commerce.context import Commerce
+from billing.commerce.dodo_ids import id_of
+from billing.commerce.products import Products, sold
 from billing.commerce.webhooks import Webhooks
 from billing.dodo.call_budget import CallBudget
 from billing.dodo.client import Dodo
@@ -21,7 +23,7 @@ from billing.export.outbox import Backlog
 from billing.ledger.journal import CHAIN_DIGITS
 from billing.ledger.ledger import Ledger
 from billing.money import Nanos
-from billing.store.keys import DODO_IDS, shard_for
+from billing.store.keys import shard_for
 from billing.sweep import Sweep
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant
@@ -149,7 +151,9 @@ class World:
         await self.operator.delete("/_sandbox/faults")
 
     async def product(self, name: str) -> str:
-        return str(await self.redis.hget(DODO_IDS, name))
+        """Dodo's id of what the catalog sells under this name, such as ``pack:small``, or of ``meter:charge``."""
+        terms = next((terms for terms in sold(self.catalog) if terms.name == name), None)
+        return await id_of(self.redis, name) if terms is None else await Products(self.redis).id_for(terms)
 
     async def buy(self, tenant: str, name: str, quantity: int = 1) -> dict[str, object]:
         """Pay for a product at Dodo; the payment as Dodo has it."""

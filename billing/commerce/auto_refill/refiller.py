@@ -7,12 +7,13 @@ id; it is never made again on a guess.
 import logging
 import secrets
 
+from billing.catalog.terms import Terms
 from billing.clock import month_start_ms
 from billing.commerce.auto_refill.refill import Attempt, AttemptState, Refill
 from billing.commerce.auto_refill.store import Refills
 from billing.commerce.context import Commerce
-from billing.commerce.inbox import Inbox
 from billing.commerce.payments import Payments
+from billing.commerce.products import Products
 from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.dodo.wire import Payment
 from billing.ledger.admission import funding_for, plan_of
@@ -38,7 +39,7 @@ class Refiller:
     def __init__(self, commerce: Commerce) -> None:
         self._dodo, self._ledger, self._tenants = commerce.dodo, commerce.ledger, commerce.tenants
         self._catalog, self._clock = commerce.catalog, commerce.clock
-        self._inbox, self._payments = Inbox(commerce.redis), Payments(commerce)
+        self._products, self._payments = Products(commerce.redis), Payments(commerce)
         self._refills, self._notices = Refills(commerce.redis), Notices(commerce.redis)
 
     async def run_once(self, sweep: Sweep) -> int:
@@ -57,7 +58,7 @@ class Refiller:
     async def _begin(self, tenant: Tenant, refill: Refill) -> bool:
         catalog = await self._catalog()
         pack = catalog.packs.get(refill.pack) if catalog else None
-        product_id = await self._product(refill.pack)
+        product_id = "" if pack is None else await self._products.id_for(Terms.of_pack(refill.pack, pack))
         if catalog is None or pack is None or not product_id or not tenant.dodo_customer_id or tenant.suspended:
             return False
         now, cents = self._clock(), divide_up(pack.price, NANOS_PER_CENT)
@@ -130,10 +131,6 @@ class Refiller:
     async def _record(self, kind: NoticeKind, tenant: TenantId, attempt: Attempt, **more: str) -> None:
         facts = {"attempt": attempt.id, "amount_usd": format_usd(attempt.cents * NANOS_PER_CENT, 2), **more}
         await self._notices.record(Notice(kind, tenant, f"{kind}:{attempt.id}", self._clock(), facts))
-
-    async def _product(self, pack: str) -> str:
-        names = await self._inbox.names()
-        return next((id_ for id_, name in names.items() if name == f"pack:{pack}"), "")
 
 
 def _as_if_active(tenant: Tenant, now_ms: int) -> Tenant:

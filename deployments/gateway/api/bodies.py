@@ -17,7 +17,7 @@ from billing.ledger.admission import Quote
 from billing.money import format_usd
 from billing.pricing.prices import Price
 from billing.reports.history import Total
-from billing.tenants.tenant import ApiKey, Subscription, Tenant, Throttle
+from billing.tenants.tenant import ApiKey, Scope, Subscription, Tenant, Throttle
 from billing.usage import Draw, Status, Unit, Usage, UsageRecord
 
 T = TypeVar("T")
@@ -480,6 +480,10 @@ class KeyBody(Body):
     daily_cap: Dollars | None
     monthly_cap: Dollars | None
     manages_keys: bool
+    """Whether ``scopes`` has ``keys:write``, under its name before 0.2."""
+    scopes: list[Scope]
+    made_by: str
+    """The id of the key that made or rotated it, ``admin`` or ``dodo``; empty where it is older than this field."""
     throttled: Throttle | None
     quarantine: Throttle | None
     """The same as ``throttled``, under its name before 0.2."""

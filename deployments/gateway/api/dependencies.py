@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Annotated, cast
 
 from fastapi import Depends, Request, Security
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from billing.tenants.tenant import Principal
 from billing.usage import RequestId
+from deployments.gateway.api.scopes import SCOPES
 from deployments.gateway.gateway import Gateway
 
 API_KEY = HTTPBearer(scheme_name="ApiKey", description="A tenant's API key, `fbx_...`.", auto_error=False)
@@ -32,9 +34,11 @@ async def request_id(request: Request) -> RequestId:
 
 
 async def caller(request: Request, _: Annotated[object, Security(API_KEY)] = None) -> Principal:
-    """Who sends the request. Raises InvalidKey, TenantSuspended, StoreUnavailable."""
+    """Who sends the request. Raises InvalidKey, TenantSuspended, ScopeMissing, StoreUnavailable."""
     gateway = gateway_of(request)
     principal = await gateway.authenticate(request.headers.get("authorization", ""))
+    route: APIRoute = request.scope["route"]
+    principal.key.require(SCOPES[request.method, route.path_format])
     if address := client_address(request.headers.getlist("x-forwarded-for"), gateway.config.trusted_proxies):
         gateway.parts.address_sketches.note(principal.tenant.id, principal.key.id, address)
     return principal

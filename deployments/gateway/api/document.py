@@ -8,7 +8,9 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 
 from deployments.gateway.api.bodies import Problem
+from deployments.gateway.api.dependencies import API_KEY
 from deployments.gateway.api.errors import HTTP_ANSWERS, HTTP_CODES
+from deployments.gateway.api.scopes import SCOPES
 
 PROBLEM = "application/problem+json"
 REF = "#/components/schemas/{model}"
@@ -28,7 +30,7 @@ def _described(status: int) -> str:
 
 
 def document_of(app: FastAPI) -> Mapping[str, Any]:
-    """The application's document, made once, with our errors and without FastAPI's validation errors."""
+    """The application's document, made once, with our errors and scopes and without FastAPI's validation errors."""
     if not app.openapi_schema:
         made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = made["components"]["schemas"]
@@ -39,6 +41,8 @@ def document_of(app: FastAPI) -> Mapping[str, Any]:
         for operation in (operation for path in made["paths"].values() for operation in path.values()):
             if "application/json" in operation["responses"].get("422", {}).get("content", {}):
                 del operation["responses"]["422"]
+        for (method, path), scope in SCOPES.items():
+            made["paths"][path][method.lower()]["security"] = [{API_KEY.scheme_name: [scope.value]}]
         app.openapi_schema = made
     return app.openapi_schema
 

@@ -5,9 +5,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import ConfigDict, Field
 
+from billing.catalog.terms import Terms
 from billing.clock import now_ms
-from billing.commerce.dodo_ids import id_of
 from billing.commerce.offers import Offers, offers_to
+from billing.commerce.products import Products
 from billing.dodo.client import PAGE, Dodo
 from billing.dodo.errors import DodoUnavailable
 from billing.tenants.tenant import Principal, Tenant
@@ -66,29 +67,29 @@ class CheckoutRequest(Sent):
 @router.post("/v1/checkout", responses=refusals(400, 404, 409, 413, 502))
 async def checkout(asked: CheckoutRequest, gateway: GatewayDep, caller: Caller) -> CheckoutBody:
     """A page on which to pay. Dodo's webhook brings the credit, not the page."""
-    name = _product_name(asked, gateway, caller)
+    terms = _wanted(asked, gateway, caller)
     dodo, tenant = await _at_dodo(gateway, caller)
-    product_id = await id_of(gateway.parts.redis, name)
+    product_id = await Products(gateway.parts.redis).id_for(terms)
     if not product_id:
-        raise DodoUnavailable(f"{name} has not reached the payments provider yet: retry in a few seconds")
-    metadata = {"farebox_tenant": tenant.id, "farebox_product": name}
+        raise DodoUnavailable(f"{terms.name} is not at the payments provider: the operator makes it there")
+    metadata = {"farebox_tenant": tenant.id, "farebox_product": terms.name}
     url = await dodo.checkout(tenant, product_id, metadata, asked.return_url or gateway.config.public_url)
     return CheckoutBody(checkout_url=url, session_id=url.rstrip("/").rpartition("/")[2])
 
 
-def _product_name(asked: CheckoutRequest, gateway: Gateway, caller: Principal) -> str:
+def _wanted(asked: CheckoutRequest, gateway: Gateway, caller: Principal) -> Terms:
     if bool(asked.pack) == bool(asked.plan):
         raise BadRequest("give either pack or plan", "pack")
     offered = _offers(gateway, caller)
     if asked.pack:
         if asked.pack not in offered.packs:
             raise NotFound(f"pack {asked.pack!r} is not sold: {', '.join(sorted(offered.packs)) or 'none is'}")
-        return f"pack:{asked.pack}"
+        return Terms.of_pack(asked.pack, offered.packs[asked.pack])
     if asked.plan not in offered.plans:
         raise NotFound(f"plan {asked.plan!r} cannot be subscribed to: {', '.join(sorted(offered.plans)) or 'none can'}")
     if plan := _subscribed_to(caller.tenant):
         raise Conflict(f"a subscription to {plan!r} is active: cancel it first (POST /v1/portal)")
-    return f"plan:{asked.plan}"
+    return Terms.of_plan(asked.plan, offered.plans[asked.plan])
 
 
 @router.post("/v1/portal", responses=refusals(502))

@@ -13,7 +13,7 @@ from billing.commerce.sync import sync
 from billing.dodo.wire import LicenceGrant
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import InvalidKey
-from billing.tenants.tenant import ApiKey
+from billing.tenants.tenant import BUYER_SCOPES, ApiKey
 from billing.usage import TenantId
 from tests.support.purchases import AUTH, buy_as_stranger
 from tests.support.world import CATALOG, World, delivery
@@ -67,6 +67,8 @@ async def test_buyer_becomes_a_tenant_with_credit_and_key(keyed: World) -> None:
     (tenant,) = await keyed.tenants.list()
     assert tenant.id == tenant_id_for("Ada.L@example.com", str(grant["customer_id"]))
     assert (tenant.email, tenant.plan, tenant.id[:6]) == ("Ada.L@example.com", "prepaid", "ada-l-")
+    (key,) = await keyed.tenants.keys(tenant.id)
+    assert (key.made_by, key.scopes) == ("dodo", BUYER_SCOPES), "its only key can buy again"
     assert (await keyed.ledger.account(tenant.id)).balance_nanos == 5 * USD
 
 

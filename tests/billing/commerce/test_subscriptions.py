@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from billing.catalog.catalog import Catalog
+from billing.catalog.terms import Terms
 from billing.commerce.subscriptions import applied, as_stored
 from billing.commerce.waiting import NotYet
 from billing.dodo.wire import DodoSubscription
@@ -17,6 +18,7 @@ from tests.support.world import CATALOG, DAY, MINUTE
 
 NOW = 1_795_000_000_000
 PLAN = Catalog.model_validate(CATALOG).plans["payg"]
+SOLD = Terms.of_plan("payg", PLAN)
 S = SubscriptionStatus
 
 
@@ -92,7 +94,7 @@ def past_due(ends_at_ms: int | None = None) -> DodoSubscription:
 def test_grace_runs_from_the_first_event_and_not_beyond_dodos(
     before: Subscription | None, dodo_ms: int | None, ends_ms: int
 ) -> None:
-    stored = as_stored(past_due(), "payg", PLAN, tenant("payg", before), dodo_ms, NOW)
+    stored = as_stored(past_due(), SOLD, PLAN, tenant("payg", before), dodo_ms, NOW)
     assert stored.past_due_ends_at_ms == ends_ms
     assert stored.extends_credit(ends_ms - 1)
     assert not stored.extends_credit(ends_ms)
@@ -110,9 +112,9 @@ def test_grace_runs_from_the_first_event_and_not_beyond_dodos(
 def test_start_of_the_last_pause_is_kept(before: int | None, now_at_dodo: int | None, stored: int | None) -> None:
     found = replace(past_due(), status=S.PAUSED if now_at_dodo else S.ACTIVE, paused_at_ms=now_at_dodo)
     known = sub(S.ACTIVE).model_copy(update={"paused_at_ms": before})
-    assert as_stored(found, "payg", PLAN, tenant("payg", known), None, NOW).paused_at_ms == stored
+    assert as_stored(found, SOLD, PLAN, tenant("payg", known), None, NOW).paused_at_ms == stored
     other = known.model_copy(update={"id": "sub_0"})
-    assert as_stored(found, "payg", PLAN, tenant("payg", other), None, NOW).paused_at_ms == now_at_dodo
+    assert as_stored(found, SOLD, PLAN, tenant("payg", other), None, NOW).paused_at_ms == now_at_dodo
 
 
 def test_last_period_extends_no_credit_near_its_end() -> None:

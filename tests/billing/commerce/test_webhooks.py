@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from billing.commerce.inbox import Outcome
 from billing.commerce.webhooks import Webhooks
 from billing.store.errors import StoreUnavailable
-from billing.store.keys import DODO_IDS, INBOX
+from billing.store.keys import INBOX, PRODUCTS
 from billing.usage import Unit
 from tests.support.purchases import ACME, USD, balance, refund
 from tests.support.world import DAY, HOUR, MINUTE, SECRET, World, delivery
@@ -119,11 +119,12 @@ async def test_payment_for_unknown_product_is_parked(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     product = await world.product("pack:small")
-    await world.redis.hdel(DODO_IDS, "pack:small")
+    terms = await world.redis.hget(PRODUCTS, product)
+    await world.redis.hdel(PRODUCTS, product)
     webhooks = world.webhooks()
     parked = await webhooks.receive(*delivery("payment.succeeded", payment))
     assert (parked.outcome, await balance(world)) == (Outcome.WAITING, 0)
-    await world.redis.hset(DODO_IDS, "pack:small", product)
+    await world.redis.hset(PRODUCTS, product, str(terms))
     world.clock.move(HOUR)
     assert await webhooks.replay(world.sweep()) == 1
     assert await balance(world) == 5 * USD

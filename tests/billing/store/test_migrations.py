@@ -11,8 +11,10 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.catalog import publication
+from billing.catalog.terms import Terms
 from billing.commerce.auto_refill.store import Refills
 from billing.commerce.inbox import Inbox
+from billing.commerce.products import Products
 from billing.export.outbox import Outbox
 from billing.ledger.ledger import Ledger
 from billing.ledger.spool import Spool
@@ -20,7 +22,7 @@ from billing.reconcile.reconciler import Reconciler
 from billing.store import migrations
 from billing.store.connection import connect, reach, verify
 from billing.store.errors import StoreRefused
-from billing.store.keys import ALL_SHARDS, GATEWAYS, META, PLANS, SCHEMA, TENANTS, shard_for
+from billing.store.keys import ALL_SHARDS, DODO_IDS, GATEWAYS, META, PLANS, PRODUCTS, SCHEMA, TENANTS, shard_for
 from billing.store.migrations import Migration, migrate
 from billing.store.primary import LocalConnection
 from billing.store.schema import FENCES
@@ -83,7 +85,7 @@ async def test_old_store_is_refused_until_migrated(server: valkey.Valkey, old: R
 
 async def test_dry_run_counts_and_changes_nothing(old: Recorded) -> None:
     planned = await migrate(old.redis, is_dry=True)
-    assert [change.count for change in planned.changes] == [13, 5, 1]
+    assert [change.count for change in planned.changes] == [13, 5, 1, 4]
     assert await recorded.contents(old.redis) == old.before
     assert await migrate(old.redis) == planned
 
@@ -99,7 +101,7 @@ async def test_migration_rewrites_only_cheap_values(old: Recorded) -> None:
     await migrate(old.redis)
     after = await recorded.contents(old.redis)
     changed = {key for key in after.keys() | old.before.keys() if after.get(key) != old.before.get(key)}
-    assert {key for key in changed if not key.startswith(REWRITTEN)} == set(FENCES)
+    assert {key for key in changed if not key.startswith(REWRITTEN)} == {*FENCES, PRODUCTS}
     assert after[META] == {"schema": str(SCHEMA), "shards": "64"}
     assert "overage_cap" not in str(after[PLANS])
 
@@ -117,6 +119,19 @@ async def test_migrated_keys_and_catalog_are_read(old: Recorded) -> None:
     assert catalog.plans["payg"].credit_limit == 25_000_000_000
     assert catalog.retired["starter"].credit_limit == 5_000_000_000
     assert await old.redis.get("fb:catalogue:current") == catalog.content_hash
+
+
+async def test_products_keep_the_terms_that_were_in_force(old: Recorded) -> None:
+    """0.1 granted by the catalog in force, so that its terms are what each product sold."""
+    await migrate(old.redis)
+    catalog, products = await publication.current(old.redis), await Products(old.redis).all()
+    assert catalog is not None
+    expected = [Terms.of_pack(name, catalog.packs[name]) for name in ("small", "calls")]
+    expected += [Terms.of_plan(name, catalog.plans[name]) for name in ("payg", "pro")]
+    assert [products[await old.redis.hget(DODO_IDS, terms.name)] for terms in expected] == expected
+    assert [await Products(old.redis).id_for(terms) for terms in expected] == [
+        await old.redis.hget(DODO_IDS, terms.name) for terms in expected
+    ]
 
 
 async def test_unchanged_forms_are_read_after_migration(old: Recorded) -> None:
@@ -194,7 +209,7 @@ async def test_each_batch_has_a_time_limit_of_its_own(old: Recorded, monkeypatch
     monkeypatch.setattr(migrations, "guarded", recording)
     monkeypatch.setattr(migrations, "BATCH", 1)
     await old.redis.sadd(TENANTS, *(f"tenant_{number}" for number in range(50)))
-    assert [change.count for change in (await migrate(old.redis)).changes] == [13, 5, 1]
+    assert [change.count for change in (await migrate(old.redis)).changes] == [13, 5, 1, 4]
     assert len(limits) > 50
 
 

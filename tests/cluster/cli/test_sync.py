@@ -8,11 +8,11 @@ from redis import Redis
 from typer.testing import CliRunner
 
 from billing.catalog.catalog import Catalog
-from cluster.cli import dodo
+from cluster.cli import selling
 from cluster.cli.main import app
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local import configuration, dodo_products
-from cluster.local.environment import LIVE
+from cluster.local.environment import SANDBOX
 from cluster.local.settings import Settings
 from cluster.local.state import Home
 from tests.support.cli import write_healthy_run
@@ -45,20 +45,21 @@ def test_sync_plan_creates_nothing(sandbox: SandboxServer) -> None:
 
 def test_sync_creates_once(sandbox: SandboxServer) -> None:
     first = runner.invoke(app, ["dodo", "sync"])
-    assert "created: meter:charge, pack:small" in first.output
+    assert "created at Dodo: meter:charge, pack:small" in first.output
     second = runner.invoke(app, ["dodo", "sync"])
-    assert (second.exit_code, "created:" in second.output) == (0, False)
+    assert (second.exit_code, "created at" in second.output) == (0, False)
+    assert "Dodo has everything" in second.output
     assert "to be created" not in second.output
 
 
 def test_sync_asks_in_live_mode(sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dodo, "dodo_environment", lambda *_: LIVE)
+    monkeypatch.setattr(selling, "LIVE", SANDBOX)
     refused = runner.invoke(app, ["dodo", "sync"], input="n\n")
-    assert (refused.exit_code, "created:" in refused.output) == (1, False)
-    assert "created:" in runner.invoke(app, ["dodo", "sync"], input="y\n").output
+    assert (refused.exit_code, "created at" in refused.output) == (1, False)
+    assert "created at" in runner.invoke(app, ["dodo", "sync"], input="y\n").output
 
 
 def test_sync_does_not_ask_without_need(sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dodo, "dodo_environment", lambda *_: LIVE)
-    assert "created:" in runner.invoke(app, ["dodo", "sync", "--yes"]).output
+    monkeypatch.setattr(selling, "LIVE", SANDBOX)
+    assert "created at" in runner.invoke(app, ["dodo", "sync", "--yes"]).output
     assert "live mode" not in runner.invoke(app, ["dodo", "sync"]).output

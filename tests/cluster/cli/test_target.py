@@ -99,7 +99,7 @@ def test_sync_of_a_cluster(folder: Path, store_url: str, tmp_path: Path, monkeyp
         monkeypatch.setenv("FAREBOX_PUBLIC_URL", "https://api.example.com")
         assert "small" in runner.invoke(app, words).stdout
         again = runner.invoke(app, words).stdout
-        assert "exists" in again
+        assert "Dodo has everything" in again
         assert "created" not in again
 
 

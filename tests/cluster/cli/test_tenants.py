@@ -145,6 +145,27 @@ def test_secret_is_shown_once(farebox: str) -> None:
     assert str(made["api_key"]) not in listed.output + call("keys", "list", "acme", "--json").output
 
 
+def test_scopes_are_chosen_and_changed(farebox: str) -> None:
+    json_of("tenants", "create", "acme", "--email", "it@acme.example")
+    plain, buyer = (
+        json_of("keys", "create", "acme", *words)
+        for words in ((), ("--scope", "billing:write", "--scope", "inference", "--manages-keys"))
+    )
+    assert principal(farebox, plain["api_key"]).key.scopes == ("inference", "usage:read")
+    assert principal(farebox, buyer["api_key"]).key.scopes == ("inference", "keys:write", "billing:write")
+    key = principal(farebox, buyer["api_key"]).key.id
+    changed = json_of("keys", "scopes", "acme", key, "--scope", "billing:read")
+    assert (changed["scopes"], changed["manages_keys"], changed["made_by"]) == (["billing:read"], False, "admin")
+    assert principal(farebox, buyer["api_key"]).key.scopes == ("billing:read",)
+    listed = json.loads(call("keys", "list", "acme", "--json").stdout)
+    assert {key["made_by"] for key in listed} == {"admin"}
+    capped = dict(json_of("keys", "create", "acme", "--daily-cap", "1")["key"])["id"]  # type: ignore[call-overload]
+    assert "takes no spend cap" in " ".join(
+        refused("keys", "scopes", "acme", capped, "--scope", "billing:read").split()
+    )
+    assert "does not exist" in refused("keys", "scopes", "acme", "key_none", "--scope", "inference")
+
+
 def test_rotated_and_revoked_keys(farebox: str) -> None:
     json_of("tenants", "create", "acme", "--email", "it@acme.example")
     old = json_of("keys", "create", "acme", "--monthly-cap", "9")
@@ -167,6 +188,8 @@ def test_rotated_and_revoked_keys(farebox: str) -> None:
     ("words", "message"),
     [
         (("--manages-keys", "--daily-cap", "1"), "takes no model"),
+        (("--scope", "billing:write", "--daily-cap", "1"), "takes no spend cap"),
+        (("--scope", "billing"), "billing:write"),
         (("--burst", "3"), "requests_per_minute"),
         (("--daily-cap", "lots"), "12.50"),
         (("--daily-cap", "-1"), "not negative"),

@@ -6,10 +6,11 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
+from billing.catalog.terms import Terms
+from billing.commerce.products import Products
 from billing.dodo.client import Dodo
 from billing.dodo.settings import DodoSettings
 from billing.money import parse_usd
-from billing.store import keys
 from billing.tenants.tenant import new_key
 from billing.usage import TenantId
 from tests.support.gateway import ADMIN_KEY, Harness, assert_problem, bearer
@@ -264,7 +265,8 @@ async def test_checkout_unavailable_until_customer_and_product_exist(harness: Ha
     assert_problem(await harness.post(key, "/v1/checkout", pack="small"), 503, "payments_unavailable")
     await harness.gateway.parts.tenants.set_customer(TenantId("acme"), "cus_1")
     assert_problem(await harness.post(key, "/v1/checkout", pack="small"), 503, "payments_unavailable")
-    await redis.hset(keys.DODO_IDS, "pack:small", "prd_1")
+    small = harness.gateway.parts.catalog_holder.current.packs["small"]
+    await Products(redis).add("prd_1", Terms.of_pack("small", small))
     reply = await harness.post(key, "/v1/checkout", pack="small")
     assert_problem(reply, 503, "payments_unavailable")
     assert reply.headers["retry-after"]

@@ -64,9 +64,9 @@ async def test_ordinary_key_manages_no_keys(harness: Harness, manager: str) -> N
         body = assert_problem(
             await own(harness, secret, method, path, **({"name": "x"} if method == "POST" and not path else {})),
             403,
-            "keys_not_managed",
+            "scope_missing",
         )
-        assert "manages_keys" in str(body["detail"])
+        assert "`keys:write`" in str(body["detail"])
 
 
 async def test_keys_of_other_tenant_not_found(harness: Harness, manager: str) -> None:
@@ -77,12 +77,76 @@ async def test_keys_of_other_tenant_not_found(harness: Harness, manager: str) ->
     assert (await harness.chat(other)).status_code == 200
 
 
-async def test_managing_key_has_no_bounds_and_outlives_its_keys(harness: Harness, manager: str) -> None:
+async def test_managing_key_has_no_bounds(harness: Harness, manager: str) -> None:
     for bound in ({"daily_cap": "1"}, {"models": ["gratis"]}, {"limits": {"concurrent_requests": 1}}):
         assert_problem(await own(harness, manager, "POST", manages_keys=True, **bound), 400, "invalid_request")
-    brief, _ = await make(harness, manages_keys=True, expires_days=1)
-    made = (await own(harness, brief, "POST", expires_days=30)).json()["key"]
-    assert made["expires_at_ms"] - made["created_at_ms"] <= 24 * 3_600_000
+
+
+@pytest.mark.parametrize("is_rotated", [False, True])
+async def test_key_lives_no_longer_than_its_maker(harness: Harness, manager: str, is_rotated: bool) -> None:
+    brief, maker = await make(harness, manages_keys=True, expires_days=1)
+    if is_rotated:
+        _, lasting = await make(harness)
+        reply = await own(harness, brief, "POST", f"/{lasting}/rotate", grace_hours=0)
+    else:
+        reply = await own(harness, brief, "POST", expires_days=30)
+    made = reply.json()["key"]
+    [listed] = [key for key in (await own(harness, manager, "GET")).json()["data"] if key["id"] == maker]
+    assert (made["expires_at_ms"], made["made_by"]) == (listed["expires_at_ms"], maker)
+    assert listed["made_by"] == "admin"
+
+
+@pytest.mark.parametrize("scope", ["billing:read", "billing:write"])
+async def test_key_has_no_scope_that_its_maker_lacks(harness: Harness, manager: str, scope: str) -> None:
+    asked = {"scopes": ["inference", scope]}
+    body = assert_problem(await own(harness, manager, "POST", **asked), 403, "scope_missing")
+    assert f"`{scope}`" in str(body["detail"])
+    secret, stronger = await make(harness, **asked)
+    assert_problem(await own(harness, manager, "POST", f"/{stronger}/rotate", grace_hours=0), 403, "scope_missing")
+    assert (await harness.chat(secret)).status_code == 200, "the refused rotation ended nothing"
+    full, _ = await make(harness, scopes=["inference", "keys:write", scope])
+    assert (await own(harness, full, "POST", **asked)).json()["key"]["scopes"] == ["inference", scope]
+    assert (await own(harness, full, "POST", f"/{stronger}/rotate", grace_hours=0)).status_code == 201
+
+
+async def test_key_without_chosen_scopes_has_the_first_two(harness: Harness, manager: str) -> None:
+    for asked in ({"name": "ci"}, {"manages_keys": True}):
+        made = await own(harness, manager, "POST", **asked)
+        scopes = made.json()["key"]["scopes"]
+        assert scopes[:2] == ["inference", "usage:read"]
+        assert made.json()["key"]["manages_keys"] is ("keys:write" in scopes)
+    assert scopes[2:] == ["keys:write"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_allowed"),
+    [
+        ({"scopes": ["billing:write"], "daily_cap": "0.01"}, False),
+        ({"scopes": ["billing:read"], "monthly_cap": "50"}, False),
+        ({"scopes": ["billing:write"], "monthly_cap": "0"}, False),
+        ({"scopes": ["billing:read", "billing:write"], "models": ["pirate"]}, True),
+        ({"scopes": ["inference", "usage:read"], "daily_cap": "0.01"}, True),
+        ({"scopes": ["keys:write"], "limits": {"concurrent_requests": 1}}, False),
+        ({"scopes": ["keys:write", "billing:write"]}, True),
+        ({"scopes": []}, False),
+        ({"scopes": ["admin"]}, False),
+    ],
+)
+async def test_scopes_go_with_bounds_at_creation_and_change(
+    harness: Harness, manager: str, asked: dict[str, object], is_allowed: bool
+) -> None:
+    admin = "/admin/tenants/acme/keys"
+    made = await harness.client.post(admin, json=asked, headers=bearer(ADMIN_KEY))
+    _, plain = await make(harness, **{name: value for name, value in asked.items() if name != "scopes"})
+    changed = await harness.client.patch(
+        f"{admin}/{plain}", json={"scopes": asked["scopes"]}, headers=bearer(ADMIN_KEY)
+    )
+    if is_allowed:
+        assert (made.status_code, changed.status_code) == (201, 200)
+        assert changed.json()["scopes"] == asked["scopes"] == made.json()["key"]["scopes"]
+    else:
+        for refused in (made, changed):
+            assert_problem(refused, 400, "invalid_request")
 
 
 async def test_key_at_spend_cap_refused_with_retry_after(harness: Harness) -> None:
@@ -138,7 +202,7 @@ async def test_throttled_key_shows_reason_and_manages_no_keys(harness: Harness, 
     await tenants.change_key(TenantId("acme"), key, lambda one: one.model_copy(update={"throttled": why}))
     account = await harness.client.get("/v1/account", headers=bearer(manager))
     assert account.json()["throttled"] == why.model_dump(mode="json")
-    assert_problem(await own(harness, manager, "POST", name="x"), 403, "keys_not_managed")
+    assert_problem(await own(harness, manager, "POST", name="x"), 403, "scope_missing")
     lifted = await harness.client.post(f"/admin/tenants/acme/keys/{key}/lift", headers=bearer(ADMIN_KEY))
     assert (lifted.status_code, lifted.json()["throttled"]) == (200, None)
     assert (await own(harness, manager, "POST", name="x")).status_code == 201

@@ -14,7 +14,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 from billing.ledger.account import Grant
 from billing.money import MAX_GRANT_NANOS
 from billing.store.connection import connect
-from billing.tenants.tenant import Tenant, new_key
+from billing.tenants.tenant import Scope, Tenant, new_key
 from billing.usage import TenantId, Unit
 from deployments.config import FareboxArgs
 from deployments.gateway.api.application import make_app, make_routes
@@ -83,9 +83,9 @@ def desk(store_url: str, text: Text) -> Iterator[Desk]:
         for name in ("acme", "other"):
             await parts.tenants.create(Tenant(id=TenantId(name), email=f"{name}@example.com", plan="prepaid"))
         await parts.ledger.grant(Grant("test:1", TenantId("acme"), Unit.NANOS, MAX_GRANT_NANOS))
-        secret, key = new_key(TenantId("acme"), 0)
+        secret, key = new_key(TenantId("acme"), 0, scopes=tuple(Scope))
         _, spare = new_key(TenantId("other"), 0)
-        for one in (key.model_copy(update={"manages_keys": True}), spare):
+        for one in (key, spare):
             await parts.tenants.add_key(one)
         app = make_app(Gateway(GatewayConfig.of(args, ENVIRON, "gw"), parts))
         server = _Server(uvicorn.Config(app, port=0, log_level="critical"))
