@@ -142,10 +142,13 @@ class Statement:
         """By day in UTC since 1970: what is earned may be shown of any days."""
         self._compute: defaultdict[int, Counter[Costs | None]] = defaultdict(Counter)
         self._books: defaultdict[TenantId, _Books] = defaultdict(_Books)
+        self.first_ms: dict[TenantId, int] = {}
+        """When each tenant's first entry of the journal was written."""
 
     def add(self, entry: JournalEntry) -> None:
         """Raises UnreadableEntry."""
         at_ms, books = order(entry.id)[0], self._books[entry.tenant]
+        self.first_ms.setdefault(entry.tenant, at_ms)
         self._end_what_is_over(books, at_ms)
         if entry.is_usage:
             self._use(books, entry.record(), at_ms)

@@ -25,13 +25,14 @@ from billing.reports.report import Line, Report, build
 from billing.reports.statement import Month, read_statement
 from billing.reports.worth import Worth
 from billing.tenants.directory import Tenants
-from billing.usage import NOTHING
+from billing.usage import NOTHING, TenantId
 from cluster.cli.output import JsonOption, fail, out, print_json, table, utc
 from cluster.cli.target import with_store
 from cluster.cli.usage import Until, days
 from cluster.local.settings import SettingsError
 
 TENANTS_SHOWN = 10
+NOTHING_KNOWN: Mapping[TenantId, int] = {}
 MOST_COLUMNS = 10_000
 NANOS_PER_MICRO = 1_000
 MARGIN = "margin_percent"
@@ -164,9 +165,8 @@ def price(
 async def _with_months(
     redis: Redis, span_ms: tuple[int, int], costs: Costs | None
 ) -> tuple[list[Month], Report, Costs | None]:
-    found, used = await _report(redis, span_ms, costs)
-    worth = await _worth(redis)
-    statement = await read_statement(redis, worth, costs, min(span_ms[1], now_ms()))
+    statement = await read_statement(redis, await _worth(redis), costs, min(span_ms[1], now_ms()))
+    found, used = await _report(redis, span_ms, costs, statement.first_ms)
     return statement.months(*span_ms), found, used
 
 
@@ -177,8 +177,13 @@ async def _worth(redis: Redis) -> Worth:
     return Worth(catalogs, await Inbox(redis).names())
 
 
-async def _report(redis: Redis, span_ms: tuple[int, int], costs: Costs | None) -> tuple[Report, Costs | None]:
-    """The report, and the costs that it was made with."""
+async def _report(
+    redis: Redis, span_ms: tuple[int, int], costs: Costs | None, first_ms: Mapping[TenantId, int] = NOTHING_KNOWN
+) -> tuple[Report, Costs | None]:
+    """The report, and the costs that it was made with.
+
+    A tenant whose creation has no time, such as one made by a payment, is there since its first entry: ``first_ms``.
+    """
     start, end = span_ms
     worth = await _worth(redis)
     before = {
@@ -187,7 +192,10 @@ async def _report(redis: Redis, span_ms: tuple[int, int], costs: Costs | None) -
         if record.usage != NOTHING
     }
     records = [record async for record in history.of_all_tenants(redis, start, end)]
-    tenants = await Tenants(redis).list()
+    tenants = [
+        one if one.created_at_ms else one.model_copy(update={"created_at_ms": first_ms.get(one.id, end)})
+        for one in await Tenants(redis).list()
+    ]
     found = build(records, frozenset(before), tenants, worth, costs, span_ms, now_ms())
     return found, costs or worth.history.at(end - 1).costs
 
