@@ -142,6 +142,7 @@ class Statement:
         """By day in UTC since 1970: what is earned may be shown of any days."""
         self._compute: defaultdict[int, Counter[Costs | None]] = defaultdict(Counter)
         self._books: defaultdict[TenantId, _Books] = defaultdict(_Books)
+        self._left_out: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self.first_ms: dict[TenantId, int] = {}
         """When each tenant's first entry of the journal was written."""
 
@@ -167,6 +168,7 @@ class Statement:
 
     def add_cash(self, entry: Entry) -> None:
         if entry.settled_currency != USD:
+            self._left_out[entry.booked_at_ms // DAY_MS][entry.settled_currency] += 1
             return
         at_ms, books = entry.booked_at_ms, self._books[entry.tenant]
         self._end_what_is_over(books, at_ms)
@@ -193,6 +195,14 @@ class Statement:
     def months(self, start_ms: int, end_ms: int) -> list[Month]:
         """One line for each calendar month of whole days in UTC."""
         return [self._month(first, last) for first, last in _parts(start_ms // DAY_MS, -(-end_ms // DAY_MS))]
+
+    def left_out(self, start_ms: int, end_ms: int) -> dict[str, int]:
+        """Entries of the cash book in no sum, by the currency in which Dodo settles them."""
+        sums = Counter[str]()
+        for day, counted in self._left_out.items():
+            if start_ms <= day * DAY_MS < end_ms:
+                sums.update(counted)
+        return dict(sorted(sums.items()))
 
     # The course of credit that was sold.
 

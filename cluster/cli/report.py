@@ -22,11 +22,11 @@ from billing.reports import history
 from billing.reports.experiments import ArmResult
 from billing.reports.intervals import LEAST, Interval
 from billing.reports.report import Line, Report, build
-from billing.reports.statement import Month, read_statement
+from billing.reports.statement import Month, Statement, read_statement
 from billing.reports.worth import Worth
 from billing.tenants.directory import Tenants
 from billing.usage import NOTHING, TenantId
-from cluster.cli.output import JsonOption, fail, out, print_json, table, utc
+from cluster.cli.output import JsonOption, err, fail, out, print_json, table, utc
 from cluster.cli.target import with_store
 from cluster.cli.usage import Until, days
 from cluster.local.settings import SettingsError
@@ -35,6 +35,8 @@ TENANTS_SHOWN = 10
 NOTHING_KNOWN: Mapping[TenantId, int] = {}
 MOST_COLUMNS = 10_000
 NANOS_PER_MICRO = 1_000
+RANGES = ("per tenant", "more than the first")
+"""Columns whose cells are long, and may be read in two lines."""
 MARGIN = "margin_percent"
 CASH_COLUMNS = (
     "booked_at", "at_dodo", "id", "kind", "for", "tenant", "payment", "amount", "tax", "currency", "settled",
@@ -65,10 +67,16 @@ def report(
     if cash:
         _report_cash(span_ms, as_csv, as_json)
         return
-    months, found, costs = with_store(lambda redis: _with_months(redis, span_ms, given))
+    statement, found, costs = with_store(lambda redis: _with_statement(redis, span_ms, given))
+    months, left_out = statement.months(*span_ms), statement.left_out(*span_ms)
     if as_json:
-        print_json(_report_json(found, months, costs))
+        print_json(_report_json(found, costs) | {"months": [_month_row(one) for one in months], "not_in_usd": left_out})
         return
+    if left_out:
+        named = ", ".join(f"{count} in {currency}" for currency, count in left_out.items())
+        err.print(
+            f"not in these sums, since Dodo settles them in no dollars: {named}; --cash lists them", soft_wrap=True
+        )
     if as_csv:
         _print_csv([_month_row(one) for one in months], ["month", *(f"{name}_usd" for name in AMOUNTS), MARGIN])
         return
@@ -162,12 +170,12 @@ def price(
     )
 
 
-async def _with_months(
+async def _with_statement(
     redis: Redis, span_ms: tuple[int, int], costs: Costs | None
-) -> tuple[list[Month], Report, Costs | None]:
+) -> tuple[Statement, Report, Costs | None]:
     statement = await read_statement(redis, await _worth(redis), costs, min(span_ms[1], now_ms()))
     found, used = await _report(redis, span_ms, costs, statement.first_ms)
-    return statement.months(*span_ms), found, used
+    return statement, found, used
 
 
 async def _worth(redis: Redis) -> Worth:
@@ -260,7 +268,7 @@ def _lines_table(title: str, lines: Sequence[Line]) -> Table:
 
 
 def _arms_table(arms: Sequence[ArmResult]) -> Table:
-    numbers = ("tenants", "requests", "revenue", "per tenant", "more than the first")
+    numbers = ("tenants", "requests", "revenue", *RANGES)
     rows = _table("experiment", "arm", *numbers, right=numbers)
     for one in arms:
         is_clear = one.gain is not None and one.gain.is_clear
@@ -292,7 +300,8 @@ def _table(*columns: str, right: Collection[str]) -> Table:
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption_justify="left", show_header=any(columns))
     for number, name in enumerate(columns):
         is_right = name in right
-        made.add_column(name, justify="right" if is_right else "left", overflow="fold", no_wrap=is_right or number > 1)
+        may_wrap = number < 2 or name in RANGES
+        made.add_column(name, justify="right" if is_right else "left", overflow="fold", no_wrap=not may_wrap)
     return made
 
 
@@ -335,9 +344,8 @@ def _bars(counts: Sequence[int]) -> str:
     return "".join(BARS[count * (len(BARS) - 1) // most] for count in counts)
 
 
-def _report_json(found: Report, months: Sequence[Month], costs: Costs | None) -> dict[str, object]:
+def _report_json(found: Report, costs: Costs | None) -> dict[str, object]:
     return {
-        "months": [_month_row(one) for one in months],
         "total": _line_json(found.total),
         "by_plan": [_line_json(line) for line in found.by_plan],
         "by_adapter": [_line_json(line) for line in found.by_adapter],

@@ -268,17 +268,23 @@ def test_table_reads_at_80_columns_and_whole_in_a_pipe(autumn: str, options: tup
     command = [sys.executable, "-m", "cluster.cli.main", "report", "--month", "2026-10", *options]
     environ = os.environ | {"COLUMNS": "80", "TERM": "dumb"}
     piped = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout
+    narrow = on_terminal(["--month", "2026-10", *options])
+    for text in (piped, narrow):
+        assert "…" not in text
+    assert max(len(line) for line in narrow.splitlines()) <= 80
+    if not options:
+        assert "$120.19" in narrow
+        assert "$110.00" in piped
+
+
+def on_terminal(options: list[str]) -> str:
+    """What a terminal of 80 columns shows."""
+    command = [sys.executable, "-m", "cluster.cli.main", "report", *options]
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb") as terminal:
-        subprocess.run(command, env=environ, stdout=theirs, check=True)
+        subprocess.run(command, env=os.environ | {"COLUMNS": "80", "TERM": "dumb"}, stdout=theirs, check=True)
         os.close(theirs)
-        on_terminal = _all_of(terminal.fileno()).decode()
-    for text in (piped, on_terminal):
-        assert "…" not in text
-    assert max(len(line) for line in on_terminal.splitlines()) <= 80
-    if not options:
-        assert "$120.19" in on_terminal
-        assert "$110.00" in piped
+        return _all_of(terminal.fileno()).decode()
 
 
 def _all_of(terminal: int) -> bytes:
@@ -307,3 +313,33 @@ def test_report_refuses_invalid_spans(autumn: str, options: list[str], word: str
     done = runner.invoke(app, ["report", *options])
     assert done.exit_code != 0
     assert word in done.output
+
+
+def test_what_is_settled_in_another_currency_is_named_and_not_added(autumn: str) -> None:
+    euros = replace(paid("2026-10-20", "pay_3", ACME, 900, 0, what="pack"), settled_currency="EUR")
+    before = json.loads(shown("--month", "2026-10", "--json"))
+    run(autumn, lambda redis: past.booked(redis, euros))
+    after = json.loads(shown("--month", "2026-10", "--json"))
+    assert (before.pop("not_in_usd"), after.pop("not_in_usd")) == ({}, {"EUR": 1})
+    assert after == before
+    assert "1 in EUR" in runner.invoke(app, ["report", "--month", "2026-10"]).stderr
+
+
+def test_arms_of_an_experiment_read_at_80_columns(autumn: str) -> None:
+    """Ten tenants or so in each arm, so that there are intervals; long names fold."""
+
+    async def more_tenants(redis: Redis) -> None:
+        for number in range(24):
+            made = Tenant(id=TenantId(f"tenant-{number}-{'x' * 40}"), email="a@example.com", plan="pro")
+            await Tenants(redis).create(made.model_copy(update={"created_at_ms": at("2026-09-01")}))
+
+    run(autumn, more_tenants)
+    wide = shown("--month", "2026-10")
+    assert " to " in wide
+    with_width = on_terminal(["--month", "2026-10"])
+    assert max(len(line) for line in with_width.splitlines()) <= 80
+    assert "…" not in with_width
+    squeezed = "".join(with_width.split())
+    ranges = [cell for line in wide.splitlines() for cell in line.split("  ") if " to " in cell]
+    assert ranges
+    assert all(part in squeezed for cell in ranges for part in cell.split())
