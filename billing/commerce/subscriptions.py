@@ -9,9 +9,10 @@ from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Plan
 from billing.catalog.terms import Terms
 from billing.commerce.context import Commerce
+from billing.commerce.foreign import foreign_among
 from billing.commerce.products import Products
 from billing.commerce.signups import Signups
-from billing.commerce.waiting import NotYet
+from billing.commerce.waiting import NotOurs, NotYet
 from billing.dodo.wire import DodoSubscription
 from billing.tenants.tenant import ENDED, Subscription, SubscriptionStatus, Tenant
 
@@ -33,7 +34,8 @@ class Subscriptions:
         """Ask Dodo for this subscription and store what it says now.
 
         Raises:
-            NotYet: its customer or product is unknown here, or another subscription is still live.
+            NotOurs: its product is not ours.
+            NotYet: its customer or plan is unknown here, or another subscription is still live.
             DodoUnavailable, DodoRefused: Dodo could not say.
         """
         try:
@@ -64,6 +66,8 @@ class Subscriptions:
     async def _sold_by(self, found: DodoSubscription) -> tuple[Terms, Plan, Catalog]:
         """The terms of the product that a subscription pays, their plan, and the catalog in force."""
         sold, catalog = await self._products.terms(found.product_id), await self._catalog()
+        if sold is None and (foreign := await foreign_among(self._dodo, self._products, [found.product_id])):
+            raise NotOurs(f"subscription {found.id}", foreign)
         if sold is None or sold.kind != "plan":
             raise NotYet(f"product {found.product_id} is no plan of ours")
         plan = catalog.plan_named(sold.plain_name) if catalog is not None else None

@@ -15,8 +15,8 @@ from dodopayments.types.attach_product_entitlement_param import AttachProductEnt
 from dodopayments.types.price_param import PriceParam
 
 from billing.dodo.errors import DodoRefused, DodoUnavailable
-from billing.dodo.fields import MS_PER_SECOND, Wire, to_iso
-from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, text_in
+from billing.dodo.fields import MS_PER_SECOND, Wire, inner, text, to_iso
+from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, readable, text_in
 from billing.dodo.settings import DodoSettings
 from billing.dodo.wire import (
     BalanceLine,
@@ -84,9 +84,7 @@ class Dodo:
 
             http_client = DefaultAsyncHttpxClient(event_hooks={"request": [count]})
         where: dict[str, str] = (
-            {"base_url": settings.base_url}
-            if settings.environment == "sandbox"
-            else {"environment": settings.environment}
+            {"base_url": settings.base_url} if settings.base_url else {"environment": settings.environment}
         )
         self._sdk = AsyncDodoPayments(
             bearer_token=settings.api_key,
@@ -201,9 +199,9 @@ class Dodo:
         return [parsed(Payment.read, wire) for wire in pages]
 
     async def invoices(self, customer_id: str, page: int, size: int) -> list[Invoice]:
-        """One page of a customer's payments, numbered from 0."""
+        """One page of a customer's payments, numbered from 0, without those that cannot be read."""
         call = self._sdk.payments.list(customer_id=customer_id, page_number=page, page_size=size)
-        return [parsed(Invoice.read, wire) for wire in await listed(call)]
+        return readable(Invoice.read, await listed(call))
 
     async def portal(self, customer_id: str) -> str:
         """A link to Dodo's own page where a customer sees invoices and cancels."""
@@ -253,6 +251,16 @@ class Dodo:
 
     async def retrieve_product(self, product_id: str) -> DodoProduct:
         return read_as(DodoProduct.read, await answered(self._sdk.products.retrieve(product_id)))
+
+    async def product_tag(self, product_id: str) -> str:
+        """Our own name for a product, from its metadata; empty for others' products, and where Dodo has none."""
+        try:
+            wire = as_wire(await answered(self._sdk.products.retrieve(product_id)))
+        except DodoRefused as refused:
+            if refused.status == httpx.codes.NOT_FOUND:
+                return ""
+            raise
+        return text(inner(wire, "metadata"), "farebox", "")
 
     async def create_product(
         self, tag: str, name: str, price: PriceParam, entitlement_ids: Sequence[str] = ()

@@ -4,8 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from billing.dodo.fields import Wire, WireError, as_list, as_object, inner, integer, moment, moment_ms, text
+from billing.dodo.fields import Wire, WireError, as_list, as_object, inner, integer, moment, moment_ms, one_of, text
 from billing.tenants.tenant import SubscriptionStatus
+
+DISPUTE_STATUSES = tuple(
+    f"dispute_{name}" for name in ("opened", "expired", "accepted", "cancelled", "challenged", "won", "lost")
+)
+GRANT_STATUSES = ("Pending", "Delivered", "Failed", "Revoked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Payment:
     def read(cls, wire: Wire) -> Self:
         periods = [as_object(p) for p in as_list(wire.get("service_periods"))]
         one = text(wire, "subscription_id", "")
-        total, tax, currency = integer(wire, "total_amount", 0), integer(wire, "tax", 0), text(wire, "currency", "")
+        total, tax, currency = integer(wire, "total_amount"), integer(wire, "tax", 0), text(wire, "currency", "")
         return cls(
             id=text(wire, "payment_id"),
             customer_id=text(as_object(wire.get("customer")), "customer_id"),
@@ -73,13 +78,17 @@ class Refund:
 
     id: str
     payment_id: str
+    status: str
     amount: int | None
     created_at_ms: int | None = None
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        amount = None if wire.get("amount") is None else integer(wire, "amount")
-        return cls(text(wire, "refund_id"), text(wire, "payment_id"), amount, moment_ms(wire, "created_at"))
+        """Dodo may leave out the amount of a full refund. That of a partial one is never guessed."""
+        is_whole = wire.get("amount") is None and wire.get("is_partial") is False
+        amount = None if is_whole else integer(wire, "amount")
+        ids, status = (text(wire, "refund_id"), text(wire, "payment_id")), text(wire, "status")
+        return cls(*ids, status, amount, moment_ms(wire, "created_at"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,8 @@ class Dispute:
         except WireError:
             amount = None
         ids = (text(wire, "dispute_id"), text(wire, "payment_id"))
-        return cls(*ids, text(wire, "dispute_status"), amount, moment_ms(wire, "created_at"))
+        status = one_of(wire, "dispute_status", DISPUTE_STATUSES)
+        return cls(*ids, status, amount, moment_ms(wire, "created_at"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +138,7 @@ class LicenceGrant:
             id=text(wire, "id"),
             customer_id=text(wire, "customer_id"),
             entitlement_id=text(wire, "entitlement_id"),
-            status=text(wire, "status"),
+            status=one_of(wire, "status", GRANT_STATUSES),
             key=text(inner(wire, "license_key"), "key", ""),
             subscription_id=text(wire, "subscription_id", ""),
             payment_id=text(wire, "payment_id", ""),
@@ -164,15 +174,11 @@ class DodoSubscription:
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        try:
-            status = SubscriptionStatus(text(wire, "status"))
-        except ValueError as unknown:
-            raise WireError(f"status: {unknown}") from None
         return cls(
             id=text(wire, "subscription_id"),
             customer_id=text(as_object(wire.get("customer")), "customer_id"),
             product_id=text(wire, "product_id"),
-            status=status,
+            status=SubscriptionStatus(one_of(wire, "status", tuple(SubscriptionStatus))),
             period_start_ms=moment(wire, "previous_billing_date"),
             period_end_ms=moment(wire, "next_billing_date"),
             cancel_at_period_end=wire.get("cancel_at_next_billing_date") is True,
@@ -297,7 +303,7 @@ class DodoEvent:
 
 
 def _line(wire: Wire) -> Line:
-    return Line(text(wire, "product_id"), integer(wire, "quantity", 1))
+    return Line(text(wire, "product_id"), integer(wire, "quantity"))
 
 
 def _meter_price(wire: Wire) -> MeterPrice:

@@ -22,7 +22,8 @@ SETTLED_WINDOWS = 4
 """Hashes of settled request ids. An id is found during its own window and the two after it; the fourth is emptied."""
 
 META = "fb:meta"
-"""Hash: ``schema``, the version of the stored forms, and ``shards``, their count."""
+"""Hash: ``schema``, the version of the stored forms; ``shards``, their count; ``dodo``, the environment of Dodo whose
+ids the store has."""
 TENANTS = "fb:tenants"
 """Set: tenant ids."""
 CUSTOMERS_WANTED = "fb:customers:wanted"
@@ -37,6 +38,8 @@ PLANS = "fb:plans"
 """Hash: name of each plan that was ever in force to JSON of its last form."""
 GATEWAYS = "fb:gateways"
 """Hash: gateway id to JSON with the content hash of the catalog it serves and the time it last reported."""
+LINK_SECRET = "fb:links"
+"""String: the secret of the links to checkouts and receipts; the first gateway that needs it makes it."""
 DODO_IDS = "fb:dodo:ids"
 """Hash: our name of what we made at Dodo (``pack:small@`` and a hash of its terms, ``meter:charge``) to Dodo's id."""
 PRODUCTS = "fb:dodo:products"
@@ -44,7 +47,8 @@ PRODUCTS = "fb:dodo:products"
 INBOX = "fb:inbox"
 """Hash: webhook id to JSON of the delivery and its outcome."""
 INBOX_PARKED = "fb:inbox:parked"
-"""Sorted set: ids of webhooks that wait to be applied, by the time of their next try."""
+"""Sorted set: ids of webhooks that are not finished, by the time of their next try; those set aside have one that
+never comes."""
 PAYMENTS = "fb:payments"
 """Hash: payment id to JSON of the credit that it buys, fixed when the payment is first seen."""
 CASH = "fb:{cash}:book"
@@ -204,6 +208,10 @@ class Shard:
     def slots(self, tenant: TenantId, key_id: str) -> str:
         """Set: request ids of one API key that count as running while their lease lasts."""
         return f"{self.tag}:slots:{tenant}:{key_id}"
+
+    def checkouts(self, tenant: TenantId) -> str:
+        """String: how many checkouts links have opened within an hour."""
+        return f"{self.tag}:checkouts:{tenant}"
 
     def refill(self, tenant: TenantId) -> str:
         """String: the tenant's auto-refill as JSON."""
