@@ -46,8 +46,23 @@ def format_usd(nanos: int, decimals: int = 6) -> str:
     return f"{sign}{whole}.{digits}" if digits else f"{sign}{whole}"
 
 
+def share_of(amount: int, part: int, whole: int) -> int:
+    """The share of ``amount`` that ``part`` is of ``whole``, rounded to the nearest unit and half up; 0 of nothing.
+
+    For what somebody else rounded, as Dodo does a refund's tax: no charge of ours.
+    """
+    assert 0 <= part <= whole, "a share is at most the whole"
+    return (2 * amount * part + whole) // (2 * whole) if whole else 0
+
+
+def divide_down(dividend: int, divisor: int) -> int:
+    """Divide a whole amount and round down, below zero as well: the worth of a rest, of which nothing may be lost."""
+    assert divisor > 0, "a rate's denominator is positive"
+    return dividend // divisor
+
+
 def divide_up(dividend: int, divisor: int) -> int:
-    """Divide a whole amount and round up: the only division of money there is.
+    """Divide a whole amount and round up: the only division of what anyone is charged.
 
     Rounding up once, after everything is summed, favours the owner by less than one nano.
     """

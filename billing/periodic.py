@@ -17,6 +17,7 @@ from billing.catalog import publication
 from billing.catalog.catalog import Catalog
 from billing.clock import now_ms
 from billing.commerce.auto_refill.refiller import Refiller
+from billing.commerce.cash import CashBook
 from billing.commerce.context import Commerce
 from billing.commerce.customers import create_missing_customers
 from billing.commerce.price_watch import compare_products
@@ -73,6 +74,7 @@ class Parts:
     tenants: Tenants
     notices: Notices
     exporter: Exporter
+    cash: CashBook
     webhooks: Webhooks
     refiller: Refiller
     counters: LiveCounters
@@ -106,6 +108,7 @@ def assemble(redis: Redis, settings: DodoSettings, calls_per_minute: int) -> Par
         tenants=tenants,
         notices=notices,
         exporter=Exporter(redis, dodo, tenants, budget=export_budget, patience_s=FLUSH_PATIENCE_S),
+        cash=CashBook(redis),
         webhooks=Webhooks(commerce, settings.webhook_key),
         refiller=Refiller(commerce),
         counters=counters,
@@ -130,6 +133,7 @@ class Intervals:
     tenants_s: float = 60.0
     subscriptions_s: float = 300.0
     prune_s: float = 3_600.0
+    cash_s: float = 3_600.0
     products_s: float = 3_600.0
     reconcile_store_s: float = 60.0
     reconcile_dodo_s: float = 3_600.0
@@ -193,6 +197,7 @@ class PeriodicTasks:
             PeriodicTask("tenants", intervals.tenants_s, _read_tenants),
             PeriodicTask("subscriptions", intervals.subscriptions_s, _refresh_subscriptions),
             PeriodicTask("prune", intervals.prune_s, lambda parts, _: parts.webhooks.prune()),
+            PeriodicTask("cash", intervals.cash_s, lambda parts, _: parts.cash.book_lines(parts.counted_dodo)),
             PeriodicTask("products", intervals.products_s, lambda parts, _: compare_products(parts.commerce)),
             PeriodicTask("reconcile_store", intervals.reconcile_store_s, _reconcile_store),
             PeriodicTask("reconcile_dodo", intervals.reconcile_dodo_s, _reconcile_dodo, RECONCILE_DODO_LIMIT_S),

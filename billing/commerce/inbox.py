@@ -80,6 +80,8 @@ class PurchasedCredit:
     adapters: tuple[str, ...]
     tenant: str = ""
     """Who a person booked it for; empty where it is the tenant of the customer that paid."""
+    price: int = 0
+    """Nanos that the line was sold for; 0 in purchases fixed before 0.2."""
 
 
 class Inbox:

@@ -6,6 +6,7 @@ disputes claw back their share of it, together never more than it granted.
 
 from collections.abc import Iterable, Sequence
 
+from billing.commerce.cash import NOBODY, CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry
 from billing.commerce.context import Commerce
 from billing.commerce.dodo_ids import id_of
 from billing.commerce.foreign import foreign_among
@@ -14,15 +15,16 @@ from billing.commerce.products import Products
 from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
 from billing.commerce.waiting import NotOurs, NotYet
-from billing.dodo.wire import Payment, Refund, UsagePeriod
+from billing.dodo.wire import Dispute, Payment, Refund, UsagePeriod
 from billing.ledger.account import Clawback, Grant
-from billing.money import divide_up
+from billing.money import Nanos, divide_up
 from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
 
 HOUR_MS = 60 * 60_000
 SUCCEEDED = "succeeded"
 """The status of a payment or a refund that has moved money."""
+LOST = ("dispute_lost", "dispute_accepted", "dispute_expired")
 
 
 class Payments:
@@ -32,10 +34,11 @@ class Payments:
         self._dodo, self._ledger, self._tenants = commerce.dodo, commerce.ledger, commerce.tenants
         self._redis, self._clock = commerce.redis, commerce.clock
         self._inbox, self._products = Inbox(commerce.redis), Products(commerce.redis)
+        self._cash = CashBook(commerce.redis)
         self._subscriptions, self._signups = Subscriptions(commerce), Signups(commerce)
 
     async def succeeded(self, payment: Payment) -> set[str]:
-        """Grant what the cart buys, and take invoiced usage off the exposure.
+        """Grant what the cart buys, take invoiced usage off the exposure, and book what was paid.
 
         Returns:
             Products in the cart that are not ours: they grant nothing.
@@ -47,16 +50,44 @@ class Payments:
         known = await self._inbox.purchase(payment.id)
         if known and known[0].tenant:  # a person has booked it
             await self._grant(TenantId(known[0].tenant), payment.id, known)
+            await self._cash.book(payment_entry(payment, TenantId(known[0].tenant), known))
             return set()
-        foreign = await self._foreign(payment, known or ())
+        try:
+            foreign = await self._foreign(payment, known or ())
+        except NotOurs:
+            await self._cash.book(payment_entry(payment, await self._owner(payment), is_foreign=True))
+            raise
         credits_ = known or await self._credits(payment)
         tenant = await self._buyer(payment, credits_)
         await self._grant(tenant.id, payment.id, credits_)
+        usage_cents, fees = 0, list[tuple[Fee, Nanos]]()
         for subscription_id in payment.subscription_ids:
             if payment.includes_usage:
-                await self._repay(tenant, payment, subscription_id)
-            await self._subscriptions.refresh(subscription_id)
+                usage_cents += await self._repay(tenant, payment, subscription_id)
+            fees += await self._fee(await self._subscriptions.refresh(subscription_id), payment, subscription_id)
+        await self._cash.book(payment_entry(payment, tenant.id, credits_, fees, usage_cents, bool(foreign)))
         return foreign
+
+    async def _fee(self, tenant: Tenant, payment: Payment, subscription_id: str) -> list[tuple[Fee, Nanos]]:
+        """The period whose fee this payment pays, if it pays one, and its list price."""
+        starts_ms, ends_ms = (of.get(subscription_id) for of in (payment.service_starts_ms, payment.service_ends_ms))
+        if starts_ms is None or ends_ms is None:
+            return []
+        subscription = tenant.subscription
+        if subscription is None or subscription.id != subscription_id:
+            return [(Fee(subscription_id, starts_ms, ends_ms), Nanos(0))]
+        if abs(subscription.period_start_ms - starts_ms) <= HOUR_MS:
+            starts_ms = subscription.period_start_ms  # the allowance bears this one in its name
+        price = Nanos(subscription.sold.price) if subscription.sold else Nanos(0)
+        return [(Fee(subscription_id, starts_ms, ends_ms), price)]
+
+    async def _owner(self, payment: Payment) -> TenantId:
+        """Whose payment it is: the tenant that a person booked it for, or the customer's; ``NOBODY`` where none is."""
+        known = await self._inbox.purchase(payment.id)
+        if known and known[0].tenant:
+            return TenantId(known[0].tenant)
+        tenant = await self._tenants.by_customer(payment.customer_id)
+        return NOBODY if tenant is None else tenant.id
 
     async def _complete(self, payment: Payment) -> Payment:
         """Itself, or as Dodo has it now, where it does not say that it succeeded or what it is for."""
@@ -94,9 +125,8 @@ class Payments:
         """Fix what this payment buys, and grant it: to this tenant, or to whom a person booked it for meanwhile."""
         for credit in await self._inbox.fix_purchase(payment_id, credits_):
             to = TenantId(credit.tenant) if credit.tenant else tenant
-            await self._ledger.grant(
-                Grant(credit.source, to, credit.unit, credit.amount, credit.expires_at_ms, credit.adapters)
-            )
+            sold = (credit.unit, credit.amount, credit.expires_at_ms, credit.adapters, credit.price)
+            await self._ledger.grant(Grant(credit.source, to, *sold))
 
     async def _credits(self, payment: Payment) -> list[PurchasedCredit]:
         """What the cart's packs grant by the terms of their products. A plan grants by its subscription, not here."""
@@ -116,8 +146,13 @@ class Payments:
             assert grants is not None, "a pack grants something"
             # It lasts from when we grant it: the payment's own time may be late, or by another clock.
             expires = None if sold.expires_days is None else self._clock() + sold.expires_days * DAY_MS
-            source = f"payment:{payment.id}:{product_id}"
-            credits_.append(PurchasedCredit(source, grants.unit, grants.amount * quantity, expires, grants.adapters))
+            source, amount, price = (
+                f"payment:{payment.id}:{product_id}",
+                grants.amount * quantity,
+                sold.price * quantity,
+            )
+            sale = PurchasedCredit(source, grants.unit, amount, expires, grants.adapters, price=price)
+            credits_.append(sale)
         return credits_
 
     async def refunded(self, refund: Refund) -> None:
@@ -127,8 +162,14 @@ class Payments:
         """
         if refund.status != SUCCEEDED:
             raise NotYet(f"refund {refund.id} is {refund.status}")
-        for clawback in await self._reversal(f"refund:{refund.id}", refund.payment_id, refund.amount):
-            await self._ledger.claw_back(clawback)
+        payment = await self._dodo.retrieve_payment(refund.payment_id)
+        try:
+            for clawback in await self._reversal(f"refund:{refund.id}", payment, refund.amount):
+                await self._ledger.claw_back(clawback)
+        except NotOurs:
+            await self._cash.book(refund_entry(refund, payment, await self._owner(payment)))
+            raise
+        await self._cash.book(refund_entry(refund, payment, await self._owner(payment)))
 
     async def disputed(self, dispute_id: str) -> None:
         """Claw back the disputed share while the dispute is open or lost; restore it where it was won or dropped.
@@ -136,18 +177,28 @@ class Payments:
         The event may be stale, so Dodo is asked for the dispute as it stands.
         """
         dispute = await self._dodo.retrieve_dispute(dispute_id)
-        for clawback in await self._reversal(f"dispute:{dispute.id}", dispute.payment_id, dispute.amount):
-            await self._ledger.claw_back(clawback)
-            if dispute.is_settled_for_us:
-                await self._ledger.restore(clawback)
+        payment = await self._dodo.retrieve_payment(dispute.payment_id)
+        try:
+            for clawback in await self._reversal(f"dispute:{dispute.id}", payment, dispute.amount):
+                await self._ledger.claw_back(clawback)
+                if dispute.is_settled_for_us:
+                    await self._ledger.restore(clawback)
+        except NotOurs:
+            await self._book_dispute(dispute, payment)
+            raise
+        await self._book_dispute(dispute, payment)
 
-    async def _reversal(self, source: str, payment_id: str, amount: int | None) -> list[Clawback]:
+    async def _book_dispute(self, dispute: Dispute, payment: Payment) -> None:
+        won, lost = dispute.is_settled_for_us, dispute.status in LOST
+        for kind in (Kind.DISPUTE_OPENED, *([Kind.DISPUTE_WON] if won else [Kind.DISPUTE_LOST] if lost else [])):
+            await self._cash.book(dispute_entry(dispute, payment, await self._owner(payment), kind))
+
+    async def _reversal(self, source: str, payment: Payment, amount: int | None) -> list[Clawback]:
         """The share of each of a payment's grants that ``amount`` of its minor units stands for; ``None`` is all.
 
         Raises:
             NotOurs: nothing that was paid for is ours, and nobody has booked it.
         """
-        payment = await self._dodo.retrieve_payment(payment_id)
         credits_ = await self._inbox.purchase(payment.id)
         if credits_ is None:
             await self._foreign(payment)
@@ -164,8 +215,8 @@ class Payments:
                 clawbacks.append(Clawback(f"{source}:{product_id}", owner, credit.source, share))
         return clawbacks
 
-    async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> None:
-        """Lower the exposure by what this payment invoiced: the usage of the period that it closes."""
+    async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> int:
+        """Lower the exposure by what this payment invoiced: the usage of the period that it closes. Its cents."""
         meter_id = await id_of(self._redis, CHARGE_METER)
         if not meter_id:
             raise NotYet("no meter was made at Dodo yet")
@@ -175,6 +226,7 @@ class Payments:
             raise NotYet(f"the period of {subscription_id} that payment {payment.id} bills has no usage yet")
         if nanos := period.units.get(meter_id, 0):
             await self._ledger.repay_overage(f"payment:{payment.id}:{subscription_id}", tenant.id, nanos)
+        return period.cents.get(meter_id, 0)
 
     async def _tenant(self, customer_id: str) -> Tenant:
         tenant = await self._tenants.by_customer(customer_id)

@@ -19,6 +19,7 @@ from billing.dodo.fields import MS_PER_SECOND, Wire, inner, text, to_iso
 from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, readable, text_in
 from billing.dodo.settings import DodoSettings
 from billing.dodo.wire import (
+    BalanceLine,
     Dispute,
     DodoCustomer,
     DodoEvent,
@@ -223,6 +224,15 @@ class Dodo:
             )
         )
         return [parsed(UsagePeriod.read, wire) for wire in pages]
+
+    async def balance_lines(self, since_ms: int) -> list[BalanceLine]:
+        """Lines of Dodo's own ledger from then on: what it took in, kept and paid out for us."""
+        pages = await self._pages(
+            lambda page: self._sdk.balances.retrieve_ledger(
+                created_at_gte=to_iso(since_ms), page_number=page, page_size=PAGE
+            )
+        )
+        return [parsed(BalanceLine.read, wire) for wire in pages]
 
     async def meters(self) -> list[DodoMeter]:
         pages = await self._pages(lambda page: self._sdk.meters.list(page_number=page, page_size=PAGE))
