@@ -38,7 +38,7 @@ class Signups:
             plan=catalog.default_plan,
             name=clean_name(customer.name),
             dodo_customer_id=customer_id,
-            created_at_ms=0,
+            created_at_ms=self._commerce.clock(),
         )
         try:
             return await self._commerce.tenants.create_for_customer(made)
