@@ -12,24 +12,29 @@ MAX_BALANCE_NANOS = Nanos(2**53 - 1)
 """Lua keeps numbers as doubles; past this a sum in the store would round."""
 MAX_GRANT_NANOS = Nanos(1_000_000 * NANOS_PER_USD)
 
-_USD = re.compile(r"(?P<sign>-?)(?P<whole>\d{1,9})(?:\.(?P<part>\d{1,9}))?", re.ASCII)
+MAX_AMOUNT_NANOS = Nanos(999_999_999_999_999_999)
+"""The largest amount that is read, a nano below a billion dollars."""
+
+_USD = re.compile(r"(?P<sign>-?)(?P<whole>\d{1,99})(?:\.(?P<part>\d{1,9}))?", re.ASCII)
 
 
 class AmountError(ValueError):
-    """The text is no amount of US dollars."""
+    """The text is no amount of US dollars, or one that is too large."""
 
 
-def parse_usd(text: str) -> Nanos:
+def parse_usd(text: str, most: Nanos = MAX_AMOUNT_NANOS) -> Nanos:
     """Read a decimal string of dollars, such as ``"0.000123"``, without rounding.
 
     Raises:
-        AmountError: for anything but digits with at most nine decimals.
+        AmountError: for anything but digits with at most nine decimals, or if it is more than ``most``.
     """
     match = _USD.fullmatch(text.strip())
     if match is None:
         raise AmountError(f'{text!r} is not an amount in dollars: write it as "12.50", nine decimals at most')
     whole, part = int(match["whole"]), int((match["part"] or "").ljust(9, "0"))
     nanos = whole * NANOS_PER_USD + part
+    if abs(nanos) > most:
+        raise AmountError(f"{text!r} is too large: the most is {format_usd(most, decimals=2)} dollars")
     return Nanos(-nanos if match["sign"] else nanos)
 
 
@@ -41,8 +46,23 @@ def format_usd(nanos: int, decimals: int = 6) -> str:
     return f"{sign}{whole}.{digits}" if digits else f"{sign}{whole}"
 
 
+def share_of(amount: int, part: int, whole: int) -> int:
+    """The share of ``amount`` that ``part`` is of ``whole``, rounded to the nearest unit and half up; 0 of nothing.
+
+    For what somebody else rounded, as Dodo does a refund's tax: no charge of ours.
+    """
+    assert 0 <= part <= whole, "a share is at most the whole"
+    return (2 * amount * part + whole) // (2 * whole) if whole else 0
+
+
+def divide_down(dividend: int, divisor: int) -> int:
+    """Divide a whole amount and round down, below zero as well: the worth of a rest, of which nothing may be lost."""
+    assert divisor > 0, "a rate's denominator is positive"
+    return dividend // divisor
+
+
 def divide_up(dividend: int, divisor: int) -> int:
-    """Divide a whole amount and round up: the only division of money there is.
+    """Divide a whole amount and round up: the only division of what anyone is charged.
 
     Rounding up once, after everything is summed, favours the owner by less than one nano.
     """

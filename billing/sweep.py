@@ -70,10 +70,12 @@ class Sweep:
         """The items of the last run in the order it took them; empty once a run came to all."""
         self._place = 0
         """How many of them it came to before it ended early: the next run begins with the others."""
+        self.includes: tuple[Sweep, ...] = ()
+        """Others, whose failing items are shown with this one's."""
 
     @property
     def failing(self) -> tuple[FailingItem, ...]:
-        return tuple(self._failing.values())
+        return (*self._failing.values(), *(one for sweep in self.includes for one in sweep.failing))
 
     async def run(
         self,
@@ -81,10 +83,12 @@ class Sweep:
         act: Callable[[Item], Awaitable[Result]],
         id_of: Callable[[Item], str] = str,
         is_forced: bool = False,
+        own: tuple[type[Exception], ...] = (),
     ) -> list[Result]:
         """Call ``act`` with each item and return the results of those that went well.
 
-        ``is_forced`` also tries those that failed shortly before.
+        ``is_forced`` also tries those that failed shortly before. ``own``: errors that are surely the item's own, so
+        that no number of them in a row ends the run.
 
         Raises:
             Exception: what ended the run.
@@ -110,6 +114,8 @@ class Sweep:
                 raise
             except Exception as error:  # whatever it is, it is this item's
                 self._note_failure(id_, error)
+                if isinstance(error, own):
+                    continue
                 failures_in_a_row += 1
                 if failures_in_a_row == self._ends_after:
                     raise

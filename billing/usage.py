@@ -90,6 +90,9 @@ class Draw:
     bucket: BucketId
     unit: Unit
     amount: int
+    price: int = 0
+    """Nanos that ``sold`` units of the bucket were sold for; 0 for what was given, and in records before 0.2."""
+    sold: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +143,19 @@ class UsageRecord:
         return Nanos(self.drawn_from(OVERAGE))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        raw = asdict(self)
+        for draw in raw["draws"]:
+            if not draw["price"]:
+                del draw["price"], draw["sold"]
+        return json.dumps(raw, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         raw = json.loads(text)
-        draws = tuple(Draw(BucketId(d["bucket"]), Unit(d["unit"]), d["amount"]) for d in raw.pop("draws"))
+        draws = tuple(
+            Draw(BucketId(d["bucket"]), Unit(d["unit"]), d["amount"], d.get("price", 0), d.get("sold", 0))
+            for d in raw.pop("draws")
+        )
         usage, status = Usage(**raw.pop("usage")), Status(raw.pop("status"))
         modifiers = tuple(Modifier(**m) for m in raw.pop("modifiers", ()))
         return cls(usage=usage, status=status, draws=draws, modifiers=modifiers, **raw)

@@ -35,10 +35,13 @@ class Licences:
             False where the entitlement is not ours.
 
         Raises:
-            NotYet: the customer cannot be a tenant yet, or its keys keep changing.
+            NotYet: the entitlement is not known to be ours yet, the customer cannot be a tenant yet, or its keys keep
+                changing.
             DodoUnavailable, DodoRefused: Dodo could not say.
         """
         if entitlement_id != await id_of(self._redis, ENTITLEMENT):
+            if (await self._dodo.licence_entitlements()).get(ENTITLEMENT) == entitlement_id:
+                raise NotYet(f"{ENTITLEMENT} is not kept here yet: run `farebox dodo sync`")
             return False
         tenant = await self._signups.tenant_of(customer_id)
         for _ in range(ATTEMPTS):

@@ -4,28 +4,34 @@ Only a succeeded payment grants, by quantity and by the terms stored with the pr
 disputes claw back their share of it, together never more than it granted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from billing.catalog.terms import Terms
+from billing.commerce.cash import NOBODY, CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry
 from billing.commerce.context import Commerce
 from billing.commerce.dodo_ids import id_of
+from billing.commerce.foreign import foreign_among
 from billing.commerce.inbox import CHARGE_METER, Inbox, PurchasedCredit
 from billing.commerce.plan_changes import LeftPeriod
 from billing.commerce.products import Products
 from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
-from billing.commerce.waiting import NotYet
-from billing.dodo.wire import Payment, Refund, UsagePeriod
+from billing.commerce.waiting import NotOurs, NotYet
+from billing.dodo.wire import Dispute, Payment, Refund, UsagePeriod
 from billing.ledger.account import Bucket, Clawback, Grant
 from billing.ledger.admission import allowance_period
-from billing.money import divide_up
+from billing.money import Nanos, divide_up
 from billing.tenants.tenant import Tenant
-from billing.usage import BucketId
+from billing.usage import BucketId, TenantId
 
 HOUR_MS = 60 * 60_000
 SAME_PERIOD_MS = 60_000
 """How far Dodo may date the beginning of a period apart in its payment and in its subscription."""
 OVER = 1
 """A moment that is past, for what no longer keeps credit from being extended."""
+SUCCEEDED = "succeeded"
+"""The status of a payment or a refund that has moved money."""
+LOST = ("dispute_lost", "dispute_accepted", "dispute_expired")
 
 
 class Payments:
@@ -35,68 +41,132 @@ class Payments:
         self._dodo, self._ledger, self._tenants = commerce.dodo, commerce.ledger, commerce.tenants
         self._redis, self._clock = commerce.redis, commerce.clock
         self._inbox, self._products = Inbox(commerce.redis), Products(commerce.redis)
+        self._cash = CashBook(commerce.redis)
         self._subscriptions, self._signups = Subscriptions(commerce), Signups(commerce)
 
-    async def succeeded(self, payment: Payment) -> None:
-        """Grant what the cart buys, and take invoiced usage off the exposure."""
-        if payment.status not in ("succeeded", ""):
-            raise NotYet(f"payment {payment.id} is {payment.status}")
-        tenant = await self._buyer(payment)
-        await self._grant(tenant, payment)
+    async def succeeded(self, payment: Payment) -> set[str]:
+        """Grant what the cart buys, take invoiced usage off the exposure, and book what was paid.
+
+        Returns:
+            Products in the cart that are not ours: they grant nothing.
+
+        Raises:
+            NotOurs: nothing in the cart is ours.
+        """
+        payment = await self._complete(payment)
+        known = await self._inbox.purchase(payment.id)
+        if known and known[0].tenant:  # a person has booked it
+            await self._grant(TenantId(known[0].tenant), payment.id, known)
+            await self._cash.book(payment_entry(payment, TenantId(known[0].tenant), known))
+            return set()
+        try:
+            foreign = await self._foreign(payment, known or ())
+        except NotOurs:
+            await self._cash.book(payment_entry(payment, await self._owner(payment), is_foreign=True))
+            raise
+        credits_ = known or await self._credits(payment)
+        tenant = await self._buyer(payment, credits_)
+        await self._grant(tenant.id, payment.id, credits_)
+        usage_cents, fees = 0, list[tuple[Fee, Nanos]]()
         for subscription_id in payment.subscription_ids:
             await self._take_back_unused(tenant, payment, subscription_id)
-            await self._subscriptions.refresh(subscription_id)
+            fees += await self._fee(await self._subscriptions.refresh(subscription_id), payment, subscription_id)
             if payment.includes_usage and not await self._subscriptions.is_doubled(subscription_id):
-                await self._repay(tenant, payment, subscription_id)
+                usage_cents += await self._repay(tenant, payment, subscription_id)
+        packs = [credit for credit in credits_ if not credit.is_allowance]
+        await self._cash.book(payment_entry(payment, tenant.id, packs, fees, usage_cents, bool(foreign)))
+        return foreign
 
-    async def _buyer(self, payment: Payment) -> Tenant:
+    async def _fee(self, tenant: Tenant, payment: Payment, subscription_id: str) -> list[tuple[Fee, Nanos]]:
+        """The period whose fee this payment pays, if it pays one, and its list price."""
+        starts_ms, ends_ms = (of.get(subscription_id) for of in (payment.service_starts_ms, payment.service_ends_ms))
+        if starts_ms is None or ends_ms is None:
+            return []
+        subscription = tenant.subscription
+        if subscription is None or subscription.id != subscription_id:
+            return [(Fee(subscription_id, starts_ms, ends_ms), Nanos(0))]
+        if abs(subscription.period_start_ms - starts_ms) <= HOUR_MS:
+            starts_ms = subscription.period_start_ms  # the allowance bears this one in its name
+        price = Nanos(subscription.sold.price) if subscription.sold else Nanos(0)
+        return [(Fee(subscription_id, starts_ms, ends_ms), price)]
+
+    async def _owner(self, payment: Payment) -> TenantId:
+        """Whose payment it is: the tenant that a person booked it for, or the customer's; ``NOBODY`` where none is."""
+        known = await self._inbox.purchase(payment.id)
+        if known and known[0].tenant:
+            return TenantId(known[0].tenant)
+        tenant = await self._tenants.by_customer(payment.customer_id)
+        return NOBODY if tenant is None else tenant.id
+
+    async def _complete(self, payment: Payment) -> Payment:
+        """Itself, or as Dodo has it now, where it does not say that it succeeded or what it is for."""
+        if payment.status == SUCCEEDED and (payment.lines or payment.subscription_ids):
+            return payment
+        found = await self._dodo.retrieve_payment(payment.id)
+        if found.status != SUCCEEDED:
+            raise NotYet(f"payment {found.id} is {found.status or 'without a status'}")
+        return found
+
+    async def _foreign(self, payment: Payment, known: Sequence[PurchasedCredit] = ()) -> set[str]:
+        """Products of a payment that are not ours. Raises NotOurs where none is, NotYet where one may become ours."""
+        products = {line.product_id for line in payment.lines}
+        if not products:
+            subscriptions = [await self._dodo.retrieve_subscription(one) for one in payment.subscription_ids]
+            products = {one.product_id for one in subscriptions}
+        granted = {credit.source.rpartition(":")[2] for credit in known}
+        foreign = await foreign_among(self._dodo, self._products, products - granted)
+        if foreign and foreign == products:
+            raise NotOurs(f"payment {payment.id}", foreign)
+        return foreign
+
+    async def _buyer(self, payment: Payment, credits_: Sequence[PurchasedCredit]) -> Tenant:
         """The tenant that paid. A customer becomes one by buying something of ours, and not otherwise."""
         known = await self._tenants.by_customer(payment.customer_id)
         if known is not None:
             return known
-        if await self._purchase(payment):
+        if credits_:
             return await self._signups.tenant_of(payment.customer_id)
         for subscription_id in payment.subscription_ids:
             await self._subscriptions.refresh(subscription_id)
         return await self._tenant(payment.customer_id)
 
-    async def _grant(self, tenant: Tenant, payment: Payment) -> None:
-        for credit in await self._purchase(payment):
+    async def _grant(self, tenant: TenantId, payment_id: str, credits_: Sequence[PurchasedCredit]) -> None:
+        """Fix what this payment buys, and grant it: to this tenant, or to whom a person booked it for meanwhile.
+
+        An allowance is not granted: holds put it in place.
+        """
+        for credit in await self._inbox.fix_purchase(payment_id, credits_):
             if credit.is_allowance:
                 continue
-            grant = Grant(credit.source, tenant.id, credit.unit, credit.amount, credit.expires_at_ms, credit.adapters)
-            await self._ledger.grant(grant)
-
-    async def _purchase(self, payment: Payment) -> tuple[PurchasedCredit, ...]:
-        """What this payment buys, as it was when the payment was first seen."""
-        known = await self._inbox.purchase(payment.id)
-        return await self._inbox.fix_purchase(payment.id, await self._credits(payment)) if known is None else known
+            to = TenantId(credit.tenant) if credit.tenant else tenant
+            sold = (credit.unit, credit.amount, credit.expires_at_ms, credit.adapters, credit.price)
+            await self._ledger.grant(Grant(credit.source, to, *sold))
 
     async def _credits(self, payment: Payment) -> list[PurchasedCredit]:
         """What the cart's packs grant by the terms of their products, and the allowance that a plan's fee buys."""
-        lines = payment.lines
-        if not lines and not payment.subscription_ids:
-            lines = (await self._dodo.retrieve_payment(payment.id)).lines
-            if not lines:
-                raise NotYet(f"payment {payment.id} names no product")
+        if not payment.lines and not payment.subscription_ids:
+            raise NotYet(f"payment {payment.id} names no product")
         quantities: dict[str, int] = {}
-        for line in lines:
+        for line in payment.lines:
             quantities[line.product_id] = quantities.get(line.product_id, 0) + line.quantity
         credits_: list[PurchasedCredit] = []
         for product_id, quantity in sorted(quantities.items()):
             sold = await self._products.terms(product_id)
-            if sold is None:
-                raise NotYet(f"product {product_id} of payment {payment.id} is no pack of ours")
-            if sold.kind == "plan":
+            if sold is None or sold.kind == "plan":
                 continue
             if quantity < 1:
                 raise NotYet(f"payment {payment.id} has {quantity} of {product_id}")
             grants = sold.grants
             assert grants is not None, "a pack grants something"
-            paid_at = payment.created_at_ms if payment.created_at_ms is not None else self._clock()
-            expires = None if sold.expires_days is None else paid_at + sold.expires_days * DAY_MS
-            source = f"payment:{payment.id}:{product_id}"
-            credits_.append(PurchasedCredit(source, grants.unit, grants.amount * quantity, expires, grants.adapters))
+            # It lasts from when we grant it: the payment's own time may be late, or by another clock.
+            expires = None if sold.expires_days is None else self._clock() + sold.expires_days * DAY_MS
+            source, amount, price = (
+                f"payment:{payment.id}:{product_id}",
+                grants.amount * quantity,
+                sold.price * quantity,
+            )
+            sale = PurchasedCredit(source, grants.unit, amount, expires, grants.adapters, price=price)
+            credits_.append(sale)
         for subscription_id in payment.subscription_ids:
             if allowance := await self._allowance(payment, subscription_id):
                 credits_.append(allowance)
@@ -114,10 +184,7 @@ class Payments:
         sold = next((one for one in bought if one is not None and one.kind == "plan"), None)
         if sold is None or len(payment.subscription_ids) > 1:
             sold = await self._products.terms(found.product_id)
-        if sold is None or sold.grants is None:
-            return None
-        source = f"{allowance_period(subscription_id, starts_ms)}:{sold.plain_name}"
-        return PurchasedCredit(source, sold.grants.unit, sold.grants.amount, ends_ms, sold.grants.adapters, True)
+        return None if sold is None else _allowance_of(sold, subscription_id, starts_ms, ends_ms)
 
     async def _take_back_unused(self, tenant: Tenant, payment: Payment, subscription_id: str) -> None:
         """Claw back, of the allowance that a plan change of ours left, the share of its fee that Dodo took off.
@@ -126,24 +193,30 @@ class Payments:
         """
         left, changed_ms = LeftPeriod.read(payment.metadata), payment.service_starts_ms.get(subscription_id)
         sold = await self._products.terms(left.product_id) if left is not None else None
-        if left is None or changed_ms is None or sold is None or sold.grants is None:
+        if left is None or changed_ms is None or sold is None:
             return
-        unused_ms, quota = min(max(0, left.ends_ms - changed_ms), left.ends_ms - left.starts_ms), sold.grants
-        source = f"{allowance_period(subscription_id, left.starts_ms)}:{sold.plain_name}"
-        credit = PurchasedCredit(source, quota.unit, quota.amount, left.ends_ms, quota.adapters, True)
-        if share := divide_up(credit.amount * unused_ms, left.ends_ms - left.starts_ms):
-            await self._ledger.claw_back(_clawback(f"plan_change:{payment.id}", tenant, credit, share))
+        length_ms, unused_ms = left.ends_ms - left.starts_ms, max(0, left.ends_ms - changed_ms)
+        credit = _allowance_of(sold, subscription_id, left.starts_ms, left.ends_ms)
+        if credit is not None and (share := divide_up(credit.amount * min(unused_ms, length_ms), length_ms)):
+            await self._ledger.claw_back(_clawback(f"plan_change:{payment.id}", tenant.id, credit, share))
 
     async def refunded(self, refund: Refund) -> None:
         """Claw back the refunded share of what the payment grants, rounded up, never more than that.
 
         A refund grants nothing: where its payment has not succeeded yet, the clawback waits for the grant.
         """
-        payment, source = await self._dodo.retrieve_payment(refund.payment_id), f"refund:{refund.id}"
-        for clawback in await self._reversal(source, payment, refund.amount):
-            await self._ledger.claw_back(clawback)
+        if refund.status != SUCCEEDED:
+            raise NotYet(f"refund {refund.id} is {refund.status}")
+        payment = await self._dodo.retrieve_payment(refund.payment_id)
+        try:
+            for clawback in await self._reversal(f"refund:{refund.id}", payment, refund.amount):
+                await self._ledger.claw_back(clawback)
+        except NotOurs:
+            await self._cash.book(refund_entry(refund, payment, await self._owner(payment)))
+            raise
         if payment.refund_status == "full" or refund.amount in (None, payment.total_amount):
-            await self._pause_credit(payment, source, is_open=False)
+            await self._pause_credit(payment, f"refund:{refund.id}", is_open=False)
+        await self._cash.book(refund_entry(refund, payment, await self._owner(payment)))
 
     async def disputed(self, dispute_id: str) -> None:
         """Claw back the disputed share while the dispute is open or lost; restore it where it was won or dropped.
@@ -151,12 +224,18 @@ class Payments:
         The event may be stale, so Dodo is asked for the dispute as it stands.
         """
         dispute = await self._dodo.retrieve_dispute(dispute_id)
-        payment, source = await self._dodo.retrieve_payment(dispute.payment_id), f"dispute:{dispute.id}"
-        for clawback in await self._reversal(source, payment, dispute.amount):
-            await self._ledger.claw_back(clawback)
-            if dispute.is_settled_for_us:
-                await self._ledger.restore(clawback)
-        await self._pause_credit(payment, source, dispute.is_open, dispute.is_settled_for_us)
+        payment = await self._dodo.retrieve_payment(dispute.payment_id)
+        try:
+            for clawback in await self._reversal(f"dispute:{dispute.id}", payment, dispute.amount):
+                await self._ledger.claw_back(clawback)
+                if dispute.is_settled_for_us:
+                    await self._ledger.restore(clawback)
+        except NotOurs:
+            await self._book_dispute(dispute, payment)
+            raise
+        is_open = not dispute.is_settled_for_us and dispute.status not in LOST
+        await self._pause_credit(payment, f"dispute:{dispute.id}", is_open, dispute.is_settled_for_us)
+        await self._book_dispute(dispute, payment)
 
     async def _pause_credit(
         self, payment: Payment, source: str, is_open: bool, is_settled_for_us: bool = False
@@ -167,29 +246,45 @@ class Payments:
             until_ms = OVER if is_settled_for_us else 0 if is_open else ends_ms
             await self._subscriptions.pause_credit(tenant, subscription_id, source, until_ms)
 
+    async def _book_dispute(self, dispute: Dispute, payment: Payment) -> None:
+        won, lost = dispute.is_settled_for_us, dispute.status in LOST
+        for kind in (Kind.DISPUTE_OPENED, *([Kind.DISPUTE_WON] if won else [Kind.DISPUTE_LOST] if lost else [])):
+            await self._cash.book(dispute_entry(dispute, payment, await self._owner(payment), kind))
+
     async def _reversal(self, source: str, payment: Payment, amount: int | None) -> list[Clawback]:
-        """The share of each of a payment's grants that ``amount`` of its minor units stands for; ``None`` is all."""
-        tenant = await self._tenant(payment.customer_id)
+        """The share of each of a payment's grants that ``amount`` of its minor units stands for; ``None`` is all.
+
+        Raises:
+            NotOurs: nothing that was paid for is ours, and nobody has booked it.
+        """
+        credits_ = await self._inbox.purchase(payment.id)
+        if credits_ is None:
+            await self._foreign(payment)
+            await self._tenant(payment.customer_id)
+            credits_ = await self._inbox.fix_purchase(payment.id, await self._credits(payment))
         paid = payment.total_amount
         taken = paid if amount is None else min(max(amount, 0), paid)
         clawbacks = []
-        for credit in await self._purchase(payment):
+        for credit in credits_:
             share = credit.amount if taken == paid else divide_up(credit.amount * taken, paid)
             if share:
                 about = credit.source if credit.is_allowance else credit.source.rpartition(":")[2]
-                clawbacks.append(_clawback(f"{source}:{about}", tenant, credit, share))
+                owner = TenantId(credit.tenant) if credit.tenant else (await self._tenant(payment.customer_id)).id
+                clawbacks.append(_clawback(f"{source}:{about}", owner, credit, share))
         return clawbacks
 
-    async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> None:
-        """Lower the exposure by what this payment invoiced: the usage of the period that it closes."""
+    async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> int:
+        """Lower the exposure by what this payment invoiced: the usage of the period that it closes. Its cents."""
         meter_id = await id_of(self._redis, CHARGE_METER)
         if not meter_id:
             raise NotYet("no meter was made at Dodo yet")
-        period = _closed_period(payment, subscription_id, await self._dodo.usage_history(subscription_id))
+        history = await self._dodo.usage_history(subscription_id)
+        period = _closed_period(payment, subscription_id, history, self._clock())
         if period is None:
             raise NotYet(f"the period of {subscription_id} that payment {payment.id} bills has no usage yet")
         if nanos := period.units.get(meter_id, 0):
             await self._ledger.repay_overage(f"payment:{payment.id}:{subscription_id}", tenant.id, nanos)
+        return period.cents.get(meter_id, 0)
 
     async def _tenant(self, customer_id: str) -> Tenant:
         tenant = await self._tenants.by_customer(customer_id)
@@ -198,20 +293,33 @@ class Payments:
         return tenant
 
 
-def _clawback(source: str, tenant: Tenant, credit: PurchasedCredit, amount: int) -> Clawback:
+def _allowance_of(sold: Terms, subscription_id: str, starts_ms: int, ends_ms: int) -> PurchasedCredit | None:
+    """The allowance that these terms bring in one period of a subscription."""
+    if sold.grants is None:
+        return None
+    source = f"{allowance_period(subscription_id, starts_ms)}:{sold.plain_name}"
+    quota = (sold.grants.unit, sold.grants.amount, ends_ms, sold.grants.adapters)
+    return PurchasedCredit(source, *quota, price=sold.price, is_allowance=True)
+
+
+def _clawback(source: str, tenant: TenantId, credit: PurchasedCredit, amount: int) -> Clawback:
     if not credit.is_allowance:
-        return Clawback(source, tenant.id, credit.source, amount)
+        return Clawback(source, tenant, credit.source, amount)
     whole = (credit.unit, credit.amount, credit.amount, credit.expires_at_ms, credit.adapters)
-    allowance = Bucket(BucketId(credit.source), *whole, is_allowance=True)
-    return Clawback(source, tenant.id, credit.source, amount, allowance)
+    allowance = Bucket(BucketId(credit.source), *whole, is_allowance=True, price=credit.price)
+    return Clawback(source, tenant, credit.source, amount, allowance)
 
 
-def _closed_period(payment: Payment, subscription_id: str, periods: Iterable[UsagePeriod]) -> UsagePeriod | None:
-    """The period whose usage a payment bills: it ends closest to where the paid one starts, or else to the payment."""
+def _closed_period(
+    payment: Payment, subscription_id: str, periods: Iterable[UsagePeriod], now_ms: int
+) -> UsagePeriod | None:
+    """The period whose usage a payment bills: it ends closest to where the paid one starts, or else to the payment,
+    which was made before ``now_ms`` whatever time it bears.
+    """
     starts_ms = payment.service_starts_ms.get(subscription_id)
     if starts_ms is not None:
         near = (p for p in periods if abs(p.end_ms - starts_ms) <= HOUR_MS)
         return min(near, key=lambda p: abs(p.end_ms - starts_ms), default=None)
-    paid_at_ms = payment.created_at_ms or 0
+    paid_at_ms = min(payment.created_at_ms or 0, now_ms)
     ended = (p for p in periods if p.end_ms <= paid_at_ms + HOUR_MS)
     return min(ended, key=lambda p: abs(p.end_ms - paid_at_ms), default=None)

@@ -5,7 +5,8 @@ import re
 
 from billing.commerce.context import Commerce
 from billing.commerce.waiting import NotYet
-from billing.tenants.tenant import Tenant
+from billing.tenants.errors import TenantExists
+from billing.tenants.tenant import Tenant, clean_name
 from billing.usage import TenantId
 
 ID_LENGTH_MAX = 40
@@ -18,7 +19,7 @@ class Signups:
         self._commerce = commerce
 
     async def tenant_of(self, customer_id: str) -> Tenant:
-        """The tenant that is this customer, made now where there is none; the same call twice makes one.
+        """The tenant that is this customer, made now where there is none; any number of calls at once make one.
 
         Raises:
             NotYet: no catalog is in force, so there is no plan for a new tenant.
@@ -32,17 +33,21 @@ class Signups:
             raise NotYet(f"customer {customer_id} bought before a catalog was in force")
         customer = await self._commerce.dodo.retrieve_customer(customer_id)
         made = Tenant(
-            id=tenant_id_for(customer.email, customer.id),
+            id=tenant_id_for(customer.email, customer_id),
             email=customer.email,
             plan=catalog.default_plan,
-            name=customer.name,
-            dodo_customer_id=customer.id,
-            created_at_ms=0,
+            name=clean_name(customer.name),
+            dodo_customer_id=customer_id,
+            created_at_ms=self._commerce.clock(),
         )
-        return await self._commerce.tenants.create(made)
+        try:
+            return await self._commerce.tenants.create_for_customer(made)
+        except TenantExists:
+            longer = tenant_id_for(customer.email, customer_id, digits=16)
+            return await self._commerce.tenants.create_for_customer(made.model_copy(update={"id": longer}))
 
 
-def tenant_id_for(email: str, customer_id: str) -> TenantId:
-    """A readable id that the same customer always gets: the name before the @, and six digits of a hash."""
+def tenant_id_for(email: str, customer_id: str, digits: int = 6) -> TenantId:
+    """A readable id that the same customer always gets: the name before the @, and digits of a hash."""
     name = re.sub(r"[^a-z0-9_-]+", "-", email.partition("@")[0].lower()).strip("-_")[:ID_LENGTH_MAX]
-    return TenantId(f"{name or 'buyer'}-{hashlib.sha256(customer_id.encode()).hexdigest()[:6]}")
+    return TenantId(f"{name or 'buyer'}-{hashlib.sha256(customer_id.encode()).hexdigest()[:digits]}")

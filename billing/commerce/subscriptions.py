@@ -11,9 +11,10 @@ from billing.catalog.plans import Plan
 from billing.catalog.terms import Terms
 from billing.commerce.context import Commerce
 from billing.commerce.doubles import DOUBLED, Doubles
+from billing.commerce.foreign import foreign_among
 from billing.commerce.products import Products
 from billing.commerce.signups import Signups
-from billing.commerce.waiting import NotYet
+from billing.commerce.waiting import NotOurs, NotYet
 from billing.dodo.wire import DodoSubscription
 from billing.tenants.tenant import ENDED, Subscription, SubscriptionStatus, Tenant
 
@@ -39,7 +40,8 @@ class Subscriptions:
         is active counts from now on.
 
         Raises:
-            NotYet: its customer or product is unknown here, or another subscription's payment is late.
+            NotOurs: its product is not ours.
+            NotYet: its customer or plan is unknown here, or another subscription's payment is late.
             DodoUnavailable, DodoRefused: Dodo could not say, or did not do.
         """
         tenant = await self._refresh(subscription_id, past_due_ends_at_ms)
@@ -117,6 +119,8 @@ class Subscriptions:
     async def _sold_by(self, found: DodoSubscription) -> tuple[Terms, Plan, Catalog]:
         """The terms of the product that a subscription pays, their plan, and the catalog in force."""
         sold, catalog = await self._products.terms(found.product_id), await self._catalog()
+        if sold is None and (foreign := await foreign_among(self._dodo, self._products, [found.product_id])):
+            raise NotOurs(f"subscription {found.id}", foreign)
         if sold is None or sold.kind != "plan":
             raise NotYet(f"product {found.product_id} is no plan of ours")
         plan = catalog.plan_named(sold.plain_name) if catalog is not None else None

@@ -1,5 +1,6 @@
 """Signed webhooks from Dodo: verify, store, apply once; park what cannot be applied, and try it again.
 
+What is about a product that is not ours is set aside.
 What a delivery does to credit, plans and keys stands in ``payments``, ``subscriptions`` and ``licences``.
 """
 
@@ -10,14 +11,14 @@ from dataclasses import replace
 from standardwebhooks import Webhook
 from standardwebhooks.webhooks import EmptyWebhookSecretError, WebhookVerificationError
 
-from billing.commerce.alerts import Alerts
+from billing.commerce.alerts import Alerts, is_about_money, payment_of
 from billing.commerce.context import Commerce
-from billing.commerce.inbox import Delivery, Inbox, Outcome
+from billing.commerce.inbox import OPEN, Delivery, Inbox, Outcome
 from billing.commerce.licences import Licences
 from billing.commerce.payments import Payments
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
-from billing.commerce.waiting import NotYet
-from billing.dodo.errors import DodoUnavailable, WebhookRejected
+from billing.commerce.waiting import NotOurs, NotYet
+from billing.dodo.errors import DodoUnavailable, DodoUnreadable, WebhookRejected
 from billing.dodo.fields import Wire, WireError, inner, moment_ms, read_json, text
 from billing.dodo.wire import Payment, Refund
 from billing.errors import BillingError
@@ -25,6 +26,7 @@ from billing.store.errors import StoreUnavailable
 from billing.sweep import Sweep
 from billing.tenants.tenant import Tenant
 
+PAYMENT = "payment.succeeded"
 FIRST_RETRY_MS, MAX_RETRY_MS = 30_000, 60 * 60_000
 KEEP_MS = 30 * DAY_MS
 """Dodo replays deliveries for two weeks; after that their payments and refunds still count once."""
@@ -78,15 +80,16 @@ class Webhooks:
         # It goes behind the others first: whatever becomes of this try, it is not the first in line again.
         await self.inbox.reschedule([webhook_id], self._clock() + FIRST_RETRY_MS)
         delivery = await self.inbox.get(webhook_id)
-        if delivery is None:
+        if delivery is None or delivery.outcome not in OPEN:
+            await self.inbox.forget(webhook_id)
             return False
         applied, reason = await self._apply(delivery)
-        if isinstance(reason, DodoUnavailable):
+        if isinstance(reason, DodoUnavailable) and not isinstance(reason, DodoUnreadable):
             raise reason
         return applied.outcome is not Outcome.WAITING
 
     async def prune(self) -> int:
-        """Delete old deliveries that are finished. How many those were."""
+        """Delete old deliveries that are finished or set aside. How many those were."""
         return await self.inbox.prune(self._clock() - KEEP_MS)
 
     async def refresh_overdue(self, tenants: list[Tenant], sweep: Sweep) -> int:
@@ -106,48 +109,68 @@ class Webhooks:
             self._asked_ms[subscription_id] = now
             await self._subscriptions.refresh(subscription_id)
 
-        return len(await sweep.run([s.id for s in due + overdue], refresh))
+        return len(await sweep.run([s.id for s in due + overdue], refresh, own=(DodoUnreadable, NotYet, NotOurs)))
 
     async def _apply(self, delivery: Delivery) -> tuple[Delivery, Exception | None]:
         """Apply a delivery, or park it whatever goes wrong. Returns it as stored, and why it was parked."""
         try:
-            outcome = await self._dispatch(delivery.type, read_json(delivery.body))
+            outcome, reason_kept = await self._dispatch(delivery)
         except StoreUnavailable:
             raise
+        except NotOurs as reason:
+            outcome, reason_kept = await self._set_aside(delivery, reason)
         except (NotYet, WireError, BillingError) as reason:
             return await self._park(delivery, reason), reason
         except Exception as error:
             log.exception("webhook %s (%s) met an error of ours", delivery.id, delivery.type)
             return await self._park(delivery, error), error
-        done = replace(delivery, outcome=outcome, reason="", attempts=delivery.attempts + 1)
+        done = replace(delivery, outcome=outcome, reason=reason_kept, attempts=delivery.attempts + 1)
         await self.inbox.finish(done)
+        if outcome is Outcome.SET_ASIDE and await self.inbox.purchase(payment_of(done).get("payment_id", "")):
+            await self.inbox.reschedule([done.id], self._clock())  # its payment was booked meanwhile
         return done, None
+
+    async def _set_aside(self, delivery: Delivery, reason: NotOurs) -> tuple[Outcome, str]:
+        """How a delivery about a product that is not ours ends: one about money is kept for a person to look at."""
+        if not is_about_money(delivery.type):
+            return Outcome.KEPT, str(reason)
+        if delivery.type == PAYMENT:
+            await self._alerts.record_set_aside(replace(delivery, reason=str(reason)), reason.products)
+        return Outcome.SET_ASIDE, str(reason)
 
     async def _park(self, delivery: Delivery, reason: Exception) -> Delivery:
         attempts = delivery.attempts + 1
         parked = replace(delivery, reason=f"{type(reason).__name__}: {reason}", attempts=attempts)
         delay = min(MAX_RETRY_MS, FIRST_RETRY_MS * 2 ** min(attempts - 1, 10))
+        await self._alerts.record_waiting(parked)
         await self.inbox.park(parked, self._clock() + delay)
         log.warning("parked webhook %s (%s): %s", delivery.id, delivery.type, parked.reason)
         return parked
 
-    async def _dispatch(self, kind: str, wire: Wire) -> Outcome:
+    async def _dispatch(self, delivery: Delivery) -> tuple[Outcome, str]:
+        """How a delivery ended, and what of it is not ours."""
+        wire, kind, rest = read_json(delivery.body), delivery.type, ""
         data = inner(wire, "data")
-        if kind == "payment.succeeded":
-            await self.payments.succeeded(Payment.read(data))
+        if not kind:
+            raise WireError("type is missing")
+        if kind == PAYMENT:
+            payment = Payment.read(data)
+            if foreign := await self.payments.succeeded(payment):
+                rest = f"the rest of it: {NotOurs(f'payment {payment.id}', foreign)}"
+                await self._alerts.record_set_aside(replace(delivery, reason=rest), foreign)
         elif kind == "refund.succeeded":
             await self.payments.refunded(Refund.read(data))
         elif kind.startswith("dispute."):
             await self.payments.disputed(text(data, "dispute_id"))
         elif kind.startswith("entitlement_grant."):
             if not await self._licences.refresh(text(data, "entitlement_id"), text(data, "customer_id")):
-                return Outcome.KEPT
+                return Outcome.KEPT, ""
         elif kind.startswith("subscription."):
             await self._subscriptions.refresh(text(data, "subscription_id"), moment_ms(data, "past_due_ends_at"))
         else:
-            return Outcome.APPLIED if await self._alerts.record(kind, data) else Outcome.KEPT
+            return (Outcome.APPLIED if await self._alerts.record(kind, data) else Outcome.KEPT), ""
         await self._alerts.record(kind, data)
-        return Outcome.APPLIED
+        return Outcome.APPLIED, rest
 
 
 def verify(body: bytes, headers: Mapping[str, str], secret: str) -> Wire:

@@ -16,10 +16,11 @@ from dodopayments.types.price_param import PriceParam
 from dodopayments.types.refund_create_params import Item as RefundItem
 
 from billing.dodo.errors import DodoRefused, DodoUnavailable
-from billing.dodo.fields import MS_PER_SECOND, Wire, text, to_iso
-from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, text_in
+from billing.dodo.fields import MS_PER_SECOND, Wire, inner, text, to_iso
+from billing.dodo.reply import answered, as_wire, listed, parsed, read_as, readable, text_in
 from billing.dodo.settings import DodoSettings
 from billing.dodo.wire import (
+    BalanceLine,
     Dispute,
     DodoCustomer,
     DodoEvent,
@@ -89,9 +90,7 @@ class Dodo:
 
             http_client = DefaultAsyncHttpxClient(event_hooks={"request": [count]})
         where: dict[str, str] = (
-            {"base_url": settings.base_url}
-            if settings.environment == "sandbox"
-            else {"environment": settings.environment}
+            {"base_url": settings.base_url} if settings.base_url else {"environment": settings.environment}
         )
         self._sdk = AsyncDodoPayments(
             bearer_token=settings.api_key,
@@ -206,9 +205,9 @@ class Dodo:
         return [parsed(Payment.read, wire) for wire in pages]
 
     async def invoices(self, customer_id: str, page: int, size: int) -> list[Invoice]:
-        """One page of a customer's payments, numbered from 0."""
+        """One page of a customer's payments, numbered from 0, without those that cannot be read."""
         call = self._sdk.payments.list(customer_id=customer_id, page_number=page, page_size=size)
-        return [parsed(Invoice.read, wire) for wire in await listed(call)]
+        return readable(Invoice.read, await listed(call))
 
     async def portal(self, customer_id: str) -> str:
         """A link to Dodo's own page where a customer sees invoices and cancels."""
@@ -317,6 +316,15 @@ class Dodo:
         )
         return [parsed(UsagePeriod.read, wire) for wire in pages]
 
+    async def balance_lines(self, since_ms: int) -> list[BalanceLine]:
+        """Lines of Dodo's own ledger from then on: what it took in, kept and paid out for us."""
+        pages = await self._pages(
+            lambda page: self._sdk.balances.retrieve_ledger(
+                created_at_gte=to_iso(since_ms), page_number=page, page_size=PAGE
+            )
+        )
+        return [parsed(BalanceLine.read, wire) for wire in pages]
+
     async def meters(self) -> list[DodoMeter]:
         pages = await self._pages(lambda page: self._sdk.meters.list(page_number=page, page_size=PAGE))
         return [parsed(DodoMeter.read, wire) for wire in pages]
@@ -334,6 +342,16 @@ class Dodo:
 
     async def retrieve_product(self, product_id: str) -> DodoProduct:
         return read_as(DodoProduct.read, await answered(self._sdk.products.retrieve(product_id)))
+
+    async def product_tag(self, product_id: str) -> str:
+        """Our own name for a product, from its metadata; empty for others' products, and where Dodo has none."""
+        try:
+            wire = as_wire(await answered(self._sdk.products.retrieve(product_id)))
+        except DodoRefused as refused:
+            if refused.status == httpx.codes.NOT_FOUND:
+                return ""
+            raise
+        return text(inner(wire, "metadata"), "farebox", "")
 
     async def create_product(
         self, tag: str, name: str, price: PriceParam, entitlement_ids: Sequence[str] = ()

@@ -18,6 +18,11 @@ class DodoUnavailable(BillingError):
 
 
 @dataclass(eq=False)
+class DodoUnreadable(DodoUnavailable):
+    """Dodo Payments answered with a value that this version cannot read, such as a status that it does not know."""
+
+
+@dataclass(eq=False)
 class DodoRefused(BillingError):
     """Dodo Payments answered that it will not do this; the same call again gets the same answer."""
 

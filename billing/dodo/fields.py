@@ -1,7 +1,7 @@
 """Read one field of the JSON that Dodo sends, leniently: a number or a string, a null, a moment."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 
@@ -41,6 +41,14 @@ def text(wire: Wire, name: str, default: str | None = None) -> str:
             return default
         raise WireError(f"{name} is missing")
     return str(value)
+
+
+def one_of(wire: Wire, name: str, known: Collection[str]) -> str:
+    """A word that this version knows. Raises WireError for any other: what it would mean is not guessed."""
+    word = text(wire, name)
+    if word not in known:
+        raise WireError(f"{name} {word[:50]!r} is unknown to this version of farebox")
+    return word
 
 
 def integer(wire: Wire, name: str, default: int | None = None) -> int:

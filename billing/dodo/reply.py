@@ -1,13 +1,14 @@
 """Turn what the SDK returns or raises into our values, or one of two kinds of failure."""
 
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar, cast
 
 import httpx
 from dodopayments import APIConnectionError, APIResponseValidationError, APIStatusError
 from pydantic import BaseModel
 
-from billing.dodo.errors import DodoRefused, DodoUnavailable
+from billing.dodo.errors import DodoRefused, DodoUnavailable, DodoUnreadable
 from billing.dodo.fields import Wire, WireError
 
 TRANSIENT = (408, 409, 425, 429)
@@ -17,6 +18,7 @@ _UNREADABLE = (APIConnectionError, APIResponseValidationError, httpx.HTTPError, 
 """No answer, or none that the SDK can read: it trips over a list that is no JSON with an AttributeError."""
 
 T = TypeVar("T")
+log = logging.getLogger("farebox.billing.dodo.reply")
 
 
 async def listed(call: Awaitable[object]) -> list[Wire]:
@@ -68,10 +70,22 @@ def read_as(read: Callable[[Wire], T], reply: object) -> T:
 
 
 def parsed(read: Callable[[Wire], T], wire: Wire) -> T:
+    """Raises DodoUnreadable."""
     try:
         return read(wire)
     except WireError as error:
-        raise DodoUnavailable(f"unreadable reply: {error}") from error
+        raise DodoUnreadable(f"unreadable reply: {error}") from error
+
+
+def readable(read: Callable[[Wire], T], wires: Iterable[Wire]) -> list[T]:
+    """Without those that cannot be read, which the log names."""
+    found = []
+    for wire in wires:
+        try:
+            found.append(read(wire))
+        except WireError as error:
+            log.warning("left out of a list of Dodo's: %s", error)
+    return found
 
 
 def text_in(wire: Wire, name: str) -> str:

@@ -4,8 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from billing.dodo.fields import Wire, WireError, as_list, as_object, inner, integer, moment, moment_ms, text
+from billing.dodo.fields import Wire, WireError, as_list, as_object, inner, integer, moment, moment_ms, one_of, text
 from billing.tenants.tenant import SubscriptionStatus
+
+DISPUTE_STATUSES = tuple(
+    f"dispute_{name}" for name in ("opened", "expired", "accepted", "cancelled", "challenged", "won", "lost")
+)
+GRANT_STATUSES = ("Pending", "Delivered", "Failed", "Revoked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,11 @@ class Payment:
     service_starts_ms: Mapping[str, int]
     """By subscription, the start of the period this payment pays for; usage in it is of the period before."""
     metadata: Wire
+    tax: int = 0
+    settled_amount: int = 0
+    """What it adds to the balance at Dodo, tax included, in ``settled_currency``."""
+    settled_tax: int = 0
+    settled_currency: str = ""
     service_ends_ms: Mapping[str, int] = field(default_factory=dict)
     """By subscription, the end of the period that this payment pays for."""
     charge_type: str = ""
@@ -45,18 +55,23 @@ class Payment:
     def read(cls, wire: Wire) -> Self:
         periods = [as_object(p) for p in as_list(wire.get("service_periods"))]
         one = text(wire, "subscription_id", "")
+        total, tax, currency = integer(wire, "total_amount"), integer(wire, "tax", 0), text(wire, "currency", "")
         return cls(
             id=text(wire, "payment_id"),
             customer_id=text(as_object(wire.get("customer")), "customer_id"),
             status=text(wire, "status", ""),
             lines=tuple(_line(as_object(item)) for item in as_list(wire.get("product_cart"))),
-            total_amount=integer(wire, "total_amount", 0),
-            currency=text(wire, "currency", ""),
+            total_amount=total,
+            currency=currency,
             created_at_ms=moment_ms(wire, "created_at"),
             subscription_ids=tuple(str(s) for s in as_list(wire.get("subscription_ids"))) or ((one,) if one else ()),
             includes_usage=wire.get("includes_usage") is True,
             service_starts_ms={text(p, "subscription_id", ""): moment(p, "starts_at") for p in periods},
             metadata=as_object(wire.get("metadata")),
+            tax=tax,
+            settled_amount=integer(wire, "settlement_amount", total),
+            settled_tax=integer(wire, "settlement_tax", tax),
+            settled_currency=text(wire, "settlement_currency", currency),
             service_ends_ms={
                 text(p, "subscription_id", ""): end for p in periods if (end := moment_ms(p, "ends_at")) is not None
             },
@@ -90,12 +105,17 @@ class Refund:
 
     id: str
     payment_id: str
+    status: str
     amount: int | None
+    created_at_ms: int | None = None
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        amount = None if wire.get("amount") is None else integer(wire, "amount")
-        return cls(text(wire, "refund_id"), text(wire, "payment_id"), amount)
+        """Dodo may leave out the amount of a full refund. That of a partial one is never guessed."""
+        is_whole = wire.get("amount") is None and wire.get("is_partial") is False
+        amount = None if is_whole else integer(wire, "amount")
+        ids, status = (text(wire, "refund_id"), text(wire, "payment_id")), text(wire, "status")
+        return cls(*ids, status, amount, moment_ms(wire, "created_at"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +126,7 @@ class Dispute:
     payment_id: str
     status: str
     amount: int | None
-
-    @property
-    def is_open(self) -> bool:
-        """Nobody has the money for good yet."""
-        return not self.is_settled_for_us and self.status not in ("dispute_lost", "dispute_accepted", "dispute_expired")
+    created_at_ms: int | None = None
 
     @property
     def is_settled_for_us(self) -> bool:
@@ -124,7 +140,9 @@ class Dispute:
             amount = integer(wire, "amount")
         except WireError:
             amount = None
-        return cls(text(wire, "dispute_id"), text(wire, "payment_id"), text(wire, "dispute_status"), amount)
+        ids = (text(wire, "dispute_id"), text(wire, "payment_id"))
+        status = one_of(wire, "dispute_status", DISPUTE_STATUSES)
+        return cls(*ids, status, amount, moment_ms(wire, "created_at"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +165,7 @@ class LicenceGrant:
             id=text(wire, "id"),
             customer_id=text(wire, "customer_id"),
             entitlement_id=text(wire, "entitlement_id"),
-            status=text(wire, "status"),
+            status=one_of(wire, "status", GRANT_STATUSES),
             key=text(inner(wire, "license_key"), "key", ""),
             subscription_id=text(wire, "subscription_id", ""),
             payment_id=text(wire, "payment_id", ""),
@@ -193,15 +211,11 @@ class DodoSubscription:
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        try:
-            status = SubscriptionStatus(text(wire, "status"))
-        except ValueError as unknown:
-            raise WireError(f"status: {unknown}") from None
         return cls(
             id=text(wire, "subscription_id"),
             customer_id=text(as_object(wire.get("customer")), "customer_id"),
             product_id=text(wire, "product_id"),
-            status=status,
+            status=SubscriptionStatus(one_of(wire, "status", tuple(SubscriptionStatus))),
             period_start_ms=moment(wire, "previous_billing_date"),
             period_end_ms=moment(wire, "next_billing_date"),
             cancel_at_period_end=wire.get("cancel_at_next_billing_date") is True,
@@ -352,7 +366,7 @@ class DodoEvent:
 
 
 def _line(wire: Wire) -> Line:
-    return Line(text(wire, "product_id"), integer(wire, "quantity", 1))
+    return Line(text(wire, "product_id"), integer(wire, "quantity"))
 
 
 def _meter_price(wire: Wire) -> MeterPrice:
@@ -361,6 +375,36 @@ def _meter_price(wire: Wire) -> MeterPrice:
         price_per_unit=text(wire, "price_per_unit", ""),
         free_threshold=integer(wire, "free_threshold", 0),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class BalanceLine:
+    """One line of Dodo's own ledger of what it owes us. Amounts are minor units and not below zero."""
+
+    id: str
+    kind: str
+    """Dodo's ``event_type``, such as ``payment_fees``."""
+    amount: int
+    currency: str
+    usd_cents: int
+    is_credit: bool
+    """Does it add to the balance?"""
+    at_ms: int
+    reference_id: str
+    """The payment, refund or dispute that it is about; empty where it is about none."""
+
+    @classmethod
+    def read(cls, wire: Wire) -> Self:
+        return cls(
+            id=text(wire, "id"),
+            kind=text(wire, "event_type"),
+            amount=abs(integer(wire, "amount")),
+            currency=text(wire, "currency", ""),
+            usd_cents=abs(integer(wire, "usd_equivalent_amount")),
+            is_credit=wire.get("is_credit") is True,
+            at_ms=moment(wire, "created_at"),
+            reference_id=text(wire, "reference_object_id", ""),
+        )
 
 
 @dataclass(frozen=True, slots=True)

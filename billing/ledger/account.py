@@ -26,6 +26,10 @@ class Bucket:
     """Models that a requests bucket covers; empty covers all."""
     is_allowance: bool = False
     """An allowance is drawn before every pack and replaced when its period ends."""
+    price: int = 0
+    """Nanos that its credit was sold for; 0 for what was given."""
+    sold: int = 0
+    """Units that ``price`` bought: what was granted, before any refund. 0 where nothing was sold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,8 @@ class Grant:
     amount: int
     expires_at_ms: int | None = None
     adapters: tuple[str, ...] = ()
+    price: int = 0
+    """Nanos that all of it was sold for; 0 for what is given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,8 @@ def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
     if quota is None or now_ms >= subscription.period_end_ms:
         return Funding(credit_limit=credit_limit)
     period = allowance_period(subscription.id, subscription.period_start_ms)
-    return _funding(tenant, quota, period, subscription.period_end_ms, credit_limit)
+    price = Nanos(plan.monthly_price if subscription.sold is None else subscription.sold.price)
+    return _funding(tenant, quota, period, subscription.period_end_ms, credit_limit, price)
 
 
 def allowance_period(subscription_id: str, start_ms: int) -> str:
@@ -179,7 +180,9 @@ def allowance_period(subscription_id: str, start_ms: int) -> str:
     return f"allowance:{subscription_id}:{start_ms}"
 
 
-def _funding(tenant: Tenant, quota: Quota, period: str, ends_at_ms: int, credit_limit: Nanos = Nanos(0)) -> Funding:
+def _funding(
+    tenant: Tenant, quota: Quota, period: str, ends_at_ms: int, credit_limit: Nanos = Nanos(0), price: Nanos = Nanos(0)
+) -> Funding:
     """An allowance of one period and one plan: who changes the plan within a period gets the new plan's."""
     allowance = Bucket(
         id=BucketId(f"{period}:{tenant.plan}"),
@@ -189,6 +192,7 @@ def _funding(tenant: Tenant, quota: Quota, period: str, ends_at_ms: int, credit_
         expires_at_ms=ends_at_ms,
         adapters=quota.adapters,
         is_allowance=True,
+        price=price,
     )
     return Funding(allowance, credit_limit, former_allowance_id=BucketId(period))
 

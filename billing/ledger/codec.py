@@ -46,13 +46,15 @@ def pack_bucket(bucket: Bucket) -> str:
         bucket.expires_at_ms or 0,
         int(bucket.is_allowance),
         ",".join(bucket.adapters),
+        *((bucket.price, bucket.sold or bucket.granted) if bucket.price else ()),
     )
     return "|".join(str(part) for part in parts)
 
 
 def unpack_bucket(bucket_id: str, text: str) -> tuple[Bucket, int]:
     """A bucket and what open holds drew from it."""
-    unit, remaining, held, granted, expires, is_allowance, adapters = text.split("|", 6)
+    unit, remaining, held, granted, expires, is_allowance, adapters, *sale = text.split("|")
+    price, sold = sale or (0, 0)
     bucket = Bucket(
         id=BucketId(bucket_id),
         unit=_UNIT[unit],
@@ -61,6 +63,8 @@ def unpack_bucket(bucket_id: str, text: str) -> tuple[Bucket, int]:
         expires_at_ms=int(expires) or None,
         adapters=tuple(adapters.split(",")) if adapters else (),
         is_allowance=is_allowance == "1",
+        price=int(price),
+        sold=int(sold),
     )
     return bucket, int(held)
 

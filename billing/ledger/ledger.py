@@ -297,6 +297,7 @@ class Ledger:
         """
         if not 0 < grant.amount <= MAX_GRANT_NANOS:
             raise GrantRefused(grant.source, out_of_bounds(grant.unit, grant.amount))
+        assert grant.price >= 0, "nothing is sold for less than nothing"
         is_new = await self._fill(
             grant.tenant,
             {
@@ -306,6 +307,7 @@ class Ledger:
                 "amount": grant.amount,
                 "expires": grant.expires_at_ms or 0,
                 "adapters": ",".join(grant.adapters),
+                "price": grant.price or "",
                 "reason": "",
                 "content": f"{letter_of(grant.unit)}{grant.amount}",
             },
@@ -334,6 +336,7 @@ class Ledger:
                 "amount": adjustment.amount,
                 "expires": 0,
                 "adapters": "",
+                "price": "",
                 "reason": adjustment.reason,
                 "content": f"a{letter_of(adjustment.unit)}{adjustment.amount}",
             },

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from billing.clock import Clock
-from billing.dodo.wire import DodoEvent
+from billing.dodo.errors import DodoRefused, DodoUnreadable
+from billing.dodo.wire import DodoEvent, UsagePeriod
 from billing.reconcile.books import ShardState
 from billing.reconcile.dodo_ledger import SETTLED_MS, DodoLedger
 from billing.reconcile.dodo_proofs import Frozen, ShardExport, TenantAtDodo, prove_events, prove_periods
@@ -31,6 +32,8 @@ class DodoComparison:
     rows: dict[int, list[Row]] = field(default_factory=dict)
     frozen: dict[int, tuple[int, Mapping[TenantId, str]]] = field(default_factory=dict)
     """By shard, the next watermark's moment at Dodo and each tenant's sums until there."""
+    unasked: dict[TenantId, str] = field(default_factory=dict)
+    """Tenants whose billing periods Dodo refused, or showed in a form that cannot be read, and why."""
 
     async def ask(self, ledger: DodoLedger, meter_id: str, states: dict[int, ShardState], look: Look) -> None:
         """Compare every shard, and look again, store first, at those that differ.
@@ -64,7 +67,7 @@ class DodoComparison:
             dodo = await self._at_dodo(ledger, meter_id, tenant, number, events)
             rows += prove_events(at, tenant.id, dodo)
             rows += prove_periods(tenant.id, dodo, self.clock())
-            may_freeze = may_freeze and dodo.may_freeze(at, until_ms)
+            may_freeze = may_freeze and tenant.id not in self.unasked and dodo.may_freeze(at, until_ms)
             frozen[tenant.id] = json.dumps(dodo.freeze(until_ms).to_wire())
         if may_freeze:
             self.frozen[number] = until_ms, frozen
@@ -76,7 +79,13 @@ class DodoComparison:
         mark = self.books[number].mark
         known = mark.dodo.get(tenant.id)
         mine = [event for event in events.get(tenant.dodo_customer_id, ()) if event.at_ms >= mark.dodo_ms]
-        periods = await ledger.periods(tenant.subscription.id) if tenant.subscription and meter_id else ()
+        periods: Sequence[UsagePeriod] = ()
+        self.unasked.pop(tenant.id, None)
+        if tenant.subscription and meter_id:
+            try:
+                periods = await ledger.periods(tenant.subscription.id)
+            except (DodoUnreadable, DodoRefused) as error:
+                self.unasked[tenant.id] = f"the billing periods of {tenant.id}: {error}"
         frozen = Frozen.read(json.loads(known)) if known else Frozen()
         return TenantAtDodo(mine, mark.dodo_ms, frozen, meter_id, periods)
 

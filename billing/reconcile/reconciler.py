@@ -128,6 +128,7 @@ class Reconciler:
                 await asked.ask(DodoLedger(self.dodo, self.budget), await self._meter_id(), states, look)
             except (DodoUnavailable, DodoRefused, UnreadableBooks) as error:
                 unproven.append(str(error))
+        unproven += asked.unasked.values()
         for number, more in asked.rows.items():
             rows[number] += more
         incomplete = {shard_for(tenant_id).number for tenant_id in unreadable}

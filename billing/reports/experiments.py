@@ -1,6 +1,7 @@
 """What each arm of an experiment earned, and how much more than the first one, with how sure that is.
 
-Counts what was used while the experiment ran, of its adapters; a tenant's arm follows from the configuration in force.
+Counts what was used while the experiment ran and was in force, of its adapters. One that was changed meanwhile is
+another one, with rows of its own: each says what happened under its own terms, whatever is configured later.
 """
 
 from collections import Counter, defaultdict
@@ -32,15 +33,15 @@ class ArmResult:
 
 
 def results(
-    experiments: Sequence[Experiment],
     records: Sequence[UsageRecord],
     tenants: Iterable[TenantId],
     worth: Worth,
     span_ms: tuple[int, int],
 ) -> list[ArmResult]:
-    """Every arm of the experiments that ran in ``span_ms``, its end left out, in the configuration's order."""
+    """Every arm of the experiments that ran in ``span_ms``, its end left out, in the configurations' order."""
     everyone = {*tenants, *(record.tenant for record in records)}
-    ran = [one for one in experiments if _ran_in(one, span_ms)]
+    in_force = [one for catalog in worth.history.within(*span_ms) for one in catalog.pricing.experiments]
+    ran = [one for number, one in enumerate(in_force) if one not in in_force[:number] and _ran_in(one, span_ms)]
     return [result for one in ran for result in _arms(one, records, everyone, worth)]
 
 
@@ -50,7 +51,8 @@ def _arms(
     revenue: Counter[TenantId] = Counter()
     requests: defaultdict[str, int] = defaultdict(int)
     for record in records:
-        if _is_about(experiment, record):
+        in_force = worth.history.at(record.occurred_at_ms).pricing.experiments
+        if experiment in in_force and _is_about(experiment, record):
             revenue[record.tenant] += worth.revenue(record)
             requests[experiment.arm_of(record.tenant).id] += record.usage.requests
     arms = by_arm(experiment, revenue, tenants)

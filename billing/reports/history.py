@@ -134,7 +134,21 @@ async def of_all_tenants(redis: Redis, start_ms: int, end_ms: int) -> AsyncItera
             yield entry.record()
 
 
+async def journal_until(redis: Redis, shard: Shard, end_ms: int) -> AsyncIterator[Entry]:
+    """Every entry of a shard that was written before then, movements of credit included, the oldest first."""
+    async for entry in _entries(redis, shard, None, 0, end_ms):
+        yield entry
+
+
 async def _between(
+    redis: Redis, shard: Shard, tenant: TenantId | None, start_ms: int, end_ms: int
+) -> AsyncIterator[Entry]:
+    async for entry in _entries(redis, shard, tenant, start_ms, end_ms):
+        if entry.is_usage:
+            yield entry
+
+
+async def _entries(
     redis: Redis, shard: Shard, tenant: TenantId | None, start_ms: int, end_ms: int
 ) -> AsyncIterator[Entry]:
     """Archived entries first, then those of the stream behind them: what is in both is taken once."""
@@ -144,7 +158,7 @@ async def _between(
     if archive := await archive_of(redis):
         last = await asyncio.to_thread(archive.last, shard)
         for entry in await asyncio.to_thread(archive.read, shard, start_ms, end_ms, tenant):
-            if entry.is_usage and order(entry.id) <= order(last):
+            if order(entry.id) <= order(last):
                 yield entry
         if order(last) >= order(start):
             start = f"({last}"
@@ -156,7 +170,7 @@ async def _live(stream: Stream, shard: Shard, tenant: TenantId | None, start: st
     while True:
         entries = await stream.within(shard, start, end, READ)
         for entry in entries:
-            if tenant in (None, entry.tenant) and entry.is_usage:
+            if tenant in (None, entry.tenant):
                 yield entry
         if len(entries) < READ:
             return

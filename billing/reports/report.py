@@ -1,10 +1,11 @@
 """The owner's figures of a span of time: revenue, cost and margin by plan, adapter and tenant, and churn.
 
-Pure: from records, tenants and prices to rows. Money is what was earned, not what was paid in.
+Pure: from records, tenants and catalogs to rows. Money is what was earned by use; ``billing.reports.statement`` has
+what was paid in. A span that is over is never told differently: what is known only of now stands in no past span.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -29,7 +30,7 @@ class Line:
     list_nanos: Nanos = Nanos(0)
     revenue_nanos: Nanos = Nanos(0)
     cost_nanos: Nanos | None = None
-    """``None`` where the configuration has no cost of a GPU."""
+    """``None`` where the configuration of then had no cost of a GPU."""
 
     @property
     def margin_percent(self) -> int | None:
@@ -61,10 +62,10 @@ class Report:
     """Requests by the hour of the day, in UTC."""
     arms: Sequence[ArmResult]
     """Of the experiments that ran."""
-    recurring_nanos: Nanos
-    """The monthly prices of all subscriptions that are live now."""
-    live_subscriptions: int
-    ended_subscriptions: int
+    recurring_nanos: Nanos | None
+    """The monthly prices of all subscriptions that are live now; this and the next two are ``None`` in a past span."""
+    live_subscriptions: int | None
+    ended_subscriptions: int | None
     """Whose last period ended within the span."""
     active: frozenset[TenantId]
     """Tenants that used something."""
@@ -84,7 +85,11 @@ class _Sums:
     """Lines by name, added up record by record."""
 
     worth: Worth
+    costs: Costs | None
+    """Of every moment; ``None``: those of the catalog in force when a record was written."""
     lines: dict[str, Line] = field(default_factory=dict)
+    compute_ms: defaultdict[str, Counter[Costs | None]] = field(default_factory=lambda: defaultdict(Counter))
+    """By line, what its compute cost then."""
 
     def add(self, name: str, record: UsageRecord) -> None:
         line = self.lines.get(name, Line(name))
@@ -95,12 +100,18 @@ class _Sums:
             list_nanos=Nanos(line.list_nanos + record.list_nanos),
             revenue_nanos=Nanos(line.revenue_nanos + self.worth.revenue(record)),
         )
+        costs = self.costs or self.worth.history.at(record.occurred_at_ms).costs
+        self.compute_ms[name][costs] += record.usage.compute_ms
 
-    def costed(self, costs: Costs | None) -> list[Line]:
-        lines = list(self.lines.values())
-        if costs is not None:
-            lines = [replace(line, cost_nanos=costs.of(line.usage.compute_ms)) for line in lines]
+    def costed(self) -> list[Line]:
+        lines = [replace(line, cost_nanos=cost_of(self.compute_ms[name])) for name, line in self.lines.items()]
         return sorted(lines, key=lambda line: (-line.revenue_nanos, line.name))
+
+
+def cost_of(compute_ms: Mapping[Costs | None, int]) -> Nanos | None:
+    """What compute cost, by what an hour of it cost then; ``None`` where that is not known of all of it."""
+    known = [(costs, ms) for costs, ms in compute_ms.items() if costs is not None]
+    return Nanos(sum(costs.of(ms) for costs, ms in known)) if len(known) == len(compute_ms) else None
 
 
 def build(
@@ -112,8 +123,11 @@ def build(
     span_ms: tuple[int, int],
     now_ms: int,
 ) -> Report:
-    """Add up the records of ``span_ms``, its end left out; ``active_before`` used something in the span before."""
-    sums: defaultdict[str, _Sums] = defaultdict(lambda: _Sums(worth))
+    """Add up the records of ``span_ms``, its end left out; ``active_before`` used something in the span before.
+
+    ``costs`` values all compute, in place of what the catalogs of then say.
+    """
+    sums: defaultdict[str, _Sums] = defaultdict(lambda: _Sums(worth, costs))
     statuses: Counter[str] = Counter()
     hours = [0] * HOURS
     for record in records:
@@ -125,17 +139,18 @@ def build(
     active = frozenset(record.tenant for record in records if record.usage != NOTHING)
     there = [one.id for one in tenants if one.created_at_ms < span_ms[1]]
     live = [t.subscription.plan for t in tenants if t.subscription is not None and t.subscription.is_live(now_ms)]
+    reaches_now = now_ms < span_ms[1]
     return Report(
-        total=next(iter(sums["total"].costed(costs)), Line("total")),
-        by_plan=sums["plan"].costed(costs),
-        by_adapter=sums["adapter"].costed(costs),
-        by_tenant=sums["tenant"].costed(costs),
+        total=next(iter(sums["total"].costed()), Line("total")),
+        by_plan=sums["plan"].costed(),
+        by_adapter=sums["adapter"].costed(),
+        by_tenant=sums["tenant"].costed(),
         by_status={status.value: statuses[status.value] for status in Status},
         by_hour=hours,
-        arms=results(worth.catalog.pricing.experiments, records, there, worth, span_ms),
-        recurring_nanos=_recurring(live, worth.catalog),
-        live_subscriptions=len(live),
-        ended_subscriptions=sum(_has_ended(tenant, span_ms) for tenant in tenants),
+        arms=results(records, there, worth, span_ms),
+        recurring_nanos=_recurring(live, worth.history.at(now_ms)) if reaches_now else None,
+        live_subscriptions=len(live) if reaches_now else None,
+        ended_subscriptions=sum(_has_ended(tenant, span_ms) for tenant in tenants) if reaches_now else None,
         active=active,
         lost=active_before - active,
         stayed=active_before & active,

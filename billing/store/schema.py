@@ -13,7 +13,7 @@ from typing import cast
 from redis.asyncio import Redis
 
 from billing.store.errors import StoreRefused, StoreUnavailable
-from billing.store.keys import ALL_SHARDS, META, NOTICES, SCHEMA, SHARDS
+from billing.store.keys import ALL_SHARDS, CASH, META, NOTICES, SCHEMA, SHARDS
 
 CLIENT_NAME = f"farebox:{SCHEMA}"
 """The name of each connection, by which ``CLIENT LIST`` shows who must be stopped before a migration."""
@@ -35,8 +35,9 @@ def fence_of(key: str) -> str | None:
     return f"{key[: end + 1]}:schema" if end > 0 else None
 
 
-FENCES = tuple(f"{tag}:schema" for tag in (*(shard.tag for shard in ALL_SHARDS), NOTICES.rpartition(":")[0]))
-"""Of each shard, and of the notices, which are in none."""
+_APART = tuple(key.rpartition(":")[0] for key in (NOTICES, CASH))
+FENCES = tuple(f"{tag}:schema" for tag in (*(shard.tag for shard in ALL_SHARDS), *_APART))
+"""Of each shard, and of the notices and the cash book, which are in none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,17 +79,49 @@ class Tenants:
         """
         if tenant.dodo_customer_id:
             await self._claim(tenant.dodo_customer_id, tenant.id)
+        if await self._store(tenant) != tenant:
+            raise TenantExists(tenant.id)
+        return tenant
+
+    async def create_for_customer(self, tenant: Tenant) -> Tenant:
+        """The tenant of this tenant's Dodo customer: the one that there is, or else this one, added now.
+
+        One whose creation was cut off, or runs in another process, is completed under the id that it was begun with.
+
+        Raises:
+            TenantExists: the id is taken by a tenant that is another customer.
+        """
+        assert tenant.dodo_customer_id, "it is added for a customer"
+        if await self.id_of_customer(tenant.dodo_customer_id) is None:
+            other = await self._find(tenant.id)
+            if other is not None and other.dodo_customer_id != tenant.dodo_customer_id:
+                raise TenantExists(tenant.id)
+        async with guarded():
+            await write(self._redis, ("HSETNX", names.CUSTOMER_TENANTS, tenant.dodo_customer_id, tenant.id))
+        begun = await self.id_of_customer(tenant.dodo_customer_id)
+        return await self._store(tenant.model_copy(update={"id": begun}))
+
+    async def _store(self, tenant: Tenant) -> Tenant:
+        """Store a tenant unless its id is taken; what is stored then.
+
+        It is put into the lists first, so that a crash in between leaves none that no list has.
+        """
+        listed = [names.TENANTS] if tenant.dodo_customer_id else [names.TENANTS, names.CUSTOMERS_WANTED]
         async with guarded():
             await write(
                 self._redis,
-                ("SADD", names.TENANTS, tenant.id),
+                *(("SADD", name, tenant.id) for name in listed),
                 ("SET", shard_for(tenant.id).tenant(tenant.id), tenant.model_dump_json(), "NX"),
             )
         stored = await self.get(tenant.id)
         await self._note_customer(stored)
-        if stored != tenant:
-            raise TenantExists(tenant.id)
-        return tenant
+        return stored
+
+    async def _find(self, tenant_id: TenantId) -> Tenant | None:
+        try:
+            return await self.get(tenant_id)
+        except UnknownTenant:
+            return None
 
     async def get(self, tenant_id: TenantId) -> Tenant:
         """Raises: UnknownTenant."""
@@ -140,9 +172,15 @@ class Tenants:
             raise CustomerTaken(dodo_customer_id, owner)
 
     async def by_customer(self, dodo_customer_id: str) -> Tenant | None:
+        """``None`` also for one whose creation was cut off or still runs: ``create_for_customer`` completes it."""
+        tenant_id = await self.id_of_customer(dodo_customer_id)
+        return await self._find(tenant_id) if tenant_id else None
+
+    async def id_of_customer(self, dodo_customer_id: str) -> TenantId | None:
+        """The id of a customer's tenant, or of the one that is being created for it."""
         async with guarded():
             tenant_id = await self._redis.hget(names.CUSTOMER_TENANTS, dodo_customer_id)
-        return await self.get(TenantId(str(tenant_id))) if tenant_id else None
+        return TenantId(str(tenant_id)) if tenant_id else None
 
     async def customers_wanted(self) -> list[TenantId]:
         """Tenants that no Dodo customer is known for, by id."""
@@ -330,8 +368,8 @@ class Tenants:
         return [(tenant_id, text) for tenant_id, text in zip(ids, texts, strict=True) if text]
 
     async def list(self) -> list[Tenant]:
-        """All tenants by id."""
-        return [Tenant.model_validate_json(text) for _, text in await self._texts()]
+        """All tenants by id, without those whose record this version cannot read."""
+        return (await self.list_readable())[0]
 
 
 async def _get_all(redis: Redis, keys: list[str]) -> list[str | None]:

@@ -14,7 +14,7 @@ def notices(
     count: Annotated[int, typer.Option("-n", min=1, max=10_000, help="How many notices at most.")] = 50,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the newest notices: allowances used up, low balances, refills, failed payments and more."""
+    """Show the newest notices: allowances used up, low balances, failed payments, refunds, disputes and more."""
     found = with_store(lambda redis: Notices(redis).newest(count))
     if as_json:
         print_json([json.loads(notice.to_json()) for notice in found])

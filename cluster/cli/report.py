@@ -1,30 +1,49 @@
 """``farebox report`` and ``farebox price``: revenue, cost and margin, and prices that leave a margin."""
 
-from collections.abc import Sequence
+import csv
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
 from redis.asyncio import Redis
+from rich.measure import Measurement
 from rich.table import Table
 
 from billing.catalog import publication
-from billing.clock import now_ms
+from billing.clock import month_of, now_ms, unix_ms
+from billing.commerce.cash import CashBook, Entry
 from billing.commerce.inbox import Inbox
-from billing.money import Nanos, format_usd, parse_usd
+from billing.money import NANOS_PER_CENT, Nanos, format_usd, parse_usd
 from billing.pricing.costs import Costs, Speeds, per_compute_second, per_request, suggest
 from billing.reports import history
 from billing.reports.experiments import ArmResult
 from billing.reports.intervals import LEAST, Interval
 from billing.reports.report import Line, Report, build
+from billing.reports.statement import Month, Statement, read_statement
 from billing.reports.worth import Worth
 from billing.tenants.directory import Tenants
-from billing.usage import NOTHING
-from cluster.cli.output import JsonOption, dollars, fail, out, print_json, table
+from billing.usage import NOTHING, TenantId
+from cluster.cli.output import JsonOption, err, fail, out, print_json, table, utc
 from cluster.cli.target import with_store
-from cluster.cli.usage import Since, Until, days
+from cluster.cli.usage import Until, days
 from cluster.local.settings import SettingsError
 
 TENANTS_SHOWN = 10
+NOTHING_KNOWN: Mapping[TenantId, int] = {}
+MOST_COLUMNS = 10_000
+NANOS_PER_MICRO = 1_000
+RANGES = ("per tenant", "more than the first")
+"""Columns whose cells are long, and may be read in two lines."""
+MARGIN = "margin_percent"
+CASH_COLUMNS = (
+    "booked_at", "at_dodo", "id", "kind", "for", "tenant", "payment", "amount", "tax", "currency", "settled",
+    "settled_tax", "settled_currency",
+)  # fmt: skip
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 BARS = "▁▂▃▄▅▆▇█"
 
 GpuHour = Annotated[
@@ -32,24 +51,77 @@ GpuHour = Annotated[
 ]
 
 
-def report(since: Since = "", until: Until = "", gpu_hour: GpuHour = "", as_json: JsonOption = False) -> None:
-    """Show revenue, margin and churn by plan, adapter and tenant, and mark what is sold below cost."""
-    given = _given_costs(gpu_hour)
-    span_ms = days(since, until)
-    found, costs = with_store(lambda redis: _report(redis, span_ms, given))
-    if as_json:
-        print_json(_report_json(found, costs))
+def report(
+    month: Annotated[str, typer.Option(help="One calendar month in UTC, such as 2026-10.")] = "",
+    since: Annotated[str, typer.Option(help="First day in UTC (default: of the month two before the last).")] = "",
+    until: Until = "",
+    gpu_hour: GpuHour = "",
+    cash: Annotated[bool, typer.Option("--cash", help="List the cash book of these days instead.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print exact figures as CSV, one line for each month.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show month by month what was earned and paid in, then revenue and margin by plan, adapter and tenant."""
+    if as_csv and as_json:
+        raise typer.BadParameter("give either --csv or --json")
+    given, span_ms = _given_costs(gpu_hour), _span(month, since, until)
+    if cash:
+        _report_cash(span_ms, as_csv, as_json)
         return
-    out.print(_headline(found))
+    statement, found, costs = with_store(lambda redis: _with_statement(redis, span_ms, given))
+    months, left_out = statement.months(*span_ms), statement.left_out(*span_ms)
+    if as_json:
+        print_json(_report_json(found, costs) | {"months": [_month_row(one) for one in months], "not_in_usd": left_out})
+        return
+    if left_out:
+        named = ", ".join(f"{count} in {currency}" for currency, count in left_out.items())
+        err.print(
+            f"not in these sums, since Dodo settles them in no dollars: {named}; --cash lists them", soft_wrap=True
+        )
+    if as_csv:
+        _print_csv([_month_row(one) for one in months], ["month", *(f"{name}_usd" for name in AMOUNTS), MARGIN])
+        return
+    for rows in (*_month_tables(months), _headline(found)):
+        _show(rows)
     for title, lines in (
         ("plan", found.by_plan),
         ("adapter", found.by_adapter),
         ("tenant", found.by_tenant[:TENANTS_SHOWN]),
     ):
-        out.print(_lines_table(title, lines))
+        _show(_lines_table(title, lines))
     if found.arms:
-        out.print(_arms_table(found.arms))
+        _show(_arms_table(found.arms))
     out.print(f"requests by hour, UTC  {_bars(found.by_hour)}")
+
+
+def _report_cash(span_ms: tuple[int, int], as_csv: bool, as_json: bool) -> None:
+    start, end = span_ms
+    booked = [one for one in with_store(lambda redis: CashBook(redis).until(end)) if one.booked_at_ms >= start]
+    rows = [_cash_row(one) for one in booked]
+    if as_json:
+        print_json(rows)
+    elif as_csv:
+        _print_csv(rows, CASH_COLUMNS)
+    else:
+        _show(_cash_table(booked))
+
+
+def _span(month: str, since: str, until: str) -> tuple[int, int]:
+    """A month, or from one day to another; without either this month and the two before it.
+
+    Raises:
+        SettingsError: no month or day, or the last is before the first.
+    """
+    if not month:
+        last = days(until or since, until)[1] - 1 if until else now_ms()
+        first = (month_of(last)[0] - timedelta(days=1)).replace(day=1) - timedelta(days=1)
+        return days(since or f"{first:%Y-%m}-01", until)
+    if since or until:
+        raise SettingsError("give either --month or --since and --until")
+    try:
+        start = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
+    except ValueError:
+        raise SettingsError(f"{month!r} is not a month: write it as 2026-10") from None
+    return unix_ms(start), unix_ms(month_of(unix_ms(start))[1])
 
 
 def price(
@@ -98,22 +170,42 @@ def price(
     )
 
 
-async def _report(redis: Redis, span_ms: tuple[int, int], costs: Costs | None) -> tuple[Report, Costs | None]:
-    """The report, and the costs that it was made with."""
-    start, end = span_ms
-    catalog = await publication.current(redis)
-    if catalog is None:
+async def _with_statement(
+    redis: Redis, span_ms: tuple[int, int], costs: Costs | None
+) -> tuple[Statement, Report, Costs | None]:
+    statement = await read_statement(redis, await _worth(redis), costs, min(span_ms[1], now_ms()))
+    found, used = await _report(redis, span_ms, costs, statement.first_ms)
+    return statement, found, used
+
+
+async def _worth(redis: Redis) -> Worth:
+    catalogs = await publication.in_force_ever(redis)
+    if catalogs is None:
         raise SettingsError("no gateway has published a catalog yet: start one, or deploy a configuration")
-    costs = costs or catalog.costs
+    return Worth(catalogs, await Inbox(redis).names())
+
+
+async def _report(
+    redis: Redis, span_ms: tuple[int, int], costs: Costs | None, first_ms: Mapping[TenantId, int] = NOTHING_KNOWN
+) -> tuple[Report, Costs | None]:
+    """The report, and the costs that it was made with.
+
+    A tenant whose creation has no time, such as one made by a payment, is there since its first entry: ``first_ms``.
+    """
+    start, end = span_ms
+    worth = await _worth(redis)
     before = {
         record.tenant
         async for record in history.of_all_tenants(redis, start - (end - start), start)
         if record.usage != NOTHING
     }
     records = [record async for record in history.of_all_tenants(redis, start, end)]
-    worth = Worth(catalog, await Inbox(redis).names())
-    tenants = await Tenants(redis).list()
-    return build(records, frozenset(before), tenants, worth, costs, span_ms, now_ms()), costs
+    tenants = [
+        one if one.created_at_ms else one.model_copy(update={"created_at_ms": first_ms.get(one.id, end)})
+        for one in await Tenants(redis).list()
+    ]
+    found = build(records, frozenset(before), tenants, worth, costs, span_ms, now_ms())
+    return found, costs or worth.history.at(end - 1).costs
 
 
 def _given_costs(gpu_hour: str) -> Costs | None:
@@ -126,24 +218,40 @@ def _given_costs(gpu_hour: str) -> Costs | None:
 
 
 def _headline(found: Report) -> Table:
-    rows = table("revenue", "recurring a month", "subscriptions", "ended", "tenants", "lost", "churn", "margin")
+    """What the span was; what is known only of now is left out of a past one."""
+    rows = _table("", "", right=())
     churn, margin = found.churn_percent, found.total.margin_percent
-    rows.add_row(
-        dollars(found.total.revenue_nanos, 2),
-        dollars(found.recurring_nanos, 2),
-        str(found.live_subscriptions),
-        str(found.ended_subscriptions),
-        str(len(found.active)),
-        str(len(found.lost)),
-        "-" if churn is None else f"{churn} %",
-        "-" if margin is None else f"{margin} %",
-    )
+    facts = {
+        "earned by use": _rounded(found.total.revenue_nanos),
+        "margin on it": "-" if margin is None else f"{margin} %",
+        "tenants": f"{len(found.active)} active, {len(found.lost)} lost",
+        "churn": "-" if churn is None else f"{churn} %",
+    }
+    if found.recurring_nanos is not None:
+        facts["recurring a month"] = _rounded(found.recurring_nanos)
+        facts["subscriptions"] = f"{found.live_subscriptions} live, {found.ended_subscriptions} ended"
+    for name, value in facts.items():
+        rows.add_row(name, value)
     return rows
 
 
+def _month_tables(months: Sequence[Month]) -> list[Table]:
+    earned = ("prepaid", "allowance", "postpaid", "expired", "earned", "given")
+    cash = ("paid", "tax", "refunds", "disputes", "fees", "net")
+    rest = ("deferred", "unpaid", "paid out", "cost", "margin")
+    tables = [_table("month", *numbers, right=numbers) for numbers in (earned, cash, rest)]
+    for one in months:
+        tables[0].add_row(one.name, *(_rounded(getattr(one, name)) for name in earned))
+        tables[1].add_row(one.name, *(_rounded(getattr(one, name)) for name in cash))
+        margin, cost = one.margin_percent, "-" if one.cost is None else _rounded(one.cost)
+        amounts = (_rounded(nanos) for nanos in (one.deferred, one.unpaid, one.paid_out))
+        tables[2].add_row(one.name, *amounts, cost, "-" if margin is None else f"{margin} %")
+    return tables
+
+
 def _lines_table(title: str, lines: Sequence[Line]) -> Table:
-    numbers = ("requests", "prompt", "completion", "compute s", "revenue", "cost", "margin")
-    rows = table(title, *numbers, right=numbers)
+    numbers = ("requests", "prompt", "completion", "revenue", "cost", "margin")
+    rows = _table(title, *numbers, right=numbers)
     for line in lines:
         usage, margin = line.usage, line.margin_percent
         rows.add_row(
@@ -151,9 +259,8 @@ def _lines_table(title: str, lines: Sequence[Line]) -> Table:
             str(usage.requests),
             str(usage.prompt_tokens),
             str(usage.completion_tokens),
-            f"{usage.compute_ms / 1_000:.1f}",
-            dollars(line.revenue_nanos),
-            "-" if line.cost_nanos is None else dollars(line.cost_nanos),
+            _rounded(line.revenue_nanos),
+            "-" if line.cost_nanos is None else _rounded(line.cost_nanos),
             "below cost" if line.is_below_cost else "-" if margin is None else f"{margin} %",
             style="bold red" if line.is_below_cost else "",
         )
@@ -161,8 +268,8 @@ def _lines_table(title: str, lines: Sequence[Line]) -> Table:
 
 
 def _arms_table(arms: Sequence[ArmResult]) -> Table:
-    numbers = ("tenants", "requests", "revenue", "per tenant", "more than the first arm")
-    rows = table("experiment", "arm", *numbers, right=numbers)
+    numbers = ("tenants", "requests", "revenue", *RANGES)
+    rows = _table("experiment", "arm", *numbers, right=numbers)
     for one in arms:
         is_clear = one.gain is not None and one.gain.is_clear
         rows.add_row(
@@ -170,13 +277,49 @@ def _arms_table(arms: Sequence[ArmResult]) -> Table:
             one.arm,
             str(one.tenants),
             str(one.requests),
-            dollars(one.revenue_nanos),
+            _rounded(one.revenue_nanos),
             _range(one.each),
             "" if one.arm == _first_of(one.experiment, arms) else _range(one.gain),
             style="bold" if is_clear else "",
         )
     rows.caption = f"ranges are 95 % confidence intervals; an arm with fewer than {LEAST} tenants has none"
     return rows
+
+
+def _cash_table(entries: Sequence[Entry]) -> Table:
+    rows = _table("booked", "kind", "for", "tenant", "amount", "", right=("amount",))
+    for one in entries:
+        amount = format_usd(one.amount * NANOS_PER_CENT, 2)
+        rows.add_row(utc(one.booked_at_ms)[:10], one.kind.value, one.what, one.tenant, amount, one.currency)
+    rows.caption = "amounts in hundredths of the currency's unit; --csv and --json have every column"
+    return rows
+
+
+def _table(*columns: str, right: Collection[str]) -> Table:
+    """Without lines between its columns, so that seven amounts fit into 80."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption_justify="left", show_header=any(columns))
+    for number, name in enumerate(columns):
+        is_right = name in right
+        may_wrap = number < 2 or name in RANGES
+        made.add_column(name, justify="right" if is_right else "left", overflow="fold", no_wrap=not may_wrap)
+    return made
+
+
+def _show(rows: Table) -> None:
+    """A table on a terminal folds what does not fit; elsewhere each row is one line, whatever its length."""
+    if out.is_terminal:
+        out.print(rows)
+    else:
+        needed = Measurement.get(out, out.options.update(max_width=MOST_COLUMNS), rows).maximum
+        out.print(rows, width=max(out.width, needed), crop=False, soft_wrap=False)
+    out.print()
+
+
+def _rounded(nanos: int) -> str:
+    """Dollars as people read them: to the cent, what is less than ten of them to a ten-thousandth."""
+    unit = 100 * NANOS_PER_MICRO if abs(nanos) < 10 * NANOS_PER_CENT else NANOS_PER_CENT
+    near = (2 * abs(nanos) + unit) // (2 * unit) * unit
+    return f"{'-' if nanos < 0 and near else ''}${format_usd(near, 2)}"
 
 
 def _first_of(experiment: str, arms: Sequence[ArmResult]) -> str:
@@ -210,7 +353,7 @@ def _report_json(found: Report, costs: Costs | None) -> dict[str, object]:
         "by_status": found.by_status,
         "by_hour": list(found.by_hour),
         "experiments": [_arm_json(one) for one in found.arms],
-        "recurring_usd": format_usd(found.recurring_nanos),
+        "recurring_usd": None if found.recurring_nanos is None else format_usd(found.recurring_nanos),
         "live_subscriptions": found.live_subscriptions,
         "ended_subscriptions": found.ended_subscriptions,
         "active_tenants": sorted(found.active),
@@ -218,6 +361,50 @@ def _report_json(found: Report, costs: Costs | None) -> dict[str, object]:
         "churn_percent": found.churn_percent,
         "gpu_hour_usd": None if costs is None else format_usd(costs.gpu_hour),
     }
+
+
+AMOUNTS = (
+    "paid", "tax", "refunds", "disputes", "fees", "net", "paid_out", "prepaid", "allowance", "postpaid", "expired",
+    "earned", "given", "deferred", "unpaid", "differences", "cost",
+)  # fmt: skip
+
+
+def _month_row(one: Month) -> dict[str, str | int | None]:
+    """Amounts as exact decimal dollars; ``None`` where it is not known."""
+    amounts = {name: getattr(one, name) for name in AMOUNTS}
+    exact = {f"{name}_usd": None if nanos is None else format_usd(nanos) for name, nanos in amounts.items()}
+    return {"month": one.name, **exact, "margin_percent": one.margin_percent}
+
+
+def _cash_row(one: Entry) -> dict[str, str | int | None]:
+    """Amounts in minor units of the currency beside them."""
+    return {
+        "booked_at": utc(one.booked_at_ms),
+        "at_dodo": utc(one.at_ms),
+        "id": one.id,
+        "kind": one.kind.value,
+        "for": one.what,
+        "tenant": one.tenant,
+        "payment": one.payment_id,
+        "amount": one.amount,
+        "tax": one.tax,
+        "currency": one.currency,
+        "settled": one.settled,
+        "settled_tax": one.settled_tax,
+        "settled_currency": one.settled_currency,
+    }
+
+
+def _print_csv(rows: Sequence[Mapping[str, str | int | None]], columns: Sequence[str]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_cell(row[name]) for name in columns] for row in rows)
+
+
+def _cell(value: str | int | None) -> str:
+    """A text that a spreadsheet would run as a formula gets an apostrophe before it; a number below zero is none."""
+    text = "" if value is None else str(value)
+    return f"'{text}" if text.startswith(FORMULA) and not NUMBER.fullmatch(text) else text
 
 
 def _arm_json(one: ArmResult) -> dict[str, object]:

@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI
 from billing.clock import Clock, now_ms
 from cluster.dodo_sandbox import (
     admin,
+    balances,
     checkout,
     customers,
     cycle,
@@ -60,6 +61,7 @@ API = (
     cycle,
     endpoints,
     invoices,
+    balances,
 )
 
 
@@ -88,6 +90,7 @@ def create_app(
         app.include_router(part.router, dependencies=[Depends(authorize)])
     app.include_router(licences.router)
     app.include_router(admin.router)
+    app.include_router(balances.control)
     app.include_router(pages.router)
     app.include_router(portal.router)
     app.add_middleware(Limits, sandbox=sandbox)

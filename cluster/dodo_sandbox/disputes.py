@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from fastapi import APIRouter, Query
 from pydantic import Field
 
+from cluster.dodo_sandbox import balances
 from cluster.dodo_sandbox.customers import CustomerLimitedDetails
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import bad_request, not_found
@@ -84,6 +85,8 @@ def open_dispute(sandbox: Sandbox, payment_id: str, asked: OpenDispute) -> Dispu
     )  # fmt: skip
     with sandbox.store.transaction():
         sandbox.store.put(made)
+        paid = (payment.total_amount, payment.tax or 0)
+        balances.disputed(sandbox, made.dispute_id, made.currency, amount, paid, now)
         announce(sandbox, "dispute.opened", "dispute", made, now)
     return made
 
@@ -96,6 +99,10 @@ def end_dispute(sandbox: Sandbox, dispute_id: str, ending: Ending) -> DisputeRec
     after = before.model_copy(update={"dispute_status": f"dispute_{ending}"})
     with sandbox.store.transaction():
         sandbox.store.put(after)
+        if ending in ("won", "cancelled"):
+            payment = payment_of(sandbox, after.payment_id)
+            paid, now = (payment.total_amount, payment.tax or 0), sandbox.clock.now()
+            balances.dispute_won(sandbox, dispute_id, after.currency, int(after.amount), paid, now)
         announce(sandbox, f"dispute.{ending}", "dispute", after, sandbox.clock.now())
     return after
 

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from fastapi import APIRouter, Query
 from pydantic import Field
 
+from cluster.dodo_sandbox import balances
 from cluster.dodo_sandbox.customers import CustomerLimitedDetails, CustomerRecord, add_to_balance, customer_of, limited
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import not_found
@@ -223,6 +224,8 @@ def charge(sandbox: Sandbox, asked: Charge, at: datetime, declined: bool = False
         error_message="The card was declined" if failed else None,
     )  # fmt: skip
     sandbox.store.put(payment)
+    if not failed:
+        balances.paid(sandbox, payment_id, payment.currency, total, tax, at)
     announce(sandbox, f"payment.{payment.status}", "payment", payment, at)
     return payment
 

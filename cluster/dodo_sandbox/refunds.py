@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from cluster.dodo_sandbox import entitlements
+from cluster.dodo_sandbox import balances, entitlements
 from cluster.dodo_sandbox.customers import CustomerLimitedDetails
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import bad_request, not_found
@@ -73,6 +73,8 @@ def refund(sandbox: Sandbox, request: CreateRefund) -> RefundRecord:
     with sandbox.store.transaction():
         sandbox.store.put(made)
         sandbox.store.put(payment.model_copy(update=change | {"refund_status": "partial" if left else "full"}))
+        paid = (payment.total_amount, payment.tax or 0)
+        balances.refunded(sandbox, made.refund_id, made.currency, amount, paid, now)
         announce(sandbox, "refund.succeeded", "refund", made, now)
         if not left:
             entitlements.revoke_all(sandbox, "refunded", now, payment_id=payment.payment_id)

@@ -34,6 +34,13 @@ class Settings(BaseModel):
     """Send deliveries that are due at the same time in random order."""
     tax_bps: int = Field(default=0, ge=0, le=10_000)
     """Tax that is added to every price, in hundredths of a percent."""
+    payment_fee_bps: int = Field(default=0, ge=0, le=10_000)
+    """What Dodo keeps of a payment, tax included, in hundredths of a percent."""
+    payment_fee_cents: int = Field(default=0, ge=0)
+    """What it keeps of each payment besides."""
+    refund_fee_cents: int = Field(default=0, ge=0)
+    dispute_fee_cents: int = Field(default=0, ge=0)
+    payout_fee_cents: int = Field(default=0, ge=0)
     past_due_grace_days: int = Field(default=0, ge=0, le=60)
     """How long a subscription is ``past_due`` after a failed renewal; with 0 it is ``on_hold`` at once."""
     payment_retries: bool = False

@@ -87,6 +87,12 @@ class Store:
         )
         return [kind.model_validate_json(body) for (body,) in rows]
 
+    def newest(self, kind: type[R], owner: str) -> R | None:
+        row = self.db.execute(
+            "SELECT body FROM resources WHERE kind = ? AND owner = ? ORDER BY seq DESC LIMIT 1", (kind.kind, owner)
+        ).fetchone()
+        return kind.model_validate_json(row[0]) if row else None
+
     def delete(self, resource: Resource) -> None:
         self.db.execute("DELETE FROM resources WHERE kind = ? AND id = ?", (resource.kind, resource.key))
 

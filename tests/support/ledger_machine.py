@@ -66,17 +66,28 @@ PLANS = {
         "prepaid": {"kind": "prepaid"},
         "free": {"kind": "free", "allowance": {"usd": "0.00000003"}},
         "trial": {"kind": "free", "allowance": {"usd": "0.000000045"}},
-        "pro": {"kind": "subscription", "allowance": {"usd": "0.00000003"}, "credit_limit": "0.00000005"},
-        "calls": {"kind": "subscription", "allowance": {"requests": 2, "adapters": ["pirate"]}},
+        "pro": {
+            "kind": "subscription",
+            "allowance": {"usd": "0.00000003"},
+            "credit_limit": "0.00000005",
+            "monthly_price": "0.00000002",
+        },
+        "calls": {
+            "kind": "subscription",
+            "allowance": {"requests": 2, "adapters": ["pirate"]},
+            "monthly_price": "0.000000007",
+        },
         "payg": {"kind": "pay_as_you_go", "credit_limit": "0.00000005"},
     }.items()
 }
 ALLOWANCES = {
     "free": Bucket(model.MONEY, 30, is_allowance=True),
     "trial": Bucket(model.MONEY, 45, is_allowance=True),
-    "pro": Bucket(model.MONEY, 30, is_allowance=True),
-    "calls": Bucket(model.CALLS, 2, scope=("pirate",), is_allowance=True),
+    "pro": Bucket(model.MONEY, 30, is_allowance=True, price=20, sold=30),
+    "calls": Bucket(model.CALLS, 2, scope=("pirate",), is_allowance=True, price=7, sold=2),
 }
+PRICES = (0, 25, 9, 2**60, 0, 11)
+"""Of each grant: given, as packs are, calls, for more than Lua can count, given, calls of some models."""
 CREDIT_LIMITS = {"pro": 50, "payg": 50}
 IDS = st.sampled_from([f"req_{n}" for n in range(6)])
 SOURCES = st.sampled_from([f"payment:{n}" for n in range(6)])
@@ -285,6 +296,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def check_record(self, record: UsageRecord, expected: Charge) -> None:
         drawn = [(draw.bucket, draw.amount) for draw in record.draws]
         assert (record.charged_nanos, drawn) == (expected.charged, list(expected.draws.items()))
+        sales = {draw.bucket: (draw.price, draw.sold) for draw in record.draws if draw.price}
+        assert sales == expected.sales
         assert record.list_nanos >= record.charged_nanos
 
     @rule(rid=IDS, cost=AMOUNTS, calls=CALLS)
@@ -330,10 +343,11 @@ class LedgerMachine(RuleBasedStateMachine):
         number = int(source[-1])
         unit, amount = (Unit.REQUESTS, 3) if number % 3 == 2 else (Unit.NANOS, 20 * number + 5)
         scope = ("pirate",) if number == 5 else ()
-        self.fill(Grant(source, ACME, unit, amount, self.clock.now_ms + days * DAY_MS if days else None, scope))
+        ends, price = self.clock.now_ms + days * DAY_MS if days else None, PRICES[number]
+        self.fill(Grant(source, ACME, unit, amount, ends, scope, price))
 
     def fill(self, grant: Grant) -> None:
-        bucket = Bucket(grant.unit, grant.amount, grant.expires_at_ms or FOREVER, grant.adapters)
+        bucket = Bucket(grant.unit, grant.amount, grant.expires_at_ms or FOREVER, grant.adapters, price=grant.price)
         assert self.run(self.ledger.grant(grant)) == self.model.fill(grant.source, bucket)
         self.acknowledged.append((False, partial(self.fill, grant)))
 

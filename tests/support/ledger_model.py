@@ -32,6 +32,9 @@ class Bucket:
     """Models that calls cover; empty covers all."""
     is_allowance: bool = False
     granted: int = 0
+    price: int = 0
+    """What ``sold`` units cost; neither ever changes."""
+    sold: int = 0
     payers: Counter[str] = field(default_factory=Counter)
     """What other buckets have paid of this one's debts."""
 
@@ -92,6 +95,8 @@ class Charge:
     charged: int
     draws: dict[str, int]
     is_repeat: bool = False
+    sales: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """By bucket that was sold: its price, and the units that it bought."""
 
 
 @dataclass
@@ -324,9 +329,9 @@ class Model:
     def settle(self, rid: str, used: Counter[str], held: int, snapshot: Hold | None) -> Charge | Refusal:
         """``held`` and ``snapshot``: what its gateway says that it held, in case the store lost it."""
         if rid in self.holds:
-            self.settled[rid] = self.close(rid, used, held)
+            self.settled[rid] = self.priced(self.close(rid, used, held))
         elif rid in self.expired:
-            self.settled[rid] = self.settle_late(self.expired.pop(rid), used, held)
+            self.settled[rid] = self.priced(self.settle_late(self.expired.pop(rid), used, held))
         elif rid in self.settled:
             return replace(self.settled[rid], is_repeat=True)
         elif snapshot is None:
@@ -335,8 +340,13 @@ class Model:
             recovered = self.recover(snapshot, used, held)
             if isinstance(recovered, Refusal):
                 return recovered
-            self.settled[rid] = recovered
+            self.settled[rid] = self.priced(recovered)
         return self.settled[rid]
+
+    def priced(self, charge: Charge) -> Charge:
+        """Each draw says what its bucket was sold for, as it was sold: a refund changes neither number."""
+        buckets = {name: self.buckets[name] for name in charge.draws if name != LINE}
+        return replace(charge, sales={name: (b.price, b.sold) for name, b in buckets.items() if b.price})
 
     def close(self, rid: str, used: Counter[str], held: int) -> Charge:
         """Charge at most the hold; the rest goes back to where it came from."""
@@ -374,7 +384,7 @@ class Model:
     def expire(self, rid: str) -> Charge:
         hold = self.holds[rid]
         self.expired[rid] = hold
-        return self.close(rid, hold.used, hold.reported)
+        return self.priced(self.close(rid, hold.used, hold.reported))
 
     def settle_late(self, hold: Hold, used: Counter[str], held: int) -> Charge:
         """Charge what the last checkpoint missed, as far as it is available now."""
@@ -412,7 +422,7 @@ class Model:
         """A grant or an adjustment."""
         if source in self.buckets:
             return False
-        self.buckets[source] = replace(bucket, granted=bucket.remaining)
+        self.buckets[source] = replace(bucket, granted=bucket.remaining, sold=bucket.remaining)
         self.take_waiting(source)
         self.pay_debts()
         return True

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from billing.catalog.catalog import Catalog
+from billing.catalog.publication import CatalogHistory
 from billing.money import Nanos
 from billing.reports.worth import Worth
 from billing.usage import BucketId, Draw, RequestId, Status, TenantId, Unit, Usage, UsageRecord
@@ -28,7 +29,9 @@ CATALOG = Catalog.model_validate(
         "default_plan": "prepaid",
     }
 )
-WORTH = Worth(CATALOG, {"pdt_bonus": "pack:bonus", "pdt_calls": "pack:calls", "pdt_old": "pack:gone"})
+WORTH = Worth(
+    CatalogHistory.of((0, CATALOG)), {"pdt_bonus": "pack:bonus", "pdt_calls": "pack:calls", "pdt_old": "pack:gone"}
+)
 
 
 def record(bucket: str, amount: int, unit: Unit = Unit.NANOS, **changes: object) -> UsageRecord:

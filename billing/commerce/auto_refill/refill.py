@@ -50,6 +50,8 @@ class Refill(_Stored):
     pack: Name
     threshold_nanos: Annotated[int, Field(ge=0)]
     monthly_cap_cents: Annotated[int, Field(gt=0)]
+    terms: str = ""
+    """The key of the terms that the pack had when it was chosen; empty for one set up before 0.2."""
     is_on: bool = True
     stopped_because: str = ""
     """Why farebox switched it off; empty where its tenant did, or it is on."""

@@ -1,7 +1,7 @@
 """Charge saved cards for packs when balances are low, and find out what became of each charge.
 
-An attempt is stored before Dodo is asked to charge. One whose answer was lost is looked up among the payments by its
-id; it is never made again on a guess.
+An attempt is stored before Dodo is asked to charge. One whose answer was lost, or that was refused on the way, is
+looked up among the customer's payments by its id; it is never made again on a guess.
 """
 
 import logging
@@ -14,7 +14,7 @@ from billing.commerce.auto_refill.store import Refills
 from billing.commerce.context import Commerce
 from billing.commerce.payments import Payments
 from billing.commerce.products import Products
-from billing.dodo.errors import DodoRefused, DodoUnavailable
+from billing.dodo.errors import DodoRefused, DodoUnavailable, DodoUnreadable
 from billing.dodo.wire import Payment
 from billing.ledger.admission import funding_for, plan_of
 from billing.money import NANOS_PER_CENT, divide_up, format_usd
@@ -28,6 +28,8 @@ REFILL_TAG = "farebox_refill"
 """Metadata key that says which attempt a payment belongs to."""
 LOST_MS = 3_600_000
 """An attempt that Dodo has no payment for after this time is taken for one that was never made."""
+CLOCKS_APART_MS = 24 * 3_600_000
+"""Payments are looked up from this long before the attempt: Dodo dates them by its own clock. Their ids decide."""
 UNFINISHED_MS = 24 * 3_600_000
 """A payment that still waits for its customer after this time is taken for failed."""
 WAITING = ("processing", "requires_customer_action", "requires_confirmation", "requires_capture", "")
@@ -44,7 +46,7 @@ class Refiller:
 
     async def run_once(self, sweep: Sweep) -> int:
         """Look after every tenant that has set up auto-refill. How many attempts were begun."""
-        return sum(await sweep.run(await self._refills.tenants(), self._look_after))
+        return sum(await sweep.run(await self._refills.tenants(), self._look_after, own=(DodoUnreadable,)))
 
     async def _look_after(self, tenant_id: TenantId) -> bool:
         """Follow the open attempt, or begin one that is due. Was one begun?"""
@@ -58,14 +60,27 @@ class Refiller:
     async def _begin(self, tenant: Tenant, refill: Refill) -> bool:
         catalog = await self._catalog()
         pack = catalog.packs.get(refill.pack) if catalog else None
-        product_id = "" if pack is None else await self._products.id_for(Terms.of_pack(refill.pack, pack))
-        if catalog is None or pack is None or not product_id or not tenant.dodo_customer_id or tenant.suspended:
+        if catalog is not None and pack is None:
+            await self._stop(tenant.id, f"pack {refill.pack} is sold no more: choose another one for auto-refill")
+        terms = None if pack is None else Terms.of_pack(refill.pack, pack)
+        product_id = "" if terms is None else await self._products.id_for(terms)
+        if (
+            catalog is None
+            or pack is None
+            or terms is None
+            or not product_id
+            or not tenant.dodo_customer_id
+            or tenant.suspended
+        ):
             return False
         now, cents = self._clock(), divide_up(pack.price, NANOS_PER_CENT)
         month = month_start_ms(now)
         funding = funding_for(_as_if_active(tenant, now), plan_of(tenant, catalog), now)
         balance = (await self._ledger.account(tenant.id, funding)).balance_nanos
         if not refill.is_due(balance, cents, now, month):
+            return False
+        if refill.terms and refill.terms != terms.key:
+            await self._stop(tenant.id, f"pack {refill.pack} is sold on other terms now: switch auto-refill on again")
             return False
         methods = await self._dodo.payment_methods(tenant.dodo_customer_id)
         attempt = Attempt(id=f"refill_{secrets.token_hex(8)}", started_at_ms=now, cents=cents)
@@ -84,12 +99,17 @@ class Refiller:
         return False
 
     async def _charge(self, tenant: Tenant, pack: str, product_id: str, method_id: str, attempt: Attempt) -> None:
-        """A charge that Dodo refuses was not made; one that it does not answer is looked up later."""
+        """A charge that is refused, and that Dodo has no payment of, was not made; one without an answer is looked
+        up later.
+        """
         try:
             tags = {REFILL_TAG: attempt.id, "farebox_tenant": tenant.id, "farebox_product": f"pack:{pack}"}
             payment_id = await self._dodo.charge_saved(tenant, product_id, method_id, tags)
         except DodoRefused as refused:
-            await self._fail(tenant.id, attempt, str(refused))
+            if await self._payment_of(tenant, attempt) is None:
+                await self._fail(tenant.id, attempt, str(refused))
+            else:
+                await self._follow(tenant, attempt)
         except DodoUnavailable as error:
             log.warning("refill %s of %s: %s; it will be looked up", attempt.id, tenant.id, error)
         else:
@@ -108,26 +128,33 @@ class Refiller:
             await self._refills.change(tenant.id, lambda refill: refill.charged(attempt.id, payment.id))
         if payment.status == "succeeded":
             await self._payments.succeeded(payment)
-            await self._refills.change(tenant.id, lambda refill: refill.succeeded(attempt.id, self._clock()))
+            # The notice comes first: once the attempt has ended, nobody asks about it again.
             await self._record(NoticeKind.REFILL_SUCCEEDED, tenant.id, attempt, payment_id=payment.id)
+            await self._refills.change(tenant.id, lambda refill: refill.succeeded(attempt.id, self._clock()))
         elif payment.status not in WAITING or age_ms > UNFINISHED_MS:
             await self._fail(tenant.id, attempt, f"the payment is {payment.status}")
 
     async def _payment_of(self, tenant: Tenant, attempt: Attempt) -> Payment | None:
         if attempt.payment_id:
             return await self._dodo.retrieve_payment(attempt.payment_id)
-        for payment in await self._dodo.payments_of(tenant.dodo_customer_id, attempt.started_at_ms):
+        since_ms = attempt.started_at_ms - CLOCKS_APART_MS
+        for payment in await self._dodo.payments_of(tenant.dodo_customer_id, since_ms):
             if payment.metadata.get(REFILL_TAG) == attempt.id:
                 return await self._dodo.retrieve_payment(payment.id)
         return None
 
     async def _fail(self, tenant: TenantId, attempt: Attempt, reason: str) -> None:
-        await self._refills.change(tenant, lambda refill: refill.failed(attempt.id, reason, self._clock()))
         await self._record(NoticeKind.REFILL_FAILED, tenant, attempt, reason=reason)
+        await self._refills.change(tenant, lambda refill: refill.failed(attempt.id, reason, self._clock()))
 
     async def _stop(self, tenant: TenantId, reason: str) -> None:
         off = {"is_on": False, "stopped_because": reason}
-        await self._refills.change(tenant, lambda refill: refill.model_copy(update=off))
+        stopped = await self._refills.change(tenant, lambda refill: refill.model_copy(update=off))
+        now = self._clock()
+        once = f"{NoticeKind.REFILL_STOPPED}:{tenant}:{now}"
+        await self._notices.record(
+            Notice(NoticeKind.REFILL_STOPPED, tenant, once, now, {"pack": stopped.pack, "reason": reason})
+        )
 
     async def _record(self, kind: NoticeKind, tenant: TenantId, attempt: Attempt, **more: str) -> None:
         facts = {"attempt": attempt.id, "amount_usd": format_usd(attempt.cents * NANOS_PER_CENT, 2), **more}

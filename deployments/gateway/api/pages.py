@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from billing.catalog.plans import Pack, Plan, Quota
 from billing.clock import now_ms
-from billing.commerce.links import Receipt, TopUp
+from billing.commerce.links import LinkInvalid, Receipt, TopUp
 from billing.commerce.offers import by_need
 from billing.commerce.products import Products
 from billing.commerce.receipts import Outcome, Returned, State, outcome_of
@@ -31,13 +31,13 @@ from billing.errors import BillingError
 from billing.ledger.account import Account
 from billing.ledger.admission import funding_for, plan_of
 from billing.money import format_usd
-from billing.tenants.errors import TenantSuspended
+from billing.tenants.errors import TenantSuspended, UnknownTenant
 from billing.tenants.tenant import Tenant
 from billing.usage import TenantId, Unit
 from deployments.gateway.api.dependencies import GatewayDep, gateway_of
 from deployments.gateway.api.document import refusals
 from deployments.gateway.api.errors import answer_for, headers_of, problem_of
-from deployments.gateway.api.shop import offers_for, open_checkout, subscribed_plan
+from deployments.gateway.api.shop import offers_for, open_checkout, subscribed_plan, wanted
 from deployments.gateway.api.shop_bodies import (
     CheckoutBody,
     GrantedBody,
@@ -133,8 +133,9 @@ async def open_top_up(link: str, request: Request, gateway: GatewayDep) -> Check
         choice = Choice(pack=next(iter(packs), ""), plan="" if packs else next(iter(plans), ""))
     if not choice.pack and not choice.plan:
         raise NotFound("nothing is sold here at the moment: ask the operator")
+    terms = wanted(gateway, tenant, choice.pack, choice.plan)
     await gateway.parts.links.count_checkout(tenant.id)
-    opened = await open_checkout(gateway, tenant, choice.pack, choice.plan)
+    opened = await open_checkout(gateway, tenant.id, terms)
     return RedirectResponse(opened.checkout_url, 303, HEADERS) if wants_html(request) else opened
 
 
@@ -162,9 +163,13 @@ async def _offered(gateway: Gateway, token: str) -> tuple[TopUp, Tenant, dict[st
 
 
 async def _tenant(gateway: Gateway, tenant_id: TenantId) -> Tenant:
-    tenant = await gateway.parts.tenants.get(tenant_id)
+    """Raises LinkInvalid, and TenantSuspended without the tenant's name: a link shows no name."""
+    try:
+        tenant = await gateway.parts.tenants.get(tenant_id)
+    except UnknownTenant:
+        raise LinkInvalid from None
     if tenant.suspended:
-        raise TenantSuspended(tenant.id)
+        raise TenantSuspended("of this link")
     return tenant
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
+from billing.catalog.terms import Terms
 from billing.clock import now_ms
 from billing.commerce.auto_refill.refill import Refill, refusal_of
 from billing.commerce.auto_refill.store import Refills
@@ -33,7 +34,10 @@ class RefillRequest(BaseModel):
 
 @router.put("", responses=refusals(400, 413))
 async def put_refill(asked: RefillRequest, gateway: GatewayDep, caller: Caller) -> RefillBody:
-    """Switch it on, or on again after a failure. The first pack is bought by hand: that saves the card."""
+    """Switch it on, or on again after a failure. The first pack is bought by hand: that saves the card.
+
+    The pack as it is sold now is agreed to: when its price or what it brings changes, auto-refill stops.
+    """
     wanted = Refill(
         pack=asked.pack,
         threshold_nanos=asked.threshold_usd,
@@ -42,7 +46,8 @@ async def put_refill(asked: RefillRequest, gateway: GatewayDep, caller: Caller) 
     offers = offers_to(caller.tenant.id, gateway.parts.catalog_holder.current, now_ms())
     if refusal := refusal_of(wanted, offers.packs):
         raise BadRequest(refusal, "pack")
-    return RefillBody.of(await Refills(gateway.parts.redis).put(caller.tenant.id, wanted))
+    agreed = wanted.model_copy(update={"terms": Terms.of_pack(wanted.pack, offers.packs[wanted.pack]).key})
+    return RefillBody.of(await Refills(gateway.parts.redis).put(caller.tenant.id, agreed))
 
 
 @router.get("", responses=refusals(404))

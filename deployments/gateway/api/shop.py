@@ -70,16 +70,14 @@ class CheckoutRequest(Sent):
 @router.post("/v1/checkout", responses=refusals(400, 404, 409, 413, 502))
 async def checkout(asked: CheckoutRequest, gateway: GatewayDep, caller: Caller) -> CheckoutBody:
     """A page on which to pay. Dodo's webhook brings the credit, not the page."""
-    return await open_checkout(gateway, caller.tenant, asked.pack, asked.plan, asked.return_url)
+    terms = wanted(gateway, caller.tenant, asked.pack, asked.plan)
+    return await open_checkout(gateway, caller.tenant.id, terms, asked.return_url)
 
 
-async def open_checkout(
-    gateway: Gateway, buyer: Tenant, pack: str = "", plan: str = "", return_url: str = ""
-) -> CheckoutBody:
-    """Open a checkout of one pack or plan, if this tenant may buy it now."""
-    terms = _wanted(pack, plan, gateway, buyer)
-    dodo, tenant = await _at_dodo(gateway, buyer.id)
-    if plan and (current := subscribed_plan(tenant)):
+async def open_checkout(gateway: Gateway, tenant_id: TenantId, terms: Terms, return_url: str = "") -> CheckoutBody:
+    """Open a checkout of what ``wanted`` allowed. Without a ``return_url`` it leads back to a receipt."""
+    dodo, tenant = await _at_dodo(gateway, tenant_id)
+    if terms.kind == "plan" and (current := subscribed_plan(tenant)):
         raise Conflict(f"a subscription to {current!r} is active: change its plan with POST /v1/plan")
     product_id = await Products(gateway.parts.redis).id_for(terms)
     if not product_id:
@@ -92,7 +90,8 @@ async def open_checkout(
     return CheckoutBody(checkout_url=url, session_id=url.rstrip("/").rpartition("/")[2])
 
 
-def _wanted(pack: str, plan: str, gateway: Gateway, tenant: Tenant) -> Terms:
+def wanted(gateway: Gateway, tenant: Tenant, pack: str, plan: str) -> Terms:
+    """What this tenant would buy. Raises BadRequest, NotFound where it may not."""
     if bool(pack) == bool(plan):
         raise BadRequest("give either pack or plan", "pack")
     offered = offers_for(gateway, tenant)

@@ -1,21 +1,28 @@
 """A saved card is charged once per attempt, whatever Dodo answers; what became of it is found out, never guessed."""
 
 import asyncio
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
+from billing.catalog.catalog import Catalog
+from billing.catalog.terms import Terms
 from billing.commerce.auto_refill.refill import COOLDOWN_MS, AttemptState, Refill, refusal_of
 from billing.commerce.auto_refill.refiller import LOST_MS, Refiller
 from billing.commerce.auto_refill.store import Refills
+from billing.commerce.sync import sync
+from billing.dodo.errors import DodoUnavailable
 from billing.ledger.account import Bucket, Funding, Grant
 from billing.ledger.admission import funding_for, plan_of
 from billing.notices.log import Notices
 from billing.notices.notice import NoticeKind
 from billing.tenants.tenant import Subscription, SubscriptionStatus
 from billing.usage import BucketId, TenantId, Unit
+from tests.support.hiccup import fail_next_notice
 from tests.support.purchases import AUTH, balance
 from tests.support.samples import request
-from tests.support.world import DAY, World, delivery
+from tests.support.world import CATALOG, DAY, MINUTE, World, delivery
 
 ACME, USD = TenantId("acme"), 1_000_000_000
 SMALL = Refill(pack="small", threshold_nanos=USD, monthly_cap_cents=1_500)
@@ -66,6 +73,36 @@ async def test_low_balance_is_refilled_once(world: World) -> None:
     assert (notice.kind, notice.tenant, notice.facts["amount_usd"]) == (NoticeKind.REFILL_SUCCEEDED, ACME, "5.00")
 
 
+async def test_pack_on_other_terms_is_not_charged(world: World) -> None:
+    """Its tenant agreed to $5 for $5: neither $50 for $50 nor $5 for $4 is that."""
+    agreed = SMALL.model_copy(update={"terms": Terms.of_pack("small", world.catalog.packs["small"]).key})
+    refills = await low(world, agreed.model_copy(update={"monthly_cap_cents": 100_000}))
+    dear = {"small": {"price": "50", "grants": {"usd": "50"}}}
+    world.catalog = Catalog.model_validate(CATALOG | {"packs": dear})
+    await sync(world.dodo, world.redis, world.catalog)
+    for _ in range(2):
+        assert await refiller(world).run_once(world.sweep()) == 0
+    assert await charges(world) == 0
+    found = await state(refills)
+    assert (found.is_on, "other terms" in found.stopped_because) == (False, True)
+    (notice,) = await Notices(world.redis).newest()
+    assert (notice.kind, notice.tenant) == (NoticeKind.REFILL_STOPPED, ACME)
+
+
+async def test_pack_off_sale_stops_auto_refill(world: World) -> None:
+    refills = await low(world)
+    world.catalog = Catalog.model_validate(CATALOG | {"packs": {}})
+    assert await refiller(world).run_once(world.sweep()) == 0
+    found = await state(refills)
+    assert (found.is_on, "sold no more" in found.stopped_because) == (False, True)
+
+
+async def test_pack_on_the_agreed_terms_is_charged(world: World) -> None:
+    await low(world, SMALL.model_copy(update={"terms": Terms.of_pack("small", world.catalog.packs["small"]).key}))
+    assert await refiller(world).run_once(world.sweep()) == 1
+    assert await balance(world) == 5 * USD
+
+
 async def test_invoice_of_a_refill_names_its_pack(world: World) -> None:
     await low(world)
     await refiller(world).run_once(world.sweep())
@@ -112,6 +149,42 @@ async def test_charge_with_a_lost_answer_is_found_again(world: World) -> None:
     assert await refiller(world).run_once(world.sweep()) == 0
     assert (await charges(world), await balance(world)) == (1, 5 * USD)
     assert (await state(refills)).attempts[0].state is AttemptState.SUCCEEDED
+
+
+@pytest.mark.parametrize("minutes", [-600, -20, -1, 1, 20, 600])
+async def test_charge_with_a_lost_answer_is_found_though_dodos_clock_is_another(world: World, minutes: int) -> None:
+    """Dodo's clock is ahead by so many minutes."""
+    refills = await low(world)
+    ours = Refiller(replace(world.commerce(), clock=lambda: world.clock() - minutes * MINUTE))
+    await world.fault("drop_after", path="/checkouts", times=1)
+    await ours.run_once(world.sweep())
+    await world.heal()
+    world.clock.move(LOST_MS + 1)
+    await ours.run_once(world.sweep())
+    assert (await state(refills)).attempts[0].state is AttemptState.SUCCEEDED
+    assert (await charges(world), await balance(world)) == (1, 5 * USD)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 422])
+async def test_charge_that_was_made_though_its_answer_is_a_refusal_is_no_failure(world: World, status: int) -> None:
+    """As a proxy between us and Dodo may answer."""
+    refills = await low(world)
+    await world.fault(f"status_after:{status}", path="/checkouts", times=1)
+    await refiller(world).run_once(world.sweep())
+    assert (await state(refills)).attempts[0].state is AttemptState.SUCCEEDED
+    assert (await charges(world), await balance(world)) == (1, 5 * USD)
+
+
+async def test_refused_charge_is_open_while_it_cannot_be_looked_up(world: World) -> None:
+    refills = await low(world)
+    await world.fault("status:422", path="/checkouts", times=1)
+    await world.fault("status:500", path="/payments", times=1)
+    with suppress(DodoUnavailable):
+        await refiller(world).run_once(world.sweep())
+    assert (await state(refills)).open_attempt is not None
+    world.clock.move(LOST_MS + 1)
+    await refiller(world).run_once(world.sweep())
+    assert (await state(refills)).attempts[0].state is AttemptState.FAILED
 
 
 async def test_charge_unknown_to_dodo_fails_after_an_hour(world: World) -> None:
@@ -207,3 +280,18 @@ async def test_paused_subscription_charges_no_card(world: World, status: Subscri
     while_resting = funding_for(tenant, plan_of(tenant, world.catalog), world.clock())
     await world.ledger.hold(request("req_resting", funding=while_resting))
     assert await refiller(world).run_once(world.sweep()) == 0
+
+
+@pytest.mark.parametrize("declines", [True, False])
+async def test_notice_of_a_refill_survives_a_store_that_was_away(
+    world: World, monkeypatch: pytest.MonkeyPatch, declines: bool
+) -> None:
+    await low(world)
+    await decline(world, declines)
+    fail_next_notice(monkeypatch)
+    assert await refiller(world).run_once(world.sweep()) == 0, "the run failed with the notice"
+    await refiller(world).run_once(world.sweep())
+    assert [notice.kind for notice in await Notices(world.redis).newest()] == [
+        NoticeKind.REFILL_FAILED if declines else NoticeKind.REFILL_SUCCEEDED
+    ]
+    assert (await charges(world), await balance(world)) == (1, 0 if declines else 5 * USD)

@@ -63,10 +63,16 @@ MODEL = {
     "stranger": Known(nanos=5 * USD, keys=1),
     "refunded": Known(),
 }
-NOTICES = {
-    ("acme", "payment.failed"), ("held", "subscription.on_hold"), ("late", "subscription.past_due"),
-    ("held", "dunning.started"), ("held", "dunning.recovered"),
-}  # fmt: skip
+NOTICES = [
+    ("acme", "payment.failed"),
+    ("held", "subscription.on_hold"),
+    ("late", "subscription.past_due"),
+    ("held", "dunning.started"),
+    ("held", "dunning.recovered"),
+    ("acme", "refund.succeeded"),
+    ("refunded", "refund.succeeded"),
+] + 2 * [("acme", f"dispute.{name}") for name in ("opened", "won", "lost", "cancelled", "accepted", "expired")]
+"""Of each of two disputes there is an event of every type."""
 Event = tuple[str, dict[str, object]]
 
 

@@ -73,6 +73,15 @@ async def test_buyer_becomes_a_tenant_with_credit_and_key(keyed: World) -> None:
     assert (await keyed.ledger.account(tenant.id)).balance_nanos == 5 * USD
 
 
+async def test_buyers_name_is_cleaned_of_control_characters(keyed: World) -> None:
+    cart = [{"product_id": await keyed.product("pack:keyed"), "quantity": 1}]
+    asked = {"product_cart": cart, "customer": {"email": "ada@example.com", "name": "Ada\r\nL.\x1b[31m"}}
+    session = (await keyed.operator.post("/checkouts", json=asked, headers=AUTH)).json()
+    paid = (await keyed.operator.post(f"/_sandbox/pay/{session['session_id']}")).json()
+    await keyed.webhooks().receive(*delivery("payment.succeeded", paid))
+    assert [tenant.name for tenant in await keyed.tenants.list()] == ["Ada L. [31m"]
+
+
 async def test_key_may_come_before_the_payment(keyed: World) -> None:
     payment = await buy_as_stranger(keyed, "pack:keyed")
     (grant,) = await grants(keyed)
@@ -232,7 +241,7 @@ async def test_customer_without_our_products_is_no_tenant(world: World) -> None:
     session = (await world.operator.post("/checkouts", json=asked, headers=AUTH)).json()
     payment = (await world.operator.post(f"/_sandbox/pay/{session['session_id']}")).json()
     done = await world.webhooks().receive(*delivery("payment.succeeded", payment))
-    assert done.outcome is Outcome.WAITING
+    assert done.outcome is Outcome.SET_ASIDE
     assert await world.tenants.list() == []
 
 

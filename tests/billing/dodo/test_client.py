@@ -28,7 +28,12 @@ def test_sandbox_is_the_default_environment() -> None:
     [
         (KEY, "DODO_PAYMENTS_BASE_URL"),
         (BASE, "DODO_PAYMENTS_API_KEY"),
-        (KEY | BASE | {"FAREBOX_DODO_ENVIRONMENT": "test_mode"}, "DODO_PAYMENTS_BASE_URL"),
+        (KEY | BASE | {"FAREBOX_DODO_ENVIRONMENT": "live_mode"}, "forbids DODO_PAYMENTS_BASE_URL"),
+        (KEY | {"DODO_PAYMENTS_BASE_URL": "127.0.0.1:8010"}, "write it as http://127.0.0.1:8020"),
+        (
+            KEY | {"FAREBOX_DODO_ENVIRONMENT": "test_mode", "DODO_PAYMENTS_BASE_URL": "https://live.dodopayments.com"},
+            "Dodo's live mode",
+        ),
         (KEY | {"FAREBOX_DODO_ENVIRONMENT": "production"}, "FAREBOX_DODO_ENVIRONMENT"),
     ],
 )
@@ -52,6 +57,22 @@ async def test_each_mode_has_its_host_and_nothing_is_retried(environment: str, h
     with pytest.raises(DodoUnavailable):
         await dodo.ingest([Event("id", "cus", "farebox.usage", 0, {})])
     assert asked == [host]
+    await dodo.close()
+
+
+@pytest.mark.parametrize("environment", ["sandbox", "test_mode"])
+async def test_proxy_stands_before_the_sandbox_and_test_mode(environment: str) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(f"{request.url.scheme}://{request.url.netloc.decode()}")
+        return httpx.Response(503)
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    dodo = Dodo(DodoSettings.from_env(KEY | BASE | {"FAREBOX_DODO_ENVIRONMENT": environment}), client)
+    with pytest.raises(DodoUnavailable):
+        await dodo.ingest([Event("id", "cus", "farebox.usage", 0, {})])
+    assert asked == [BASE["DODO_PAYMENTS_BASE_URL"]]
     await dodo.close()
 
 
@@ -171,7 +192,9 @@ def test_payment_or_subscription_without_its_ids_is_unreadable() -> None:
         with pytest.raises(WireError):
             Payment.read(wire)
     with pytest.raises(WireError, match="status"):
-        DodoSubscription.read({"subscription_id": "s", "status": "dancing"})
+        DodoSubscription.read(
+            {"subscription_id": "s", "customer": {"customer_id": "c"}, "product_id": "p", "status": "dancing"}
+        )
 
 
 @pytest.mark.parametrize("id_", ["x" * 100_000, "\x00", "a/../b", "", " ", "ÿ" * 200, "?x=1#y"])

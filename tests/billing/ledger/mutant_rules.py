@@ -11,6 +11,9 @@ GROWTH = "tests/billing/ledger/test_lost_growth.py"
 FORMER = "tests/billing/ledger/test_former_allowance.py"
 GRANTS = "tests/billing/ledger/test_grants.py"
 LOST = "tests/billing/ledger/test_lost_store.py"
+CASH = "tests/billing/reports/test_adds_up.py"
+SALES = "tests/billing/ledger/test_sales.py"
+STATEMENT = "tests/billing/reports/test_statement.py"
 RULES = "tests/billing/ledger/test_ledger_rules.py"
 
 
@@ -216,6 +219,57 @@ MUTANTS: tuple[Mutant, ...] = (
         "debts.lua",
         'redis.call("HINCRBY", marker, "paid:" .. to.id, text(-part))',
         test=GRANTS,
+    ),
+    Mutant(
+        "a draw does not say what its credit was sold for",
+        "bill.lua",
+        "text(part), b.price, b.sold }",
+        'text(part), "" }',
+    ),
+    Mutant(
+        "a refund changes what the rest was sold for",
+        "buckets.lua",
+        '"|" .. b.price .. "|" .. b.sold or',
+        '"|" .. b.price .. "|" .. text(b.granted) or',
+        SALES,
+    ),
+    Mutant(
+        "what a grant was sold for is forgotten", "grant.lua", "price = price, sold = text(amount)", 'price = ""', SALES
+    ),
+    Mutant(
+        "a grant's entry does not say what it was sold for", "entries.lua", 'm.price and m.price ~= ""', "nil", SALES
+    ),
+    Mutant(
+        "what an allowance was sold for is forgotten",
+        "ledger/codec.py",
+        "(bucket.price, bucket.sold or bucket.granted) if bucket.price else ()",
+        "()",
+        SALES,
+    ),
+    Mutant(
+        "a payment is booked each time it comes", "book.lua", "== 1 then return 0 end", "== 2 then return 0 end", CASH
+    ),
+    Mutant(
+        "a draw is not taken off what is owed",
+        "reports/statement.py",
+        'self._count(at_ms, "expired" if bucket.is_over else "deferred", -earned)',
+        "",
+        STATEMENT,
+    ),
+    Mutant("what expires stays owed", "reports/statement.py", 'self._count(at_ms, "deferred", -nanos)', "", STATEMENT),
+    Mutant(
+        "a fee that comes late changes a month before",
+        "reports/statement.py",
+        "max(fee.period_end_ms, at_ms)",
+        "fee.period_end_ms",
+        STATEMENT,
+    ),
+    Mutant(
+        "an old record is worth what is sold now",
+        "catalog/publication.py",
+        "max(0, bisect_right(self.starts_ms, at_ms) - 1)",
+        "-1",
+        "tests/billing/reports/test_report.py",
     ),
     Mutant("records are not numbered", "entries.lua", '"seq", seq, "chain"', '"seq", "1", "chain"'),
     Mutant("a payment grants each time it comes", "grant.lua", "if before then return", "if false then return"),

@@ -18,6 +18,7 @@ from billing.reconcile.reconciler import Reconciler, Report
 from billing.reconcile.watermark import Watermarks
 from billing.store.keys import shard_for
 from billing.usage import TenantId
+from tests.support.drifting import drifting_dodo
 from tests.support.samples import request, settlement
 from tests.support.world import DAY, HOUR, World, delivery
 
@@ -174,6 +175,23 @@ async def test_books_with_a_fault_move_no_watermark(subscribed: World) -> None:
     await subscribed.redis.hincrby(shard.account(ACME), "overage", 1)
     assert not (await reconcile(subscribed)).is_clean
     assert (await Watermarks(subscribed.redis).all())[shard.number].at == "0-0"
+
+
+@pytest.mark.parametrize("kind", ["unreadable", "refused"])
+async def test_tenant_whose_periods_cannot_be_read_leaves_the_others_proved(subscribed: World, kind: str) -> None:
+    await subscribed.tenant("globex", plan="payg")
+    theirs = str((await subscribed.buy("globex", "plan:payg"))["subscription_id"])
+    await subscribed.webhooks().receive(*delivery("subscription.active", {"subscription_id": theirs}, "msg_2"))
+    await serve(subscribed, "req_1")
+    await flush(subscribed)
+    async with drifting_dodo(subscribed) as drifting:
+        if kind == "unreadable":
+            drifting.fields[f"{theirs}/usage-history"] = {"start_date": None}
+        else:
+            await subscribed.fault("status:404", path=f"/subscriptions/{theirs}/usage-history")
+        report = await reconcile(subscribed)
+    assert [name for name in report.unproven if "globex" in name] == list(report.unproven) != []
+    assert [row.tenant for row in report.rows if row.proof == "dodo meter"] == [ACME]
 
 
 async def test_every_page_is_asked_for_within_one_budget(subscribed: World) -> None:

@@ -1,15 +1,18 @@
 """What an experiment's arms earned, checked against figures worked out by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from billing.catalog.publication import CatalogHistory
 from billing.pricing.modifiers import Experiment
 from billing.reports.experiments import ArmResult, results
 from billing.reports.intervals import Interval
+from billing.reports.worth import Worth
 from billing.usage import OVERAGE, TenantId, UsageRecord
-from tests.support.reports import HOUR_MS, USD, WORTH, record
+from tests.support.reports import CATALOG, HOUR_MS, USD, WORTH, record
 
 DAY = (0, 24 * HOUR_MS)
 ARMS = [{"id": "control"}, {"id": "raised", "multiplier": "1.2"}]
@@ -26,7 +29,14 @@ def used(tenants: Sequence[TenantId], dollars: Sequence[int]) -> list[UsageRecor
 
 
 def of(experiment: Experiment, records: list[UsageRecord], tenants: list[TenantId]) -> list[ArmResult]:
-    return results([experiment], records, tenants, WORTH, DAY)
+    return results(records, tenants, worth_with((0, [experiment])), DAY)
+
+
+def worth_with(*parts: tuple[int, list[Experiment]]) -> Worth:
+    """What catalogs with these experiments were in force, and from when on."""
+    pricings = ((start, CATALOG.pricing.model_copy(update={"experiments": tuple(ran)})) for start, ran in parts)
+    changed = ((start, CATALOG.model_copy(update={"pricing": pricing})) for start, pricing in pricings)
+    return replace(WORTH, history=CatalogHistory.of(*changed))
 
 
 def in_usd(interval: Interval | None) -> list[float]:
@@ -76,6 +86,24 @@ def test_only_its_adapters_count_and_only_while_it_ran() -> None:
         record(OVERAGE, USD, tenant=name, adapter="yaml@abc"),
     ]
     assert [one.revenue_nanos for one in of(timed, records, [name])] == [0, USD]
+
+
+def test_changed_experiment_is_another_one() -> None:
+    """Until six o'clock with the terms of then; what was used behind that counts for the new ones."""
+    [name] = members("raised", 1)
+    raised_more = Experiment.model_validate(
+        {"id": "raise", "arms": [{"id": "control"}, {"id": "raised", "multiplier": "2"}]}
+    )
+    worth = worth_with((0, [RAISE]), (6 * HOUR_MS, [raised_more]), (30 * HOUR_MS, []))
+    records = [record(OVERAGE, hour * USD, tenant=name, occurred_at_ms=hour * HOUR_MS) for hour in (1, 5, 6)]
+    found = results(records, [name], worth, DAY)
+    assert [(one.arm, one.revenue_nanos) for one in found] == [
+        ("control", 0),
+        ("raised", 6 * USD),
+        ("control", 0),
+        ("raised", 6 * USD),
+    ]
+    assert results(records, [name], worth, (30 * HOUR_MS, 31 * HOUR_MS)) == []
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 
+from billing.catalog.publication import CatalogHistory
 from billing.pricing.costs import Costs, Speeds, per_compute_second, per_request, suggest
 from billing.pricing.prices import Price
 from billing.reports.report import Report, build
 from billing.tenants.tenant import Subscription, SubscriptionStatus, Tenant
-from billing.usage import NOTHING, OVERAGE, Status, TenantId, Unit, Usage, UsageRecord
+from billing.usage import NOTHING, OVERAGE, BucketId, Draw, Status, TenantId, Unit, Usage, UsageRecord
 from tests.support.reports import CATALOG, HOUR_MS, USD, WORTH, record
 
+PLANS_LATER = {"prepaid": {"kind": "prepaid"}}
 COSTS = Costs.model_validate({"gpu_hour": "3.60"})
 """A tenth of a cent per second."""
 
@@ -42,7 +44,7 @@ def report(
     costs: Costs | None = COSTS,
 ) -> Report:
     seen = frozenset(TenantId(name) for name in before)
-    return build(records, seen, tenants, WORTH, costs, (0, 24 * HOUR_MS), 24 * HOUR_MS)
+    return build(records, seen, tenants, WORTH, costs, (0, 24 * HOUR_MS), 24 * HOUR_MS - 1)
 
 
 def test_report_without_records_is_zero() -> None:
@@ -100,6 +102,44 @@ def test_recurring_revenue_counts_live_subscriptions_and_churn_those_who_stopped
     assert (found.lost, found.churn_percent) == ({"globex", "hooli"}, 66)
 
 
+def test_what_is_known_only_of_now_stands_in_no_past_span() -> None:
+    tenants = [subscribed("acme", SubscriptionStatus.ACTIVE, 99 * HOUR_MS)]
+    found = build([], frozenset(), tenants, WORTH, None, (0, 24 * HOUR_MS), 24 * HOUR_MS)
+    assert (found.recurring_nanos, found.live_subscriptions, found.ended_subscriptions) == (None, None, None)
+
+
+def test_cost_is_that_of_the_catalog_in_force_then() -> None:
+    """An hour at 3.60, then at 7.20; where nobody said what an hour costs, the whole line's cost is unknown."""
+    priced = [
+        (start * HOUR_MS, CATALOG.model_copy(update={"costs": Costs.model_validate({"gpu_hour": cost})}))
+        for start, cost in ((3, "3.60"), (5, "7.20"))
+    ]
+    worth = replace(WORTH, history=CatalogHistory.of((0, CATALOG), *priced))
+    late = [record(OVERAGE, USD, occurred_at_ms=hour * HOUR_MS) for hour in (3, 4, 5)]
+    early = record(OVERAGE, USD, occurred_at_ms=2 * HOUR_MS, adapter="yaml@1")
+    found = build([*late, early], frozenset(), [], worth, None, (0, 24 * HOUR_MS), 0)
+    assert {line.name: line.cost_nanos for line in found.by_adapter} == {"pirate": 4_000_000, "yaml": None}
+    assert found.total.cost_nanos is None
+
+
+def test_draw_is_worth_what_its_credit_was_sold_for_whatever_is_sold_now() -> None:
+    sold = Draw(BucketId("payment:pay_1:pdt_bonus"), Unit.NANOS, 3, price=7 * 10**18, sold=10**15)
+    assert WORTH.revenue(record("", 0, draws=(sold,))) == 21_000
+    rounded = replace(sold, price=10, sold=9)
+    assert WORTH.revenue(record("", 0, draws=(rounded,))) == 4
+
+
+def test_record_of_before_is_valued_by_the_catalog_of_its_time() -> None:
+    dear = CATALOG.model_validate(
+        CATALOG.model_dump() | {"packs": {"bonus": {"price": "100", "grants": {"usd": "55"}}}, "plans": PLANS_LATER}
+    )
+    worth = replace(WORTH, history=CatalogHistory.of((0, CATALOG), (6 * HOUR_MS, dear)))
+    one = record("payment:pay_1:pdt_bonus", 11 * USD)
+    assert [worth.revenue(replace(one, occurred_at_ms=hour * HOUR_MS)) for hour in (5, 6)] == [10 * USD, 20 * USD]
+    quota = record("allowance:sub_1:0", 1, Unit.REQUESTS, plan="pro")
+    assert worth.revenue(replace(quota, occurred_at_ms=7 * HOUR_MS)) == 20_000_000, "retired, on its last terms"
+
+
 def test_tenant_that_got_nothing_counts_as_lost() -> None:
     found = report([record(OVERAGE, 0, usage=NOTHING, draws=(), status=Status.FAILED)], {"acme"})
     assert (found.active, found.lost, found.churn_percent) == (set(), {"acme"}, 100)
@@ -108,7 +148,7 @@ def test_tenant_that_got_nothing_counts_as_lost() -> None:
 def test_tenant_created_after_the_span_is_in_no_arm() -> None:
     experiment = {"id": "raise", "arms": [{"id": "control"}, {"id": "raised"}]}
     pricing = CATALOG.pricing.model_validate({"experiments": [experiment]})
-    worth = replace(WORTH, catalog=CATALOG.model_copy(update={"pricing": pricing}))
+    worth = replace(WORTH, history=CatalogHistory.of((0, CATALOG.model_copy(update={"pricing": pricing}))))
     tenants = [
         Tenant(id=TenantId(f"t{n}"), email="a@example.com", plan="pro", created_at_ms=n * HOUR_MS) for n in range(48)
     ]

@@ -41,8 +41,8 @@ class Lua:
         return [str(word) for word in self._loop.run_until_complete(cast("asyncio.Future[list[str]]", reply))]
 
     def spend(self, per_minute: int, now_ms: int) -> bool:
-        text = source("dodo/spend_call").replace("local now = store_ms()", "local now = tonumber(ARGV[4])")
-        reply = self._redis.eval(text, 1, "budget", str(per_minute), str(BURST_SHARE), "0", str(now_ms))
+        text = source("dodo/spend_call").replace("local now = store_ms()", "local now = tonumber(ARGV[5])")
+        reply = self._redis.eval(text, 1, "budget", str(per_minute), str(BURST_SHARE), "0", "0", str(now_ms))
         return bool(self._loop.run_until_complete(cast("asyncio.Future[int]", reply)))
 
     def empty(self) -> None:
@@ -63,6 +63,7 @@ def lua(server: valkey.Valkey) -> Iterator[Lua]:
 @st.composite
 def buckets(draw: st.DrawFn) -> Bucket:
     amount = draw(st.integers(-MAX_BALANCE_NANOS, MAX_BALANCE_NANOS))
+    price = draw(st.just(0) | st.integers(1, 10**30))
     return Bucket(
         id=BucketId(draw(WORDS)),
         unit=draw(st.sampled_from(Unit)),
@@ -71,6 +72,8 @@ def buckets(draw: st.DrawFn) -> Bucket:
         expires_at_ms=draw(st.none() | st.integers(1, 2**53)),
         adapters=tuple(draw(st.lists(WORDS, max_size=3))),
         is_allowance=draw(st.booleans()),
+        price=price,
+        sold=draw(st.integers(1, MAX_BALANCE_NANOS)) if price else 0,
     )
 
 

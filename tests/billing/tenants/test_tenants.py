@@ -5,11 +5,13 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
+from billing.tenants import directory
 from billing.tenants.directory import CACHE_S, Tenants
 from billing.tenants.errors import CustomerTaken, InvalidKey, TenantExists, TenantSuspended, UnknownKey, UnknownTenant
 from billing.tenants.tenant import Subscription, SubscriptionStatus, Tenant, new_key
 from billing.usage import TenantId
 from tests.support.clock import SteppedClock
+from tests.support.kills import killed_before
 from tests.support.samples import ACME
 
 TENANT = Tenant(id=ACME, email="ops@acme.test", plan="prepaid", created_at_ms=1)
@@ -164,3 +166,41 @@ async def test_cached_key_makes_no_round_trip(tenants: Tenants, store: Redis) ->
     await tenants.principal(secret)
     await store.flushall()
     assert (await tenants.principal(secret)).key == key
+
+
+@pytest.mark.parametrize("number", range(3))
+async def test_tenant_killed_anywhere_still_gets_its_customer(
+    store: Redis, tenants: Tenants, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    was_killed = await killed_before(monkeypatch, number, tenants.create(TENANT), directory)
+    assert was_killed == (number < 2), "it writes twice"
+    assert [one.id for one in await tenants.list()] == [ACME] * (number > 0)
+    assert await tenants.customers_wanted() == [ACME] * (number > 0)
+
+
+@pytest.mark.parametrize("number", range(4))
+async def test_customer_killed_anywhere_is_set_by_the_next_try(
+    tenants: Tenants, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    await tenants.create(TENANT)
+    was_killed = await killed_before(monkeypatch, number, tenants.set_customer(ACME, "cus_1"), directory)
+    assert was_killed == (number < 3), "it writes three times"
+    assert await tenants.customers_wanted() == [ACME] * was_killed, "the periodic task tries again"
+    await tenants.set_customer(ACME, "cus_1")
+    found = await tenants.by_customer("cus_1")
+    assert found is not None
+    assert (found.dodo_customer_id, await tenants.customers_wanted()) == ("cus_1", [])
+
+
+@pytest.mark.parametrize("number", range(2))
+async def test_rotation_killed_anywhere_leaves_a_key_that_works_and_can_be_rotated(
+    tenants: Tenants, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    await tenants.create(TENANT)
+    secret, key = new_key(ACME, 7)
+    await tenants.add_key(key)
+    assert await killed_before(monkeypatch, number, tenants.rotate_key(ACME, key.id, 1_000), directory)
+    assert (await tenants.principal(secret)).key.id == key.id
+    fresh, _ = await tenants.rotate_key(ACME, key.id, 1_000)
+    assert (await tenants.principal(fresh)).key.counts_as == key.id
+    assert (await tenants.key(ACME, key.id)).expires_at_ms is not None

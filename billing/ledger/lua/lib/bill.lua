@@ -18,7 +18,7 @@ local function append_record(keys, tenant, r)
   local draws = {}
   for i, draw in ipairs(r.draws) do
     draws[i] = '{"bucket":' .. cjson.encode(draw[1]) .. ',"unit":"' .. (draw[2] == "r" and "requests" or "nanos")
-      .. '","amount":' .. draw[3] .. "}"
+      .. '","amount":' .. draw[3] .. (draw[4] ~= "" and ',"price":' .. draw[4] .. ',"sold":' .. draw[5] or "") .. "}"
   end
   return append(keys, "usage", tenant, function(seq)
     return '{"record_id":' .. cjson.encode(r.record_id) .. "," .. r.head .. ',"usage":' .. usage_json(r.usage)
@@ -28,7 +28,8 @@ local function append_record(keys, tenant, r)
   end)
 end
 
--- Charge draws in their order; the rest of each goes back to the bucket that it came from.
+-- Charge draws in their order; the rest of each goes back to the bucket that it came from. A draw that is billed says what
+-- its bucket was sold for: { bucket, unit, amount, price, sold }.
 local function charge(buckets, draws, due_nanos, due_requests)
   local known, bill = by_id(buckets), { draws = {}, charged = 0 }
   for _, draw in ipairs(draws) do
@@ -40,7 +41,7 @@ local function charge(buckets, draws, due_nanos, due_requests)
       due_nanos, bill.charged = due_nanos - part, bill.charged + part
     end
     b.held, b.remaining, b.is_changed = b.held - amount, b.remaining + amount - part, true
-    if part > 0 then bill.draws[#bill.draws + 1] = { draw[1], draw[2], text(part) } end
+    if part > 0 then bill.draws[#bill.draws + 1] = { draw[1], draw[2], text(part), b.price, b.sold } end
   end
   return bill
 end

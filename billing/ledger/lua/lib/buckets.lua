@@ -1,27 +1,30 @@
 -- A tenant's buckets, in the order in which they are drawn, and the credit line as the last of them.
 -- include: store/numbers
 --
--- At rest a bucket is unit|remaining|held|granted|expires|is_allowance|adapters. Its unit is n (nanos) or r (requests);
--- `remaining` is what may be drawn, `held` what open holds drew; it expires at so many milliseconds, 0 for never; the models
--- that a bucket of requests covers are separated by commas, none for all.
+-- At rest a bucket is unit|remaining|held|granted|expires|is_allowance|adapters, and |price|sold behind them where it was
+-- sold. Its unit is n (nanos) or r (requests); `remaining` is what may be drawn, `held` what open holds drew; it expires at
+-- so many milliseconds, 0 for never; the models that a bucket of requests covers are separated by commas, none for all.
+-- `sold` units cost `price` nanos. Refunds lower `granted` and neither of the two, so that their ratio stays. Both are text:
+-- a product of a price and an amount has more digits than Lua's numbers, so nothing is reckoned with them here.
 -- The credit line at rest is two numbers of the account: exposure that is settled and exposure that is held. In a script it
 -- is a bucket whose `remaining` is below zero by both. How far below it may go is not kept: each hold brings its limit.
 
 local LINE = "overage" -- its name in every usage record: entries are never rewritten
 
 local function parse_bucket(id, value)
-  local unit, remaining, held, granted, expires, allowance, adapters =
-    string.match(value, "^([nr])|(-?%d+)|(%d+)|(-?%d+)|(%d+)|([01])|(.*)$")
+  local unit, remaining, held, granted, expires, allowance, adapters, price, sold =
+    string.match(value, "^([nr])|(-?%d+)|(%d+)|(-?%d+)|(%d+)|([01])|([^|]*)|?(%d*)|?(%d*)$")
   return {
     id = id, unit = unit, remaining = tonumber(remaining), held = tonumber(held), granted = tonumber(granted),
-    expires = tonumber(expires), is_allowance = allowance == "1", adapters = adapters,
+    expires = tonumber(expires), is_allowance = allowance == "1", adapters = adapters, price = price, sold = sold,
   }
 end
 
 local function format_bucket(b)
+  local sale = b.price ~= "" and "|" .. b.price .. "|" .. b.sold or ""
   return table.concat({
     b.unit, text(b.remaining), text(b.held), text(b.granted), text(b.expires), b.is_allowance and "1" or "0", b.adapters,
-  }, "|")
+  }, "|") .. sale
 end
 
 -- Allowances first, then what expires first, what never expires behind that, and the credit line last.
@@ -48,7 +51,7 @@ local function read_buckets(keys)
   if #buckets > 1 then table.sort(buckets, is_drawn_before) end
   local settled, held = tonumber(account[1] or "0"), tonumber(account[2] or "0")
   buckets[#buckets + 1] = { id = LINE, unit = "n", remaining = -(settled + held), held = held, expires = 0,
-    is_allowance = false, is_line = true }
+    is_allowance = false, is_line = true, price = "" }
   buckets.allowance = account[3] or nil
   return buckets
 end

@@ -22,11 +22,13 @@ local function paid_json(payments)
   return ',"paid":[' .. table.concat(rows, ",") .. "]"
 end
 
+-- A grant that was sold says for what, and when it expires; 0 is never.
 local function append_movement(keys, kind, tenant, m)
   append(keys, kind, tenant, function(seq)
     return '{"source":' .. cjson.encode(m.source) .. ',"unit":"' .. (m.unit == "r" and "requests" or "nanos")
       .. '","amount":' .. text(m.amount) .. ',"bucket":' .. cjson.encode(m.bucket) .. ',"seq":' .. seq
       .. ',"balance_nanos":' .. text(m.balance) .. ',"occurred_at_ms":' .. text(m.now)
+      .. (m.price and m.price ~= "" and ',"price":' .. m.price .. ',"expires_at_ms":' .. text(m.expires) or "")
       .. (m.reason and ',"reason":' .. cjson.encode(m.reason) or "")
       .. (m.paid and #m.paid > 0 and paid_json(m.paid) or "") .. "}"
   end)

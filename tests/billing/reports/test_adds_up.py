@@ -1,0 +1,171 @@
+"""Cash, what was earned and what is owed add up to what Dodo says it paid out, to the cent."""
+
+from billing.catalog import publication
+from billing.commerce.cash import CashBook, Kind
+from billing.commerce.inbox import Inbox
+from billing.ledger.account import Settlement
+from billing.ledger.admission import funding_for, plan_of
+from billing.money import Nanos
+from billing.pricing.prices import Price
+from billing.reports.statement import Month, Statement, read_statement
+from billing.reports.worth import Worth
+from billing.usage import RequestId, Status, TenantId, Usage
+from tests.support.purchases import AUTH, refund
+from tests.support.samples import request
+from tests.support.world import DAY, World, delivery
+
+A_DOLLAR_A_TOKEN = Price.model_validate({"output_per_1m": "1000000"})
+CENTS = 10_000_000
+FEES = {
+    "tax_bps": 1900,
+    "payment_fee_bps": 400,
+    "payment_fee_cents": 40,
+    "dispute_fee_cents": 100,
+    "payout_fee_cents": 30,
+}
+
+
+async def spend(world: World, name: str, dollars: int) -> None:
+    tenant = await world.tenants.get(TenantId(name))
+    id_ = RequestId(f"req_{name}_{dollars}")
+    asked = request(id_, tenant=tenant.id, price=A_DOLLAR_A_TOKEN, prompt_tokens=0, max_tokens=dollars)
+    funding = funding_for(tenant, plan_of(tenant, world.catalog), world.clock())
+    await world.ledger.hold(request(id_, **{**_fields(asked), "funding": funding}))
+    usage = Usage(completion_tokens=dollars)
+    settled = Settlement(id_, tenant.id, usage, A_DOLLAR_A_TOKEN.charge(usage), Status.COMPLETE)
+    await world.ledger.settle(settled)
+
+
+def _fields(asked: object) -> dict[str, object]:
+    names = ("tenant", "price", "prompt_tokens", "max_tokens")
+    return {name: getattr(asked, name) for name in names}
+
+
+async def hear(world: World, kind: str, data: dict[str, object]) -> None:
+    done = await world.webhooks().receive(*delivery(kind, data, f"msg_{kind}_{len(data)}_{next(world._numbers)}"))
+    assert done.outcome == "applied", done.reason
+
+
+async def control(world: World, path: str, **body: object) -> dict[str, object]:
+    answer = await world.operator.post(f"/_sandbox/{path}", json=body)
+    answer.raise_for_status()
+    found: dict[str, object] = answer.json()
+    return found
+
+
+async def statement_of(world: World, end_ms: int) -> Statement:
+    catalogs = await publication.in_force_ever(world.redis)
+    assert catalogs is not None
+    return await read_statement(world.redis, Worth(catalogs, await Inbox(world.redis).names()), None, end_ms)
+
+
+def summed(months: list[Month], name: str) -> int:
+    return sum(getattr(month, name) for month in months)
+
+
+async def play(world: World) -> None:
+    """Packs with a refund, a lost and a won dispute; a subscription with overage, a renewal and a refunded fee."""
+    await control(world, "settings", **FEES)
+    for name in ("acme", "zeta"):
+        await world.tenant(name)
+    packs = [await world.buy("acme", "pack:small", quantity) for quantity in (2, 1, 1)]
+    for one in packs:
+        await hear(world, "payment.succeeded", one)
+    await spend(world, "acme", 3)
+    await hear(world, "refund.succeeded", await refund(world, packs[0], 238))
+    lost, won = [await control(world, f"disputes/{one['payment_id']}") for one in packs[1:]]
+    for one in (lost, won):
+        await hear(world, "dispute.opened", one)
+    for one, ending in ((lost, "lost"), (won, "won")):
+        await hear(world, f"dispute.{ending}", await control(world, f"disputes/{one['dispute_id']}/{ending}"))
+    fee = await world.buy("zeta", "plan:pro")
+    await hear(world, "payment.succeeded", fee)
+    await spend(world, "zeta", 12)
+    await world.exporter().flush_once()
+    world.clock.move(32 * DAY)
+    await control(world, "clock", advance_s=0)
+    payments = (await world.operator.get("/payments", headers=AUTH)).json()["items"]
+    [renewal] = [one for one in payments if one["charge_type"] == "renewal"]
+    await hear(world, "payment.succeeded", renewal)
+    await hear(world, "refund.succeeded", await refund(world, fee))
+
+
+async def test_cash_earned_and_deferred_add_up_to_what_dodo_paid_out(world: World) -> None:
+    """Twenty dollars of packs, two fees of twenty and two dollars of overage, each with 19 % tax."""
+    await play(world)
+    paid_out = await control(world, "payouts")
+    book = CashBook(world.redis)
+    assert await book.book_lines(world.dodo) == 9
+    assert await book.book_lines(world.dodo) == 0, "each line is booked once"
+    end = world.clock() + 1_000 * DAY
+    now = await statement_of(world, world.clock())
+    months = now.months(0, world.clock() + DAY)
+    sums = {name: summed(months, name) for name in ("paid", "tax", "refunds", "disputes", "fees", "paid_out")}
+    assert {name: nanos / CENTS for name, nanos in sums.items()} == {
+        "paid": 7378,
+        "tax": 665,
+        "refunds": 2618,
+        "disputes": 595,
+        "fees": 726,
+        "paid_out": 2774,
+    }
+    assert summed(months, "net") == int(str(paid_out["amount"])) * CENTS, "what came in and stayed is what was paid out"
+    earned = {name: summed(months, name) / CENTS for name in ("prepaid", "allowance", "postpaid", "differences")}
+    assert earned == {"prepaid": 300, "allowance": 2000, "postpaid": 200, "differences": 0}
+    assert months[-1].unpaid == 0
+    came_in = sums["paid"] - sums["tax"] - sums["refunds"] - sums["disputes"]
+    assert came_in == summed(months, "earned") + months[-1].deferred == 3500 * CENTS
+    for name in ("acme", "zeta"):
+        assert name in {entry.tenant for entry in await book.until(end)}
+    last = (await statement_of(world, end)).months(0, end)
+    assert (summed(last, "earned"), last[-1].deferred) == (came_in, 0), "in the end all of it is earned"
+
+
+async def test_cash_book_has_each_payment_once_with_what_it_was_for(world: World) -> None:
+    await play(world)
+    booked = await CashBook(world.redis).until(world.clock() + DAY)
+    payments = [(one.what, one.settled, one.settled_tax, one.parts) for one in booked if one.kind is Kind.PAYMENT]
+    dollars = 100 * CENTS
+    assert payments == [
+        ("pack", 1190, 190, {"pack": 10 * dollars}),
+        ("pack", 595, 95, {"pack": 5 * dollars}),
+        ("pack", 595, 95, {"pack": 5 * dollars}),
+        ("fee", 2380, 380, {"fee": 20 * dollars}),
+        ("fee+usage", 2618, 418, {"fee": 20 * dollars, "usage": 2 * dollars}),
+    ]
+    others = [(one.kind, one.settled, one.settled_tax) for one in booked if one.kind is not Kind.PAYMENT]
+    assert others == [
+        (Kind.REFUND, -238, -38),
+        (Kind.DISPUTE_OPENED, -595, -95),
+        (Kind.DISPUTE_OPENED, -595, -95),
+        (Kind.DISPUTE_LOST, 0, 0),
+        (Kind.DISPUTE_WON, 595, 95),
+        (Kind.REFUND, -2380, -380),
+    ]
+    assert all(one.booked_at_ms > 0 for one in booked)
+
+
+async def test_delivery_that_comes_again_is_booked_once(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    for _ in range(3):
+        await hear(world, "payment.succeeded", payment)
+    [entry] = await CashBook(world.redis).until(world.clock() + DAY)
+    assert (entry.id, entry.amount, entry.net_nanos) == (f"payment:{payment['payment_id']}", 500, Nanos(500 * CENTS))
+
+
+async def test_discounted_pack_is_sold_at_its_price_and_the_rest_is_a_difference(world: World) -> None:
+    """Nothing was paid for a pack of five dollars: what is earned is what was sold, and the cash is not there."""
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    free = {"total_amount": 0, "settlement_amount": 0, "tax": None, "settlement_tax": None}
+    await hear(world, "payment.succeeded", payment | free)
+    statement = await statement_of(world, world.clock() + DAY)
+    [month] = [one for one in statement.months(0, world.clock() + DAY) if one.deferred][:1]
+    assert (month.paid, month.deferred, month.differences) == (0, 500 * CENTS, -500 * CENTS)
+
+
+async def test_ledger_that_dodo_does_not_show_leaves_fees_unknown(world: World) -> None:
+    await world.fault("status:403", path="/balances/ledger")
+    assert await CashBook(world.redis).book_lines(world.dodo) == 0
+    await world.heal()
