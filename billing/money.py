@@ -12,24 +12,29 @@ MAX_BALANCE_NANOS = Nanos(2**53 - 1)
 """Lua keeps numbers as doubles; past this a sum in the store would round."""
 MAX_GRANT_NANOS = Nanos(1_000_000 * NANOS_PER_USD)
 
-_USD = re.compile(r"(?P<sign>-?)(?P<whole>\d{1,9})(?:\.(?P<part>\d{1,9}))?", re.ASCII)
+MAX_AMOUNT_NANOS = Nanos(999_999_999_999_999_999)
+"""The largest amount that is read, a nano below a billion dollars."""
+
+_USD = re.compile(r"(?P<sign>-?)(?P<whole>\d{1,99})(?:\.(?P<part>\d{1,9}))?", re.ASCII)
 
 
 class AmountError(ValueError):
-    """The text is no amount of US dollars."""
+    """The text is no amount of US dollars, or one that is too large."""
 
 
-def parse_usd(text: str) -> Nanos:
+def parse_usd(text: str, most: Nanos = MAX_AMOUNT_NANOS) -> Nanos:
     """Read a decimal string of dollars, such as ``"0.000123"``, without rounding.
 
     Raises:
-        AmountError: for anything but digits with at most nine decimals.
+        AmountError: for anything but digits with at most nine decimals, or if it is more than ``most``.
     """
     match = _USD.fullmatch(text.strip())
     if match is None:
         raise AmountError(f'{text!r} is not an amount in dollars: write it as "12.50", nine decimals at most')
     whole, part = int(match["whole"]), int((match["part"] or "").ljust(9, "0"))
     nanos = whole * NANOS_PER_USD + part
+    if abs(nanos) > most:
+        raise AmountError(f"{text!r} is too large: the most is {format_usd(most, decimals=2)} dollars")
     return Nanos(-nanos if match["sign"] else nanos)
 
 

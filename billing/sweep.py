@@ -70,10 +70,12 @@ class Sweep:
         """The items of the last run in the order it took them; empty once a run came to all."""
         self._place = 0
         """How many of them it came to before it ended early: the next run begins with the others."""
+        self.includes: tuple[Sweep, ...] = ()
+        """Others, whose failing items are shown with this one's."""
 
     @property
     def failing(self) -> tuple[FailingItem, ...]:
-        return tuple(self._failing.values())
+        return (*self._failing.values(), *(one for sweep in self.includes for one in sweep.failing))
 
     async def run(
         self,

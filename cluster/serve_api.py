@@ -34,6 +34,8 @@ class Deployment:
     """State of each replica, such as ``RUNNING``."""
     target: int
     """How many replicas Ray Serve wants to run."""
+    pids: tuple[int, ...] = ()
+    """Process ids of the replicas that run or start."""
 
     @property
     def running(self) -> int:
@@ -96,12 +98,23 @@ class ServeApi:
         raw = self._call("GET").json().get("applications", {})
         return {name: _application(name, found) for name, found in raw.items()}
 
+    def usage(self) -> dict[str, tuple[float, float]]:
+        """Of each of Ray's resources, such as ``CPU``: how much is given away, and how much the cluster has.
+
+        Empty in the first seconds of a cluster.
+        """
+        raw = self._call("GET", path="/api/cluster_status").json()
+        report = ((raw.get("data") or {}).get("clusterStatus") or {}).get("loadMetricsReport") or {}
+        return {name: (float(used), float(total)) for name, (used, total) in (report.get("usage") or {}).items()}
+
     def close(self) -> None:
         self._http.close()
 
-    def _call(self, method: str, body: ServeConfig | None = None, timeout_s: float = _TIMEOUT_S) -> httpx.Response:
+    def _call(
+        self, method: str, body: ServeConfig | None = None, timeout_s: float = _TIMEOUT_S, path: str = _PATH
+    ) -> httpx.Response:
         try:
-            reply = self._http.request(method, _PATH, json=body, timeout=timeout_s)
+            reply = self._http.request(method, path, json=body, timeout=timeout_s)
         except httpx.HTTPError as error:
             raise ServeUnavailable(f"Ray's dashboard does not answer: {error!r}") from error
         if reply.status_code != 200:
@@ -117,6 +130,7 @@ def _application(name: str, raw: Mapping[str, Any]) -> Application:
             message=str(found.get("message") or ""),
             replicas=tuple(str(replica["state"]) for replica in found.get("replicas", [])),
             target=int(found.get("target_num_replicas") or 0),
+            pids=tuple(int(replica["pid"]) for replica in found.get("replicas", []) if replica.get("pid")),
         )
         for key, found in raw.get("deployments", {}).items()
     )

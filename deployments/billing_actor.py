@@ -13,7 +13,9 @@ from ray.util.metrics import Gauge
 from billing.archive.archiver import Archiver, ArchiveReport
 from billing.archive.files import Archive
 from billing.clock import now_ms
+from billing.dodo.belonging import claim
 from billing.dodo.settings import DodoSettings
+from billing.errors import BillingError
 from billing.export.outbox import Backlog, ExporterState
 from billing.notices.dispatcher import NoticeDispatcher
 from billing.notices.receiver import NoticeReceiver
@@ -46,6 +48,11 @@ class BillingActor:
 
         async def open_parts() -> Parts:
             redis = await connect(url, durability=args.durability, min_replicas_acked=args.min_replicas_acked)
+            try:
+                await claim(redis, settings.environment)
+            except BillingError:
+                await redis.aclose()
+                raise
             return assemble(redis, settings, args.requests_per_minute)
 
         intervals = Intervals(
@@ -110,7 +117,10 @@ class BillingMetrics:
         self._parked = Gauge("farebox_billing_parked_webhooks", "Webhooks that wait for another try")
         self._failures = Gauge("farebox_billing_export_failures", "Failed sends to Dodo in a row")
         self._stopped = Gauge("farebox_billing_export_stopped", "1 while Dodo refuses our key or address")
-        self._success = Gauge("farebox_billing_last_success_seconds", "Unix time of the last acknowledged send")
+        self._starved = Gauge("farebox_billing_export_starved", "1 while no call to Dodo is left for the export")
+        self._success = Gauge(
+            "farebox_billing_last_success_seconds", "Unix time of the last flush that sent usage and left none"
+        )
         labelled = {"tag_keys": ("kind",)}
         self._difference = Gauge("farebox_reconcile_difference_nanos", "Nanos by which the books differ", **labelled)
         self._faults = Gauge("farebox_reconcile_faults", "Proofs of the books that do not hold", **labelled)
@@ -136,6 +146,7 @@ class BillingMetrics:
         self._withheld.set(backlog.withheld_records)
         self._failures.set(exporter.failures)
         self._stopped.set(int(exporter.state == "stopped"))
+        self._starved.set(int(exporter.state == "starved"))
         self._success.set(exporter.last_success_ms // 1_000)
 
     def parked(self, webhooks: int) -> None:

@@ -6,7 +6,7 @@ Gateways note addresses in memory and write what is new to HyperLogLog sketches 
 import asyncio
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from redis.asyncio import Redis
 
@@ -25,6 +25,8 @@ MAX_KNOWN = 50_000
 """Addresses that a process remembers; at more it forgets them all, and may write some again."""
 
 log = logging.getLogger(__name__)
+UsedKey = tuple[TenantId, str]
+"""A tenant and the id of its key."""
 KeyUse = tuple[TenantId, str, int, str]
 """Tenant, key, hour and a digest of the address."""
 
@@ -74,12 +76,12 @@ class AddressSketches:
             except StoreUnavailable as error:
                 log.warning("client addresses are written later: %s", error)
 
-    async def counts(self, keys: Sequence[tuple[TenantId, str]]) -> dict[tuple[TenantId, str], int]:
-        """Addresses of each key in the current hour, within a percent or so."""
+    async def counts(self, rows: Mapping[UsedKey, Sequence[UsedKey]]) -> dict[UsedKey, int]:
+        """Addresses of each row of keys, all of one tenant, in the current hour, within a percent or so."""
         hour = self._clock() // HOUR_MS
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
-            for tenant, key_id in keys:
-                pipe.pfcount(shard_for(tenant).address_sketches(tenant, key_id, hour))
-            found = await pipe.execute() if keys else []
-        return dict(zip(keys, found, strict=True))
+            for keys in rows.values():
+                pipe.pfcount(*(shard_for(tenant).address_sketches(tenant, key_id, hour) for tenant, key_id in keys))
+            found = await pipe.execute() if rows else []
+        return dict(zip(rows, found, strict=True))

@@ -3,7 +3,10 @@
 Safe to repeat: a key is throttled once, and its notice recorded once. A key that a person lifted is left alone a day.
 """
 
+import logging
 from dataclasses import dataclass
+
+from pydantic import ValidationError
 
 from billing.abuse.addresses import AddressSketches
 from billing.abuse.rules import Habits, Verdict
@@ -15,9 +18,12 @@ from billing.sweep import Sweep
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import UnknownKey
 from billing.tenants.tenant import ApiKey, Throttle
+from billing.usage import TenantId
 
 LEFT_ALONE_MS = 24 * 3_600_000
 """How long a key that a person lifted is not throttled again."""
+
+log = logging.getLogger("farebox.billing.abuse.enforcer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +40,22 @@ class AbuseEnforcer:
         self.habits.forget(now)
         if not abuse.watch:
             return 0
-        addresses = await self.address_sketches.counts(self.habits.used_in(now))
+        for tenant in sorted(self.habits.unplaced(now)):
+            await self._place_keys_of(tenant)
+        addresses = await self.address_sketches.counts(self.habits.rows_in(now))
         verdicts = self.habits.verdicts(abuse, addresses, now)
         return sum(await sweep.run(verdicts, self._throttle, id_of=lambda one: f"{one.tenant}/{one.key_id}"))
+
+    async def _place_keys_of(self, tenant: TenantId) -> None:
+        """Let keys go on with the past of those they replaced. Keys that cannot be read are judged by their own."""
+        try:
+            stored = {key.id: key for key in await self.tenants.keys(tenant)}
+        except ValidationError as error:
+            log.warning("keys of %s cannot be read, and are judged each alone: %s", tenant, error)
+            return
+        for key in self.habits.keys_of(tenant):
+            known = stored.get(key[1])
+            self.habits.count_as(key, (tenant, known.counts_as) if known and known.counts_as else key)
 
     async def _throttle(self, verdict: Verdict) -> bool:
         now = self.clock()

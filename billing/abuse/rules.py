@@ -1,6 +1,7 @@
 """Judge whether a key is used as a stolen one would be, by the hour and compared with its own past.
 
-Pure: usage records in, verdicts out, on which ``billing.abuse.enforcer`` acts.
+A key that was rotated goes on with the past of the one it replaced. Pure: usage records in, verdicts out, on which
+``billing.abuse.enforcer`` acts.
 """
 
 from collections import defaultdict
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from billing.abuse.addresses import UsedKey
 from billing.catalog.abuse import REMEMBERED_HOURS, Abuse
 from billing.money import divide_up, format_usd
 from billing.usage import TenantId, UsageRecord
@@ -17,8 +19,6 @@ KNOWN_HOURS = 24
 """The spend of a younger key is not judged: there is too little to compare it with."""
 MOSTLY = (9, 10)
 """The share of an hour's answers that must be as long as its longest to be called maximal."""
-UsedKey = tuple[TenantId, str]
-"""A tenant and the id of its key."""
 
 
 class Reason(StrEnum):
@@ -49,12 +49,15 @@ class Hour:
     """Answers as long as the longest."""
 
     def add(self, record: UsageRecord) -> None:
-        tokens = record.usage.completion_tokens
-        self.requests += 1
-        self.list_nanos += record.list_nanos
-        if tokens > self.longest:
-            self.longest, self.at_longest = tokens, 0
-        self.at_longest += tokens == self.longest
+        self.join(Hour(1, record.list_nanos, record.usage.completion_tokens, 1))
+
+    def join(self, other: "Hour") -> None:
+        """Add another key's use in the same hour."""
+        self.requests += other.requests
+        self.list_nanos += other.list_nanos
+        if other.longest > self.longest:
+            self.longest, self.at_longest = other.longest, 0
+        self.at_longest += other.at_longest if other.longest == self.longest else 0
 
 
 class Habits:
@@ -62,6 +65,7 @@ class Habits:
 
     def __init__(self) -> None:
         self._hours: defaultdict[UsedKey, dict[int, Hour]] = defaultdict(dict)
+        self._counted_as: dict[UsedKey, UsedKey] = {}
 
     def note(self, record: UsageRecord) -> None:
         hours = self._hours[record.tenant, record.key_id]
@@ -71,6 +75,29 @@ class Habits:
         """Keys that were used in the current hour."""
         return [key for key, hours in self._hours.items() if now_ms // HOUR_MS in hours]
 
+    def count_as(self, key: UsedKey, first: UsedKey) -> None:
+        """Join what a key did and does with what ``first`` did, whose successor it is, or itself."""
+        self._counted_as[key] = first
+
+    def unplaced(self, now_ms: int) -> set[TenantId]:
+        """Tenants that use a key now, and have keys of which it is not known what they are counted as."""
+        used = {tenant for tenant, _ in self.used_in(now_ms)}
+        return {key[0] for key in self._hours.keys() - self._counted_as.keys() if key[0] in used}
+
+    def keys_of(self, tenant: TenantId) -> list[UsedKey]:
+        """A tenant's keys that were used in the last week."""
+        return [key for key in self._hours if key[0] == tenant]
+
+    def rows_in(self, now_ms: int) -> dict[UsedKey, list[UsedKey]]:
+        """The keys used in the current hour, those that are counted as one together, by that one."""
+        rows: defaultdict[UsedKey, list[UsedKey]] = defaultdict(list)
+        for key in self.used_in(now_ms):
+            rows[self._first_of(key)].append(key)
+        return dict(rows)
+
+    def _first_of(self, key: UsedKey) -> UsedKey:
+        return self._counted_as.get(key, key)
+
     def forget(self, now_ms: int) -> None:
         """Drop hours that are more than a week old."""
         first = now_ms // HOUR_MS - REMEMBERED_HOURS
@@ -79,16 +106,24 @@ class Habits:
                 del hours[hour]
             if not hours:
                 del self._hours[key]
+                self._counted_as.pop(key, None)
 
     def verdicts(self, abuse: Abuse, addresses: Mapping[UsedKey, int], now_ms: int) -> Iterator[Verdict]:
-        """Keys whose use in the current hour is unusual, with the first reason found."""
-        hour = now_ms // HOUR_MS
-        for tenant, key_id in self.used_in(now_ms):
-            hours = self._hours[tenant, key_id]
-            found = _spend(hours, hour, abuse) or _scraping(hours, hour, abuse)
-            found = found or _addresses(addresses.get((tenant, key_id), 0), abuse)
+        """Keys whose use in the current hour is unusual, with the first reason found.
+
+        Keys that are counted as one are judged together; ``addresses`` has their number under that one.
+        """
+        hour, rows = now_ms // HOUR_MS, self.rows_in(now_ms)
+        joined: dict[UsedKey, defaultdict[int, Hour]] = {first: defaultdict(Hour) for first in rows}
+        for key, hours in self._hours.items():
+            if (row := joined.get(self._first_of(key))) is not None:
+                for at, one in hours.items():
+                    row[at].join(one)
+        for first, keys in rows.items():
+            found = _spend(joined[first], hour, abuse) or _scraping(joined[first], hour, abuse)
+            found = found or _addresses(addresses.get(first, 0), abuse)
             if found is not None:
-                yield Verdict(tenant, key_id, *found)
+                yield from (Verdict(tenant, key_id, *found) for tenant, key_id in keys)
 
 
 def _spend(hours: Mapping[int, Hour], now: int, abuse: Abuse) -> tuple[Reason, str] | None:

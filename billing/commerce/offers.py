@@ -7,7 +7,7 @@ from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Pack, Plan
 from billing.pricing import modifiers
 from billing.tenants.tenant import Tenant
-from billing.usage import TenantId
+from billing.usage import TenantId, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,19 @@ def offers_to(tenant: TenantId, catalog: Catalog, now_ms: int) -> Offers:
             if plan.is_postpaid and (not plan.is_hidden or name in plans)
         },
     )
+
+
+def by_need(packs: Mapping[str, Pack], needed: int, first: str = "") -> list[str]:
+    """Names of packs by price, but ``first`` before all, or else the cheapest that grants the ``needed`` nanos.
+
+    Where none grants as much, the one that grants most is first.
+    """
+    by_price = sorted(packs, key=lambda name: (packs[name].price, name))
+    in_money = [name for name in by_price if packs[name].grants.unit is Unit.NANOS]
+    if first not in packs:
+        enough = [name for name in in_money if packs[name].grants.amount >= needed]
+        first = enough[0] if enough else max(in_money, key=lambda name: packs[name].grants.amount, default="")
+    return sorted(by_price, key=lambda name: name != first)
 
 
 def left_behind(tenants: Iterable[Tenant], old: Catalog, new: Catalog) -> Mapping[str, list[TenantId]]:

@@ -114,8 +114,8 @@ class Payments:
                 raise NotYet(f"payment {payment.id} has {quantity} of {product_id}")
             grants = sold.grants
             assert grants is not None, "a pack grants something"
-            paid_at = payment.created_at_ms if payment.created_at_ms is not None else self._clock()
-            expires = None if sold.expires_days is None else paid_at + sold.expires_days * DAY_MS
+            # It lasts from when we grant it: the payment's own time may be late, or by another clock.
+            expires = None if sold.expires_days is None else self._clock() + sold.expires_days * DAY_MS
             source = f"payment:{payment.id}:{product_id}"
             credits_.append(PurchasedCredit(source, grants.unit, grants.amount * quantity, expires, grants.adapters))
         return credits_
@@ -169,7 +169,8 @@ class Payments:
         meter_id = await id_of(self._redis, CHARGE_METER)
         if not meter_id:
             raise NotYet("no meter was made at Dodo yet")
-        period = _closed_period(payment, subscription_id, await self._dodo.usage_history(subscription_id))
+        history = await self._dodo.usage_history(subscription_id)
+        period = _closed_period(payment, subscription_id, history, self._clock())
         if period is None:
             raise NotYet(f"the period of {subscription_id} that payment {payment.id} bills has no usage yet")
         if nanos := period.units.get(meter_id, 0):
@@ -182,12 +183,16 @@ class Payments:
         return tenant
 
 
-def _closed_period(payment: Payment, subscription_id: str, periods: Iterable[UsagePeriod]) -> UsagePeriod | None:
-    """The period whose usage a payment bills: it ends closest to where the paid one starts, or else to the payment."""
+def _closed_period(
+    payment: Payment, subscription_id: str, periods: Iterable[UsagePeriod], now_ms: int
+) -> UsagePeriod | None:
+    """The period whose usage a payment bills: it ends closest to where the paid one starts, or else to the payment,
+    which was made before ``now_ms`` whatever time it bears.
+    """
     starts_ms = payment.service_starts_ms.get(subscription_id)
     if starts_ms is not None:
         near = (p for p in periods if abs(p.end_ms - starts_ms) <= HOUR_MS)
         return min(near, key=lambda p: abs(p.end_ms - starts_ms), default=None)
-    paid_at_ms = payment.created_at_ms or 0
+    paid_at_ms = min(payment.created_at_ms or 0, now_ms)
     ended = (p for p in periods if p.end_ms <= paid_at_ms + HOUR_MS)
     return min(ended, key=lambda p: abs(p.end_ms - paid_at_ms), default=None)

@@ -9,7 +9,7 @@ from billing.notices.log import Notices
 from billing.notices.notice import Notice, NoticeKind
 from billing.usage import TenantId
 
-TODO = "`farebox dodo sync` makes a new product in its place"
+REMEDY = "`farebox dodo sync` makes a new product in its place"
 
 
 async def compare_products(commerce: Commerce) -> int:
@@ -25,12 +25,12 @@ async def compare_products(commerce: Commerce) -> int:
     differing = {one.name for one in found.drift}
     recorded = 0
     for one in found.drift:
-        facts = {"product": one.name, "what": one.what, "configured": one.ours, "at_dodo": one.theirs, "todo": TODO}
+        facts = {"product": one.name, "what": one.what, "configured": one.ours, "at_dodo": one.theirs, "remedy": REMEDY}
         once = f"product:{one.name}:{one.what}:{one.ours}:{one.theirs}"
         recorded += await notices.record(Notice(NoticeKind.PRODUCT_DIFFERS, TenantId(""), once, now, facts))
     for name in found.created:
         if name not in differing:
             once = f"product:{name}:missing:{catalog.content_hash}"
-            facts = {"product": name, "todo": "`farebox dodo sync` creates it: until then it cannot be bought"}
+            facts = {"product": name, "remedy": "`farebox dodo sync` creates it: until then it cannot be bought"}
             recorded += await notices.record(Notice(NoticeKind.PRODUCT_MISSING, TenantId(""), once, now, facts))
     return recorded

@@ -6,7 +6,7 @@ import re
 from billing.commerce.context import Commerce
 from billing.commerce.waiting import NotYet
 from billing.tenants.errors import TenantExists
-from billing.tenants.tenant import Tenant
+from billing.tenants.tenant import Tenant, clean_name
 from billing.usage import TenantId
 
 ID_LENGTH_MAX = 40
@@ -36,7 +36,7 @@ class Signups:
             id=tenant_id_for(customer.email, customer_id),
             email=customer.email,
             plan=catalog.default_plan,
-            name=customer.name,
+            name=clean_name(customer.name),
             dodo_customer_id=customer_id,
             created_at_ms=0,
         )

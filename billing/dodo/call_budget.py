@@ -16,6 +16,8 @@ from billing.store.scripts import Script
 PER_MINUTE = 240
 """Dodo's default tier."""
 MINUTE_MS = 60_000
+EXPORT_SHARE = 8
+"""An eighth of a minute's calls is kept for the export: up to 30,000 events a minute by the default tier."""
 BURST_SHARE = 6
 """A sixth of a minute's calls may come at once: 40 of 240, Dodo's own burst limit."""
 
@@ -55,10 +57,14 @@ class CallBudget:
 
 
 class SharedBudget:
-    """At most ``per_minute`` calls of all processes in any minute; 0 stands for the limit that was set last."""
+    """At most ``per_minute`` calls of all processes in any minute; 0 stands for the limit that was set last.
 
-    def __init__(self, redis: Redis, per_minute: int = 0) -> None:
-        self._per_minute = per_minute
+    ``reserved_share``: one in so many calls is kept for this caller, 0 for none. It gets those even while calls that
+    customers wait for have used up, and overdrawn, all others.
+    """
+
+    def __init__(self, redis: Redis, per_minute: int = 0, reserved_share: int = 0) -> None:
+        self._per_minute, self._reserved_share = per_minute, reserved_share
         self._spend = Script(redis, "dodo/spend_call")
 
     async def take(self) -> bool:
@@ -71,5 +77,10 @@ class SharedBudget:
 
     async def _ask(self, must: bool) -> bool:
         async with guarded(BULK_DEADLINE_S):
-            asked = {"asked_per_minute": self._per_minute, "burst_share": BURST_SHARE, "must": must}
+            asked = {
+                "asked_per_minute": self._per_minute,
+                "burst_share": BURST_SHARE,
+                "reserved_share": self._reserved_share,
+                "must": must,
+            }
             return bool(await self._spend.number(keys={"budget": CALL_BUDGET}, args=asked))

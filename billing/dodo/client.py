@@ -83,9 +83,7 @@ class Dodo:
 
             http_client = DefaultAsyncHttpxClient(event_hooks={"request": [count]})
         where: dict[str, str] = (
-            {"base_url": settings.base_url}
-            if settings.environment == "sandbox"
-            else {"environment": settings.environment}
+            {"base_url": settings.base_url} if settings.base_url else {"environment": settings.environment}
         )
         self._sdk = AsyncDodoPayments(
             bearer_token=settings.api_key,

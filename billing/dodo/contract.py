@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 import httpx
 from dodopayments import APIError, APIStatusError, AsyncDodoPayments
 from dodopayments.types import EventInputParam
+from dodopayments.types.price_param import OneTimePrice
 
 from billing.dodo.client import TIMEOUT
 from billing.dodo.settings import DodoSettings
@@ -183,9 +184,10 @@ class Contract:
         return str(_field(made, "customer_id"))
 
     async def _checkout(self, customer_id: str) -> str:
-        product = await self._sdk.products.create(
-            name=self._run, tax_category="saas", price={"type": "one_time_price", "price": 100, "currency": "USD"}
+        price = OneTimePrice(
+            type="one_time_price", price=100, currency="USD", discount=0, purchasing_power_parity=False
         )
+        product = await self._sdk.products.create(name=self._run, tax_category="saas", price=price)
         product_id = str(_field(product, "product_id"))
         try:
             session = await self._sdk.checkout_sessions.create(

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +12,7 @@ from billing.dodo.errors import DodoMisconfigured
 from billing.environment import Environment, read_environment
 
 Mode = Literal["sandbox", "test_mode", "live_mode"]
+LIVE_HOST = "live.dodopayments.com"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class DodoSettings:
     webhook_key: str = field(default="", repr=False)
     environment: Mode = "sandbox"
     base_url: str = ""
-    """The sandbox's address; empty for Dodo itself."""
+    """The address of the sandbox, or of a proxy before Dodo's test mode; empty for Dodo itself."""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Self:
@@ -33,6 +35,17 @@ class DodoSettings:
         except ValueError as error:
             raise DodoMisconfigured(str(error)) from None
         return cls(found.api_key, found.webhook_key, found.mode, found.base_url)
+
+
+def check_base_url(mode: Mode, base_url: str) -> None:
+    """Raises ValueError if calls of this mode may not go to this address: live money goes to Dodo itself alone."""
+    if mode == "live_mode":
+        raise ValueError("FAREBOX_DODO_ENVIRONMENT=live_mode forbids DODO_PAYMENTS_BASE_URL: unset one of them")
+    url = urlsplit(base_url)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(f"DODO_PAYMENTS_BASE_URL is {base_url!r}: write it as http://127.0.0.1:8020")
+    if url.hostname == LIVE_HOST:
+        raise ValueError(f"DODO_PAYMENTS_BASE_URL is Dodo's live mode, but FAREBOX_DODO_ENVIRONMENT is {mode}")
 
 
 class _Variables(Environment):
@@ -50,9 +63,10 @@ class _Variables(Environment):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        if (self.mode == "sandbox") != bool(self.base_url):
-            wanted = "needs DODO_PAYMENTS_BASE_URL" if self.mode == "sandbox" else "forbids DODO_PAYMENTS_BASE_URL"
-            raise ValueError(f"FAREBOX_DODO_ENVIRONMENT={self.mode} {wanted}, the address of a sandbox")
+        if self.mode == "sandbox" and not self.base_url:
+            raise ValueError("FAREBOX_DODO_ENVIRONMENT=sandbox needs DODO_PAYMENTS_BASE_URL, the address of a sandbox")
+        if self.base_url:
+            check_base_url(self.mode, self.base_url)
         if not self.api_key:
             raise ValueError("DODO_PAYMENTS_API_KEY is not set: create a key in Dodo's dashboard")
         return self

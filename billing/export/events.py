@@ -72,11 +72,18 @@ class SealedEvent:
     """The earliest send whose outcome we do not know; ``None`` before the first."""
     reason: str = ""
     """Why Dodo refused it, on a dead letter."""
+    first_at_ms: int = 0
+    """When its first record was settled; 0 on an event that was sealed without it."""
 
     @property
     def nanos(self) -> int:
         """All its money, whether charged or covered."""
         return self.charge_nanos + self.covered_nanos
+
+    @property
+    def oldest_ms(self) -> int:
+        """When its oldest record was settled, as far as is known."""
+        return self.first_at_ms or self.occurred_at_ms
 
     def attempted(self, at_ms: int | None) -> Self:
         return replace(self, first_attempt_ms=at_ms)
@@ -114,6 +121,7 @@ class _Sum:
     nanos: int = 0
     list_nanos: int = 0
     records: int = 0
+    first_ms: int = 0
     last_ms: int = 0
     usage: Usage = field(default_factory=lambda: Usage(requests=0))
     classes: dict[str, Usage] = field(default_factory=dict)
@@ -121,7 +129,7 @@ class _Sum:
     def add_money(self, nanos: int, at_ms: int) -> None:
         assert nanos >= 0, "a correction after export is a credit, never a negative event"
         self.nanos += nanos
-        self.last_ms = max(self.last_ms, at_ms)
+        self._add_moment(at_ms)
 
     def add_quantities(self, record: UsageRecord) -> None:
         name = record.adapter_class[:MAX_CLASS_NAME]
@@ -129,7 +137,11 @@ class _Sum:
         self.classes[name] = self.classes.get(name, Usage(requests=0)) + record.usage
         self.list_nanos += record.list_nanos
         self.records += 1
-        self.last_ms = max(self.last_ms, record.occurred_at_ms)
+        self._add_moment(record.occurred_at_ms)
+
+    def _add_moment(self, at_ms: int) -> None:
+        self.first_ms = min(self.first_ms or at_ms, at_ms)
+        self.last_ms = max(self.last_ms, at_ms)
 
     @property
     def is_empty(self) -> bool:
@@ -186,6 +198,7 @@ def _seal(id_: str, tenant: TenantId, name: str, total: _Sum, now_ms: int) -> Se
         charge_nanos=total.nanos if is_charge else 0,
         covered_nanos=0 if is_charge else total.nanos,
         quantities=quantities,
+        first_at_ms=total.first_ms,
     )
 
 

@@ -22,14 +22,14 @@ from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused, DodoUnavailable
 from billing.export.checking import Withheld, check_entries
 from billing.export.events import CHARGE, Destination, SealedEvent, fold
-from billing.export.outbox import ExporterState, Outbox
+from billing.export.outbox import ExporterState, Outbox, Unreadable
 from billing.export.sending import BudgetSpent, Sender, Tally
 from billing.ledger.journal import Entry, Stream, UnreadableEntry
 from billing.notices.log import Notices
 from billing.notices.notice import Notice, NoticeKind
 from billing.store.errors import StoreUnavailable
 from billing.store.keys import Shard, shard_for
-from billing.sweep import Sweep
+from billing.sweep import FailingItem, Sweep
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import UnknownTenant
 from billing.usage import TenantId
@@ -37,10 +37,12 @@ from billing.usage import TenantId
 WINDOW_ENTRIES = 1_000
 """Entries of one shard in one window, at most."""
 LOCKED_OUT = (401, 403, 404)
-"""Dodo refuses us: wrong key, or wrong address. No event is at fault."""
+"""Dodo refuses every customer's events so: wrong key, or wrong address."""
 
 BACKOFF_MS, MAX_BACKOFF_MS = 1_000, 60_000
 LONG_OUTAGE_MS = 10 * 60_000
+STARVED_MS = 5 * 60_000
+"""An export that got no call for so long is starved: other calls use up what all share."""
 WIDE_WINDOW_MS = 15 * 60_000
 """In a long outage windows are sealed this far apart: 96 events a day and tenant, not 1,440."""
 
@@ -97,13 +99,15 @@ class Exporter:
         self.outbox = Outbox(redis)
         self._stream, self._tenants, self._clock, self._jitter = Stream(redis), tenants, clock, jitter
         self._notices = Notices(redis)
-        self._sender = Sender(self.outbox, dodo, budget or CallBudget(PER_MINUTE, clock), clock, patience_s)
+        self._sender = Sender(
+            self.outbox, self._notices, dodo, budget or CallBudget(PER_MINUTE, clock), clock, patience_s
+        )
         self._state = ExporterState()
         self._failing_since_ms: int | None = None
         self._sealed_at_ms = 0
-        self._sealing, self._releasing, self._addressing = (
+        self._sealing, self._releasing, self._reading, self._addressing = self.sweeps = tuple(
             Sweep(name, clock, ends_after=None, ends_on=(StoreUnavailable,))
-            for name in ("sealing of shards", "release of withheld entries", "lookup of customers")
+            for name in ("sealing of shards", "release of withheld entries", "reading of events", "lookup of customers")
         )
         self._withheld: list[Withheld] = []
 
@@ -117,12 +121,12 @@ class Exporter:
         sealed = 0
         if force or self._may_seal():
             sealed = await self._seal() + await self._release()
-        everything = await self.outbox.events()
+        everything = await self._read()
         ready, destinations, held = await self._sendable(everything)
         if force or self._clock() >= self._state.next_try_ms:
             await self._send(ready, destinations, tally)
-        waiting = max(0, len(ready) - tally.sent - tally.dead_letters)
-        oldest_ms = min((e.occurred_at_ms for e in everything), default=0) if waiting or held else 0
+        waiting = sum(event.id not in tally.gone for event in ready)
+        oldest_ms = min((event.oldest_ms for event in everything if event.id not in tally.gone), default=0)
         await self._show(tally, waiting, held, oldest_ms)
         return FlushReport(
             self._state.state,
@@ -195,13 +199,28 @@ class Exporter:
         return fold(shard.number, start, end, records, self._clock())
 
     @property
+    def _failing(self) -> tuple[FailingItem, ...]:
+        """Shards, withheld records, events and tenants that the last flush could not deal with."""
+        return tuple(one for sweep in self.sweeps for one in sweep.failing)
+
+    @property
     def _problem(self) -> str:
         """What keeps records from being sealed; empty where nothing does."""
         for one in self._sealing.failing:
             return f"{one.id} cannot be exported beyond {one.error}"
-        for one in (*self._releasing.failing, *self._addressing.failing):
+        for one in self._failing:
             return f"{one.id} is not exported: {one.error}"
         return f"{len(self._withheld)} records are withheld: {self._withheld[0]}" if self._withheld else ""
+
+    async def _read(self) -> list[SealedEvent]:
+        """The events in the outbox. What cannot be read stays there, and is named."""
+
+        async def fail(one: Unreadable) -> None:
+            raise one.error
+
+        events, unreadable = await self.outbox.read_events()
+        await self._reading.run(unreadable, fail, lambda one: f"event {one.id}", is_forced=True)
+        return events
 
     async def _sendable(self, events: list[SealedEvent]) -> tuple[list[SealedEvent], dict[TenantId, Destination], int]:
         """Events to send and where to; and how many are held because their tenants have no Dodo customer."""
@@ -239,7 +258,9 @@ class Exporter:
             await self._sender.send(events, destinations, tally)
         except BudgetSpent:
             log.info("this minute's calls to Dodo are used up: the rest follows")
-            self._succeeded()
+            self._answered()
+            if not tally.calls:
+                await self._starve()
         except DodoUnavailable as error:
             self._failed("backing_off", str(error), round(error.retry_after_s * 1_000))
         except DodoRefused as refused:
@@ -249,13 +270,29 @@ class Exporter:
             else:
                 self._failed("backing_off", str(refused), 0)
         else:
-            self._succeeded()
+            self._answered()
+            if tally.sent and not self._failing:
+                self._state = replace(self._state, last_success_ms=self._clock())
+        if tally.calls or not events:
+            self._state = replace(self._state, starved_since_ms=0)
 
-    def _succeeded(self) -> None:
+    def _answered(self) -> None:
+        """Dodo refuses nothing that it was asked for, or was asked for nothing."""
         self._failing_since_ms = None
-        self._state = replace(
-            self._state, state="running", failures=0, error="", next_try_ms=0, last_success_ms=self._clock()
-        )
+        self._state = replace(self._state, state="running", failures=0, error="", next_try_ms=0)
+
+    async def _starve(self) -> None:
+        """Note a flush that could make no call; raise the alarm where that goes on."""
+        now, since_ms = self._clock(), self._state.starved_since_ms or self._clock()
+        self._state = replace(self._state, starved_since_ms=since_ms)
+        if now - since_ms < STARVED_MS:
+            return
+        error = f"no call to Dodo was left for {(now - since_ms) // 60_000} minutes: others use up what all share"
+        self._state = replace(self._state, state="starved", error=error)
+        log.error("export waits, nothing is lost: %s", error)
+        facts = {"error": error, "remedy": "raise requests_per_minute if your Dodo account allows more"}
+        once = f"starved:{since_ms}"
+        await self._notices.record(Notice(NoticeKind.EXPORT_STARVED, TenantId(""), once, now, facts))
 
     def _failed(self, state: str, error: str, at_least_ms: int) -> None:
         now, failures = self._clock(), self._state.failures + 1

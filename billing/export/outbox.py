@@ -5,9 +5,11 @@ there: sealed = acknowledged + dead + what is in the outbox. What is withheld is
 """
 
 import asyncio
+import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -21,6 +23,10 @@ from billing.store.keys import ALL_SHARDS, EXPORTER, Shard, shard_for
 from billing.store.scripts import Script
 from billing.store.write import write
 from billing.usage import TenantId
+
+log = logging.getLogger("farebox.billing.export.outbox")
+
+T = TypeVar("T")
 
 START = "0-0"
 """A cursor before the first entry."""
@@ -54,14 +60,23 @@ class Backlog:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Something in the outbox that this version cannot read."""
+
+    id: str
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
 class ExporterState:
     """The exporter's state as it last stored it, for people."""
 
     state: str = "starting"
-    """``starting``, ``running``, ``backing_off`` or ``stopped`` (Dodo refuses our credentials or address)."""
+    """``starting``, ``running``, ``backing_off``, ``starved`` (no call to Dodo was left for it for minutes) or
+    ``stopped`` (Dodo refuses our credentials or address)."""
     last_flush_ms: int = 0
     last_success_ms: int = 0
-    """When Dodo last took events, or there were none to send."""
+    """When a flush last ended in which Dodo took events, all that could be sent, and nothing else failed."""
     next_try_ms: int = 0
     failures: int = 0
     """Failed flushes in a row."""
@@ -73,6 +88,8 @@ class ExporterState:
     dead_events: int = 0
     oldest_waiting_ms: int = 0
     """When the oldest record was settled of what the last flush left in the outbox; 0 where it left nothing."""
+    starved_since_ms: int = 0
+    """When the first flush in a row ended that got no call to Dodo; 0 where the last one got one or needed none."""
     error: str = ""
 
     def waiting_s(self, now_ms: int) -> int:
@@ -138,13 +155,14 @@ class Outbox:
         return bool(sealed)
 
     async def withheld(self) -> list[Withheld]:
-        """Entries behind the cursor that are withheld, oldest first."""
+        """Entries behind the cursor that are withheld, oldest first, without those that cannot be read."""
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             for shard in ALL_SHARDS:
                 pipe.hgetall(shard.withheld)
             found = await pipe.execute()
-        withheld = [Withheld.from_json(id_, text) for shard in found for id_, text in shard.items()]
+        withheld, unreadable = _read(found, Withheld.from_json)
+        _log(unreadable)
         return sorted(withheld, key=lambda one: order(one.id))
 
     async def release(self, entry: Withheld, events: Sequence[SealedEvent]) -> bool:
@@ -163,14 +181,20 @@ class Outbox:
         return bool(released)
 
     async def events(self) -> list[SealedEvent]:
-        """Everything sealed and not acknowledged, oldest first."""
+        """Everything sealed and not acknowledged, oldest first, without what cannot be read."""
+        events, unreadable = await self.read_events()
+        _log(unreadable)
+        return events
+
+    async def read_events(self) -> tuple[list[SealedEvent], list[Unreadable]]:
+        """Everything sealed and not acknowledged, oldest first; and what of it cannot be read."""
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             for shard in ALL_SHARDS:
-                pipe.hvals(shard.outbox)
+                pipe.hgetall(shard.outbox)
             found = await pipe.execute()
-        events = [SealedEvent.from_json(text) for shard in found for text in shard]
-        return sorted(events, key=lambda e: (e.sealed_at_ms, e.id))
+        events, unreadable = _read(found, lambda _, text: SealedEvent.from_json(text))
+        return sorted(events, key=lambda e: (e.sealed_at_ms, e.id)), unreadable
 
     async def mark(self, events: Iterable[SealedEvent]) -> None:
         """Store the attempts that these events carry, before the attempt is made."""
@@ -226,13 +250,14 @@ class Outbox:
         return bool(moved)
 
     async def dead(self) -> list[SealedEvent]:
-        """All dead letters with their reasons, oldest first."""
+        """All dead letters with their reasons, oldest first, without those that cannot be read."""
         async with guarded(BULK_DEADLINE_S):
             pipe = self._redis.pipeline(transaction=False)
             for shard in ALL_SHARDS:
-                pipe.hvals(shard.dead)
+                pipe.hgetall(shard.dead)
             found = await pipe.execute()
-        events = [SealedEvent.from_json(text) for shard in found for text in shard]
+        events, unreadable = _read(found, lambda _, text: SealedEvent.from_json(text))
+        _log(unreadable)
         return sorted(events, key=lambda e: (e.sealed_at_ms, e.id))
 
     async def sums(self) -> Sums:
@@ -272,6 +297,22 @@ class Outbox:
         known = {f.name: f.type for f in fields(ExporterState)}
         values = {name: value if known[name] is str else int(value) for name, value in raw.items() if name in known}
         return ExporterState(**values)  # type: ignore[arg-type]
+
+
+def _read(shards: Iterable[Mapping[str, str]], read: Callable[[str, str], T]) -> tuple[list[T], list[Unreadable]]:
+    found: list[T] = []
+    unreadable: list[Unreadable] = []
+    for id_, text in (row for shard in shards for row in shard.items()):
+        try:
+            found.append(read(id_, text))
+        except (ValueError, KeyError, TypeError) as error:
+            unreadable.append(Unreadable(id_, error))
+    return found, unreadable
+
+
+def _log(unreadable: Iterable[Unreadable]) -> None:
+    for one in unreadable:
+        log.error("%s of the outbox cannot be read, and stays: %s", one.id, one.error)
 
 
 def _rows(events: Iterable[SealedEvent]) -> list[tuple[str, str]]:

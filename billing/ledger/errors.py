@@ -2,8 +2,14 @@
 
 from dataclasses import dataclass
 
+from redis.exceptions import ResponseError
+
 from billing.errors import BillingError, Refusal
 from billing.money import Nanos, format_usd
+
+UNREADABLE = (ResponseError, ValueError, KeyError, TypeError, AssertionError)
+"""What the store or a file has cannot be read, by our scripts or by us. It is no refusal: whether a movement that met
+it took effect is unknown, and it may be sent again."""
 
 _REMEDIES = {
     "balance": "buy a pack with POST /v1/checkout",

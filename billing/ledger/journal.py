@@ -122,6 +122,9 @@ def order(entry_id: str) -> tuple[int, int]:
 
 
 def entries_in(raw: object) -> list[Entry]:
-    """Entries as the store answers them."""
+    """Entries as the store answers them. What one lacks is empty: it is no usage, and follows from no entry."""
     rows = cast(Sequence[tuple[str, Mapping[str, str]]], raw or ())
-    return [Entry(id_, fields["k"], TenantId(fields["t"]), fields["p"], fields.get("c", "")) for id_, fields in rows]
+    return [
+        Entry(id_, found.get("k", ""), TenantId(found.get("t", "")), found.get("p", ""), found.get("c", ""))
+        for id_, found in rows
+    ]

@@ -451,6 +451,11 @@ class Ledger:
         """What every movement of credit says besides what it moves."""
         return {"tenant": tenant, "gateway_now": self._clock(), "ttl": MOVEMENT_TTL_MS}
 
+    async def has_moved(self, tenant: TenantId, source: str) -> bool:
+        """Was a movement with this idempotency key made on this tenant's account within 400 days?"""
+        async with guarded():
+            return bool(await self._redis.exists(shard_for(tenant).movement(tenant, source)))
+
     async def spent(self, tenant: TenantId, month_start_ms: int) -> Nanos:
         """What the tenant's requests held in that month were charged so far."""
         async with guarded():

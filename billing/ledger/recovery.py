@@ -1,6 +1,7 @@
 """Settles whose hold the store has lost: charged once where that is certain, else kept unresolved for the operator."""
 
 import json
+import logging
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
@@ -16,6 +17,8 @@ from billing.store.write import write
 from billing.usage import RequestId, UsageRecord
 
 LIST_SILENCE_S = 2.0
+
+log = logging.getLogger("farebox.billing.ledger.recovery")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +82,19 @@ class Recovery:
         return Receipt(UsageRecord.from_json(reply["record"])) if reply.state == "settled" else None
 
     async def kept(self) -> list[Kept]:
-        """Unresolved settlements, oldest first."""
+        """Unresolved settlements, oldest first, without those that cannot be read."""
         async with guarded(LIST_SILENCE_S):
             pipe = self._redis.pipeline(transaction=False)
             for shard in ALL_SHARDS:
                 pipe.hvals(shard.unresolved)
-            found = [json.loads(text) for texts in await pipe.execute() for text in texts]
-        kept = [Kept(unpack_settlement(raw["settlement"]), raw["reason"], int(raw["at"])) for raw in found]
+            found = [text for texts in await pipe.execute() for text in texts]
+        kept: list[Kept] = []
+        for text in found:
+            try:
+                raw = json.loads(text)
+                kept.append(Kept(unpack_settlement(raw["settlement"]), raw["reason"], int(raw["at"])))
+            except (ValueError, KeyError, TypeError, AssertionError) as error:
+                log.error("an unresolved settlement cannot be read, and stays: %s: %s", error, text)
         return sorted(kept, key=lambda one: (one.at_ms, one.settlement.request_id))
 
     async def charge(self, request_id: RequestId) -> Receipt:

@@ -11,7 +11,14 @@ from collections.abc import Awaitable, Callable
 from typing import assert_never
 
 from billing.ledger.account import Adjustment, Clawback, Grant, Movement, Repayment, Restoration, Settlement
-from billing.ledger.errors import DuplicateRequest, GrantRefused, SourceReused, UnknownHold, UnresolvedSettlement
+from billing.ledger.errors import (
+    UNREADABLE,
+    DuplicateRequest,
+    GrantRefused,
+    SourceReused,
+    UnknownHold,
+    UnresolvedSettlement,
+)
 from billing.ledger.ledger import Ledger
 from billing.store.errors import StoreRefused, StoreUnavailable
 
@@ -141,3 +148,6 @@ class Replay:
                     assert_never(movement)
         except _REFUSALS as refusal:
             logger.warning("a movement that was acknowledged before is refused now: %s", refusal)
+        except UNREADABLE as error:  # it keeps no other movement from being sent again
+            message = "a movement of %s cannot be sent again, since what the store has cannot be read: %s: %s: %s"
+            logger.critical(message, movement.tenant, type(error).__name__, error, movement)

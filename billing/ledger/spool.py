@@ -10,6 +10,8 @@ import fcntl
 import logging
 import os
 import threading
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -19,7 +21,14 @@ from uuid import uuid4
 from billing.errors import BillingError
 from billing.ledger.account import Adjustment, Settlement
 from billing.ledger.codec import pack_settlement, unpack_settlement
-from billing.ledger.errors import DuplicateRequest, GrantRefused, SourceReused, UnknownHold, UnresolvedSettlement
+from billing.ledger.errors import (
+    UNREADABLE,
+    DuplicateRequest,
+    GrantRefused,
+    SourceReused,
+    UnknownHold,
+    UnresolvedSettlement,
+)
 from billing.ledger.ledger import Ledger
 from billing.usage import Unit, UsageRecord
 
@@ -27,7 +36,11 @@ MAX_PENDING = 100_000
 """Settlements of one process, about 30 MB."""
 BATCH = 2_000
 REFUSED = "refused.txt"
-"""Lines that the ledger refused or that cannot be read, for the operator; never dropped."""
+"""Lines that the ledger refused, for the operator; never dropped."""
+UNREADABLE_LINES = "unreadable.txt"
+"""Lines that this version cannot read, so that no ledger was asked; never dropped."""
+RETRY_S = 60.0
+"""When a settlement is tried again of which the store has something that cannot be read."""
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +59,8 @@ class Spool:
         self._guard = threading.Lock()
         self._file = _create(folder)
         self._pending = 0
+        self._retry_at: dict[str, float] = {}
+        """Lines that are tried again later, and when, by the monotonic clock."""
         self._adopt()
 
     @property
@@ -56,8 +71,16 @@ class Spool:
     @property
     def refused(self) -> int:
         """Settlements in this folder that the ledger refused; the operator must look at them. Reads the disk."""
+        return self._count(REFUSED)
+
+    @property
+    def unreadable(self) -> int:
+        """Lines in this folder that cannot be read; the operator must look at them. Reads the disk."""
+        return self._count(UNREADABLE_LINES)
+
+    def _count(self, name: str) -> int:
         try:
-            return (self._folder / REFUSED).read_bytes().count(b"\n")
+            return (self._folder / name).read_bytes().count(b"\n")
         except FileNotFoundError:
             return 0
 
@@ -77,26 +100,26 @@ class Spool:
     async def replay(self, ledger: Ledger) -> int:
         """Settle what waits, oldest first, and what processes that ended have left here.
 
-        Where nothing waits it reads the folder and touches no store.
+        Where nothing waits it reads the folder and touches no store. A settlement of which the store has something
+        that cannot be read goes on waiting, and keeps no other from being settled.
 
         Returns:
-            How many left the spool, those that the ledger refused included.
+            How many left the spool, those that the ledger refused and those that cannot be read included.
 
         Raises:
             StoreUnavailable: the rest goes on waiting.
         """
         await asyncio.to_thread(self._adopt)
         done = 0
-        while self._pending:
-            batch = await asyncio.to_thread(self._oldest)
-            settled = 0
+        while self._pending and (batch := await asyncio.to_thread(self._oldest)):
+            gone: list[str] = []
             try:
                 for line in batch:
-                    await self._settle(line, ledger)
-                    settled += 1
+                    if await self._settle(line, ledger):
+                        gone.append(line)
             finally:
-                await asyncio.to_thread(self._forget, settled)
-            done += settled
+                await asyncio.to_thread(self._forget, gone)
+            done += len(gone)
         return done
 
     def close(self) -> None:
@@ -106,42 +129,55 @@ class Spool:
         else:
             self._file.remove()
 
-    async def _settle(self, line: str, ledger: Ledger) -> None:
+    async def _settle(self, line: str, ledger: Ledger) -> bool:
+        """Is this line done with?"""
         try:
             settlement = unpack_settlement(line)
+        except UNREADABLE as error:
+            logger.critical(
+                "a settlement cannot be read, and is kept in %s: %s", self._folder / UNREADABLE_LINES, error
+            )
+            await asyncio.to_thread(self._set_aside, UNREADABLE_LINES, line, f"{type(error).__name__}: {error}")
+            return True
+        try:
             receipt = await ledger.settle(settlement)
             if settlement.is_undelivered and receipt.is_repeat:
                 await _give_back(ledger, receipt.record)
         except UnresolvedSettlement as error:
             logger.warning("%s", error)
-        except (
-            UnknownHold,
-            DuplicateRequest,
-            GrantRefused,
-            SourceReused,
-            ValueError,
-            KeyError,
-            TypeError,
-            AssertionError,
-        ) as error:
-            await asyncio.to_thread(self._refuse, line, error)
+        except (UnknownHold, DuplicateRequest, GrantRefused, SourceReused) as refusal:
+            logger.critical("a settlement is refused, and is kept in %s: %s", self._folder / REFUSED, refusal)
+            await asyncio.to_thread(self._set_aside, REFUSED, line, str(refusal))
+        except UNREADABLE as error:
+            message = "settlement %s waits, since what the store has of it cannot be read: %s: %s"
+            logger.error(message, settlement.request_id, type(error).__name__, error)
+            self._retry_at[line] = time.monotonic() + RETRY_S
+            return False
+        return True
 
     def _oldest(self) -> list[str]:
+        now = time.monotonic()
         with self._guard:
-            return self._file.lines()[:BATCH]
+            return [line for line in self._file.lines() if self._retry_at.get(line, now) <= now][:BATCH]
 
-    def _refuse(self, line: str, error: Exception) -> None:
-        with self._guard, (self._folder / REFUSED).open("a", encoding="utf-8") as refused:
-            refused.write(f"{error}\t{line}\n")
-            refused.flush()
-            os.fsync(refused.fileno())
+    def _set_aside(self, name: str, line: str, reason: str) -> None:
+        with self._guard, (self._folder / name).open("a", encoding="utf-8") as kept:
+            kept.write(f"{' '.join(reason.split())}\t{line}\n")
+            kept.flush()
+            os.fsync(kept.fileno())
 
-    def _forget(self, settled: int) -> None:
-        """Put the lines after the first ``settled`` into a file that takes the old one's place."""
-        if not settled:
+    def _forget(self, gone: Sequence[str]) -> None:
+        """Put the other lines into a file that takes the old one's place."""
+        if not gone:
             return
         with self._guard:
-            old, rest = self._file, self._file.lines()[settled:]
+            old, left, rest = self._file, Counter(gone), []
+            for line in old.lines():
+                if left[line]:
+                    left[line] -= 1
+                    self._retry_at.pop(line, None)
+                else:
+                    rest.append(line)
             self._file = _create(self._folder)
             self._file.append(rest)
             self._pending = len(rest)

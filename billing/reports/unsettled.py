@@ -12,7 +12,7 @@ from billing.ledger.journal import order
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import ALL_SHARDS
-from billing.usage import Unit
+from billing.usage import Draw, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Unsettled:
     """Ages are of the oldest, in seconds by the store's clock; 0 where there is none."""
 
     open_holds: int = 0
+    """Those that cannot be read are counted, and neither their age nor their amount is."""
     oldest_hold_s: int = 0
     held_nanos: int = 0
     """What open holds have set aside: the amount that is not settled."""
@@ -40,16 +41,25 @@ async def unsettled(redis: Redis) -> Unsettled:
             pipe.hlen(shard.unresolved)
         found = await pipe.execute()
         seconds, _ = await redis.time()
-    holds = [json.loads(text) for texts in found[::3] for text in texts]
+    texts = [text for shard in found[::3] for text in shard]
+    holds = [hold for hold in map(_hold, texts) if hold is not None]
     unsealed = [order(entries[0][0])[0] for entries in found[1::3] if entries]
-    draws = [draw for hold in holds for draw in unpack_draws(hold["draws"])]
     return Unsettled(
-        open_holds=len(holds),
-        oldest_hold_s=_age_s(int(seconds), [int(hold["since"]) for hold in holds]),
-        held_nanos=sum(draw.amount for draw in draws if draw.unit is Unit.NANOS),
+        open_holds=len(texts),
+        oldest_hold_s=_age_s(int(seconds), [since for since, _ in holds]),
+        held_nanos=sum(draw.amount for _, draws in holds for draw in draws if draw.unit is Unit.NANOS),
         oldest_unsealed_s=_age_s(int(seconds), unsealed),
         unresolved=sum(found[2::3]),
     )
+
+
+def _hold(text: str) -> tuple[int, Sequence[Draw]] | None:
+    """Since when a hold is open and what it drew; ``None`` where it cannot be read, which ``expire`` names."""
+    try:
+        hold = json.loads(text)
+        return int(hold["since"]), unpack_draws(hold["draws"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _age_s(now_s: int, moments_ms: Sequence[int]) -> int:

@@ -22,7 +22,8 @@ SETTLED_WINDOWS = 4
 """Hashes of settled request ids. An id is found during its own window and the two after it; the fourth is emptied."""
 
 META = "fb:meta"
-"""Hash: ``schema``, the version of the stored forms, and ``shards``, their count."""
+"""Hash: ``schema``, the version of the stored forms; ``shards``, their count; ``dodo``, the environment of Dodo whose
+ids the store has."""
 TENANTS = "fb:tenants"
 """Set: tenant ids."""
 CUSTOMERS_WANTED = "fb:customers:wanted"
@@ -35,6 +36,8 @@ PLANS = "fb:plans"
 """Hash: name of each plan that was ever in force to JSON of its last form."""
 GATEWAYS = "fb:gateways"
 """Hash: gateway id to JSON with the content hash of the catalog it serves and the time it last reported."""
+LINK_SECRET = "fb:links"
+"""String: the secret of the links to checkouts and receipts; the first gateway that needs it makes it."""
 DODO_IDS = "fb:dodo:ids"
 """Hash: our name of what we made at Dodo (``pack:small@`` and a hash of its terms, ``meter:charge``) to Dodo's id."""
 PRODUCTS = "fb:dodo:products"
@@ -199,6 +202,10 @@ class Shard:
     def slots(self, tenant: TenantId, key_id: str) -> str:
         """Set: request ids of one API key that count as running while their lease lasts."""
         return f"{self.tag}:slots:{tenant}:{key_id}"
+
+    def checkouts(self, tenant: TenantId) -> str:
+        """String: how many checkouts links have opened within an hour."""
+        return f"{self.tag}:checkouts:{tenant}"
 
     def refill(self, tenant: TenantId) -> str:
         """String: the tenant's auto-refill as JSON."""

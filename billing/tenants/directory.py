@@ -368,8 +368,8 @@ class Tenants:
         return [(tenant_id, text) for tenant_id, text in zip(ids, texts, strict=True) if text]
 
     async def list(self) -> list[Tenant]:
-        """All tenants by id."""
-        return [Tenant.model_validate_json(text) for _, text in await self._texts()]
+        """All tenants by id, without those whose record this version cannot read."""
+        return (await self.list_readable())[0]
 
 
 async def _get_all(redis: Redis, keys: list[str]) -> list[str | None]:

@@ -1,13 +1,14 @@
 """Tenants, their API keys and their Dodo subscriptions, as plain values; how a key is made and hashed."""
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, computed_field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, computed_field, model_validator
 
 from billing.catalog.plans import NO_LIMITS, Limits
 from billing.catalog.terms import Terms
@@ -21,7 +22,25 @@ SHOWN_DIGITS = 8
 
 TenantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
-Email = Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")]
+Email = Annotated[str, Field(pattern=r"^[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+$")]
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+"""Line breaks and other characters that no name is written with."""
+
+
+def _without_control_characters(name: str) -> str:
+    if _CONTROL.search(name):
+        raise ValueError("a name has no line breaks, tabs or other control characters: leave them out")
+    return name
+
+
+ShownName = Annotated[str, AfterValidator(_without_control_characters)]
+"""A tenant's or a key's name, for people."""
+
+
+def clean_name(name: str) -> str:
+    """A name from elsewhere as a ``ShownName``: control characters become spaces."""
+    return _CONTROL.sub(" ", name).strip()
 
 
 class _Stored(BaseModel):

@@ -1,12 +1,8 @@
-"""The result of a check: its findings, as a table or as JSON."""
+"""The result of a check: its findings and its models, also as JSON."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from billing.money import format_usd
 from billing.pricing.prices import Price
@@ -31,7 +27,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class CheckedModel:
-    """One line of the table: a value that clients may send as ``model``."""
+    """One model: a value that clients may send as ``model``."""
 
     id: str
     path: str
@@ -77,18 +73,6 @@ class CheckReport:
         }
         return json.dumps(content, indent=2)
 
-    def table(self) -> Group:
-        """The models, the findings and the result, for a terminal."""
-        parts = [_models_table(self.models)] if self.models else []
-        return Group(*parts, *(_line(finding) for finding in self.findings), self._result())
-
-    def _result(self) -> Text:
-        if not self.is_valid:
-            number = len(self.errors)
-            return Text(f"{self.path}: {number} {'error' if number == 1 else 'errors'}", style="bold red")
-        content = f"{len(self.models)} models, {len(self.plans)} plans, {len(self.packs)} packs"
-        return Text(f"{self.path} is valid: {content}", style="bold green")
-
 
 class CheckFailed(ClusterError):
     """A file has errors and cannot be deployed; ``report`` has all of them."""
@@ -98,29 +82,8 @@ class CheckFailed(ClusterError):
         self.report = report
 
 
-def _line(finding: Finding) -> Text:
-    kind, style = ("warning", "yellow") if finding.is_warning else ("error", "red")
-    return Text.assemble((f"{kind} ", style), str(finding))
-
-
-def _models_table(models: tuple[CheckedModel, ...]) -> Table:
-    table = Table("model", "digest", "rank", "size", "price", "open to", "", box=None, pad_edge=False)
-    for model in models:
-        size = f"{model.weight_bytes / 1024**2:.1f} MiB" if model.weight_bytes else ""
-        table.add_row(
-            Text(model.id),
-            model.digest[:12],
-            str(model.rank or ""),
-            size,
-            Text(model.price),
-            Text(model.visibility),
-            Text("ok", "green") if model.is_valid else Text("error", "red"),
-        )
-    return table
-
-
 def show_price(price: Price) -> str:
-    """A price in US dollars for one cell of the table; token rates are per million tokens."""
+    """A price in US dollars in one line; token rates are per million tokens."""
     if price.free:
         return "free"
     rates = (

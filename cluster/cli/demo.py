@@ -6,16 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from cluster.cli.output import err, out
+from cluster.cli.output import Table, err, out, table
 from cluster.demo.year import Row, run_year
-
-WIDTH = 150
-"""The table is at least this wide, so that lines wrap on a narrow terminal instead of cells being cut."""
 
 app = typer.Typer(no_args_is_help=True, help="Simulations on a temporary store and Dodo sandbox.")
 
@@ -33,8 +27,7 @@ def year() -> None:
     """
     with tempfile.TemporaryDirectory(prefix="fbx-") as folder, out.status("simulating a year") as status:
         simulated = asyncio.run(run_year(Path(folder), lambda row: status.update(f"{row.day}  {row.what}")))
-    wide = Console(markup=False, highlight=False, width=max(out.width, WIDTH))
-    wide.print(_table(simulated.rows))
+    out.print(_table(simulated.rows))
     notices = ", ".join(f"{kind} x {times}" for kind, times in Counter(simulated.notices).items())
     out.print(f"notices: {notices}")
     report = simulated.report
@@ -48,11 +41,10 @@ def year() -> None:
 
 def _table(rows: tuple[Row, ...]) -> Table:
     money = ("balance", "exposure", "to charge", "covered", "invoiced", "refunded")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("2027", "what", "status", "admitted", "refused, by", *money):
-        table.add_column(name, no_wrap=True, justify="right" if name in ("admitted", *money) else "left")
+    columns = ("2027", "what", "status", "admitted", "refused, by", *money)
+    made = table(*columns, right=("admitted", *money), prose=("what", "refused, by"))
     for row in rows:
         refused = f"{row.refused}  {row.refusal.partition('(')[2].rstrip(')')}" if row.refused else ""
         amounts = (row.balance, row.exposure, row.exported_charge, row.exported_covered, row.invoiced, row.refunded)
-        table.add_row(row.day, row.what, row.status, str(row.admitted or ""), refused, *amounts)
-    return table
+        made.add_row(row.day, row.what, row.status, str(row.admitted or ""), refused, *amounts)
+    return made

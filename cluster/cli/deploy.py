@@ -44,6 +44,7 @@ def check(
 ) -> None:
     """Check every key, value, price and adapter of a file. Exit code 0 if it can be deployed, else 1."""
     from cluster.checking import check as checking
+    from cluster.cli.findings import report_table
 
     if resolved:
         print(checking.portable(file), end="")
@@ -52,7 +53,7 @@ def check(
     if as_json:
         print(report.to_json())
     else:
-        out.print(report.table())
+        out.print(report_table(report))
         if report.is_valid:
             _show_what_dodo_lacks(file)
     raise typer.Exit(0 if report.is_valid else 1)
@@ -62,11 +63,12 @@ def _show_what_dodo_lacks(file: Path) -> None:
     """Where a farebox runs in this folder: what a deployment of the file would create at its Dodo."""
     try:
         running = Running.find(Settings.from_env())
+        running.refuse_other_dodo()
         config = checked(running.settings.model_copy(update={"config": file.absolute()}))
         planned = sync_products(config, running.environment, is_dry_run=True)
     except NotRunning:
         return
-    except BillingError as error:
+    except (BillingError, SettingsError) as error:
         out.print(f"not compared with Dodo: {error}")
         return
     if planned.created:
@@ -92,7 +94,10 @@ def deploy(
     out.print(f"in force: {', '.join(model.identity for model in catalog.models)}")
 
 
-def scale(replicas: Annotated[str, typer.Argument(help="A number of LoRA replicas, or auto.")]) -> None:
+def scale(
+    replicas: Annotated[str, typer.Argument(help="A number of LoRA replicas, or auto.")],
+    force: Annotated[bool, typer.Option("--force", help="Start them even if they do not fit.")] = False,
+) -> None:
     """Run a fixed number of LoRA replicas; `auto` returns to the bounds in the configuration."""
     if replicas != "auto" and not (replicas.isdigit() and int(replicas) > 0):
         raise SettingsError(
@@ -102,6 +107,8 @@ def scale(replicas: Annotated[str, typer.Argument(help="A number of LoRA replica
     config = json.loads(running.home.deployed.read_text())
     wanted = None if replicas == "auto" else int(replicas)
     api = running.api()
+    if wanted is not None and not force:
+        launch.refuse_without_room(api, config, wanted)
     launch.put(api, config if wanted is None else scaled(config, wanted))
     with steps() as progress:
         number = launch.wait_scaled(api, wanted, progress)
@@ -112,10 +119,11 @@ def deploy_file(settings: Settings, file: Path, may_retire_plans: bool = False, 
     """Check a file, apply it, and wait until every gateway serves its catalog. ``is_agreed``: ask for nothing.
 
     Raises:
-        NotRunning, CheckFailed, LaunchError: it is not in force; what ran before still runs.
+        NotRunning, SettingsError, CheckFailed, LaunchError: it is not in force; what ran before still runs.
         BillingError: the store or Dodo does not answer.
     """
     running = Running.find(settings)
+    running.refuse_other_dodo()
     if running.run.phase is not Phase.HEALTHY:
         raise NotRunning(f"farebox is {running.run.phase}: wait until `farebox status` says healthy")
     api = running.api()

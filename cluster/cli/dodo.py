@@ -69,7 +69,7 @@ def dead(as_json: JsonOption = False) -> None:
             ]
         )
         return
-    rows = table("id", "tenant", "event", "nanos", "usd", "reason", right=("nanos", "usd"))
+    rows = table("id", "tenant", "event", "nanos", "usd", "reason", right=("nanos", "usd"), prose=("reason",))
     for one in letters:
         rows.add_row(one.id, one.tenant, one.name, str(one.nanos), dollars(one.nanos), one.reason)
     out.print(rows)
@@ -107,7 +107,7 @@ def verify(as_json: JsonOption = False) -> None:
     if as_json:
         print_json([asdict(one) | {"held": one.has_held} for one in findings])
     else:
-        rows = table("farebox expects", "", "Dodo does instead")
+        rows = table("farebox expects", "found", "Dodo does instead", prose=("farebox expects", "Dodo does instead"))
         for one in findings:
             mark = Text("as expected", "green") if one.has_held else Text("differs", "red")
             rows.add_row(one.expectation, mark, one.difference)

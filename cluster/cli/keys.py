@@ -15,7 +15,7 @@ from billing.tenants.tenant import NEW_KEY_SCOPES, ApiKey, Scope, new_key
 from billing.usage import TenantId
 from cluster.cli.output import JsonOption, dollars, out, print_json, table, utc
 from cluster.cli.target import with_store
-from cluster.cli.tenants import DAY_MS, TenantArgument
+from cluster.cli.tenants import DAY_MS, TenantArgument, check_name
 from cluster.local.settings import SettingsError
 
 HOUR_MS = 3_600_000
@@ -55,6 +55,7 @@ def create(
         "tokens_per_minute": tokens_per_minute,
         "concurrent_requests": concurrent_requests,
     }
+    check_name(name)
     wanted = (*(scopes or NEW_KEY_SCOPES), *([Scope.KEYS_WRITE] if manages_keys else []))
     secret, key = new_key(TenantId(tenant), now_ms(), name, tuple(models) if models else None, wanted)
     key = key.model_copy(
@@ -96,17 +97,10 @@ def list_(tenant: TenantArgument, as_json: JsonOption = False) -> None:
         print_json([_json(key) for key in keys])
         return
     rows = table(
-        "key",
-        "secret",
-        "name",
-        "models",
-        "limits",
-        "daily cap",
-        "monthly cap",
-        "scopes",
-        "created, UTC",
-        "made by",
+        *("key", "secret", "name", "models", "limits", "daily cap", "monthly cap", "scopes", "created, UTC", "made by"),
         "state",
+        right=("daily cap", "monthly cap"),
+        prose=("name", "models", "limits", "scopes", "state"),
     )
     for key in keys:
         models = "all" if key.models is None else ", ".join(key.models)

@@ -9,11 +9,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
-from cluster.cli.output import out, steps
+from cluster.cli.output import out, panel, steps
 from cluster.cli.target import Running
 from cluster.local import children, demo, ray_node
 from cluster.local.detached import start_detached
@@ -93,10 +90,7 @@ def show_welcome(console: Console, settings: Settings, has_sandbox: bool) -> Non
     if run := home.read_run():
         rows.append(("metrics", f"{run.metrics_url}  (Prometheus)"))
     rows.append(("data", str(home.path)))
-    grid = Table.grid(padding=(0, 2))
-    for name, value in rows:
-        grid.add_row(Text(name, style="bold"), value)
-    console.print(Panel(grid, title="farebox is up", title_align="left", expand=False))
+    console.print(panel(console, "farebox is up", rows), soft_wrap=True)
     # Soft wrapping adds no line breaks, so that the command can be copied from a narrow terminal.
     console.print(example + NEXT, soft_wrap=True)
 
@@ -136,7 +130,7 @@ def logs(
     serve = ray_node.ray_folder(ray_node.folder(home.path)) / "session_latest" / "logs" / "serve"
     for path in (log for folder in (home.logs, home.store, serve) for log in sorted(folder.glob("*.log"))):
         if name.lower() in path.name.lower() and path.stat().st_size:
-            out.rule(str(path), align="left")
+            out.print(f"==> {path} <==", style="bold")
             out.print("\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
 
 

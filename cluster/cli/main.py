@@ -22,6 +22,7 @@ from cluster.cli import (
 )
 from cluster.cli.output import fail
 from cluster.errors import ClusterError
+from cluster.local.state import NO_ROOM
 
 
 class Commands(TyperGroup):
@@ -32,6 +33,10 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except (ClusterError, BillingError) as error:
             fail(str(error))
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            fail(f"{error.strerror}: make room for {error.filename or 'what this command writes'}, then try again")
 
 
 app = typer.Typer(

@@ -34,7 +34,7 @@ def migrate(
         rows.add_row(change.what, str(change.count))
     out.print(rows)
     for connection in done.connected:
-        err.print(f"stop this first: {connection}", soft_wrap=True)
+        err.print(f"stop this first: {connection}")
 
 
 async def _migrate(target: Target, is_dry: bool, ignore_unnamed: bool) -> Migration:

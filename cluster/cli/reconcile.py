@@ -5,15 +5,15 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
+from billing.dodo.belonging import refuse_other
 from billing.dodo.call_budget import CallBudget, SharedBudget
 from billing.dodo.client import Dodo
 from billing.dodo.settings import DodoSettings
 from billing.reconcile.proofs import Row
 from billing.reconcile.reconciler import Reconciler, Report
 from billing.reports import history
-from cluster.cli.output import JsonOption, err, out, print_json, table
+from cluster.cli.output import JsonOption, Table, err, out, print_json, table
 from cluster.cli.target import Target
 from cluster.local.settings import Settings
 
@@ -58,6 +58,8 @@ async def _reconcile(target: Target, with_dodo: bool, calls_per_minute: int, is_
     dodo = Dodo(DodoSettings.from_env(target.environment)) if with_dodo else None
     try:
         async with target.store() as redis:
+            if dodo is not None:
+                await refuse_other(redis, target.dodo_environment)
             archive = await history.archive_of(redis)
             budget = CallBudget(calls_per_minute, within=SharedBudget(redis))
             return await Reconciler(redis, dodo, archive, budget, is_full=is_full).run()
@@ -77,14 +79,14 @@ def _print(report: Report) -> None:
     if report.faults:
         out.print(_differences(report.faults))
     for reason in report.unproven:
-        err.print(f"not compared: {reason}", soft_wrap=True)
+        err.print(f"not compared: {reason}")
     if report.is_clean:
         out.print("every proof holds to the nano")
 
 
 def _differences(faults: tuple[Row, ...]) -> Table:
     numbers = ("expected", "found", "difference")
-    rows = table("proof", "tenant", *numbers, "at fault", right=numbers, title="differences")
+    rows = table("proof", "tenant", *numbers, "at fault", right=numbers, prose=("at fault",), title="differences")
     for row in faults[:SHOWN_MAX]:
         cells = (row.proof, row.tenant, str(row.expected), str(row.found), f"{row.difference:+d}", row.named)
         rows.add_row(*cells, style="red")

@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import Mapping
 
 import typer
-from rich.table import Table
 
 from billing.commerce.sync import SyncReport
 from billing.dodo.errors import DodoUnavailable
-from cluster.cli.output import out, table
+from cluster.cli.output import Table, out, table
 from cluster.local.dodo_products import missing_products, sync_products
 from cluster.local.environment import LIVE, SANDBOX
 from cluster.local.launch import LaunchError
@@ -53,7 +52,7 @@ def _agree(env: Mapping[str, str], is_agreed: bool) -> None:
 
 def sync_table(report: SyncReport) -> Table:
     """What is created, and why it takes the place of what was sold until now."""
-    rows = table("at Dodo", "", "until now", "from now on")
+    rows = table("at Dodo", "state", "until now", "from now on", prose=("state",))
     for name in report.created:
         differences = [one for one in report.drift if one.name == name]
         if not differences:

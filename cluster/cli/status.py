@@ -12,11 +12,22 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from billing.clock import now_ms
 from cluster.cli.output import JsonOption, dollars, out, table
 from cluster.cli.target import Running
 from cluster.local.settings import Settings
 from cluster.local.state import Home, Phase, Run
 from cluster.serve_api import RUNNING, Application, ServeUnavailable
+
+LATE_MS = 180_000
+"""The exporter runs every minute by default; what ran this long ago is worth a word."""
+_UNITS = {"d": 86_400, "h": 3_600, "min": 60, "s": 1}
+_STATES = {
+    "running": "running",
+    "backing_off": "Dodo does not take what is sent",
+    "starved": "STARVED of calls to Dodo",
+    "stopped": "STOPPED, Dodo refuses the API key or address",
+}
 
 
 @dataclass(frozen=True)
@@ -96,18 +107,18 @@ def status_table(status: Status) -> Group:
         parts.append(rows)
         if run := status.run:
             parts.append(Text(f"API {run.api_url}  dashboard {run.dashboard_url}  sandbox {run.sandbox_url or '-'}"))
-    parts += [Text(line) for line in billing_lines(status.billing)] if status.billing else []
+    parts += [Text(line) for line in billing_lines(status.billing, now_ms())] if status.billing else []
     return Group(*parts)
 
 
-def billing_lines(billing: Mapping[str, object]) -> Iterator[str]:
-    """Open holds, what waits for the export, what needs attention, and the last reconciliation."""
+def billing_lines(billing: Mapping[str, object], now_ms: int) -> Iterator[str]:
+    """The export, open holds, what waits for the export, what needs attention, and the last reconciliation."""
     if isinstance(exporter := billing.get("pump"), Mapping):
-        yield "export: " + ", ".join(f"{key} {value}" for key, value in exporter.items() if value != "")
+        yield f"export: {_export(exporter, now_ms)}"
     if open_ := cast(Mapping[str, int], billing.get("money") or {}):
         held = dollars(open_["held_nanos"])
-        yield f"holds: {open_['open_holds']} open with {held}, the oldest {open_['oldest_hold_s']} s"
-        yield f"not exported to Dodo: {billing['backlog']}, the oldest {open_['backlog_age_s']} s"
+        yield f"holds: {open_['open_holds']} open with {held}, the oldest {span(open_['oldest_hold_s'])}"
+        yield f"not exported to Dodo: {billing['backlog']}, the oldest {span(open_['backlog_age_s'])}"
     waiting = {
         "dead letters": "dead_events",
         "withheld records": "withheld_records",
@@ -116,8 +127,47 @@ def billing_lines(billing: Mapping[str, object]) -> Iterator[str]:
         "spooled settlements": "unsettled_on_this_gateway",
         "unresolved settlements": "quarantined_settles",
         "refused settlements": "refused_settles",
+        "unreadable settlements": "unreadable_settles",
     }
     yield "needs attention: " + ", ".join(f"{billing.get(key, 0)} {name}" for name, key in waiting.items())
     for scope, proof in cast(Mapping[str, Mapping[str, object]], billing.get("books") or {}).items():
         result = f"{proof['faults']} differences: {proof['named']}" if proof["faults"] else str(proof["unproven"])
         yield f"reconciliation ({scope}): {result or 'no difference'}"
+
+
+def _export(exporter: Mapping[str, object], now_ms: int) -> str:
+    """How the export goes, in words: its state, what waits, when it last succeeded, and what is wrong."""
+
+    def number(name: str) -> int:
+        return int(str(exporter.get(name) or 0))
+
+    def ago(name: str) -> str:
+        return f"{span((now_ms - number(name)) // 1_000)} ago"
+
+    if not number("last_flush_ms"):
+        return "starting"
+    held = f"{number('held_events')} events wait for their tenant's Dodo customer" if number("held_events") else ""
+    waiting = f"{number('waiting_events')} events wait" if number("waiting_events") else ""
+    parts = [
+        _STATES.get(str(exporter.get("state")), str(exporter.get("state"))),
+        f"last success {ago('last_success_ms')}" if number("last_success_ms") else "nothing exported yet",
+        ", ".join(part for part in (waiting, held) if part) or "nothing waits",
+    ]
+    if number("failures"):
+        wait_s = max(0, number("next_try_ms") - now_ms) // 1_000
+        parts.append(f"{number('failures')} failures in a row, next try in {span(wait_s)}")
+    if number("last_flush_ms") < now_ms - LATE_MS:
+        parts.append(f"last run {ago('last_flush_ms')}")
+    error = str(exporter.get("error") or "")
+    return ", ".join(parts) + (f": {error}" if error else "")
+
+
+def span(seconds: int) -> str:
+    """A length of time in its two largest units, such as ``12 s``, ``3 min 20 s`` and ``2 d 4 h``."""
+    left = max(0, seconds)
+    found: list[str] = []
+    for unit, size in _UNITS.items():
+        amount, left = divmod(left, size)
+        if amount or (unit == "s" and not found):
+            found.append(f"{amount} {unit}")
+    return " ".join(found[:2])

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from billing.store.connection import connect
 from cluster.errors import ClusterError
 from cluster.local.configuration import StoreOptions, store_options_in
-from cluster.local.environment import service_environment
+from cluster.local.environment import SANDBOX, OperatorEnvironment, service_environment
 from cluster.local.settings import SANDBOX_PORT, Settings
 from cluster.local.state import Home, Run
 from cluster.serve_api import ServeApi
@@ -62,8 +62,18 @@ class Running:
         )
 
     @property
+    def operator(self) -> OperatorEnvironment:
+        """What the operator's environment named when it was started."""
+        return OperatorEnvironment.kept_in(self.home)
+
+    @property
     def environment(self) -> dict[str, str]:
-        return service_environment(self.settings, self.home.secrets(), self.run.store_url)
+        """The variables that its processes have, whatever the environment of this command says."""
+        return service_environment(self.settings, self.home.secrets(), self.run.store_url, self.operator)
+
+    def refuse_other_dodo(self) -> None:
+        """Raises SettingsError if this shell's variables name another Dodo than the one that it was started with."""
+        self.operator.refuse_other_dodo(os.environ, self.settings.sandbox_url)
 
     def api(self) -> ServeApi:
         return ServeApi(self.run.dashboard_url, self.home.secrets().ray_token)
@@ -87,6 +97,7 @@ class Target:
 
         Raises:
             NotRunning: neither.
+            SettingsError: this shell names another Dodo than the one that it was started with.
         """
         try:
             running = Running.find(settings)
@@ -94,6 +105,7 @@ class Target:
             if not os.environ.get("REDIS_URL"):
                 raise NotRunning(f"{error}; for one on a cluster set REDIS_URL and Dodo's variables") from None
             return cls(settings, dict(os.environ), store_options_in(settings.config))
+        running.refuse_other_dodo()
         deployed = running.home.deployed
         in_force = deployed if deployed.exists() else Path(running.run.config)
         return cls(running.settings, running.environment, store_options_in(in_force))
@@ -101,6 +113,11 @@ class Target:
     @property
     def store_url(self) -> str:
         return self.environment["REDIS_URL"]
+
+    @property
+    def dodo_environment(self) -> str:
+        """``sandbox``, ``test_mode`` or ``live_mode``."""
+        return self.environment.get("FAREBOX_DODO_ENVIRONMENT") or SANDBOX
 
     @asynccontextmanager
     async def store(self) -> AsyncIterator[Redis]:

@@ -6,19 +6,20 @@ from typing import Annotated
 import typer
 from pydantic import TypeAdapter, ValidationError
 from redis.asyncio import Redis
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from billing.catalog import publication
+from billing.catalog.catalog import Catalog
 from billing.clock import now_ms
 from billing.ledger.account import Account, Grant
 from billing.ledger.admission import funding_for, plan_of
 from billing.ledger.ledger import Ledger
-from billing.money import AmountError, format_usd, parse_usd
+from billing.money import MAX_GRANT_NANOS, AmountError, format_usd, parse_usd
 from billing.tenants.directory import Tenants
-from billing.tenants.tenant import Email, Tenant, TenantName
+from billing.tenants.tenant import Email, ShownName, Tenant, TenantName
 from billing.usage import TenantId, Unit
-from cluster.cli.output import JsonOption, dollars, out, print_json, table
+from cluster.cli.output import JsonOption, dollars, fields, out, print_json, table
 from cluster.cli.target import with_store
 from cluster.local.settings import SettingsError
 
@@ -44,8 +45,9 @@ def create(
 
 
 async def _create(redis: Redis, tenant: str, email: str, name: str, plan: str) -> Tenant:
-    _check("tenant's id: it has lower case letters, digits, - and _, at most 63", TypeAdapter(TenantName), tenant)
-    _check("email address: write it as it@acme.example", TypeAdapter(Email), email)
+    check_value("tenant's id: it has lower case letters, digits, - and _, at most 63", TypeAdapter(TenantName), tenant)
+    check_value("email address: write it as it@acme.example", TypeAdapter(Email), email)
+    check_name(name)
     catalog = await publication.current(redis)
     if catalog is None:
         raise SettingsError("there is no catalog yet: deploy a configuration with `farebox deploy` first")
@@ -58,7 +60,12 @@ async def _create(redis: Redis, tenant: str, email: str, name: str, plan: str) -
     )
 
 
-def _check(expected: str, form: TypeAdapter[str], value: str) -> None:
+def check_name(name: str) -> None:
+    """Raises SettingsError for a name with control characters."""
+    check_value("name: leave line breaks, tabs and other control characters out", TypeAdapter(ShownName), name)
+
+
+def check_value(expected: str, form: TypeAdapter[str], value: str) -> None:
     """Raises SettingsError."""
     try:
         form.validate_python(value)
@@ -68,21 +75,30 @@ def _check(expected: str, form: TypeAdapter[str], value: str) -> None:
 
 @app.command("list")
 def list_(as_json: JsonOption = False) -> None:
-    """Show all tenants."""
-    tenants = with_store(lambda redis: Tenants(redis).list())
+    """Show all tenants, each with its balance."""
+    found = with_store(_list)
     if as_json:
-        print_json([tenant.model_dump(mode="json") for tenant in tenants])
+        balances = ({"balance_usd": format_usd(account.balance_nanos)} for _, account in found)
+        print_json([one.model_dump(mode="json") | usd for (one, _), usd in zip(found, balances, strict=True)])
         return
-    rows = table("tenant", "plan", "subscription", "email", "Dodo customer", "")
-    for one in tenants:
+    rows = table("tenant", "plan", "balance", "subscription", "state", "email", "Dodo customer", right=("balance",))
+    for one, account in found:
         subscription = "" if one.subscription is None else one.subscription.status.value
         customer = one.dodo_customer_id or Text("not created yet", "dim")
-        rows.add_row(one.id, one.plan, subscription, one.email, customer, _suspended(one))
+        state = Text("suspended", "red") if one.suspended else "active"
+        rows.add_row(one.id, one.plan, dollars(account.balance_nanos), subscription, state, one.email, customer)
     out.print(rows)
 
 
-def _suspended(tenant: Tenant) -> Text:
-    return Text("suspended" if tenant.suspended else "", "red")
+async def _list(redis: Redis) -> list[tuple[Tenant, Account]]:
+    catalog = await publication.current(redis)
+    return [(one, await _account(redis, one, catalog)) for one in await Tenants(redis).list()]
+
+
+async def _account(redis: Redis, tenant: Tenant, catalog: Catalog | None) -> Account:
+    """The account with the allowance that the tenant's next request would find."""
+    funding = funding_for(tenant, plan_of(tenant, catalog), now_ms()) if catalog else None
+    return await Ledger(redis).account(tenant.id, funding)
 
 
 @app.command()
@@ -92,28 +108,25 @@ def show(tenant: TenantArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(found.model_dump(mode="json") | {"account": _account_json(account)})
     else:
-        out.print(_account_table(found, account))
+        out.print(_account_fields(found, account))
 
 
 async def _show(redis: Redis, tenant: TenantId) -> tuple[Tenant, Account]:
     found, catalog = await Tenants(redis).get(tenant), await publication.current(redis)
-    funding = funding_for(found, plan_of(found, catalog), now_ms()) if catalog else None
-    return found, await Ledger(redis).account(found.id, funding)
+    return found, await _account(redis, found, catalog)
 
 
-def _account_table(tenant: Tenant, account: Account) -> Table:
-    rows = Table(show_header=False)
-    for name, text in (("tenant", tenant.id), ("plan", tenant.plan), ("email", tenant.email), ("name", tenant.name)):
-        rows.add_row(name, text)
-    money = {"balance": account.balance_nanos, "held": account.held_nanos, "exposure": account.overage_nanos}
-    for name, nanos in money.items():
-        rows.add_row(name, dollars(nanos))
+def _account_fields(tenant: Tenant, account: Account) -> Group:
+    customer = tenant.dodo_customer_id or "not created yet"
+    rows = [("tenant", tenant.id), ("plan", tenant.plan), ("email", tenant.email), ("name", tenant.name)]
+    rows += [("Dodo customer", customer), ("balance", dollars(account.balance_nanos))]
+    rows += [("held", dollars(account.held_nanos)), ("exposure", dollars(account.overage_nanos))]
     for bucket in account.buckets:
         is_money = bucket.unit is Unit.NANOS
-        rows.add_row(bucket.id, dollars(bucket.remaining) if is_money else f"{bucket.remaining} requests")
+        rows.append((bucket.id, dollars(bucket.remaining) if is_money else f"{bucket.remaining} requests"))
     if tenant.suspended:
-        rows.add_row("state", f"suspended: `farebox tenants resume {tenant.id}`")
-    return rows
+        rows.append(("state", f"suspended: `farebox tenants resume {tenant.id}`"))
+    return fields(rows)
 
 
 def _account_json(account: Account) -> dict[str, object]:
@@ -180,7 +193,7 @@ def _grant_of(
     if bool(usd) == bool(requests) or (usd and adapters):
         raise SettingsError("give either --usd or --requests, and --adapter only with --requests")
     try:
-        unit, amount = (Unit.NANOS, int(parse_usd(usd))) if usd else (Unit.REQUESTS, requests)
+        unit, amount = (Unit.NANOS, int(parse_usd(usd, MAX_GRANT_NANOS))) if usd else (Unit.REQUESTS, requests)
     except AmountError as error:
         raise SettingsError(str(error)) from error
     expires = now_ms() + expires_days * DAY_MS if expires_days else None

@@ -34,7 +34,7 @@ def list_(as_json: JsonOption = False) -> None:
             ]
         )
         return
-    rows = table("request", "tenant", "status", "usd at most", "reason", right=("usd at most",))
+    rows = table("request", "tenant", "status", "usd at most", "reason", right=("usd at most",), prose=("reason",))
     for one in unresolved:
         settled = one.settlement
         rows.add_row(settled.request_id, settled.tenant, settled.status, dollars(settled.list_nanos), one.reason)

@@ -26,6 +26,7 @@ from cluster.dodo_sandbox import (
     meters,
     pages,
     payments,
+    portal,
     products,
     refunds,
     subscriptions,
@@ -88,6 +89,7 @@ def create_app(
     app.include_router(licences.router)
     app.include_router(admin.router)
     app.include_router(pages.router)
+    app.include_router(portal.router)
     app.add_middleware(Limits, sandbox=sandbox)
     app.add_middleware(FaultGate, faults=app.state.faults)
     return app

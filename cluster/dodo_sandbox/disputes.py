@@ -32,6 +32,8 @@ class DisputeSummary(Wire):
     dispute_status: str = "dispute_opened"
     payment_id: str
     payment_provider: str = "dodo"
+    is_resolved_by_rdr: bool | None = None
+    """Whether Rapid Dispute Resolution of the card network ended it."""
 
 
 class Dispute(DisputeSummary):
@@ -58,6 +60,7 @@ class OpenDispute(Wire):
 
     amount: Annotated[int, Field(gt=0)] | None = None
     reason: str | None = None
+    is_resolved_by_rdr: bool | None = None
 
 
 class DisputeFilter(Paging):
@@ -77,6 +80,7 @@ def open_dispute(sandbox: Sandbox, payment_id: str, asked: OpenDispute) -> Dispu
     made = DisputeRecord(
         amount=str(amount), created_at=now, currency=payment.currency, dispute_id=new_id("dp"),
         payment_id=payment_id, customer=payment.customer, reason=asked.reason,
+        is_resolved_by_rdr=asked.is_resolved_by_rdr,
     )  # fmt: skip
     with sandbox.store.transaction():
         sandbox.store.put(made)

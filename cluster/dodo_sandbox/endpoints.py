@@ -170,7 +170,7 @@ async def update_endpoint(endpoint_id: str, request: UpdateEndpoint, sandbox: Sa
 async def delete_endpoint(endpoint_id: str, sandbox: SandboxDep) -> Response:
     sandbox.store.delete(endpoint_of(sandbox, endpoint_id))
     sandbox.outbox.cancel_deliveries(endpoint_id)
-    return Response(status_code=204)
+    return Response(status_code=200)
 
 
 @router.get("/webhooks/{endpoint_id}/secret")

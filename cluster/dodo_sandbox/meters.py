@@ -150,7 +150,7 @@ def meter_of(sandbox: Sandbox, meter_id: str) -> MeterRecord:
     return meter
 
 
-@router.post("/meters")
+@router.post("/meters", status_code=201)
 async def create_meter(request: CreateMeter, sandbox: SandboxDep) -> Meter:
     if request.filter is not None and request.filter.depth() > FILTER_DEPTH_MAX:
         raise bad_request(f"A meter's filter has at most {FILTER_DEPTH_MAX} levels")
@@ -184,7 +184,7 @@ async def update_meter(meter_id: str, request: UpdateMeter, sandbox: SandboxDep)
 async def archive_meter(meter_id: str, sandbox: SandboxDep) -> Response:
     """An archived meter counts no further events (usage-based billing guidance)."""
     sandbox.store.put(meter_of(sandbox, meter_id).model_copy(update={"archived_at": sandbox.clock.now()}))
-    return Response(status_code=200)
+    return Response(status_code=204)
 
 
 @router.post("/meters/{meter_id}/unarchive")

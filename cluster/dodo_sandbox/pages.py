@@ -1,6 +1,5 @@
-"""The HTML pages: overview, checkout and customer portal. Every page says that no money is real."""
+"""The HTML pages: overview and checkout; ``portal`` has the customer's. Every page says that no money is real."""
 
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -10,7 +9,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader
 
 from cluster.dodo_sandbox.checkout import SessionRecord, cart_lines, currency_of, pay, session_of
-from cluster.dodo_sandbox.customers import CustomerRecord, customer_of
+from cluster.dodo_sandbox.customers import CustomerRecord
 from cluster.dodo_sandbox.errors import ApiError
 from cluster.dodo_sandbox.events import sums
 from cluster.dodo_sandbox.payments import PaymentRecord, payment_of, taxed
@@ -78,9 +77,11 @@ def _cart_page(sandbox: Sandbox, session: SessionRecord, failed: PaymentRecord |
     lines = [taxed(line, sandbox.settings.tax_bps, True) for line in cart_lines(sandbox, session)]
     asked = session.request.customer
     known = sandbox.store.get(CustomerRecord, asked.customer_id) if asked and asked.customer_id else None
+    back = session.request.return_url
     return render(
         "checkout.html",
         session=session,
+        back=returned(back, failed) if back is not None and failed is not None else None,
         currency=currency_of(sandbox, session),
         lines=lines,
         tax=sum(line.tax for line in lines),
@@ -113,14 +114,3 @@ def returned(return_url: str, payment: PaymentRecord) -> str:
         added["subscription_id"] = payment.subscription_id
     parts = urlsplit(return_url)
     return urlunsplit(parts._replace(query=urlencode([*parse_qsl(parts.query), *added.items()])))
-
-
-@router.get("/portal/{customer_id}")
-async def portal(customer_id: str, sandbox: SandboxDep) -> HTMLResponse:
-    try:
-        customer = customer_of(sandbox, customer_id)
-    except ApiError as error:
-        return render("message.html", error.status, title="No such customer", text=error.message)
-    payments: Sequence[PaymentRecord] = sandbox.store.find(PaymentRecord, customer_id)
-    subscriptions = sandbox.store.find(SubscriptionRecord, customer_id)
-    return render("portal.html", customer=customer, payments=payments, subscriptions=subscriptions)

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from cluster.dodo_sandbox.customers import CustomerLimitedDetails, add_to_balance, customer_of, limited
+from cluster.dodo_sandbox.customers import CustomerLimitedDetails, CustomerRecord, add_to_balance, customer_of, limited
 from cluster.dodo_sandbox.endpoints import announce
 from cluster.dodo_sandbox.errors import not_found
 from cluster.dodo_sandbox.state import Sandbox, SandboxDep
@@ -176,6 +176,23 @@ def line(name: str, amount: int, description: str | None = None) -> Line:
     return Line(items_id=new_id("itm"), name=name, amount=amount, description=description)
 
 
+class Quote(Wire):
+    """What a charge would come to, in cents."""
+
+    tax: int
+    from_balance: int
+    total: int
+    """What the card pays."""
+
+
+def quote(sandbox: Sandbox, customer: CustomerRecord, asked: Charge) -> Quote:
+    lines = [taxed(one, sandbox.settings.tax_bps, refundable=True) for one in asked.lines]
+    tax = sum(one.tax for one in lines)
+    total = sum(one.amount for one in lines) + tax
+    used = min(customer.balance, total) if asked.subscription_ids else 0
+    return Quote(tax=tax, from_balance=used, total=total - used)
+
+
 def charge(sandbox: Sandbox, asked: Charge, at: datetime, declined: bool = False) -> PaymentRecord:
     """Charge the customer's card at ``at``, and send ``payment.succeeded`` or ``payment.failed``.
 
@@ -183,14 +200,13 @@ def charge(sandbox: Sandbox, asked: Charge, at: datetime, declined: bool = False
     """
     customer = customer_of(sandbox, asked.customer_id)
     failed = declined or customer.card_declines
+    quoted, payment_id = quote(sandbox, customer, asked), new_id("pay")
+    tax, total = quoted.tax, quoted.total
     lines = [taxed(one, sandbox.settings.tax_bps, refundable=not failed) for one in asked.lines]
-    tax, payment_id = sum(one.tax for one in lines), new_id("pay")
-    total = sum(one.amount for one in lines) + tax
-    if used := min(customer.balance, total) if asked.subscription_ids else 0:
-        lines.append(taxed(line("Customer balance", -used), 0, refundable=not failed))
-        total -= used
+    if quoted.from_balance:
+        lines.append(taxed(line("Customer balance", -quoted.from_balance), 0, refundable=not failed))
         if not failed:
-            add_to_balance(sandbox, customer.customer_id, -used)
+            add_to_balance(sandbox, customer.customer_id, -quoted.from_balance)
     payment = PaymentRecord(
         payment_id=payment_id, created_at=at, updated_at=at, customer=limited(customer), currency=asked.currency,
         lines=lines, total_amount=total, tax=None if failed else tax, settlement_amount=total,

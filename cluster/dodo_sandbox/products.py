@@ -59,8 +59,8 @@ class MeterPrice(Wire):
 
 class PriceBase(Wire):
     currency: Currency
-    discount: Annotated[int, Field(ge=0, le=100)] = 0
-    purchasing_power_parity: bool = False
+    discount: Annotated[int, Field(ge=0, le=100)]
+    purchasing_power_parity: bool
     tax_inclusive: bool | None = None
 
 

@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from cluster.dodo_sandbox.customers import add_to_balance
-from cluster.dodo_sandbox.cycle import bill_pause, close_usage, usage, usage_lines
+from cluster.dodo_sandbox.customers import add_to_balance, customer_of
+from cluster.dodo_sandbox.cycle import MeterUsage, bill_pause, close_usage, usage, usage_lines
 from cluster.dodo_sandbox.errors import ApiError, bad_request, unprocessable
-from cluster.dodo_sandbox.payments import Charge, ServicePeriod, charge, line
+from cluster.dodo_sandbox.payments import Charge, ServicePeriod, charge, line, quote, taxed
 from cluster.dodo_sandbox.products import UsageBasedPrice, product_of
 from cluster.dodo_sandbox.state import Sandbox, SandboxDep
 from cluster.dodo_sandbox.subscriptions import (
@@ -31,7 +31,7 @@ from cluster.dodo_sandbox.subscriptions import (
     running,
     terms,
 )
-from cluster.dodo_sandbox.wire import LimitedMetadata, UtcTime, Wire, new_id, to_ms
+from cluster.dodo_sandbox.wire import Cents, LimitedMetadata, UtcTime, Wire, new_id, to_ms
 
 router = APIRouter()
 
@@ -59,7 +59,13 @@ async def update_subscription(subscription_id: str, request: UpdateSubscription,
         return pause(sandbox, one, now) if request.status == "paused" else resume(sandbox, one, now)
 
 
-def edit(sandbox: Sandbox, one: SubscriptionRecord, request: UpdateSubscription, now: datetime) -> SubscriptionRecord:
+def edit(
+    sandbox: Sandbox,
+    one: SubscriptionRecord,
+    request: UpdateSubscription,
+    now: datetime,
+    by: Literal["customer", "api_key"] = "api_key",
+) -> SubscriptionRecord:
     """Change fields or cancel. An immediate cancellation bills nothing more, one at the billing date bills usage."""
     if request.next_billing_date is not None and request.next_billing_date <= now:
         raise bad_request("next_billing_date must be in the future")
@@ -68,9 +74,9 @@ def edit(sandbox: Sandbox, one: SubscriptionRecord, request: UpdateSubscription,
     type_ = "subscription.updated"
     if request.cancel_at_next_billing_date is not None:
         fields["cancel_at_next_billing_date"] = request.cancel_at_next_billing_date
-        fields["cancelled_by"] = CancelledBy(actor_type="api_key") if request.cancel_at_next_billing_date else None
+        fields["cancelled_by"] = CancelledBy(actor_type=by) if request.cancel_at_next_billing_date else None
     if request.status == "cancelled":
-        type_, fields["cancelled_by"] = "subscription.cancelled", CancelledBy(actor_type="api_key")
+        type_, fields["cancelled_by"] = "subscription.cancelled", CancelledBy(actor_type=by)
         fields |= {"status": "cancelled", "cancelled_at": now, "cancel_at_next_billing_date": False}
     return change(sandbox, one, type_, now, **fields)
 
@@ -110,9 +116,63 @@ class ChangePlan(Wire):
     metadata: LimitedMetadata | None = None
     on_payment_failure: Literal["prevent_change", "apply_change"] | None = None
 
+    cancel_scheduled_change_plan: bool = False
+    collect_via_payment_link: bool = False
+    return_url: str | None = None
+
 
 class PlanChanged(Wire):
     payment_id: str | None = None
+
+
+class LineItem(Wire):
+    """What a line of a preview has of each kind; ``plan_line`` and ``meter_line`` make the two that occur."""
+
+    id: str
+    type: Literal["subscription", "meter"]
+    currency: str
+    name: str
+    tax_inclusive: bool = False
+    tax: int
+    tax_rate: float
+
+
+class PlanLine(LineItem):
+    product_id: str
+    proration_factor: float
+    quantity: int
+    unit_price: int
+
+
+class MeterLine(LineItem):
+    chargeable_units: str
+    free_threshold: int
+    price_per_unit: str
+    subtotal: int
+    units_consumed: str
+
+
+class ChargeSummary(Wire):
+    currency: str
+    customer_credits: int
+    """Cents that move into the customer's balance; below 0 they pay a part of the charge."""
+    customer_credits_currency: str
+    settlement_amount: Cents
+    settlement_currency: str
+    settlement_tax: Cents | None
+    tax: Cents | None
+    total_amount: Cents
+
+
+class ImmediateCharge(Wire):
+    effective_at: datetime
+    line_items: list[PlanLine | MeterLine]
+    summary: ChargeSummary
+
+
+class PlanPreview(Wire):
+    immediate_charge: ImmediateCharge
+    new_plan: Subscription
 
 
 def price_of_change(one: SubscriptionRecord, new_amount: int, mode: Mode, now: datetime) -> int:
@@ -133,9 +193,18 @@ def price_of_change(one: SubscriptionRecord, new_amount: int, mode: Mode, now: d
             return ((2 * new_amount * left + length) // (2 * length) if length else 0) - unused
 
 
-def change_now(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan) -> str | None:
-    """Bill the change, make it, and return the payment's id. A failed payment leaves the plan unchanged."""
-    now, fields = sandbox.clock.now(), terms(product_of(sandbox, request.product_id), request.quantity)
+class Change(Wire):
+    """A plan change of now, worked out but not made."""
+
+    changed: SubscriptionRecord
+    due: int
+    """Cents for the plan, without usage and tax; below 0 they are credited to the customer."""
+    metered: list[MeterUsage]
+    charge: Charge
+
+
+def worked_out(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan, now: datetime) -> Change:
+    fields = terms(product_of(sandbox, request.product_id), request.quantity)
     changed = one.model_copy(update=fields)
     end = one.next_billing_date
     if request.proration_billing_mode not in _KEEPS_CYCLE:
@@ -143,35 +212,82 @@ def change_now(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan) -
     metered = usage(sandbox, one, one.unbilled_from, now)
     due = price_of_change(one, changed.recurring_pre_tax_amount, request.proration_billing_mode, now)
     billed = usage_lines(metered)
-    payment = charge(
-        sandbox,
-        Charge(
-            customer_id=one.customer.customer_id,
-            currency=one.currency,
-            metadata=request.metadata or one.metadata,
-            lines=[line(f"Change to {changed.product_name}", max(0, due)), *billed],
-            charge_type="plan_change",
-            includes_usage=bool(billed),
-            subscription_ids=[one.subscription_id],
-            payment_method_id=one.payment_method_id,
-            service_periods=[ServicePeriod(subscription_id=one.subscription_id, starts_at=now, ends_at=end)],
-        ),
-        now,
+    asked = Charge(
+        customer_id=one.customer.customer_id,
+        currency=one.currency,
+        metadata=request.metadata or one.metadata,
+        lines=[line(f"Change to {changed.product_name}", max(0, due)), *billed],
+        charge_type="plan_change",
+        includes_usage=bool(billed),
+        subscription_ids=[one.subscription_id],
+        payment_method_id=one.payment_method_id,
+        service_periods=[ServicePeriod(subscription_id=one.subscription_id, starts_at=now, ends_at=end)],
     )
+    moved = {"previous_billing_date": now, "next_billing_date": end, "scheduled_change": None, "usage_billed_at": None}
+    return Change(changed=changed.model_copy(update=moved), due=due, metered=metered, charge=asked)
+
+
+def preview(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan) -> PlanPreview:
+    """What the change would charge now, and the subscription after it. Nothing is stored."""
+    now = sandbox.clock.now()
+    if request.effective_at == "next_billing_date":
+        fields = terms(product_of(sandbox, request.product_id), request.quantity)
+        nothing = _summary(one.currency, 0, 0, 0)
+        later = ImmediateCharge(effective_at=one.next_billing_date, line_items=[], summary=nothing)
+        return PlanPreview(immediate_charge=later, new_plan=one.model_copy(update=fields))
+    change_ = worked_out(sandbox, one, request, now)
+    quoted = quote(sandbox, customer_of(sandbox, one.customer.customer_id), change_.charge)
+    new, bps = change_.changed, sandbox.settings.tax_bps
+    plan = PlanLine(
+        id=one.subscription_id, type="subscription", currency=one.currency, name=new.product_name or new.product_id,
+        product_id=new.product_id, quantity=new.quantity, unit_price=new.recurring_pre_tax_amount // new.quantity,
+        proration_factor=change_.due / new.recurring_pre_tax_amount if new.recurring_pre_tax_amount else 0.0,
+        tax=taxed(change_.charge.lines[0], bps, refundable=False).tax, tax_rate=bps / 10_000,
+    )  # fmt: skip
+    meters = [
+        MeterLine(
+            id=meter.id, type="meter", currency=meter.currency, name=meter.name, subtotal=meter.total_price,
+            chargeable_units=meter.chargeable_units, units_consumed=meter.consumed_units,
+            free_threshold=meter.free_threshold, price_per_unit=meter.price_per_unit,
+            tax=taxed(line(meter.name, meter.total_price), bps, refundable=False).tax, tax_rate=bps / 10_000,
+        )
+        for meter in change_.metered
+    ]  # fmt: skip
+    summary = _summary(one.currency, quoted.total, quoted.tax, max(0, -change_.due) - quoted.from_balance)
+    return PlanPreview(
+        immediate_charge=ImmediateCharge(effective_at=now, line_items=[plan, *meters], summary=summary),
+        new_plan=new,
+    )
+
+
+def _summary(currency: str, total: int, tax: int, credits_: int) -> ChargeSummary:
+    return ChargeSummary(
+        currency=currency, customer_credits=credits_, customer_credits_currency=currency, total_amount=total, tax=tax,
+        settlement_amount=total, settlement_currency=currency, settlement_tax=tax,
+    )  # fmt: skip
+
+
+def change_now(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan) -> str | None:
+    """Bill the change, make it, and return the payment's id. A failed payment leaves the plan unchanged."""
+    now = sandbox.clock.now()
+    change_ = worked_out(sandbox, one, request, now)
+    payment = charge(sandbox, change_.charge, now)
     if payment.status != "succeeded" and request.on_payment_failure != "apply_change":
         return payment.payment_id
-    if due < 0:
-        add_to_balance(sandbox, one.customer.customer_id, -due)
-    close_usage(sandbox, one, now, metered)
-    fields |= {"previous_billing_date": now, "next_billing_date": end, "scheduled_change": None}
-    fields |= {"usage_billed_at": None}
-    change(sandbox, one, "subscription.plan_changed", now, **fields, payment_id=payment.payment_id)
+    if change_.due < 0:
+        add_to_balance(sandbox, one.customer.customer_id, -change_.due)
+    close_usage(sandbox, one, now, change_.metered)
+    change(sandbox, change_.changed, "subscription.plan_changed", now, payment_id=payment.payment_id)
     return payment.payment_id
 
 
-@router.post("/subscriptions/{subscription_id}/change-plan")
-async def change_plan(subscription_id: str, request: ChangePlan, sandbox: SandboxDep) -> PlanChanged:
+def changeable(sandbox: Sandbox, subscription_id: str, request: ChangePlan) -> SubscriptionRecord:
+    """The subscription. Raises ApiError for a change that Dodo refuses."""
     one, product = running(sandbox, subscription_id), product_of(sandbox, request.product_id)
+    if request.collect_via_payment_link:
+        raise unprocessable("The sandbox does not model plan changes that are paid by a link")
+    if request.return_url is not None:
+        raise unprocessable("return_url needs collect_via_payment_link")
     if one.status != "active":
         code = "INACTIVE_SUBSCRIPTION_PLAN_CHANGE_NOT_SUPPORTED"
         raise bad_request(f"Subscription {subscription_id} is {one.status}", code)
@@ -181,22 +297,42 @@ async def change_plan(subscription_id: str, request: ChangePlan, sandbox: Sandbo
         raise bad_request("Quantity must be 1 for usage based products", "INVALID_QUANTITY")
     if product.product_id == one.product_id and request.quantity == one.quantity:
         raise bad_request("The subscription has this plan already")
-    if request.effective_at == "immediately":
-        with sandbox.store.transaction():
-            return PlanChanged(payment_id=change_now(sandbox, one, request))
-    if one.scheduled_change is not None:
+    if one.scheduled_change is not None and not request.cancel_scheduled_change_plan:
         raise ApiError(409, "PLAN_CHANGE_SCHEDULED", "A plan change is scheduled already")
-    now = sandbox.clock.now()
+    return one
+
+
+@router.post("/subscriptions/{subscription_id}/change-plan")
+async def change_plan(subscription_id: str, request: ChangePlan, sandbox: SandboxDep) -> PlanChanged:
+    one = changeable(sandbox, subscription_id, request)
+    with sandbox.store.transaction():
+        return PlanChanged(payment_id=make_change(sandbox, one, request))
+
+
+@router.post("/subscriptions/{subscription_id}/change-plan/preview")
+async def preview_change_plan(subscription_id: str, request: ChangePlan, sandbox: SandboxDep) -> PlanPreview:
+    return preview(sandbox, changeable(sandbox, subscription_id, request), request)
+
+
+def make_change(sandbox: Sandbox, one: SubscriptionRecord, request: ChangePlan) -> str | None:
+    """Change the plan now or schedule it; the id of the payment, if there is one."""
+    if request.effective_at == "immediately":
+        return change_now(sandbox, one, request)
+    now, product = sandbox.clock.now(), product_of(sandbox, request.product_id)
     scheduled = ScheduledChange(
         id=new_id("spc"), created_at=now, effective_at=one.next_billing_date, product_id=product.product_id,
         quantity=request.quantity, product_name=product.name,
     )  # fmt: skip
     change(sandbox, one, "subscription.updated", now, scheduled_change=scheduled)
-    return PlanChanged()
+    return None
 
 
 @router.delete("/subscriptions/{subscription_id}/change-plan/scheduled")
 async def cancel_change_plan(subscription_id: str, sandbox: SandboxDep) -> Response:
-    one = running(sandbox, subscription_id)
-    change(sandbox, one, "subscription.updated", sandbox.clock.now(), scheduled_change=None)
+    withdraw_change(sandbox, running(sandbox, subscription_id))
     return Response(status_code=200)
+
+
+def withdraw_change(sandbox: Sandbox, one: SubscriptionRecord) -> None:
+    """Drop a scheduled plan change."""
+    change(sandbox, one, "subscription.updated", sandbox.clock.now(), scheduled_change=None)

@@ -105,6 +105,11 @@ def scaled(config: ServeConfig, replicas: int) -> ServeConfig:
     return changed
 
 
+def replica_options(config: ServeConfig) -> dict[str, object]:
+    """What Ray reserves for each LoRA replica, as ``ray_actor_options`` says it."""
+    return dict(_deployment(config, REPLICA).get("ray_actor_options") or {})
+
+
 def catalog_of(config: ServeConfig) -> Catalog:
     """The catalog of a resolved configuration, as every gateway reads it."""
     return read_catalog(_deployment(config, GATEWAY).get("user_config") or {})

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 
 from billing.commerce.products import Products, sold
 from billing.commerce.sync import SyncReport, plan, sync
+from billing.dodo.belonging import claim, refuse_other
 from billing.dodo.call_budget import SharedBudget
 from billing.dodo.client import Dodo
 from billing.dodo.settings import DodoSettings
 from billing.store.connection import connect
 from cluster.local.configuration import catalog_of, store_options
+from cluster.local.environment import SANDBOX
 from cluster.local.settings import SettingsError
 from cluster.serve_api import ServeConfig
 
@@ -19,6 +21,7 @@ def sync_products(config: ServeConfig, env: Mapping[str, str], is_dry_run: bool 
 
     Raises:
         DodoUnavailable, DodoRefused: Dodo's answer.
+        DodoMisconfigured: the store belongs to another environment of Dodo.
         SettingsError: the public address of this API is not set.
     """
     public_url = env.get("FAREBOX_PUBLIC_URL")
@@ -29,6 +32,7 @@ def sync_products(config: ServeConfig, env: Mapping[str, str], is_dry_run: bool 
         redis = await connect(env["REDIS_URL"], **store_options(config))
         dodo = Dodo(DodoSettings.from_env(env), on_call=SharedBudget(redis).spend)
         try:
+            await (refuse_other if is_dry_run else claim)(redis, env.get("FAREBOX_DODO_ENVIRONMENT") or SANDBOX)
             return await (plan if is_dry_run else sync)(dodo, redis, catalog_of(config), f"{public_url}/webhooks/dodo")
         finally:
             await redis.aclose()

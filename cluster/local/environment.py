@@ -1,17 +1,20 @@
 """The environment variables of a farebox's processes: addresses and secrets.
 
 The Dodo sandbox is used unless the operator names another environment, so that no process reaches live money by
-accident.
+accident. What the operator named at a start is kept in the farebox's folder, for its owner alone, until it is stopped:
+commands on a running farebox use that, and refuse a shell that names another Dodo.
 """
 
 import os
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from billing.dodo.settings import check_base_url
 from cluster.local.settings import Settings, SettingsError
-from cluster.local.state import Secrets
+from cluster.local.state import Home, Secrets, write_private
 
 SANDBOX: Literal["sandbox"] = "sandbox"
 TEST: Literal["test_mode"] = "test_mode"
@@ -55,13 +58,63 @@ class OperatorEnvironment(BaseSettings):
     @model_validator(mode="after")
     def _has_key_of_real_dodo(self) -> Self:
         chosen = self.farebox_dodo_environment
-        if chosen == SANDBOX:
-            return self
-        if not self.dodo_payments_api_key:
+        if chosen != SANDBOX and not self.dodo_payments_api_key:
             raise ValueError(f"FAREBOX_DODO_ENVIRONMENT={chosen} needs DODO_PAYMENTS_API_KEY, from Dodo's dashboard")
         if self.dodo_payments_base_url:
-            raise ValueError(f"FAREBOX_DODO_ENVIRONMENT={chosen} contradicts DODO_PAYMENTS_BASE_URL: unset one of them")
+            check_base_url(chosen, self.dodo_payments_base_url)
         return self
+
+    @classmethod
+    def kept_in(cls, home: Home) -> Self:
+        """What the operator named when the farebox in ``home`` was started.
+
+        A farebox that an earlier version started has kept nothing: then this process's environment counts.
+        """
+        try:
+            return cls.model_validate_json(home.operator.read_text())
+        except FileNotFoundError:
+            return cls.read()
+
+    def keep_in(self, home: Home) -> None:
+        write_private(home.operator, self.model_dump_json(indent=2))
+
+    def refuse_other_dodo(self, shell: Mapping[str, str], sandbox_url: str) -> None:
+        """Refuse a shell whose variables name another Dodo than the one that this farebox was started with.
+
+        Variables that are not set name nothing, and a key alone names nothing where the sandbox was started.
+
+        Raises:
+            SettingsError: the environment, the address or the key differs; both are named.
+        """
+        ours, key = self.farebox_dodo_environment, self.dodo_payments_api_key
+        base_url = self.dodo_payments_base_url or (sandbox_url if ours == SANDBOX else "")
+        named = {
+            "FAREBOX_DODO_ENVIRONMENT": (shell.get("FAREBOX_DODO_ENVIRONMENT") or ours, ours),
+            "DODO_PAYMENTS_BASE_URL": (shell.get("DODO_PAYMENTS_BASE_URL") or base_url, base_url),
+            "DODO_PAYMENTS_API_KEY": (shell.get("DODO_PAYMENTS_API_KEY") or key, key)
+            if ours != SANDBOX
+            else (key, key),
+        }
+        other = {name: theirs for name, (theirs, mine) in named.items() if theirs.rstrip("/") != mine.rstrip("/")}
+        if not other:
+            return
+        running = {name: mine for name, (_, mine) in named.items() if name in other}
+        raise SettingsError(
+            f"this farebox was started with {_shown(running)}, but this shell has {_shown(other)}: "
+            f"`unset {' '.join(other)}` to work on the one that runs, or `farebox down` and `farebox up` to start with "
+            "the other"
+        )
+
+
+def _shown(variables: Mapping[str, str]) -> str:
+    return ", ".join(
+        f"{name}={_masked(value) if 'KEY' in name else value or '(unset)'}" for name, value in variables.items()
+    )
+
+
+def _masked(key: str) -> str:
+    """The end of a key, by which its owner knows it."""
+    return f"…{key[-4:]}" if len(key) >= 16 else "…"
 
 
 def dodo_environment() -> str:
@@ -69,12 +122,13 @@ def dodo_environment() -> str:
     return OperatorEnvironment.read().farebox_dodo_environment
 
 
-def service_environment(settings: Settings, secrets: Secrets, store_url: str) -> dict[str, str]:
+def service_environment(
+    settings: Settings, secrets: Secrets, store_url: str, operator: OperatorEnvironment
+) -> dict[str, str]:
     """The variables that gateways, replicas, the billing actor and ``farebox`` commands read.
 
     With the sandbox, a real Dodo key in the operator's shell is passed to no process.
     """
-    operator = OperatorEnvironment.read()
     variables = {
         "REDIS_URL": store_url,
         "FAREBOX_HOME": str(settings.home),
@@ -85,13 +139,15 @@ def service_environment(settings: Settings, secrets: Secrets, store_url: str) ->
     if operator.farebox_dodo_environment == SANDBOX:
         return variables | {
             "DODO_PAYMENTS_API_KEY": secrets.dodo_api_key,
-            "DODO_PAYMENTS_BASE_URL": settings.sandbox_url,
+            "DODO_PAYMENTS_BASE_URL": operator.dodo_payments_base_url or settings.sandbox_url,
             "DODO_PAYMENTS_WEBHOOK_KEY": secrets.webhook_secret,
         }
-    return variables | {
+    variables |= {
         "DODO_PAYMENTS_API_KEY": operator.dodo_payments_api_key,
         "DODO_PAYMENTS_WEBHOOK_KEY": operator.dodo_payments_webhook_key,
     }
+    base_url = operator.dodo_payments_base_url
+    return variables | {"DODO_PAYMENTS_BASE_URL": base_url} if base_url else variables
 
 
 def inherited() -> dict[str, str]:

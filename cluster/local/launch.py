@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 import httpx
 
 from cluster.errors import ClusterError
+from cluster.local.capacity import limits
+from cluster.local.configuration import replica_options
 from cluster.serve_api import (
     DEPLOY_FAILED,
     REPLICA,
@@ -81,6 +83,22 @@ def wait_healthy(api: ServeApi, api_url: str, progress: Progress, timeout_s: flo
                 f"not healthy after {timeout_s:g} s: {step}; `farebox logs` shows why\n{problems}".rstrip()
             )
         time.sleep(_POLL_S)
+
+
+def refuse_without_room(api: ServeApi, config: ServeConfig, replicas: int) -> None:
+    """Refuse more LoRA replicas than this machine and Ray's cluster have room for.
+
+    Raises:
+        LaunchError: they do not fit; it says how many do, and why.
+    """
+    replica = find(api, REPLICA)
+    tightest = next(iter(limits(replica_options(config), api.usage(), replica.pids)), None)
+    if tightest is None or replicas <= (fit := len(replica.pids) + tightest.more) or replicas <= replica.running:
+        return
+    raise LaunchError(
+        f"{replicas} LoRA replicas do not fit, {fit} do: {tightest.reason}. Scale to {fit}, or start them all the same "
+        "with --force: those for which Ray has nothing left wait, and memory that runs out ends the others too"
+    )
 
 
 def wait_scaled(api: ServeApi, replicas: int | None, progress: Progress, timeout_s: float = HEALTHY_TIMEOUT_S) -> int:

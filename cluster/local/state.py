@@ -3,6 +3,7 @@
 Only the owner may read the folder and the secrets in it.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,9 @@ import psutil
 from cluster.errors import ClusterError
 from cluster.local.settings import RayPorts, Settings
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk, or a user's share of it, that is full."""
+
 
 class AlreadyRunning(ClusterError):
     """Another supervisor holds the lock of this folder."""
@@ -28,6 +32,8 @@ class Phase(StrEnum):
 
     STARTING = "starting"
     HEALTHY = "healthy"
+    DEGRADED = "degraded"
+    """It runs, but a part of it does not, or the disk is full; ``Run.problem`` says what."""
     STOPPING = "stopping"
     FAILED = "failed"
 
@@ -46,11 +52,12 @@ class Run:
     config: str
     ports_base: int
     haproxy: bool
+    dodo_environment: str = ""
     phase: Phase = Phase.STARTING
     step: str = ""
     """The current step of the start."""
     problem: str = ""
-    """Why it failed."""
+    """Why it failed, or is degraded."""
     pids: dict[str, int] = field(default_factory=dict)
     """The process id of each child, by name."""
 
@@ -129,6 +136,11 @@ class Home:
         """The configuration that was last sent to Ray Serve."""
         return self.path / "deployed.json"
 
+    @property
+    def operator(self) -> Path:
+        """What the operator's environment named at the start of the run, with Dodo's key."""
+        return self.path / "operator.json"
+
     def secrets(self) -> Secrets:
         """The secrets of this folder, generated on first use."""
         try:
@@ -152,11 +164,23 @@ class Home:
         return Run(**raw | {"phase": Phase(raw["phase"])})
 
     def write_run(self, run: Run) -> Run:
-        write_private(self.path / "run.json", json.dumps(asdict(run), indent=2))
+        """Replace ``run.json``. If the disk is full, write over it; if that fails too, remove it.
+
+        So it never says what is no longer true.
+        """
+        path, text = self.path / "run.json", json.dumps(asdict(run), indent=2)
+        try:
+            write_private(path, text)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            if not _written_over(path, text):
+                path.unlink(missing_ok=True)
         return run
 
     def remove_run(self) -> None:
         (self.path / "run.json").unlink(missing_ok=True)
+        self.operator.unlink(missing_ok=True)
 
     def lock(self) -> IO[str]:
         """Lock the folder. The kernel releases the lock when this process ends, however it ends.
@@ -195,6 +219,28 @@ def start_time(pid: int) -> float | None:
 def write_private(path: Path, text: str) -> None:
     """Replace a file atomically; only its owner may read it."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-        out.write(text + "\n")
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+            out.write(text + "\n")
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
     draft.replace(path)
+
+
+def _written_over(path: Path, text: str) -> bool:
+    """Write JSON over a file's content in one call, which needs no room where it is not longer; whether that worked.
+
+    What is left of a longer content becomes spaces.
+    """
+    try:
+        file = os.open(path, os.O_WRONLY)
+    except OSError:
+        return False
+    try:
+        content = text.encode().ljust(os.fstat(file).st_size)
+        return os.pwrite(file, content, 0) == len(content)
+    except OSError:
+        return False
+    finally:
+        os.close(file)

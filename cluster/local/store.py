@@ -1,5 +1,6 @@
 """What a start does with its store before anything else uses it."""
 
+from billing.dodo.belonging import claim
 from billing.store.connection import connect, reach
 from billing.store.keys import SCHEMA
 from billing.store.migrations import migrate
@@ -22,7 +23,15 @@ async def migrate_store(url: str, progress: Progress) -> None:
         progress(f"migrated the store from schema {done.found} to {SCHEMA}")
 
 
-async def verify_store(url: str, options: StoreOptions) -> None:
-    """Raises StoreRefused or StoreUnavailable if the store is not safe for money or does not answer."""
+async def verify_store(url: str, options: StoreOptions, dodo_environment: str) -> None:
+    """Check that the store may be used with this environment of Dodo, and note that it is.
+
+    Raises:
+        StoreRefused, StoreUnavailable: it is not safe for money, or does not answer.
+        DodoMisconfigured: it belongs to another environment of Dodo.
+    """
     redis = await connect(url, **options)
-    await redis.aclose()
+    try:
+        await claim(redis, dodo_environment)
+    finally:
+        await redis.aclose()

@@ -3,19 +3,22 @@
 1. The check of the configuration, the store, Ray and the sandbox start at the same time.
 2. The sandbox gets the products for sale, Ray Serve the configuration.
 3. When the API is ready, the demo's tenants are created, and the run is healthy.
-4. While it runs, a store or sandbox that ends is started again; if Ray ends, the run has failed.
+4. While it runs, a store or sandbox that ends is started again, on a full disk as soon as there is room; if Ray ends,
+   the run has failed.
 5. Ray Serve, Ray, the sandbox and the store are stopped in this order.
 """
 
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
 import httpx
@@ -31,6 +34,7 @@ from cluster.local.dodo_products import missing_products, sync_products
 from cluster.local.environment import SANDBOX, OperatorEnvironment, inherited, service_environment
 from cluster.local.launch import LaunchError, Progress
 from cluster.local.preflight import check_machine, check_ports
+from cluster.local.restarts import RESTARTS_MAX, Restarts
 from cluster.local.settings import Settings, free_block
 from cluster.local.state import Home, Phase, Run, Secrets, write_private
 from cluster.local.store import migrate_store, verify_store
@@ -39,8 +43,8 @@ from cluster.serve_api import ServeApi, ServeConfig, ServeUnavailable
 RAY_START_TIMEOUT_S, SANDBOX_START_TIMEOUT_S = 120.0, 30.0
 SERVE_STOP_S, RAY_STOP_S, CHILD_STOP_S = 6.0, 0.5, 1.0
 """Most of the time goes to Ray Serve, whose gateways settle open requests. In all a stop takes less than 10 s."""
-RESTARTS_MAX = 5
-"""Of the store or the sandbox within one run; then the run has failed."""
+ROOM_MIN_BYTES = 64 * 1024**2
+"""With less free space the run is degraded, and a child that has ended waits: it may have ended of a full disk."""
 _WATCH_S = 0.5
 
 
@@ -54,14 +58,14 @@ class Supervisor:
     def __init__(self, settings: Settings, home: Home, progress: Progress, timeout_s: float) -> None:
         self._settings = settings
         self._home = home
-        self._progress = progress
+        self._progress = _lasting(progress)
         self._timeout_s = timeout_s
         self._operator = OperatorEnvironment.read()
         self._has_sandbox = self._operator.farebox_dodo_environment == SANDBOX
         self._store: valkey.Valkey | None = None
         self._children: dict[str, Child] = {}
         self._api: ServeApi | None = None
-        self._restarts = 0
+        self._restarts = Restarts()
         self._secrets: Secrets = home.secrets()
         self._run = self._first_run()
 
@@ -69,13 +73,14 @@ class Supervisor:
         """Start everything and wait until it is healthy. The caller holds the folder's lock."""
         settings, home = self._settings, self._home
         check_machine(settings)
+        self._operator.keep_in(home)
         if ended := children.end_processes_of(home.path):
             self._begin(f"ended {ended} processes of an earlier run")
         check_ports(settings, needs_sandbox=self._has_sandbox)
         self._run = replace(self._run, ports_base=free_block(home.path).base)
         check = begin_check(settings, home)
         store_url = self._start_store()
-        env = service_environment(settings, self._secrets, store_url)
+        env = service_environment(settings, self._secrets, store_url, self._operator)
         self._start_ray(env)
         if self._has_sandbox:
             self._start_sandbox()
@@ -101,6 +106,8 @@ class Supervisor:
     def watch(self) -> None:
         """Restart the store and the sandbox when they end, until a signal arrives.
 
+        A full disk ends neither this process nor the run: it is degraded until there is room again.
+
         Raises:
             StopRequested: the signal.
             LaunchError: Ray ended, or the others ended too often.
@@ -109,15 +116,14 @@ class Supervisor:
             time.sleep(_WATCH_S)
             if self._children["ray"].has_ended:
                 raise LaunchError(f"Ray ended unexpectedly; the end of its log:\n{self._children['ray'].tail()}")
+            has_room = shutil.disk_usage(self._home.path).free >= ROOM_MIN_BYTES
+            problems = [] if has_room else [_no_room(self._home.path)]
             if self._store is not None and self._store.process.poll() is not None:
-                self._count_restart("the store")
-                self._store.kill()
-                self._store = self._run_store()
+                problems += self._restart("the store", self._restart_store, has_room)
             sandbox = self._children.get("sandbox")
             if sandbox is not None and sandbox.has_ended:
-                self._count_restart("the sandbox")
-                self._start_sandbox()
-            self._write_pids()
+                problems += self._restart("the sandbox", self._run_sandbox, has_room)
+            self._show("; ".join(problems))
 
     def stop(self) -> None:
         """Stop everything. The store is last, so that gateways can still settle open requests."""
@@ -149,16 +155,25 @@ class Supervisor:
             self._store = self._run_store()
             url = self._store.url
             asyncio.run(migrate_store(url, self._begin))
-        asyncio.run(verify_store(url, store_options_in(self._settings.config)))
+        options = store_options_in(self._settings.config)
+        asyncio.run(verify_store(url, options, self._operator.farebox_dodo_environment))
         self._run = replace(self._run, store_url=url)
         self._write_pids()
         return url
+
+    def _restart_store(self) -> None:
+        assert self._store is not None, "only a store that this process started ends here"
+        self._store.kill()
+        self._store = self._run_store()
 
     def _run_store(self) -> valkey.Valkey:
         return valkey.start(self._home.store, env=inherited() | {OWNER: str(self._home.path)})
 
     def _start_sandbox(self) -> None:
         self._begin("starting the Dodo sandbox")
+        self._run_sandbox()
+
+    def _run_sandbox(self) -> None:
         command = [sys.executable, "-m", "cluster.dodo_sandbox.server"]
         command += ["--port", str(self._settings.sandbox_port), "--state", str(self._home.dodo)]
         secrets = {
@@ -216,20 +231,41 @@ class Supervisor:
         self._children[name] = children.start(name, command, env, self._home.path, log)
         self._write_pids()
 
-    def _count_restart(self, what: str) -> None:
-        self._restarts += 1
-        self._progress(f"{what} ended unexpectedly: starting it again")
-        if self._restarts > RESTARTS_MAX:
+    def _restart(self, what: str, start: Callable[[], None], has_room: bool) -> list[str]:
+        """Start a child that has ended again; returns what is wrong as long as it does not run.
+
+        Raises:
+            LaunchError: it ended too often.
+        """
+        now_s = time.monotonic()
+        if not has_room or not self._restarts.is_due(what, now_s):
+            return [f"{what} has ended, and is started again {'soon' if has_room else 'when there is room'}"]
+        if (times := self._restarts.note(what, now_s)) > RESTARTS_MAX:
             raise LaunchError(
-                f"{what} ended {self._restarts} times: see the logs in {self._home.logs} and {self._home.store}"
+                f"{what} ended {times} times within an hour: see the logs in {self._home.logs} and {self._home.store}"
             )
+        self._show(f"{what} ended unexpectedly: starting it again")
+        try:
+            start()
+        except (ClusterError, OSError) as error:
+            return [f"{what} does not start, and is tried again soon: {error}"]
+        return []
+
+    def _show(self, problem: str) -> None:
+        """Let ``run.json`` say what is wrong, or that all is well, also where an earlier write of it failed."""
+        phase = Phase.DEGRADED if problem else Phase.HEALTHY
+        if problem != self._run.problem:
+            self._progress(problem or "healthy again")
+        self._run = replace(self._run, phase=phase, problem=problem, pids=self._pids())
+        if self._home.read_run() != self._run:
+            self._home.write_run(self._run)
+
+    def _pids(self) -> dict[str, int]:
+        pids = {name: child.process.pid for name, child in self._children.items()}
+        return pids if self._store is None else pids | {"store": self._store.pid}
 
     def _write_pids(self) -> None:
-        pids = {name: child.process.pid for name, child in self._children.items()}
-        if self._store is not None:
-            pids["store"] = self._store.pid
-        if pids != self._run.pids:
-            self._run = self._home.write_run(replace(self._run, pids=pids))
+        self._run = self._home.write_run(replace(self._run, pids=self._pids()))
 
     def _begin(self, step: str) -> None:
         self._progress(step)
@@ -247,6 +283,7 @@ class Supervisor:
             config=str(settings.config),
             ports_base=0,
             haproxy=settings.haproxy,
+            dodo_environment=self._operator.farebox_dodo_environment,
         )
 
 
@@ -264,7 +301,7 @@ def supervise(
         AlreadyRunning: another supervisor runs in this folder.
         ClusterError, BillingError: a part of it does not start, or does not keep running.
     """
-    home = Home.open(settings)
+    home, progress = Home.open(settings), _lasting(progress)
     with home.lock(), _signals():
         supervisor = Supervisor(settings, home, progress, timeout_s)
         problem = ""
@@ -277,10 +314,27 @@ def supervise(
         except (ClusterError, BillingError) as error:
             problem = str(error)
             raise
+        except OSError as error:
+            problem = str(error)
+            raise LaunchError(problem) from error
         finally:
             supervisor.stop()
             if problem:
                 supervisor.fail(problem)
+
+
+def _no_room(home: Path) -> str:
+    return f"less than {ROOM_MIN_BYTES // 1024**2} MiB are free in {home}: make room, the rest goes on by itself"
+
+
+def _lasting(progress: Progress) -> Progress:
+    """``progress`` that ends nothing when its own log is on a full disk."""
+
+    def report(step: str) -> None:
+        with suppress(OSError):
+            progress(step)
+
+    return report
 
 
 @contextmanager

@@ -26,6 +26,9 @@ class GatewayMetrics:
         self._refused = Gauge(
             "farebox_spool_refused_settles", "Settlements on this machine's disk that the ledger refused"
         )
+        self._unreadable = Gauge(
+            "farebox_spool_unreadable_settles", "Settlements on this machine's disk that cannot be read"
+        )
         self._open = Gauge("farebox_open_holds", "Holds that this gateway has open")
         self._first = Histogram("farebox_time_to_first_token_seconds", "From the hold to the first token", SECONDS)
         self._unpublished: defaultdict[tuple[Counter, tuple[tuple[str, str], ...]], int] = defaultdict(int)
@@ -60,9 +63,10 @@ class GatewayMetrics:
     def spooled(self) -> None:
         self._spooled.inc(1)
 
-    def spool(self, waiting: int, refused: int) -> None:
+    def spool(self, waiting: int, refused: int, unreadable: int) -> None:
         self._waiting.set(waiting)
         self._refused.set(refused)
+        self._unreadable.set(unreadable)
 
     def open_holds(self, count: int) -> None:
         self._open_holds = count

@@ -15,6 +15,7 @@ from billing.abuse.addresses import AddressSketches
 from billing.catalog.catalog import Catalog
 from billing.clock import TOLERANCE_MS
 from billing.commerce.context import Commerce
+from billing.commerce.links import Links
 from billing.commerce.webhooks import Webhooks
 from billing.dodo.call_budget import SharedBudget
 from billing.dodo.client import Dodo
@@ -71,8 +72,16 @@ class GatewayConfig:
         )
 
     @property
-    def top_up_url(self) -> str:
+    def checkout_url(self) -> str:
         return f"{self.public_url}/v1/checkout"
+
+    def top_up_url(self, token: str) -> str:
+        """The page on which whoever has this link may buy for its tenant."""
+        return f"{self.public_url}/top-up/{token}"
+
+    def receipt_url(self, token: str) -> str:
+        """The page to come back to after paying."""
+        return f"{self.public_url}/paid/{token}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +101,7 @@ class GatewayParts:
     load: LoadMeter
     address_sketches: AddressSketches
     metrics: GatewayMetrics
+    links: Links
     dodo: Dodo | None
     """``None`` where no payments key is configured: nothing can be bought, everything else works."""
     webhooks: Webhooks | None
@@ -143,6 +153,7 @@ def build_parts(
         load=load,
         address_sketches=AddressSketches(redis),
         metrics=metrics,
+        links=Links(redis),
         dodo=dodo,
         webhooks=webhooks,
     )

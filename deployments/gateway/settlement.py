@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from billing.errors import BillingError
 from billing.ledger.account import Receipt, Settlement
-from billing.ledger.errors import UnresolvedSettlement
+from billing.ledger.errors import UNREADABLE, UnresolvedSettlement
 from billing.ledger.ledger import Ledger
 from billing.ledger.spool import Spool, SpoolFull
 from billing.money import Nanos
@@ -55,7 +55,9 @@ class Settler:
                 with suppress(BillingError):  # it stays unresolved, and a person can still drop it
                     await self._ledger.recovery.drop(settlement.request_id)
             raise MeteringUnavailable(str(error)) from error
-        except StoreUnavailable as error:
+        except (StoreUnavailable, *UNREADABLE) as error:  # of neither is known whether it was charged
+            if not isinstance(error, StoreUnavailable):
+                logger.exception("request %s is settled later", settlement.request_id)
             if free_if_away:
                 free = replace(settlement, usage=NOTHING, list_nanos=Nanos(0), status=Status.FAILED)
                 settlement = replace(free, is_undelivered=not is_repeatable)
@@ -74,7 +76,7 @@ class Settler:
         while True:
             await asyncio.sleep(SPOOL_INTERVAL_S)
             try:
-                self._metrics.spool(self.spooled, await self.refused())
+                self._metrics.spool(self.spooled, await self.refused(), await self.unreadable())
                 await self._spool.replay(self._ledger)
             except StoreUnavailable:
                 logger.warning("the store is away: %d settlements wait on disk", self._spool.pending)
@@ -84,6 +86,10 @@ class Settler:
     async def refused(self) -> int:
         """Settlements of this machine's spool that the ledger refused."""
         return await asyncio.to_thread(lambda: self._spool.refused)
+
+    async def unreadable(self) -> int:
+        """Lines of this machine's spool that cannot be read."""
+        return await asyncio.to_thread(lambda: self._spool.unreadable)
 
     @property
     def spooled(self) -> int:

@@ -1,10 +1,12 @@
 """Amounts are whole nanos: written, read and divided without losing one."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billing.money import MAX_BALANCE_NANOS, AmountError, divide_up, format_usd, parse_usd
+from billing.money import MAX_BALANCE_NANOS, AmountError, Nanos, divide_up, format_usd, parse_usd
 
 
 @given(st.integers(-MAX_BALANCE_NANOS, MAX_BALANCE_NANOS))
@@ -25,6 +27,15 @@ def test_amount_is_read_to_the_nano(text: str, nanos: int) -> None:
 def test_text_that_is_no_amount_is_refused(text: str) -> None:
     with pytest.raises(AmountError):
         parse_usd(text)
+
+
+@pytest.mark.parametrize("text", ["1000000000", "99999999999", "-99999999999", "9" * 80])
+def test_amount_that_is_too_large_is_refused_with_the_bound(text: str) -> None:
+    with pytest.raises(AmountError, match=re.escape("too large: the most is 999999999.999999999 dollars")):
+        parse_usd(text)
+    with pytest.raises(AmountError, match=re.escape("too large: the most is 5.00 dollars")):
+        parse_usd("5.000000001", Nanos(5 * 10**9))
+    assert parse_usd("5", Nanos(5 * 10**9)) == 5 * 10**9
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 
+from cluster.local.environment import OperatorEnvironment
 from cluster.local.settings import Settings
 from cluster.local.state import Home, Phase, Run, start_time
 
@@ -26,4 +27,6 @@ def run_of(pid: int, **fields: object) -> Run:
 def write_healthy_run(store_url: str, sandbox_url: str = "http://127.0.0.1:9") -> None:
     """Write into ``FAREBOX_HOME`` that this process is a healthy farebox with that store."""
     run = run_of(os.getpid(), store_url=store_url, sandbox_url=sandbox_url, phase=Phase.HEALTHY)
-    Home.open(Settings.from_env()).write_run(run)
+    home = Home.open(Settings.from_env())
+    OperatorEnvironment.read().keep_in(home)
+    home.write_run(run)

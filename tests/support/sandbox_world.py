@@ -23,7 +23,11 @@ MONTH = {
     "subscription_period_count": 20,
     "subscription_period_interval": "Year",
     "currency": "USD",
+    "discount": 0,
+    "purchasing_power_parity": False,
 }
+ONCE = {"type": "one_time_price", "currency": "USD", "discount": 0, "purchasing_power_parity": False}
+"""A one-time price but for its amount; Dodo's document requires all of it."""
 
 
 @dataclass
@@ -105,7 +109,7 @@ class World:
         return self.dodo.customers.create(email=f"{name.lower()}@example.com", name=name).customer_id
 
     def pack(self, cents: int = 500) -> Product:
-        price = {"type": "one_time_price", "currency": "USD", "price": cents}
+        price = ONCE | {"price": cents}
         return self.dodo.products.create(name="Pack", price=price, tax_category="saas")
 
     def meter(self, kind: str = "sum", event_name: str = "farebox.charge") -> str:

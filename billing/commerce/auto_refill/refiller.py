@@ -1,7 +1,7 @@
 """Charge saved cards for packs when balances are low, and find out what became of each charge.
 
-An attempt is stored before Dodo is asked to charge. One whose answer was lost is looked up among the payments by its
-id; it is never made again on a guess.
+An attempt is stored before Dodo is asked to charge. One whose answer was lost, or that was refused on the way, is
+looked up among the customer's payments by its id; it is never made again on a guess.
 """
 
 import logging
@@ -28,6 +28,8 @@ REFILL_TAG = "farebox_refill"
 """Metadata key that says which attempt a payment belongs to."""
 LOST_MS = 3_600_000
 """An attempt that Dodo has no payment for after this time is taken for one that was never made."""
+CLOCKS_APART_MS = 24 * 3_600_000
+"""Payments are looked up from this long before the attempt: Dodo dates them by its own clock. Their ids decide."""
 UNFINISHED_MS = 24 * 3_600_000
 """A payment that still waits for its customer after this time is taken for failed."""
 WAITING = ("processing", "requires_customer_action", "requires_confirmation", "requires_capture", "")
@@ -79,16 +81,22 @@ class Refiller:
             await self._stop(tenant.id, "no card is saved: buy a pack once by hand")
             return False
         if changed.open_attempt == attempt:
-            await self._charge(tenant, product_id, methods[0], attempt)
+            await self._charge(tenant, refill.pack, product_id, methods[0], attempt)
             return True
         return False
 
-    async def _charge(self, tenant: Tenant, product_id: str, method_id: str, attempt: Attempt) -> None:
-        """A charge that Dodo refuses was not made; one that it does not answer is looked up later."""
+    async def _charge(self, tenant: Tenant, pack: str, product_id: str, method_id: str, attempt: Attempt) -> None:
+        """A charge that is refused, and that Dodo has no payment of, was not made; one without an answer is looked
+        up later.
+        """
         try:
-            payment_id = await self._dodo.charge_saved(tenant, product_id, method_id, {REFILL_TAG: attempt.id})
+            tags = {REFILL_TAG: attempt.id, "farebox_tenant": tenant.id, "farebox_product": f"pack:{pack}"}
+            payment_id = await self._dodo.charge_saved(tenant, product_id, method_id, tags)
         except DodoRefused as refused:
-            await self._fail(tenant.id, attempt, str(refused))
+            if await self._payment_of(tenant, attempt) is None:
+                await self._fail(tenant.id, attempt, str(refused))
+            else:
+                await self._follow(tenant, attempt)
         except DodoUnavailable as error:
             log.warning("refill %s of %s: %s; it will be looked up", attempt.id, tenant.id, error)
         else:
@@ -116,7 +124,8 @@ class Refiller:
     async def _payment_of(self, tenant: Tenant, attempt: Attempt) -> Payment | None:
         if attempt.payment_id:
             return await self._dodo.retrieve_payment(attempt.payment_id)
-        for payment in await self._dodo.payments_of(tenant.dodo_customer_id, attempt.started_at_ms):
+        since_ms = attempt.started_at_ms - CLOCKS_APART_MS
+        for payment in await self._dodo.payments_of(tenant.dodo_customer_id, since_ms):
             if payment.metadata.get(REFILL_TAG) == attempt.id:
                 return await self._dodo.retrieve_payment(payment.id)
         return None

@@ -18,7 +18,7 @@ from billing.notices.log import Notices
 from billing.pricing.prices import Usd
 from billing.reconcile import proof_state
 from billing.reports.unsettled import unsettled
-from billing.tenants.tenant import Email, Tenant, TenantName
+from billing.tenants.tenant import Email, ShownName, Tenant, TenantName
 from billing.usage import TenantId, Unit
 from deployments.gateway.api.account import read_account
 from deployments.gateway.api.admin_bodies import (
@@ -65,14 +65,14 @@ class NewTenant(_Request):
 
     id: TenantName
     email: Email
-    name: str = ""
+    name: ShownName = ""
     plan: str = ""
     """Empty takes the catalog's default plan."""
 
 
 class TenantChange(_Request):
     plan: str | None = None
-    name: str | None = None
+    name: ShownName | None = None
     email: Email | None = None
     suspended: bool | None = None
 
@@ -201,8 +201,8 @@ async def billing(gateway: GatewayDep) -> BillingBody:
         set_aside_webhooks=await Inbox(redis).set_aside_count(),
         cursors={str(shard): cursor for shard, cursor in (await outbox.cursors()).items()},
         unsettled_on_this_gateway=settler.spooled,
-        quarantined_settles=len(await ledger.recovery.kept()),
         refused_settles=await settler.refused(),
+        unreadable_settles=await settler.unreadable(),
     )
 
 

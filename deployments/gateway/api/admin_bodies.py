@@ -131,6 +131,8 @@ class BillingBody(BaseModel):
     unsettled_on_this_gateway: int
     quarantined_settles: int
     refused_settles: int
+    unreadable_settles: int
+    """Lines of this gateway's spool that cannot be read: nothing was settled by them."""
 
     @classmethod
     def of(
@@ -146,6 +148,7 @@ class BillingBody(BaseModel):
             outbox_events=backlog.outbox_events,
             dead_events=backlog.dead_events,
             withheld_records=backlog.withheld_records,
+            quarantined_settles=open_.unresolved,
             **more,
         )
 

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Lifespan
 
-from deployments.gateway.api import account, admin, errors, health, keys, openai, refills, shop, webhook
+from deployments.gateway.api import account, admin, errors, health, keys, openai, pages, refills, shop, webhook
 from deployments.gateway.api.document import openapi_json
 from deployments.gateway.edge import Front
 from deployments.gateway.gateway import Gateway
@@ -31,7 +31,7 @@ def make_routes(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     app = FastAPI(
         title="Farebox", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    routers = [module.router for module in (openai, account, shop, refills, keys, admin, webhook, health)]
+    routers = [module.router for module in (openai, account, shop, pages, refills, keys, admin, webhook, health)]
     routers.append(keys.operators)
     for router in routers:
         app.include_router(router)

@@ -37,6 +37,7 @@ async def caller(request: Request, _: Annotated[object, Security(API_KEY)] = Non
     """Who sends the request. Raises InvalidKey, TenantSuspended, ScopeMissing, StoreUnavailable."""
     gateway = gateway_of(request)
     principal = await gateway.authenticate(request.headers.get("authorization", ""))
+    request.scope["farebox.tenant"] = principal.tenant.id
     route: APIRoute = request.scope["route"]
     principal.key.require(SCOPES[request.method, route.path_format])
     if address := client_address(request.headers.getlist("x-forwarded-for"), gateway.config.trusted_proxies):

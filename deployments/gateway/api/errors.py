@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from billing.archive.errors import ArchiveUnavailable
 from billing.catalog.errors import ModelNotAllowed, UnknownModel
+from billing.commerce.links import LinkInvalid, TooManyCheckouts, TopUp
 from billing.dodo.errors import DodoRefused, DodoUnavailable, WebhookRejected
 from billing.errors import BillingError
 from billing.ledger.errors import (
@@ -31,7 +32,7 @@ from billing.ledger.errors import (
     UnknownHold,
 )
 from billing.ledger.spool import SpoolFull
-from billing.money import format_usd
+from billing.money import Nanos, format_usd
 from billing.store.errors import ClockSkewError, StoreRefused, StoreUnavailable
 from billing.tenants.errors import (
     CustomerTaken,
@@ -148,6 +149,9 @@ HTTP_ANSWERS: Mapping[type[BaseException], HttpAnswer] = {
     StoreRefused: _no_metering(5, NO_STORE),
     # archive
     ArchiveUnavailable: HttpAnswer(503, "archive_unavailable", SERVER, "Archive Unavailable", retry_after_s=5),
+    # commerce
+    LinkInvalid: _not_found("link_invalid"),
+    TooManyCheckouts: HttpAnswer(429, "too_many_checkouts", RATE, "Too Many Requests"),
     # dodo
     WebhookRejected: _unauthorized("invalid_webhook"),
     DodoUnavailable: HttpAnswer(503, "payments_unavailable", SERVER, "Payments Unavailable", retry_after_s=5),
@@ -268,8 +272,20 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
         logger.exception("unexpected error on %s %s", request.method, request.url.path, exc_info=error)
     elif isinstance(error, ClockSkewError):
         logger.critical("new requests are refused: %s", error)
-    body = problem_of(error, gateway.config.top_up_url)
+    body = problem_of(error, await _top_up_url(request, error))
     return ProblemResponse(body.to_json(), answer.status, headers_of(error))
+
+
+async def _top_up_url(request: Request, error: Exception) -> str:
+    """Where this tenant buys the smallest pack that helps; the API's own route while the store does not answer."""
+    if not isinstance(error, InsufficientCredits):
+        return ""
+    gateway = gateway_of(request)
+    link = TopUp(request.scope["farebox.tenant"], Nanos(error.required_nanos - error.balance_nanos))
+    try:
+        return gateway.config.top_up_url(await gateway.parts.links.write(link))
+    except StoreUnavailable:
+        return gateway.config.checkout_url
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from billing.catalog.plans import Limits
 from billing.clock import now_ms
 from billing.pricing.prices import Usd
-from billing.tenants.tenant import NEW_KEY_SCOPES, ApiKey, Scope, made_by, new_key
+from billing.tenants.tenant import NEW_KEY_SCOPES, ApiKey, Scope, ShownName, made_by, new_key
 from billing.usage import TenantId
 from deployments.gateway.api.admin import DAY_MS, operator
 from deployments.gateway.api.bodies import KeyBody, Listing, NewKeyBody
@@ -32,7 +32,7 @@ class NewKey(Sent):
         extra="forbid", json_schema_extra={"examples": [{"name": "ci", "daily_cap": "5.00", "expires_days": 30}]}
     )
 
-    name: Annotated[str, Field(max_length=200)] = ""
+    name: Annotated[ShownName, Field(max_length=200)] = ""
     models: list[str] | None = None
     """Models it may use; all that its tenant may where it is left out."""
     limits: Limits = Limits()

@@ -195,7 +195,7 @@ async def quote(asked: Annotated[QuoteRequest, Body()], gateway: GatewayDep, cal
         affordable_tokens=quoted.max_tokens,
         covered_by_requests=quoted.covered_by_requests,
         admitted=quoted.is_admitted,
-        refusal=None if refusal is None else problem_of(refusal, gateway.config.top_up_url).error,
+        refusal=None if refusal is None else problem_of(refusal).error,
     )
 
 

@@ -7,11 +7,13 @@ from pydantic import ConfigDict, Field
 
 from billing.catalog.terms import Terms
 from billing.clock import now_ms
+from billing.commerce.links import Receipt
 from billing.commerce.offers import Offers, offers_to
 from billing.commerce.products import Products
 from billing.dodo.client import PAGE, Dodo
 from billing.dodo.errors import DodoUnavailable
-from billing.tenants.tenant import Principal, Tenant
+from billing.tenants.tenant import Tenant
+from billing.usage import TenantId
 from deployments.gateway.api.dependencies import Caller, GatewayDep
 from deployments.gateway.api.document import refusals
 from deployments.gateway.api.shop_bodies import (
@@ -35,8 +37,8 @@ router = APIRouter(responses=refusals(401, 403, 503))
 @router.get("/v1/offers")
 async def offers(gateway: GatewayDep, caller: Caller) -> OffersBody:
     """The packs and plans that this tenant may buy now, and how."""
-    found, url = _offers(gateway, caller), gateway.config.top_up_url
-    subscribed_to = _subscribed_to(caller.tenant)
+    found, url = offers_for(gateway, caller.tenant), gateway.config.checkout_url
+    subscribed_to = subscribed_plan(caller.tenant)
     plans = {} if subscribed_to else found.plans
     return OffersBody(
         packs=[PackOffer.of(name, pack, url) for name, pack in found.packs.items()],
@@ -45,11 +47,11 @@ async def offers(gateway: GatewayDep, caller: Caller) -> OffersBody:
     )
 
 
-def _offers(gateway: Gateway, caller: Principal) -> Offers:
-    return offers_to(caller.tenant.id, gateway.parts.catalog_holder.current, now_ms())
+def offers_for(gateway: Gateway, tenant: Tenant) -> Offers:
+    return offers_to(tenant.id, gateway.parts.catalog_holder.current, now_ms())
 
 
-def _subscribed_to(tenant: Tenant) -> str:
+def subscribed_plan(tenant: Tenant) -> str:
     one = tenant.subscription
     return one.plan if one is not None and one.is_live(now_ms()) else ""
 
@@ -62,40 +64,50 @@ class CheckoutRequest(Sent):
     pack: str = ""
     plan: str = ""
     return_url: Annotated[str, Field(pattern="^(https?://.*)?$", max_length=2048)] = ""
+    """Where the buyer goes after paying; without one, to a page of ours that says what was bought."""
 
 
 @router.post("/v1/checkout", responses=refusals(400, 404, 409, 413, 502))
 async def checkout(asked: CheckoutRequest, gateway: GatewayDep, caller: Caller) -> CheckoutBody:
     """A page on which to pay. Dodo's webhook brings the credit, not the page."""
-    terms = _wanted(asked, gateway, caller)
-    dodo, tenant = await _at_dodo(gateway, caller)
+    terms = wanted(gateway, caller.tenant, asked.pack, asked.plan)
+    return await open_checkout(gateway, caller.tenant.id, terms, asked.return_url)
+
+
+async def open_checkout(gateway: Gateway, tenant_id: TenantId, terms: Terms, return_url: str = "") -> CheckoutBody:
+    """Open a checkout of what ``wanted`` allowed. Without a ``return_url`` it leads back to a receipt."""
+    dodo, tenant = await _at_dodo(gateway, tenant_id)
     product_id = await Products(gateway.parts.redis).id_for(terms)
     if not product_id:
         raise DodoUnavailable(f"{terms.name} is not at the payments provider: the operator makes it there")
     metadata = {"farebox_tenant": tenant.id, "farebox_product": terms.name}
-    url = await dodo.checkout(tenant, product_id, metadata, asked.return_url or gateway.config.public_url)
+    if not return_url:
+        receipt = Receipt(tenant.id, terms.name, product_id)
+        return_url = gateway.config.receipt_url(await gateway.parts.links.write(receipt))
+    url = await dodo.checkout(tenant, product_id, metadata, return_url)
     return CheckoutBody(checkout_url=url, session_id=url.rstrip("/").rpartition("/")[2])
 
 
-def _wanted(asked: CheckoutRequest, gateway: Gateway, caller: Principal) -> Terms:
-    if bool(asked.pack) == bool(asked.plan):
+def wanted(gateway: Gateway, tenant: Tenant, pack: str, plan: str) -> Terms:
+    """What this tenant would buy. Raises BadRequest, NotFound, Conflict where it may not."""
+    if bool(pack) == bool(plan):
         raise BadRequest("give either pack or plan", "pack")
-    offered = _offers(gateway, caller)
-    if asked.pack:
-        if asked.pack not in offered.packs:
-            raise NotFound(f"pack {asked.pack!r} is not sold: {', '.join(sorted(offered.packs)) or 'none is'}")
-        return Terms.of_pack(asked.pack, offered.packs[asked.pack])
-    if asked.plan not in offered.plans:
-        raise NotFound(f"plan {asked.plan!r} cannot be subscribed to: {', '.join(sorted(offered.plans)) or 'none can'}")
-    if plan := _subscribed_to(caller.tenant):
-        raise Conflict(f"a subscription to {plan!r} is active: cancel it first (POST /v1/portal)")
-    return Terms.of_plan(asked.plan, offered.plans[asked.plan])
+    offered = offers_for(gateway, tenant)
+    if pack:
+        if pack not in offered.packs:
+            raise NotFound(f"pack {pack!r} is not sold: {', '.join(sorted(offered.packs)) or 'none is'}")
+        return Terms.of_pack(pack, offered.packs[pack])
+    if plan not in offered.plans:
+        raise NotFound(f"plan {plan!r} cannot be subscribed to: {', '.join(sorted(offered.plans)) or 'none can'}")
+    if current := subscribed_plan(tenant):
+        raise Conflict(f"a subscription to {current!r} is active: cancel it first (POST /v1/portal)")
+    return Terms.of_plan(plan, offered.plans[plan])
 
 
 @router.post("/v1/portal", responses=refusals(502))
 async def portal(gateway: GatewayDep, caller: Caller) -> PortalBody:
     """A link to Dodo's page of this customer: its card, invoices and subscription. It is good for a while only."""
-    dodo, tenant = await _at_dodo(gateway, caller)
+    dodo, tenant = await _at_dodo(gateway, caller.tenant.id)
     return PortalBody(url=await dodo.portal(tenant.dodo_customer_id))
 
 
@@ -107,17 +119,17 @@ async def invoices(
     limit: Annotated[int, Query(ge=1, le=PAGE)] = 20,
 ) -> InvoicePage:
     """The tenant's payments, failed ones too, in Dodo's order. Keep ``limit``; ``next_page`` is null at the end."""
-    dodo, tenant = await _at_dodo(gateway, caller)
+    dodo, tenant = await _at_dodo(gateway, caller.tenant.id)
     found = await dodo.invoices(tenant.dodo_customer_id, page, limit)
     is_last = len(found) < limit or page == MAX_PAGE_NUMBER
     return InvoicePage(data=[InvoiceBody.of(invoice) for invoice in found], next_page=None if is_last else page + 1)
 
 
-async def _at_dodo(gateway: Gateway, caller: Principal) -> tuple[Dodo, Tenant]:
+async def _at_dodo(gateway: Gateway, tenant_id: TenantId) -> tuple[Dodo, Tenant]:
     """Dodo, and the tenant as the customer that it is there. Raises DodoUnavailable while it is none."""
     if gateway.parts.dodo is None:
         raise DodoUnavailable("payments are not configured here: ask the operator")
-    tenant = await gateway.parts.tenants.get(caller.tenant.id)
+    tenant = await gateway.parts.tenants.get(tenant_id)
     if not tenant.dodo_customer_id:
         raise DodoUnavailable("your customer record is still being made: retry in a few seconds")
     return gateway.parts.dodo, tenant

@@ -5,6 +5,8 @@ from typing import Literal, Self
 
 from billing.catalog.plans import Limits, Pack, Plan, PlanKind, Quota
 from billing.commerce.auto_refill.refill import Attempt, AttemptState, Refill
+from billing.commerce.inbox import PurchasedCredit
+from billing.commerce.receipts import State
 from billing.dodo.wire import Invoice
 from billing.money import NANOS_PER_CENT, format_usd
 from deployments.gateway.api.bodies import Body, Dollars, UnitName, amount_of, unit_name
@@ -91,6 +93,45 @@ class CheckoutBody(Body):
     object: Literal["checkout"] = "checkout"
     checkout_url: str
     session_id: str
+
+
+class TopUpBody(Body):
+    """What a link offers, what helps most first. POST what ``buy`` says; no API key is needed."""
+
+    object: Literal["top_up"] = "top_up"
+    packs: list[PackOffer]
+    plans: list[PlanOffer]
+
+
+class GrantedBody(Body):
+    """What a payment added, and when that ends; null is never."""
+
+    unit: UnitName
+    amount: Dollars | int
+    adapters: list[str]
+    expires_at_ms: int | None
+
+    @classmethod
+    def of(cls, credit: PurchasedCredit) -> Self:
+        return cls(
+            unit=unit_name(credit.unit),
+            amount=amount_of(credit.unit, credit.amount),
+            adapters=list(credit.adapters),
+            expires_at_ms=credit.expires_at_ms,
+        )
+
+
+class ReceiptBody(Body):
+    """``confirming`` until Dodo's webhook has come; ``granted`` and ``balance_usd`` come with ``paid``."""
+
+    object: Literal["receipt"] = "receipt"
+    state: State
+    product: str
+    granted: GrantedBody | None
+    """Null for a plan."""
+    balance_usd: Dollars | None
+    try_again_url: str | None
+    """Only where the payment was declined."""
 
 
 class PortalBody(Body):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from redis.asyncio import Redis
 
-from billing.abuse.addresses import AddressSketches
+from billing.abuse.addresses import AddressSketches, UsedKey
 from billing.abuse.enforcer import LEFT_ALONE_MS, AbuseEnforcer
-from billing.abuse.rules import HOUR_MS, Habits, Reason, UsedKey
+from billing.abuse.rules import HOUR_MS, Habits, Reason
 from billing.catalog.abuse import Abuse
 from billing.catalog.catalog import Catalog, Model
 from billing.catalog.plans import Plan
@@ -27,6 +27,7 @@ from tests.support.clock import SteppedClock
 from tests.support.samples import ACME, PER_TOKEN, money, settlement
 
 NOW = 1_000 * HOUR_MS
+DAY_MS = 24 * HOUR_MS
 KEY: UsedKey = (ACME, "key_1")
 ABUSE = Abuse(long_hours=2, long_requests=10, long_tokens=100, addresses=5)
 
@@ -188,11 +189,49 @@ async def test_addresses_are_estimated_and_not_stored(tenants: Tenants, store: R
     for gateway in gateways:
         await gateway.flush()
         await gateway.flush()
-    assert await gateways[0].counts([KEY, (ACME, "key_2")]) == {KEY: 8, (ACME, "key_2"): 0}
+    other = (ACME, "key_2")
+    assert await gateways[0].counts({KEY: [KEY], other: [other]}) == {KEY: 8, other: 0}
     assert not [name async for name in store.scan_iter("*192.0.2*")]
     assert await enforcer(tenants, store, clock, record(0)).run_once(ABUSE, Sweep("abuse")) == 1
     clock.now_ms += HOUR_MS
-    assert await gateways[0].counts([KEY]) == {KEY: 0}
+    assert await gateways[0].counts({KEY: [KEY]}) == {KEY: 0}
+
+
+async def test_rotated_key_is_judged_by_the_past_of_the_one_it_replaced(
+    tenants: Tenants, store: Redis, clock: SteppedClock
+) -> None:
+    _, second = await tenants.rotate_key(ACME, "key_1", grace_ms=0)
+    _, third = await tenants.rotate_key(ACME, second.id, grace_ms=HOUR_MS)
+    past = [*USUAL[:2], record(10, usd=1, key_id=second.id)]
+    guard = enforcer(tenants, store, clock, *past, record(0, usd=21, key_id=third.id))
+    assert await guard.run_once(ABUSE, Sweep("abuse")) == 1
+    assert (await tenants.key(ACME, third.id)).throttled is not None
+    assert (await tenants.key(ACME, "key_1")).throttled is None, "it is used no more"
+
+
+async def test_rotation_wipes_out_no_busy_hour(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
+    """Two keys share the spend of an hour while the old one has its grace."""
+    _, fresh = await tenants.rotate_key(ACME, "key_1", grace_ms=DAY_MS)
+    half = [record(0, usd=11), record(0, usd=11, key_id=fresh.id)]
+    assert await enforcer(tenants, store, clock, *USUAL, *half).run_once(ABUSE, Sweep("abuse")) == 2
+    busy = [*USUAL, record(5, usd=17)]
+    lifted = [await tenants.lift_key(ACME, id_) for id_ in ("key_1", fresh.id)]
+    clock.now_ms += LEFT_ALONE_MS
+    later = replace(record(0, usd=100, key_id=fresh.id), occurred_at_ms=clock.now_ms)
+    assert await enforcer(tenants, store, clock, *busy, later).run_once(ABUSE, Sweep("abuse")) == 0
+    assert [key.throttled for key in lifted] == [None, None]
+
+
+async def test_addresses_of_rotated_keys_count_together(tenants: Tenants, store: Redis, clock: SteppedClock) -> None:
+    _, fresh = await tenants.rotate_key(ACME, "key_1", grace_ms=DAY_MS)
+    sketches = AddressSketches(store, clock)
+    for number in range(4):
+        sketches.note(ACME, "key_1", f"192.0.2.{number}")
+        sketches.note(ACME, fresh.id, f"192.0.2.{number + 2}")
+    await sketches.flush()
+    guard = enforcer(tenants, store, clock, record(0), record(0, key_id=fresh.id))
+    assert await guard.run_once(ABUSE, Sweep("abuse")) == 2
+    assert "about 6 client addresses" in (await Notices(store).newest())[0].facts["detail"]
 
 
 PIRATE = Model(id="pirate", price=PER_TOKEN)

@@ -1,12 +1,15 @@
 """A saved card is charged once per attempt, whatever Dodo answers; what became of it is found out, never guessed."""
 
 import asyncio
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from billing.commerce.auto_refill.refill import COOLDOWN_MS, AttemptState, Refill, refusal_of
 from billing.commerce.auto_refill.refiller import LOST_MS, Refiller
 from billing.commerce.auto_refill.store import Refills
+from billing.dodo.errors import DodoUnavailable
 from billing.ledger.account import Bucket, Funding, Grant
 from billing.ledger.admission import funding_for, plan_of
 from billing.notices.log import Notices
@@ -16,7 +19,7 @@ from billing.usage import BucketId, TenantId, Unit
 from tests.support.hiccup import fail_next_notice
 from tests.support.purchases import AUTH, balance
 from tests.support.samples import request
-from tests.support.world import DAY, World, delivery
+from tests.support.world import DAY, MINUTE, World, delivery
 
 ACME, USD = TenantId("acme"), 1_000_000_000
 SMALL = Refill(pack="small", threshold_nanos=USD, monthly_cap_cents=1_500)
@@ -67,6 +70,14 @@ async def test_low_balance_is_refilled_once(world: World) -> None:
     assert (notice.kind, notice.tenant, notice.facts["amount_usd"]) == (NoticeKind.REFILL_SUCCEEDED, ACME, "5.00")
 
 
+async def test_invoice_of_a_refill_names_its_pack(world: World) -> None:
+    await low(world)
+    await refiller(world).run_once(world.sweep())
+    customer_id = (await world.tenants.get(ACME)).dodo_customer_id
+    newest, *_ = await world.dodo.invoices(customer_id, 0, 10)
+    assert (newest.product, newest.total_amount) == ("pack:small", 500)
+
+
 async def test_allowance_of_another_plan_does_not_prevent_a_refill(world: World) -> None:
     await low(world)
     left = Bucket(BucketId("allowance:free"), Unit.NANOS, 9 * USD, 9 * USD, world.clock() + DAY, is_allowance=True)
@@ -105,6 +116,42 @@ async def test_charge_with_a_lost_answer_is_found_again(world: World) -> None:
     assert await refiller(world).run_once(world.sweep()) == 0
     assert (await charges(world), await balance(world)) == (1, 5 * USD)
     assert (await state(refills)).attempts[0].state is AttemptState.SUCCEEDED
+
+
+@pytest.mark.parametrize("minutes", [-600, -20, -1, 1, 20, 600])
+async def test_charge_with_a_lost_answer_is_found_though_dodos_clock_is_another(world: World, minutes: int) -> None:
+    """Dodo's clock is ahead by so many minutes."""
+    refills = await low(world)
+    ours = Refiller(replace(world.commerce(), clock=lambda: world.clock() - minutes * MINUTE))
+    await world.fault("timeout_after_commit", path="/checkouts", times=1)
+    await ours.run_once(world.sweep())
+    await world.heal()
+    world.clock.move(LOST_MS + 1)
+    await ours.run_once(world.sweep())
+    assert (await state(refills)).attempts[0].state is AttemptState.SUCCEEDED
+    assert (await charges(world), await balance(world)) == (1, 5 * USD)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 422])
+async def test_charge_that_was_made_though_its_answer_is_a_refusal_is_no_failure(world: World, status: int) -> None:
+    """As a proxy between us and Dodo may answer."""
+    refills = await low(world)
+    await world.fault(f"status_after:{status}", path="/checkouts", times=1)
+    await refiller(world).run_once(world.sweep())
+    assert (await state(refills)).attempts[0].state is AttemptState.SUCCEEDED
+    assert (await charges(world), await balance(world)) == (1, 5 * USD)
+
+
+async def test_refused_charge_is_open_while_it_cannot_be_looked_up(world: World) -> None:
+    refills = await low(world)
+    await world.fault("status:422", path="/checkouts", times=1)
+    await world.fault("status:500", path="/payments", times=1)
+    with suppress(DodoUnavailable):
+        await refiller(world).run_once(world.sweep())
+    assert (await state(refills)).open_attempt is not None
+    world.clock.move(LOST_MS + 1)
+    await refiller(world).run_once(world.sweep())
+    assert (await state(refills)).attempts[0].state is AttemptState.FAILED
 
 
 async def test_charge_unknown_to_dodo_fails_after_an_hour(world: World) -> None:

@@ -16,6 +16,7 @@ from billing.tenants.errors import InvalidKey
 from billing.tenants.tenant import BUYER_SCOPES, ApiKey
 from billing.usage import TenantId
 from tests.support.purchases import AUTH, buy_as_stranger
+from tests.support.sandbox_world import ONCE
 from tests.support.world import CATALOG, World, delivery
 
 USD = 1_000_000_000
@@ -70,6 +71,15 @@ async def test_buyer_becomes_a_tenant_with_credit_and_key(keyed: World) -> None:
     (key,) = await keyed.tenants.keys(tenant.id)
     assert (key.made_by, key.scopes) == ("dodo", BUYER_SCOPES), "its only key can buy again"
     assert (await keyed.ledger.account(tenant.id)).balance_nanos == 5 * USD
+
+
+async def test_buyers_name_is_cleaned_of_control_characters(keyed: World) -> None:
+    cart = [{"product_id": await keyed.product("pack:keyed"), "quantity": 1}]
+    asked = {"product_cart": cart, "customer": {"email": "ada@example.com", "name": "Ada\r\nL.\x1b[31m"}}
+    session = (await keyed.operator.post("/checkouts", json=asked, headers=AUTH)).json()
+    paid = (await keyed.operator.post(f"/_sandbox/pay/{session['session_id']}")).json()
+    await keyed.webhooks().receive(*delivery("payment.succeeded", paid))
+    assert [tenant.name for tenant in await keyed.tenants.list()] == ["Ada L. [31m"]
 
 
 async def test_key_may_come_before_the_payment(keyed: World) -> None:
@@ -223,7 +233,7 @@ async def test_grant_of_another_entitlement_is_kept(world: World) -> None:
 
 
 async def test_customer_without_our_products_is_no_tenant(world: World) -> None:
-    price = {"type": "one_time_price", "price": 500, "currency": "USD"}
+    price = ONCE | {"price": 500}
     made = {"name": "a mug", "price": price, "tax_category": "saas"}
     mug = (await world.operator.post("/products", json=made, headers=AUTH)).json()
     cart = [{"product_id": mug["product_id"], "quantity": 1}]

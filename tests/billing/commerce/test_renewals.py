@@ -77,8 +77,11 @@ async def test_renewal_repays_the_usage_it_invoiced(world: World) -> None:
     assert stored.period_end_ms > world.clock(), "the payment brought the new period too"
 
 
+@pytest.mark.parametrize("bears", [{}, {"created_at": "2999-12-31T23:59:59Z"}])
 @pytest.mark.parametrize("before_the_end_ms", [10 * DAY, 10 * MINUTE])
-async def test_pause_repays_the_usage_it_invoiced(world: World, before_the_end_ms: int) -> None:
+async def test_pause_repays_the_usage_it_invoiced(
+    world: World, before_the_end_ms: int, bears: dict[str, object]
+) -> None:
     await world.tenant("acme", plan="payg")
     started = await subscribe(world, "payg")
     webhooks = world.webhooks()
@@ -93,7 +96,7 @@ async def test_pause_repays_the_usage_it_invoiced(world: World, before_the_end_m
     await world.operator.patch(f"/subscriptions/{started}", json={"status": "paused"}, headers=AUTH)
     bill = (await world.operator.get("/payments", headers=AUTH)).json()["items"][0]
     assert (bill["total_amount"], bill["service_periods"]) == (500, [])
-    await webhooks.receive(*delivery("payment.succeeded", bill, "msg_1"))
+    await webhooks.receive(*delivery("payment.succeeded", bill | bears, "msg_1"))
     assert (await world.ledger.account(ACME)).overage_nanos == 99
     rests = (await world.tenants.get(ACME)).subscription
     assert rests is not None

@@ -29,6 +29,28 @@ async def test_paid_pack_is_credited_by_product_and_quantity(world: World) -> No
     assert bucket.expires_at_ms == world.clock() + 30 * DAY
 
 
+@pytest.mark.parametrize("created_at", ["2012-01-01T00:00:00Z", "2999-12-31T23:59:59Z", None])
+async def test_pack_lasts_from_its_grant_whatever_time_the_payment_bears(world: World, created_at: str | None) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small") | {"created_at": created_at}
+    await world.webhooks().receive(*delivery("payment.succeeded", payment))
+    (bucket,) = (await world.ledger.account(ACME)).buckets
+    assert bucket.expires_at_ms == world.clock() + 30 * DAY
+    assert await balance(world) == 5 * USD
+
+
+async def test_pack_whose_payment_arrives_after_its_days_is_not_over_already(world: World) -> None:
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    world.clock.move(31 * DAY)
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("payment.succeeded", payment))
+    world.clock.move(DAY)
+    await webhooks.receive(*delivery("payment.succeeded", payment, "msg_2"))
+    (bucket,) = (await world.ledger.account(ACME)).buckets
+    assert bucket.expires_at_ms == world.clock() + 29 * DAY, "and a repeat lengthens nothing"
+
+
 async def test_pack_of_requests_fills_a_bucket_of_requests(world: World) -> None:
     await world.tenant("acme")
     await world.webhooks().receive(*delivery("payment.succeeded", await world.buy("acme", "pack:calls")))

@@ -119,3 +119,18 @@ async def test_no_minute_has_more_calls_than_its_budget(per_minute: int) -> None
     busiest = max(sum(start <= at < start + MINUTE for at in taken) for start in taken[:: max(1, len(taken) // 200)])
     assert 0 < busiest <= max(per_minute, 2)
     assert len(taken) >= 4 * max(1, per_minute - per_minute // 6) - 4, "five minutes' calls may nearly all be used"
+
+
+async def test_reserved_share_is_left_while_page_calls_overdraw_the_budget(redis: Redis) -> None:
+    pages, export = SharedBudget(redis, 240), SharedBudget(redis, 240, reserved_share=8)
+    for _ in range(100):
+        await pages.spend()
+    assert [await export.take() for _ in range(6)] == [True] * 5 + [False], "a sixth of thirty at once"
+    assert not await pages.take()
+    await redis.hincrby(CALL_BUDGET, "reserved_seen", -2 * 1_000)
+    assert [await export.take(), await export.take()] == [True, False], "thirty a minute"
+
+
+async def test_reserved_share_adds_nothing_to_a_budget_that_nobody_overdraws(redis: Redis) -> None:
+    export = SharedBudget(redis, 240, reserved_share=8)
+    assert 40 <= sum([await export.take() for _ in range(60)]) <= 42

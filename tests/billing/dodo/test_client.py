@@ -10,6 +10,7 @@ from billing.dodo.settings import DodoSettings
 from billing.dodo.wire import DodoSubscription, Payment
 from billing.tenants.tenant import Tenant
 from billing.usage import TenantId
+from tests.support.sandbox_world import ONCE
 from tests.support.world import API_KEY, World
 
 KEY = {"DODO_PAYMENTS_API_KEY": "dodo_test_1"}
@@ -27,7 +28,12 @@ def test_sandbox_is_the_default_environment() -> None:
     [
         (KEY, "DODO_PAYMENTS_BASE_URL"),
         (BASE, "DODO_PAYMENTS_API_KEY"),
-        (KEY | BASE | {"FAREBOX_DODO_ENVIRONMENT": "test_mode"}, "DODO_PAYMENTS_BASE_URL"),
+        (KEY | BASE | {"FAREBOX_DODO_ENVIRONMENT": "live_mode"}, "forbids DODO_PAYMENTS_BASE_URL"),
+        (KEY | {"DODO_PAYMENTS_BASE_URL": "127.0.0.1:8010"}, "write it as http://127.0.0.1:8020"),
+        (
+            KEY | {"FAREBOX_DODO_ENVIRONMENT": "test_mode", "DODO_PAYMENTS_BASE_URL": "https://live.dodopayments.com"},
+            "Dodo's live mode",
+        ),
         (KEY | {"FAREBOX_DODO_ENVIRONMENT": "production"}, "FAREBOX_DODO_ENVIRONMENT"),
     ],
 )
@@ -54,6 +60,22 @@ async def test_each_mode_has_its_host_and_nothing_is_retried(environment: str, h
     await dodo.close()
 
 
+@pytest.mark.parametrize("environment", ["sandbox", "test_mode"])
+async def test_proxy_stands_before_the_sandbox_and_test_mode(environment: str) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(f"{request.url.scheme}://{request.url.netloc.decode()}")
+        return httpx.Response(503)
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    dodo = Dodo(DodoSettings.from_env(KEY | BASE | {"FAREBOX_DODO_ENVIRONMENT": environment}), client)
+    with pytest.raises(DodoUnavailable):
+        await dodo.ingest([Event("id", "cus", "farebox.usage", 0, {})])
+    assert asked == [BASE["DODO_PAYMENTS_BASE_URL"]]
+    await dodo.close()
+
+
 async def test_every_page_is_read(world: World) -> None:
     for number in range(PAGE + 20):
         await world.dodo.create_product(f"other:{number}", f"Product {number}", _one_time())
@@ -63,7 +85,7 @@ async def test_every_page_is_read(world: World) -> None:
 
 
 def _one_time() -> object:
-    return {"type": "one_time_price", "price": 100, "currency": "USD"}
+    return ONCE | {"price": 100}
 
 
 async def test_customer_is_found_again_and_never_shared(world: World) -> None:

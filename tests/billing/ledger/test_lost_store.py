@@ -21,7 +21,7 @@ from billing.money import Nanos
 from billing.store.connection import connect, identity, replicated, verify
 from billing.store.errors import StoreUnavailable
 from billing.store.keys import shard_for
-from billing.usage import RequestId, Unit
+from billing.usage import RequestId, TenantId, Unit
 from cluster import valkey
 from tests.support.clock import SteppedClock
 from tests.support.fleet import HOST, durable, wait_until
@@ -250,6 +250,26 @@ async def test_every_kind_of_movement_is_sent_again(store: Redis) -> None:
     after = await ledger.account(ACME)
     assert (after.balance_nanos, after.overage_nanos, after.seq) == (0, 5_000, 7)
     assert (before.balance_nanos, before.overage_nanos) == (0, 5_000)
+
+
+async def test_movement_that_meets_an_unreadable_account_keeps_no_other_from_being_sent_again(store: Redis) -> None:
+    recent, who = Recent(), [frozenset({"a"})]
+
+    async def identify() -> frozenset[str]:
+        return who[-1]
+
+    ledger = Ledger(store, on_done=recent.note)
+    replay = Replay(ledger, recent, identify, partial(verify, store))
+    await replay.watch_once()
+    bad = TenantId("aaa")
+    for tenant in (bad, ACME):
+        await ledger.grant(replace(money(100_000), tenant=tenant))
+    await store.flushall()
+    await store.set(shard_for(bad).account(bad), "no hash")
+    who.append(frozenset({"b"}))
+    assert await replay.watch_once() == 2
+    assert (await ledger.account(ACME)).balance_nanos == 100_000
+    assert await replay.watch_once() == 0, "and the next time there is nothing more to do"
 
 
 async def test_a_store_that_took_over_and_is_not_durable_is_refused_until_it_is(store: Redis) -> None:

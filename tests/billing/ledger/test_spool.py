@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from billing.ledger.account import Grant, Settlement
 from billing.ledger.codec import pack_settlement
 from billing.ledger.ledger import Ledger
-from billing.ledger.spool import REFUSED, Spool, SpoolFull
+from billing.ledger.spool import REFUSED, UNREADABLE_LINES, Spool, SpoolFull
 from billing.money import Nanos
 from billing.store.connection import connect
 from billing.store.errors import StoreUnavailable
+from billing.store.keys import shard_for
 from billing.usage import NOTHING, RequestId, Status
 from cluster import valkey
 from tests.support.samples import ACME, calls, money, request, settlement
@@ -101,10 +103,33 @@ async def test_settle_that_the_ledger_refuses_is_kept_for_the_operator(
     assert await spool.replay(ledger) == 1
     assert spool.pending == 0
     assert "req_never_held" in (tmp_path / "spool" / REFUSED).read_text()
-    assert spool.refused == 1
+    assert (spool.refused, spool.unreadable) == (1, 0)
 
 
-async def test_quantities_that_cannot_be_are_set_aside_and_hold_up_nothing(ledger: Ledger, spool: Spool) -> None:
+async def test_settlement_of_an_unreadable_hold_waits_and_holds_up_nothing(
+    ledger: Ledger, spool: Spool, store: Redis
+) -> None:
+    """Nobody refused it: it is settled once the hold is as it was."""
+    await ledger.grant(money(1_000_000))
+    for name in ("req_bad", "req_good"):
+        await ledger.hold(request(name))
+        spool.append(settlement(name))
+    holds = shard_for(ACME).holds
+    hold = str(await store.hget(holds, "req_bad"))
+    await store.hset(holds, "req_bad", "no JSON")
+    assert await spool.replay(ledger) == 1
+    assert (spool.pending, spool.refused, spool.unreadable) == (1, 0, 0)
+    assert (await ledger.settle(settlement("req_good"))).is_repeat
+    await store.hset(holds, "req_bad", hold)
+    assert await spool.replay(ledger) == 0, "not at every run"
+    spool._retry_at.clear()
+    assert await spool.replay(ledger) == 1
+    assert (spool.pending, (await ledger.account(ACME)).balance_nanos) == (0, 960_000)
+
+
+async def test_quantities_that_cannot_be_are_set_aside_and_hold_up_nothing(
+    ledger: Ledger, spool: Spool, tmp_path: Path
+) -> None:
     await ledger.grant(money(1_000_000))
     await ledger.hold(request())
     assert spool.refused == 0
@@ -113,7 +138,8 @@ async def test_quantities_that_cannot_be_are_set_aside_and_hold_up_nothing(ledge
     spool._pending += 1
     spool.append(settlement())
     assert await spool.replay(ledger) == 2
-    assert (spool.pending, spool.refused) == (0, 1)
+    assert (spool.pending, spool.refused, spool.unreadable) == (0, 0, 1)
+    assert "AssertionError" in (tmp_path / "spool" / UNREADABLE_LINES).read_text()
     assert (await ledger.account(ACME)).balance_nanos == 980_000
 
 

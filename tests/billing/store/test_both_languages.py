@@ -41,8 +41,8 @@ class Lua:
         return [str(word) for word in self._loop.run_until_complete(cast("asyncio.Future[list[str]]", reply))]
 
     def spend(self, per_minute: int, now_ms: int) -> bool:
-        text = source("dodo/spend_call").replace("local now = store_ms()", "local now = tonumber(ARGV[4])")
-        reply = self._redis.eval(text, 1, "budget", str(per_minute), str(BURST_SHARE), "0", str(now_ms))
+        text = source("dodo/spend_call").replace("local now = store_ms()", "local now = tonumber(ARGV[5])")
+        reply = self._redis.eval(text, 1, "budget", str(per_minute), str(BURST_SHARE), "0", "0", str(now_ms))
         return bool(self._loop.run_until_complete(cast("asyncio.Future[int]", reply)))
 
     def empty(self) -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from cluster.checking.check import check, resolve
 from cluster.checking.findings import CheckFailed
+from cluster.cli.findings import report_table
 from cluster.cli.main import app
 from deployments.gateway.catalog_holder import read_catalog
 from deployments.inference.adapters import WEIGHTS_FILE, digest_adapter
@@ -419,7 +420,7 @@ def test_table_shows_models_and_findings(workspace: Workspace) -> None:
     workspace.edit('input_per_1m: "0.50"', "input_per_1m: 0.50")
     console = Console(width=200, record=True, file=(workspace.folder / "out").open("w"))
     with console.file:  # type: ignore[attr-defined]
-        console.print(workspace.check().table())
+        console.print(report_table(workspace.check()))
     shown = console.export_text()
     assert digest_adapter(workspace.models / "adapters" / "yaml")[:12] in shown
     assert "request $0.0005" in shown

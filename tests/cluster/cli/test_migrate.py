@@ -79,7 +79,7 @@ def test_up_migrates_the_store_that_it_starts(old_store: str) -> None:
     for _ in range(2):
         asyncio.run(migrate_store(old_store, said.append))
     assert said == ["migrated the store from schema 1 to 2"]
-    asyncio.run(verify_store(old_store, OPTIONS))
+    asyncio.run(verify_store(old_store, OPTIONS, "sandbox"))
 
 
 def test_error_with_brackets_is_printed(old_store: str, monkeypatch: pytest.MonkeyPatch) -> None:

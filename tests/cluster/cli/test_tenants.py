@@ -98,6 +98,29 @@ def test_invalid_tenant_names_the_remedy(farebox: str, words: tuple[str, ...], m
     assert message in refused("tenants", "create", *words)
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "a\ttab", "\x1b[31mred", "\x85", "\u2028"])
+def test_name_with_control_characters_is_refused(farebox: str, name: str) -> None:
+    assert "control characters" in refused("tenants", "create", "acme", "--email", "it@acme.example", "--name", name)
+    json_of("tenants", "create", "acme", "--email", "it@acme.example", "--name", "Ünï 🏴‍☠️ GmbH")
+    assert "control characters" in refused("keys", "create", "acme", "--name", name)
+
+
+def test_list_shows_balances(farebox: str) -> None:
+    for tenant in ("acme", "globex"):
+        json_of("tenants", "create", tenant, "--email", f"it@{tenant}.example")
+    json_of("tenants", "grant", "acme", "--source", "mail-7", "--usd", "12.50")
+    call("tenants", "suspend", "globex")
+    heading, *rows = [line.split() for line in call("tenants", "list").output.splitlines()]
+    assert heading == ["tenant", "plan", "balance", "subscription", "state", "email", "Dodo", "customer"]
+    shown = [row[:5] for row in rows]
+    assert shown == [
+        ["acme", "prepaid", "$12.500000", "active", "it@acme.example"],
+        ["globex", "prepaid", "$0.000000", "suspended", "it@globex.example"],
+    ]
+    listed = json.loads(call("tenants", "list", "--json").stdout)
+    assert [one["balance_usd"] for one in listed] == ["12.500000", "0.000000"]
+
+
 def test_tenant_is_not_created_twice(farebox: str) -> None:
     json_of("tenants", "create", "acme", "--email", "it@acme.example")
     assert "exists already" in refused("tenants", "create", "acme", "--email", "other@acme.example")
@@ -124,7 +147,9 @@ def test_grant_is_idempotent(farebox: str) -> None:
         (("--source", "a", "--usd", "1", "--requests", "1"), "either --usd or --requests"),
         (("--source", "a", "--usd", "1", "--adapter", "x"), "--adapter only with --requests"),
         (("--source", "a", "--usd", "a lot"), "12.50"),
-        (("--source", "a", "--usd", "2000000"), "is nothing, or more than the"),
+        (("--source", "a", "--usd", "2000000"), "too large: the most is 1000000.00 dollars"),
+        (("--source", "a", "--usd", "99999999999"), "too large: the most is 1000000.00 dollars"),
+        (("--source", "a", "--usd", "0.00"), "is nothing, or more than the"),
     ],
 )
 def test_invalid_grant_is_explained(farebox: str, words: tuple[str, ...], message: str) -> None:

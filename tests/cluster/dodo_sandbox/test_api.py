@@ -8,7 +8,7 @@ import httpx
 import pytest
 from dodopayments import AsyncDodoPayments, DodoPayments
 
-from tests.support.sandbox_world import API_KEY, MONTH, World, world
+from tests.support.sandbox_world import API_KEY, MONTH, ONCE, World, world
 
 
 @pytest.fixture
@@ -106,9 +106,7 @@ def test_products_of_three_kinds(there: World) -> None:
 
 def test_products_are_updated_and_archived(there: World) -> None:
     pack = there.pack(500)
-    there.dodo.products.update(
-        pack.product_id, name="Big", price={"type": "one_time_price", "currency": "USD", "price": 900}
-    )
+    there.dodo.products.update(pack.product_id, name="Big", price=ONCE | {"price": 900})
     assert there.dodo.products.retrieve(pack.product_id).name == "Big"
     there.dodo.products.archive(pack.product_id)
     assert there.dodo.products.list().items == []
@@ -156,7 +154,7 @@ def test_credit_entitlements_are_refused(there: World) -> None:
     with pytest.raises(dodopayments.UnprocessableEntityError):
         there.dodo.products.create(
             name="Credits",
-            price={"type": "one_time_price", "currency": "USD", "price": 1},
+            price=ONCE | {"price": 1},
             tax_category="saas",
             credit_entitlements=[{"credit_entitlement_id": "cde_1", "credits_amount": "5"}],
         )
@@ -264,9 +262,7 @@ def test_misspelt_control_fields_are_refused(there: World) -> None:
 
 
 def test_cart_has_one_currency(there: World) -> None:
-    euro = there.dodo.products.create(
-        name="Euro", price={"type": "one_time_price", "currency": "EUR", "price": 1}, tax_category="saas"
-    )
+    euro = there.dodo.products.create(name="Euro", price=ONCE | {"currency": "EUR", "price": 1}, tax_category="saas")
     cart = [{"product_id": one.product_id, "quantity": 1} for one in (euro, there.pack())]
     with pytest.raises(dodopayments.BadRequestError):
         there.dodo.checkout_sessions.create(product_cart=cart)
@@ -290,3 +286,43 @@ def test_control_routes_need_no_key(there: World) -> None:
     answer: httpx.Response = there.http.get("/_sandbox/health")
     assert answer.json() == {"status": "ok"}
     assert API_KEY not in there.http.get("/").text
+
+
+def test_statuses_of_success_are_those_of_the_document(there: World) -> None:
+    authorization = {"authorization": f"Bearer {API_KEY}"}
+    meter = {"name": "m", "event_name": "e", "measurement_unit": "u", "aggregation": {"type": "count"}}
+    made = there.http.post("/meters", json=meter, headers=authorization)
+    endpoint = there.http.post("/webhooks", json={"url": "http://127.0.0.1:9/"}, headers=authorization)
+    product = there.pack().product_id
+    found = {
+        "POST /meters": made.status_code,
+        "DELETE /meters": there.http.delete(f"/meters/{made.json()['id']}", headers=authorization).status_code,
+        "POST /webhooks": endpoint.status_code,
+        "DELETE /webhooks": there.http.delete(f"/webhooks/{endpoint.json()['id']}", headers=authorization).status_code,
+        "DELETE /products": there.http.delete(f"/products/{product}", headers=authorization).status_code,
+    }
+    assert found == {
+        "POST /meters": 201,
+        "DELETE /meters": 204,
+        "POST /webhooks": 200,
+        "DELETE /webhooks": 200,
+        "DELETE /products": 200,
+    }
+
+
+def test_refunds_and_disputes_carry_what_the_sdk_reads(there: World) -> None:
+    paid = there.buy(there.customer(), there.pack(500))
+    opened = there.control(f"disputes/{paid['payment_id']}", amount=200, is_resolved_by_rdr=True).json()
+    dispute = there.dodo.disputes.retrieve(opened["dispute_id"])
+    assert (dispute.currency, dispute.is_resolved_by_rdr) == ("USD", True)
+    assert there.dodo.disputes.list().items[0].is_resolved_by_rdr
+    refund = there.dodo.refunds.create(payment_id=str(paid["payment_id"]))
+    assert (refund.currency, there.dodo.refunds.list().items[0].currency) == ("USD", "USD")
+
+
+@pytest.mark.parametrize("missing", ["discount", "purchasing_power_parity", "currency", "price"])
+def test_price_without_a_required_field_is_422(there: World, missing: str) -> None:
+    price = {name: value for name, value in (ONCE | {"price": 500}).items() if name != missing}
+    with pytest.raises(dodopayments.UnprocessableEntityError) as refused:
+        there.dodo.products.create(name="Pack", price=price, tax_category="saas")
+    assert missing in str(refused.value.body)

@@ -6,7 +6,7 @@ from pathlib import Path
 import dodopayments
 import pytest
 
-from tests.support.sandbox_world import World, world
+from tests.support.sandbox_world import ONCE, World, world
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_tax_is_added(there: World) -> None:
 
 
 def test_pay_what_you_want(there: World) -> None:
-    price = {"type": "one_time_price", "currency": "USD", "price": 500, "pay_what_you_want": True}
+    price = ONCE | {"price": 500, "pay_what_you_want": True}
     open_ = there.dodo.products.create(name="Any", price=price, tax_category="saas")
     line = {"product_id": open_.product_id, "quantity": 1, "amount": 777}
     session = there.dodo.checkout_sessions.create(product_cart=[line])

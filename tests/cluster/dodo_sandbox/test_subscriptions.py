@@ -270,3 +270,103 @@ def test_scheduled_plan_change(there: World) -> None:
     there.days(31)
     assert [bill.total_amount for bill in there.dodo.payments.list().items] == [3000, 1000, 1000]
     assert there.dodo.subscriptions.retrieve(one.subscription_id).product_id == bigger.product_id
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "full_immediately",
+        "difference_immediately",
+        "prorated_immediately",
+        "prorated_immediately_keep_cycle",
+        "do_not_bill",
+    ],
+)
+@pytest.mark.parametrize("cents", [500, 3000])
+def test_preview_of_plan_change_is_what_the_change_does(there: World, mode: str, cents: int) -> None:
+    there.control("settings", tax_bps=1900)
+    customer = there.customer()
+    one = there.subscribe(customer, there.metered(fixed_price=2000))
+    there.charge(customer, 3 * 10**9)
+    half = (one.next_billing_date - one.previous_billing_date) / 2
+    there.control("clock", now=(one.previous_billing_date + half).isoformat())
+    asked = {
+        "product_id": there.recurring(cents).product_id,
+        "quantity": 1,
+        "proration_billing_mode": mode,
+    }
+    before = there.dodo.subscriptions.retrieve(one.subscription_id)
+    preview = there.dodo.subscriptions.preview_change_plan(one.subscription_id, **asked)  # type: ignore[arg-type]
+    assert there.dodo.subscriptions.retrieve(one.subscription_id) == before
+    assert len(there.payments(customer)) == 1
+    changed = there.dodo.subscriptions.change_plan(one.subscription_id, **asked)  # type: ignore[arg-type]
+    bill = there.dodo.payments.retrieve(str(changed.payment_id))
+    charge = preview.immediate_charge
+    assert (charge.summary.total_amount, charge.summary.tax) == (bill.total_amount, bill.tax)
+    assert [line.type for line in charge.line_items] == ["subscription", "meter"]
+    after = there.dodo.subscriptions.retrieve(one.subscription_id)
+    assert (preview.new_plan.product_id, preview.new_plan.recurring_pre_tax_amount) == (after.product_id, cents)
+    if mode not in ("do_not_bill", "prorated_immediately_keep_cycle"):
+        assert abs(preview.new_plan.next_billing_date - after.next_billing_date).total_seconds() < 60
+    else:
+        assert preview.new_plan.next_billing_date == after.next_billing_date == one.next_billing_date
+
+
+def test_preview_of_scheduled_change_costs_nothing_now(there: World) -> None:
+    one, other = there.subscribe(there.customer(), there.recurring(2000)), there.recurring(3000)
+    preview = there.dodo.subscriptions.preview_change_plan(
+        one.subscription_id,
+        product_id=other.product_id,
+        quantity=1,
+        proration_billing_mode="prorated_immediately",
+        effective_at="next_billing_date",
+    )
+    charge = preview.immediate_charge
+    assert (charge.summary.total_amount, charge.line_items) == (0, [])
+    assert charge.effective_at == one.next_billing_date
+
+
+def test_scheduled_change_is_replaced_only_when_asked(there: World) -> None:
+    one = there.subscribe(there.customer(), there.recurring(2000))
+    first, second = there.recurring(3000).product_id, there.recurring(4000).product_id
+    mode = "do_not_bill"
+    there.dodo.subscriptions.change_plan(
+        one.subscription_id,
+        product_id=first,
+        quantity=1,
+        proration_billing_mode=mode,
+        effective_at="next_billing_date",
+    )
+    for when in ("immediately", "next_billing_date"):
+        with pytest.raises(dodopayments.ConflictError):
+            there.dodo.subscriptions.change_plan(
+                one.subscription_id,
+                product_id=second,
+                quantity=1,
+                proration_billing_mode=mode,
+                effective_at=when,
+            )
+    there.dodo.subscriptions.change_plan(
+        one.subscription_id,
+        product_id=second,
+        quantity=1,
+        proration_billing_mode=mode,
+        effective_at="next_billing_date",
+        cancel_scheduled_change_plan=True,
+    )
+    scheduled = there.dodo.subscriptions.retrieve(one.subscription_id).scheduled_change
+    assert scheduled is not None
+    assert scheduled.product_id == second
+
+
+def test_plan_change_by_payment_link_is_refused(there: World) -> None:
+    one, other = there.subscribe(there.customer(), there.recurring(2000)), there.recurring(3000).product_id
+    for more in ({"collect_via_payment_link": True}, {"return_url": "http://127.0.0.1/"}):
+        with pytest.raises(dodopayments.UnprocessableEntityError):
+            there.dodo.subscriptions.change_plan(
+                one.subscription_id,
+                product_id=other,
+                quantity=1,
+                proration_billing_mode="do_not_bill",
+                **more,  # type: ignore[arg-type]
+            )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import ray_node
-from cluster.local.environment import dodo_environment, inherited, service_environment
+from cluster.local.environment import OperatorEnvironment, dodo_environment, inherited, service_environment
 from cluster.local.settings import RayPorts, Settings, SettingsError, free_block, taken
 from cluster.local.state import Secrets
 
@@ -102,7 +102,7 @@ def test_sandbox_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DODO_PAYMENTS_API_KEY", "live_secret")
     monkeypatch.setenv("DODO_PAYMENTS_WEBHOOK_KEY", "whsec_live")
     assert dodo_environment() == "sandbox"
-    variables = service_environment(Settings.from_env(), SECRETS, "unix:///s")
+    variables = service_environment(Settings.from_env(), SECRETS, "unix:///s", OperatorEnvironment.read())
     assert variables["DODO_PAYMENTS_API_KEY"] == "sandbox_x"
     assert variables["DODO_PAYMENTS_WEBHOOK_KEY"] == "whsec_x"
     assert variables["DODO_PAYMENTS_BASE_URL"] == "http://127.0.0.1:8010"
@@ -114,10 +114,25 @@ def test_real_dodo_needs_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="needs DODO_PAYMENTS_API_KEY"):
         dodo_environment()
     monkeypatch.setenv("DODO_PAYMENTS_API_KEY", "k")
-    variables = service_environment(Settings.from_env(), SECRETS, "redis://r")
+    variables = service_environment(Settings.from_env(), SECRETS, "redis://r", OperatorEnvironment.read())
     assert variables["DODO_PAYMENTS_API_KEY"] == "k"
     assert "DODO_PAYMENTS_BASE_URL" not in variables
-    monkeypatch.setenv("DODO_PAYMENTS_BASE_URL", "http://127.0.0.1:8010")
+
+
+@pytest.mark.parametrize("environment", ["sandbox", "test_mode"])
+def test_calls_to_dodo_may_go_through_a_proxy(environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAREBOX_DODO_ENVIRONMENT", environment)
+    monkeypatch.setenv("DODO_PAYMENTS_API_KEY", "k")
+    monkeypatch.setenv("DODO_PAYMENTS_BASE_URL", "http://127.0.0.1:8020")
+    variables = service_environment(Settings.from_env(), SECRETS, "unix:///s", OperatorEnvironment.read())
+    assert variables["DODO_PAYMENTS_BASE_URL"] == "http://127.0.0.1:8020"
+    assert variables["DODO_PAYMENTS_API_KEY"] == ("k" if environment == "test_mode" else "sandbox_x")
+
+
+def test_live_mode_goes_to_dodo_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAREBOX_DODO_ENVIRONMENT", "live_mode")
+    monkeypatch.setenv("DODO_PAYMENTS_API_KEY", "k")
+    monkeypatch.setenv("DODO_PAYMENTS_BASE_URL", "http://127.0.0.1:8020")
     with pytest.raises(SettingsError, match="unset one"):
         dodo_environment()
 

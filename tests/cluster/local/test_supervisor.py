@@ -16,13 +16,14 @@ import pytest
 import redis
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-from cluster.local import children, demo, ray_node, supervisor
+from cluster.local import children, demo, preflight, ray_node, supervisor
 from cluster.local.configuration import ConfigurationError, adapted, begin_check, end_check
 from cluster.local.launch import LaunchError
 from cluster.local.settings import Settings
 from cluster.local.state import Home, Phase, Run
 from cluster.local.supervisor import supervise
-from cluster.serve_api import ServeConfig
+from cluster.serve_api import ServeApi, ServeConfig
+from tests.support.disk import fill, small_disk
 from tests.support.waiting import eventually, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -102,6 +103,7 @@ def test_supervisor_from_start_to_stop(settings: Settings, monkeypatch: pytest.M
         assert run.phase is Phase.HEALTHY
         assert httpx.get(f"{settings.api_url}/readyz").json() == {"ready": True}
         assert_ports_need_authentication(settings)
+        assert_resources_are_known(settings)
         assert_store_is_restarted(settings, run)
 
     probe = Probe(settings, look)
@@ -123,6 +125,44 @@ def test_start_fails_with_the_replicas_error(settings: Settings, monkeypatch: py
     assert "the weights are of another model" in run.problem
 
 
+@pytest.mark.parametrize("haproxy", [False], indirect=True, ids=["default"])
+def test_supervisor_outlives_a_full_disk(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "DISK_MIN_BYTES", 0)
+
+    def look(run: Run) -> None:
+        client = redis.Redis.from_url(run.store_url)
+        client.set("fb:test", "kept")
+        ballast = fill(disk)
+        with pytest.raises(redis.RedisError):
+            write_without_end(client)
+        eventually(lambda: "the store has ended" in now(on_disk).problem)
+        full = now(on_disk)
+        assert (full.phase, full.is_alive) == (Phase.DEGRADED, True)
+        assert f"MiB are free in {on_disk.home}: make room" in full.problem
+        ballast.unlink()
+        eventually(lambda: now(on_disk).phase is Phase.HEALTHY)
+        assert now(on_disk).pids["store"] != run.pids["store"]
+        assert client.get("fb:test") == b"kept"
+        client.close()
+
+    with small_disk(tmp_path / "disk", 256) as disk:
+        on_disk = settings.model_copy(update={"home": disk / ".farebox"})
+        serve(monkeypatch, on_disk, "build")
+        Probe(on_disk, look).run()
+        shutil.rmtree(ray_node.folder(on_disk.home))
+
+
+def write_without_end(client: redis.Redis) -> None:
+    while True:
+        client.set("fb:more", "x" * 1_000)
+
+
+def now(settings: Settings) -> Run:
+    run = Home(settings.home).read_run()
+    assert run is not None
+    return run
+
+
 def assert_ports_need_authentication(settings: Settings) -> None:
     """Beyond loopback only the replicas' gRPC ports listen. They need Ray's token, and so does the dashboard."""
     assert httpx.get(f"{settings.dashboard_url}/api/serve/applications/").status_code == 401
@@ -133,6 +173,17 @@ def assert_ports_need_authentication(settings: Settings) -> None:
             with pytest.raises(grpc.RpcError) as refused:
                 stub.HandleRequest(serve_pb2.ASGIRequest(), timeout=5)
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED, port
+
+
+def assert_resources_are_known(settings: Settings) -> None:
+    """By these `farebox scale` knows how many replicas fit."""
+    api = ServeApi(settings.dashboard_url, Home(settings.home).secrets().ray_token)
+    eventually(lambda: "CPU" in api.usage())
+    used, total = api.usage()["CPU"]
+    assert 0 <= used <= total
+    assert total >= 4
+    assert all(deployment.pids for app in api.applications().values() for deployment in app.deployments)
+    api.close()
 
 
 def listening_beyond_loopback(home: Path) -> list[int]:

@@ -48,6 +48,20 @@ async def test_tenant_manages_own_keys(harness: Harness, manager: str) -> None:
     assert not any("hash" in key for key in listed)
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "tab\t", "\x1b[31mred", "\u2028"])
+async def test_names_have_no_control_characters(harness: Harness, manager: str, name: str) -> None:
+    admin = bearer(ADMIN_KEY)
+    tenant = {"id": "globex", "email": "it@globex.example", "name": name}
+    for reply in (
+        await harness.client.post("/admin/tenants", json=tenant, headers=admin),
+        await harness.client.patch("/admin/tenants/acme", json={"name": name}, headers=admin),
+        await harness.client.post("/admin/tenants/acme/keys", json={"name": name}, headers=admin),
+        await own(harness, manager, "POST", name=name),
+    ):
+        assert "control characters: leave them out" in str(assert_problem(reply, 400, "invalid_request"))
+    assert (await harness.client.get("/admin/tenants/globex", headers=admin)).status_code == 404
+
+
 async def test_rotated_secret_works_during_grace(harness: Harness, manager: str) -> None:
     secret, key = await make(harness)
     rotated = await own(harness, manager, "POST", f"/{key}/rotate", grace_hours=1)

@@ -58,7 +58,7 @@ async def test_insufficient_credits_shows_balance_and_top_up_url(harness: Harnes
     assert body["balance"] == "0.003000"
     assert parse_usd(str(body["required"])) > parse_usd("0.003")
     assert body["max_affordable_tokens"] == 0
-    assert str(body["top_up_url"]).endswith("/v1/checkout")
+    assert str(body["top_up_url"]).startswith(f"{harness.gateway.config.public_url}/top-up/")
     assert harness.link.requests == []
 
 

@@ -12,7 +12,8 @@ from deployments.gateway.api.scopes import SCOPES
 from tests.support.gateway import ADMIN_KEY, Harness, assert_problem, bearer
 
 OPEN = {("GET", "/healthz"), ("GET", "/readyz"), ("POST", "/webhooks/dodo")}
-"""Routes without a key: probes, and the webhook, which is signed."""
+OPEN |= {("GET", "/top-up/{link}"), ("POST", "/top-up/{link}"), ("GET", "/paid/{link}")}
+"""Routes without a key: probes, the webhook, which is signed, and pages whose link is a right of its own."""
 ROUTES = [
     (method.upper(), path, operation)
     for path, operations in document_of(make_routes())["paths"].items()

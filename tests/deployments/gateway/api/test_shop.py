@@ -87,7 +87,7 @@ async def test_offer_shows_price_grants_and_how_to_buy(shop: Harness) -> None:
         "grants": {"unit": "requests", "amount": 9, "adapters": ["pirate"]},
         "expires_days": None,
         "licence_key": False,
-        "buy": {"method": "POST", "url": shop.gateway.config.top_up_url, "body": {"pack": "calls"}},
+        "buy": {"method": "POST", "url": shop.gateway.config.checkout_url, "body": {"pack": "calls"}},
     }
     assert packs["small"]["grants"] == {"unit": "usd", "amount": "5.000000", "adapters": []}
     [plan] = offers["plans"]  # type: ignore[misc]
