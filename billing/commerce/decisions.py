@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from billing.clock import Clock, now_ms
 from billing.commerce.alerts import payment_of
+from billing.commerce.cash import net_nanos
 from billing.commerce.inbox import OPEN, Delivery, Inbox, Outcome, PurchasedCredit
 from billing.commerce.subscriptions import DAY_MS
 from billing.commerce.webhooks import PAYMENT
@@ -125,6 +126,7 @@ def _credit_of(payment: Payment, booking: Booking, received_at_ms: int) -> Purch
         amount=booking.amount,
         expires_at_ms=paid_at_ms + booking.expires_days * DAY_MS if booking.expires_days else None,
         adapters=booking.adapters,
+        price=net_nanos(payment),
         tenant=booking.tenant,
     )
 
