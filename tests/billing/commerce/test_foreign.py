@@ -19,6 +19,7 @@ from tests.support.hiccup import fail_next_notice
 from tests.support.purchases import ACME, AUTH, USD, balance, refund
 from tests.support.world import DAY, HOUR, World, delivery
 
+ONE_TIME = {"type": "one_time_price", "price": 900, "currency": "USD", "discount": 0, "purchasing_power_parity": False}
 FIVE = Booking(ACME, Unit.NANOS, 5 * USD)
 
 
@@ -26,7 +27,7 @@ async def product(world: World, name: str = "My e-book", tag: str = "", **price:
     """A product at Dodo that our own sync did not make; its id."""
     asked = {
         "name": name,
-        "price": {"type": "one_time_price", "price": 900, "currency": "USD"} | price,
+        "price": {**ONE_TIME, **price},
         "tax_category": "saas",
         "metadata": {"farebox": tag} if tag else {},
     }

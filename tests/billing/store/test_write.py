@@ -13,7 +13,7 @@ from billing.catalog.catalog import Catalog
 from billing.commerce.auto_refill.refill import Refill
 from billing.commerce.auto_refill.store import Refills
 from billing.commerce.dodo_ids import keep_ids
-from billing.commerce.inbox import Delivery, Inbox
+from billing.commerce.inbox import Delivery, Inbox, Outcome, PurchasedCredit
 from billing.export.outbox import ExporterState, Outbox
 from billing.ledger.codec import pack_settlement
 from billing.ledger.ledger import Ledger
@@ -27,7 +27,7 @@ from billing.store.keys import META, SCHEMA, shard_for
 from billing.store.schema import FENCES
 from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant, new_key
-from billing.usage import RequestId, TenantId
+from billing.usage import RequestId, TenantId, Unit
 from cluster import valkey
 from tests.support import recorded
 from tests.support.samples import ACME, settlement
@@ -36,6 +36,8 @@ from tests.support.world import CATALOG
 ZETA = TenantId("zeta")
 PUBLISHED = Catalog.model_validate(CATALOG)
 REFILL = Refill(pack="small", threshold_nanos=1, monthly_cap_cents=1_500)
+OLD = Delivery("wh_0", "x", "", 1, Outcome.KEPT)
+BOUGHT = PurchasedCredit("payment:pay_1:pdt_1", Unit.NANOS, 1, None, ())
 STORED, NEW = Delivery("wh_1", "x", "{}", 1), Delivery("wh_2", "x", "{}", 1)
 
 
@@ -64,7 +66,7 @@ WRITES: dict[str, Callable[[Redis], Awaitable[object]]] = {
     "webhook that waits": lambda redis: Inbox(redis).park(STORED, 2),
     "webhook that is due later": lambda redis: Inbox(redis).reschedule([STORED.id], 9),
     "old webhooks": lambda redis: Inbox(redis).prune(100),
-    "purchase": lambda redis: Inbox(redis).fix_purchase("pay_1", ()),
+    "purchase": lambda redis: Inbox(redis).fix_purchase("pay_1", [BOUGHT]),
     "ids at Dodo": lambda redis: keep_ids(redis, {"pack:small": "prod_1"}),
     "archive": lambda redis: ArchiveCursor(redis).announce("file:///archive"),
     "watermark": lambda redis: Watermarks(redis).keep(shard_for(ACME), Mark("1-0")),
@@ -93,7 +95,8 @@ async def fill(store: Redis) -> None:
     await publication.renew(store, PUBLISHED, "gateway-0", 1)
     inbox = Inbox(store)
     await inbox.receive(STORED, 1)
-    await inbox.finish(Delivery.from_json('{"id":"wh_0","type":"x","body":"","received_at_ms":1,"outcome":"kept"}'))
+    await inbox.receive(OLD, 1)
+    await inbox.finish(OLD)
     lost = {"settlement": pack_settlement(settlement()), "reason": "lost", "at": "1"}
     await store.hset(shard_for(ACME).unresolved, "req_1", json.dumps(lost))
 
