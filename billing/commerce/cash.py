@@ -200,6 +200,12 @@ def payment_entry(
     return replace(made, parts={name: nanos for name, nanos in parts.items() if nanos})
 
 
+def net_nanos(payment: Payment) -> Nanos:
+    """What a payment brought without tax; 0 where Dodo does not settle it in US dollars."""
+    cents = payment.settled_amount - payment.settled_tax if payment.settled_currency == USD else 0
+    return Nanos(max(0, cents) * NANOS_PER_CENT)
+
+
 def refund_entry(refund: Refund, payment: Payment, tenant: TenantId) -> Entry:
     amount = payment.total_amount if refund.amount is None else min(max(refund.amount, 0), payment.total_amount)
     return _taken(f"refund:{refund.id}", Kind.REFUND, payment, tenant, amount, refund.created_at_ms, -1)

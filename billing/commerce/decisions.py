@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from billing.clock import Clock, now_ms
 from billing.commerce.alerts import payment_of
+from billing.commerce.cash import CashBook, net_nanos, payment_entry
 from billing.commerce.inbox import OPEN, Delivery, Inbox, Outcome, PurchasedCredit
 from billing.commerce.subscriptions import DAY_MS
 from billing.commerce.webhooks import PAYMENT
@@ -53,7 +54,7 @@ class Booking:
 class Decisions:
     def __init__(self, redis: Redis, clock: Clock = now_ms) -> None:
         self._inbox, self._ledger, self._tenants = Inbox(redis), Ledger(redis, clock), Tenants(redis, clock)
-        self._notices, self._clock = Notices(redis), clock
+        self._notices, self._cash, self._clock = Notices(redis), CashBook(redis), clock
 
     async def drop(self, webhook_id: str, reason: str) -> Delivery:
         """End a delivery without applying it. A notice records the reason.
@@ -90,9 +91,9 @@ class Decisions:
         fixed = await self._inbox.fix_purchase(payment.id, [wanted])
         if fixed != (wanted,):
             raise NotDecidable(f"payment {payment.id} buys something already: `farebox webhooks replay {webhook_id}`")
-        await self._ledger.grant(
-            Grant(wanted.source, booking.tenant, wanted.unit, wanted.amount, wanted.expires_at_ms, wanted.adapters)
-        )
+        sold = (wanted.unit, wanted.amount, wanted.expires_at_ms, wanted.adapters, wanted.price)
+        await self._ledger.grant(Grant(wanted.source, booking.tenant, *sold))
+        await self._cash.book(payment_entry(payment, booking.tenant, [wanted]))
         await self._inbox.reschedule(await self._reversals_of(payment.id), self._clock())
         await self._finish(replace(delivery, outcome=Outcome.BOOKED, reason=f"booked for {booking.tenant}"))
         return wanted
@@ -125,6 +126,7 @@ def _credit_of(payment: Payment, booking: Booking, received_at_ms: int) -> Purch
         amount=booking.amount,
         expires_at_ms=paid_at_ms + booking.expires_days * DAY_MS if booking.expires_days else None,
         adapters=booking.adapters,
+        price=net_nanos(payment),
         tenant=booking.tenant,
     )
 

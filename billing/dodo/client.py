@@ -337,8 +337,9 @@ class Dodo:
         return read_as(DodoMeter.read, await answered(call))
 
     async def products(self) -> list[DodoProduct]:
+        """All of the account; one of another kind than ours that cannot be read is left out."""
         pages = await self._pages(lambda page: self._sdk.products.list(page_number=page, page_size=PAGE))
-        return [parsed(DodoProduct.read, wire) for wire in pages]
+        return readable(DodoProduct.read, pages)
 
     async def retrieve_product(self, product_id: str) -> DodoProduct:
         return read_as(DodoProduct.read, await answered(self._sdk.products.retrieve(product_id)))

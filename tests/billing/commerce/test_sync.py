@@ -4,6 +4,7 @@ from typing import Any
 
 import httpx
 import pytest
+from dodopayments.types.price_param import OneTimePrice
 from redis.asyncio import Redis
 
 from billing.catalog.catalog import Catalog
@@ -13,8 +14,11 @@ from billing.commerce.products import Products, sold
 from billing.commerce.sync import Drift, plan, sync
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoUnavailable
+from billing.dodo.fields import Wire, WireError
+from billing.dodo.wire import DodoProduct
 from billing.store.keys import DODO_IDS, PRODUCTS
 from cluster.dodo_sandbox.server import SandboxServer
+from tests.support.sandbox_world import ONCE
 from tests.support.world import API_KEY, CATALOG, SECRET, World
 
 NOW = Catalog.model_validate(CATALOG)
@@ -129,6 +133,20 @@ async def test_price_changed_at_dodo_is_a_new_product(
     assert [(one.what, one.theirs) for one in done.drift] == [(what, theirs)]
     assert await Products(redis).id_for(terms) not in ("", old)
     assert (await sync(dodo, redis, NOW)).created == ()
+
+
+async def test_product_of_another_kind_stops_no_sync(redis: Redis, dodo: Dodo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merchant sells something else there, of a form that is none of ours."""
+    other = await dodo.create_product("", "My e-book", OneTimePrice(**ONCE, price=900))  # type: ignore[typeddict-item]
+    read = DodoProduct.read
+
+    def strict(wire: Wire) -> DodoProduct:
+        if wire["product_id"] == other.id:
+            raise WireError("price is no number")
+        return read(wire)
+
+    monkeypatch.setattr(DodoProduct, "read", strict)
+    assert "pack:small" in (await sync(dodo, redis, NOW)).created
 
 
 async def test_pack_taken_off_sale_stays_at_dodo(redis: Redis, dodo: Dodo) -> None:

@@ -2,6 +2,7 @@
 
 from billing.catalog import publication
 from billing.commerce.cash import CashBook, Kind
+from billing.commerce.decisions import Booking, Decisions
 from billing.commerce.inbox import Inbox
 from billing.ledger.account import Settlement
 from billing.ledger.admission import funding_for, plan_of
@@ -9,7 +10,7 @@ from billing.money import Nanos
 from billing.pricing.prices import Price
 from billing.reports.statement import Month, Statement, read_statement
 from billing.reports.worth import Worth
-from billing.usage import RequestId, Status, TenantId, Usage
+from billing.usage import RequestId, Status, TenantId, Unit, Usage
 from tests.support.purchases import AUTH, refund
 from tests.support.samples import request
 from tests.support.world import DAY, World, delivery
@@ -163,6 +164,53 @@ async def test_discounted_pack_is_sold_at_its_price_and_the_rest_is_a_difference
     statement = await statement_of(world, world.clock() + DAY)
     [month] = [one for one in statement.months(0, world.clock() + DAY) if one.deferred][:1]
     assert (month.paid, month.deferred, month.differences) == (0, 500 * CENTS, -500 * CENTS)
+
+
+async def foreign_product(world: World) -> str:
+    """Something else for nine dollars, sold under the same account."""
+    price = {"type": "one_time_price", "price": 900, "currency": "USD", "discount": 0, "purchasing_power_parity": False}
+    asked = {"name": "My e-book", "price": price, "tax_category": "saas"}
+    made = await world.operator.post("/products", json=asked, headers=AUTH)
+    return str(made.raise_for_status().json()["product_id"])
+
+
+async def pay_cart(world: World, customer: str, *products: str) -> dict[str, object]:
+    cart = [{"product_id": one, "quantity": 1} for one in products]
+    asked = {"product_cart": cart, "customer": {"customer_id": customer}}
+    session = (await world.operator.post("/checkouts", json=asked, headers=AUTH)).raise_for_status().json()
+    return await control(world, f"pay/{session['session_id']}")
+
+
+async def test_payment_for_something_else_is_cash_and_no_credit(world: World) -> None:
+    tenant = await world.tenant("acme")
+    ebook, small = await foreign_product(world), await world.product("pack:small")
+    mixed = await pay_cart(world, tenant.dodo_customer_id, ebook, small)
+    await hear(world, "payment.succeeded", mixed)
+    alone = await pay_cart(world, tenant.dodo_customer_id, ebook)
+    await world.webhooks().receive(*delivery("payment.succeeded", alone, "msg_alone"))
+    back = await refund(world, alone)
+    await world.webhooks().receive(*delivery("refund.succeeded", back, "msg_back"))
+    booked = await CashBook(world.redis).until(world.clock() + DAY)
+    dollars = 100 * CENTS
+    assert [(one.kind, one.what, one.settled, one.parts) for one in booked] == [
+        (Kind.PAYMENT, "pack+foreign", 1400, {"pack": 5 * dollars, "foreign": 9 * dollars}),
+        (Kind.PAYMENT, "foreign", 900, {"foreign": 9 * dollars}),
+        (Kind.REFUND, "", -900, None),
+    ]
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    assert (months[-1].deferred, summed(months, "differences")) == (5 * dollars, 9 * dollars)
+
+
+async def test_payment_that_a_person_books_is_sold_for_what_was_paid(world: World) -> None:
+    tenant = await world.tenant("acme")
+    alone = await pay_cart(world, tenant.dodo_customer_id, await foreign_product(world))
+    await world.webhooks().receive(*delivery("payment.succeeded", alone, "msg_alone"))
+    await Decisions(world.redis, world.clock).book("msg_alone", Booking(tenant.id, Unit.NANOS, 700 * CENTS))
+    await world.webhooks().replay(world.sweep())
+    world.clock.move(DAY)
+    await world.webhooks().replay(world.sweep())
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    assert (months[-1].deferred, summed(months, "differences")) == (900 * CENTS, 0)
 
 
 async def test_ledger_that_dodo_does_not_show_leaves_fees_unknown(world: World) -> None:
