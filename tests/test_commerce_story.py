@@ -1,7 +1,7 @@
 """A tenant's year against a table worked out by hand: the balance, the gate's answer and Dodo's own figures.
 
 A call costs $0.50. Free gives $2 a month, pro $25 for $20 and at most $10 of overage, team $70 for $50 and at most
-$30, a pack $10 for $10. Nothing in the table comes from the code that it judges.
+$30, a pack $10 for $10 and from December on $15 for $12. Nothing in the table comes from the code that it judges.
 """
 
 from collections import Counter
@@ -11,7 +11,9 @@ import pytest
 
 from cluster.demo.year import SCRIPT, Row, run_year
 
-BALANCE, CAP, LAPSED = (f"InsufficientCredits ({limit})" for limit in ("balance", "overage_cap", "subscription"))
+BALANCE, CAP, LAPSED, DEBT = (
+    f"InsufficientCredits ({limit})" for limit in ("balance", "overage_cap", "subscription", "debt")
+)
 NONE = (0, 0, "")
 
 # fmt: off
@@ -86,13 +88,29 @@ TABLE = (
     ("Nov 16", "active", (24, 0, ""), "0.00", "2.00", "54.00", "315.00", "357.00", "4.00"),
     # The last invoice is the 2 owed. The free plan's November: 4 calls.
     ("Nov 24", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "54.00", "317.00", "359.00", "4.00"),
-    ("Dec 31", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "54.00", "319.00", "359.00", "4.00"),
+    # December's 2 of the free plan. The checkout that is open is for 10; from now on the pack costs 12 and brings 15.
+    ("Dec 01", "cancelled", NONE, "2.00", "0.00", "54.00", "317.00", "359.00", "4.00"),
+    # 359 + 10; 2 + 10.
+    ("Dec 02", "cancelled", NONE, "12.00", "0.00", "54.00", "317.00", "369.00", "4.00"),
+    # 369 + 12; 12 + 15.
+    ("Dec 03", "cancelled", NONE, "27.00", "0.00", "54.00", "317.00", "381.00", "4.00"),
+    # Twice 20 for pro, of which one goes back: 381 + 40, 4 + 20. 25 of pro and 25 of packs; 10 calls are 5.
+    ("Dec 05", "active", (10, 0, ""), "45.00", "0.00", "54.00", "322.00", "421.00", "24.00"),
+    # 15.5 of 31 days are left of pro's 20: team costs 50 - 10 now. Its 70 and the packs' 25; 20 calls are 10. Of pro's
+    # allowance half goes back, and 20 of 25 were left.
+    ("Dec 20", "active", (20, 0, ""), "85.00", "0.00", "54.00", "332.00", "461.00", "24.00"),
+    # 24 + 40. All 70 go back, of which 10 were used: the older pack's 10 pay that. 4 calls are 2 of the other 15.
+    ("Dec 22", "active", (4, 0, ""), "13.00", "0.00", "54.00", "334.00", "461.00", "64.00"),
+    # The other pack's 15 are taken, of which 13 are there.
+    ("Dec 26", "active", (0, 2, DEBT), "-2.00", "0.00", "54.00", "334.00", "461.00", "64.00"),
+    # 461 + 12; 15 - 2, and 4 calls.
+    ("Dec 31", "active", (4, 0, ""), "11.00", "0.00", "54.00", "336.00", "473.00", "64.00"),
 )
 # fmt: on
 NOTICES = {
-    # 80 and 100 %: free's January, February, November, December; team's of March and June; pro's of February, March,
-    # July, August and October
-    "allowance.reached": 2 * 11,
+    # 80 and 100 %: free's January, February and November; team's of March and June; pro's of February, March, July,
+    # August and October
+    "allowance.reached": 2 * 10,
     "overage.reached": 2,  # 80 and 100 % of pro's 10 in March
     "refill.succeeded": 1,
     "refill.failed": 1,
@@ -101,6 +119,11 @@ NOTICES = {
     "subscription.on_hold": 1,
     "dunning.started": 1,
     "dunning.recovered": 1,
+    "refund.succeeded": 3,  # of June's pack, the doubled fee, team's fee
+    "dispute.opened": 3,
+    "dispute.won": 1,
+    "dispute.lost": 2,
+    "subscription.doubled": 1,
 }
 
 

@@ -7,6 +7,8 @@ one that is ended invoices none of them, and what it had invoiced already is giv
 
 from collections.abc import Sequence
 
+import stamina
+
 from billing.commerce.context import Commerce
 from billing.commerce.waiting import NotYet
 from billing.dodo.errors import DodoRefused
@@ -24,6 +26,8 @@ DOUBLED = "farebox_doubled"
 REFUNDING_MS = 60_000
 """How long one process alone may refund a payment: longer than its calls to Dodo can take."""
 
+CLAIM_S = 3.0
+
 
 class Doubles:
     def __init__(self, commerce: Commerce) -> None:
@@ -33,7 +37,13 @@ class Doubles:
     async def end(self, double: DodoSubscription, kept_id: str, tenant: Tenant) -> None:
         """End ``double`` at Dodo at once, give its fee back, and record a notice that names both."""
         why = f"the customer has subscription {kept_id} already"
-        await self._dodo.end_subscription(double.id, {**double.metadata, DOUBLED: kept_id}, why)
+        try:
+            await self._dodo.end_subscription(double.id, {**double.metadata, DOUBLED: kept_id}, why)
+        except DodoRefused:  # another process may have ended it meanwhile
+            ended_for = (await self._dodo.retrieve_subscription(double.id)).metadata.get(DOUBLED)
+            if not ended_for:
+                raise
+            kept_id = ended_for
         await self.give_back(double, kept_id, tenant)
 
     async def give_back(self, double: DodoSubscription, kept_id: str, tenant: Tenant) -> None:
@@ -97,8 +107,13 @@ class Doubles:
             raise DodoRefused(400, "NO_LINE", f"payment {payment.id} has no line that is clearly {double.id}'s fee")
         return await self._dodo.refund(payment.id, reason, line.id)
 
+    @stamina.retry(on=NotYet, attempts=None, timeout=CLAIM_S, wait_initial=0.05, wait_max=0.3)
     async def _claim(self, payment_id: str) -> None:
-        """The claim is not given up where the outcome is unknown, but expires. Raises NotYet."""
+        """Wait for another process that refunds it. A claim whose outcome is unknown is not given up, but expires.
+
+        Raises:
+            NotYet: the other one is not done within ``CLAIM_S``.
+        """
         async with guarded(BULK_DEADLINE_S):
             (is_mine,) = await write(self._redis, ("SET", REFUNDING + payment_id, 1, "NX", "PX", REFUNDING_MS))
         if not is_mine:

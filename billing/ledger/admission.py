@@ -199,6 +199,7 @@ def _funding(
 
 def _explained(refusal: InsufficientCredits, plan: Plan, funding: Funding) -> InsufficientCredits:
     """Say so where credit would be extended, were there a subscription that carries it."""
-    if not plan.is_postpaid or funding.credit_limit or not plan.credit_limit:
+    is_without_credit = plan.is_postpaid and plan.credit_limit and not funding.credit_limit
+    if not is_without_credit or refusal.limit_source == "debt":
         return refusal
     return replace(refusal, limit_source="subscription")

@@ -326,9 +326,9 @@ def _short_of_credit(request: HoldRequest, reply: Reply, needed: Nanos, gateway_
 
 def _limit_source(funding: Funding, balance: Nanos) -> str:
     """Credit is extended to no tenant in debt, however much of the limit is left."""
-    if not funding.credit_limit:
-        return "balance"
-    return "debt" if balance < 0 else "overage_cap"
+    if balance < 0:
+        return "debt"
+    return "overage_cap" if funding.credit_limit else "balance"
 
 
 def unpack_extension(request: HoldRequest, reply: Reply, least_nanos: Nanos, gateway_now_ms: int) -> Nanos:

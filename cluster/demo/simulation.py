@@ -25,6 +25,7 @@ from billing.commerce.auto_refill.refiller import Refiller
 from billing.commerce.auto_refill.store import Refills
 from billing.commerce.context import Commerce
 from billing.commerce.dodo_ids import id_of
+from billing.commerce.plan_changes import PlanChanges
 from billing.commerce.products import Products, sold
 from billing.commerce.sync import sync
 from billing.commerce.webhooks import Webhooks
@@ -117,6 +118,7 @@ class Simulation:
         budget = CallBudget(CALLS_PER_MINUTE, self.clock)
         self._exporter = Exporter(self.redis, self.dodo, self.tenants, self.clock, budget)
         commerce = Commerce(self.redis, self.dodo, self.ledger, self.tenants, self._current, self.clock)
+        self._plan_changes = PlanChanges(commerce)
         self.webhooks, self._refiller = Webhooks(commerce, self.secret), Refiller(commerce)
         self._replaying, self._refilling = Sweep("webhooks", self.clock), Sweep("refills", self.clock)
 
@@ -189,11 +191,28 @@ class Simulation:
 
     async def buy(self, who: Principal, product: str) -> str:
         """Buy a product, such as ``pack:small``, over a checkout session; returns the payment's id."""
+        return await self.pay(await self.checkout(who, product))
+
+    async def checkout(self, who: Principal, product: str) -> str:
+        """Open a checkout session; returns its page."""
         tenant = await self.tenants.get(who.tenant.id)
-        product_id = await self.product_id(product)
-        url = await self.dodo.checkout(tenant, product_id, {}, "http://127.0.0.1/")
-        payment = await self.control(f"pay/{url.rpartition('/')[2]}")
+        return await self.dodo.checkout(tenant, await self.product_id(product), {}, "http://127.0.0.1/")
+
+    async def pay(self, checkout_url: str) -> str:
+        """Pay an open checkout session; returns the payment's id."""
+        payment = await self.control(f"pay/{checkout_url.rpartition('/')[2]}")
         return str(payment["payment_id"])
+
+    async def change_plan(self, who: Principal, plan: str) -> str:
+        """Change the plan as ``POST /v1/plan`` does; returns the payment's id."""
+        changed = await self._plan_changes.change(await self.tenants.get(who.tenant.id), plan)
+        return changed.payment_id
+
+    async def deploy(self, catalog: Catalog) -> None:
+        """Create at Dodo what is new, then put the catalog in force, as ``farebox deploy`` does."""
+        await sync(self.dodo, self.redis, catalog)
+        await publication.publish(self.redis, catalog, "simulation", self.clock())
+        self.catalog = catalog
 
     async def set_card(self, who: Principal, declines: bool) -> None:
         await self.control(f"customers/{who.tenant.dodo_customer_id}/card", declines=declines)

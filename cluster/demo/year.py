@@ -1,4 +1,5 @@
-"""A simulated year of one tenant: free plan, packs, a declined card, subscriptions, dunning, disputes, pauses.
+"""A simulated year of one tenant: free plan, packs, a declined card, subscriptions, dunning, disputes, pauses, a price
+change, a double checkout.
 
 The script says what the customer, its bank and Dodo do, and when. After each step a row holds the balance, how many
 requests were admitted, and Dodo's own figures.
@@ -36,6 +37,7 @@ CATALOG = {
     "packs": {"ten": {"price": "10", "grants": {"usd": "10"}, "expires_days": 365}},
     "default_plan": "free",
 }
+NEW_PRICES = CATALOG | {"packs": {"ten": {"price": "12", "grants": {"usd": "15"}, "expires_days": 365}}}
 RECOVERY = {"dunning": True, "payment_retries": True, "past_due_grace_days": 7}
 """The settings of the Dodo account."""
 
@@ -79,13 +81,23 @@ class Customer:
     def __init__(self, farebox: Simulation, who: Principal) -> None:
         self.farebox, self.who = farebox, who
         self._payments: dict[str, str] = {}
-        self._dispute = ""
+        self._dispute = self._checkout = self._change = ""
 
     async def wait(self) -> None:
         """Do nothing."""
 
     async def buy_pack(self) -> None:
         self._payments["pack"] = await self.farebox.buy(self.who, "pack:ten")
+
+    async def open_checkout(self) -> None:
+        self._checkout = await self.farebox.checkout(self.who, "pack:ten")
+
+    async def pay_open_checkout(self) -> None:
+        await self.farebox.pay(self._checkout)
+
+    async def see_prices_change(self) -> None:
+        """The owner deploys another price, while the checkout is open."""
+        await self.farebox.deploy(Catalog.model_validate(NEW_PRICES))
 
     async def switch_refills_on(self) -> None:
         refill = Refill(pack="ten", threshold_nanos=200 * NANOS_PER_CENT, monthly_cap_cents=3_000)
@@ -100,6 +112,17 @@ class Customer:
     async def subscribe(self) -> None:
         await self.replace_card()
         await self.farebox.buy(self.who, "plan:pro")
+
+    async def subscribe_twice(self) -> None:
+        """Two checkouts are open at once, and both are paid."""
+        for url in [await self.farebox.checkout(self.who, "plan:pro") for _ in range(2)]:
+            await self.farebox.pay(url)
+
+    async def change_plan(self) -> None:
+        self._change = await self.farebox.change_plan(self.who, "team")
+
+    async def get_change_refunded(self) -> None:
+        await self.farebox.request("POST", "/refunds", payment_id=self._change)
 
     async def upgrade(self) -> None:
         await self._change_to("plan:team")
@@ -133,7 +156,7 @@ class Customer:
         await self.farebox.control(f"disputes/{self._dispute}/won")
 
     async def lose_dispute(self) -> None:
-        """The bank disputes the pack that was partly refunded, and wins."""
+        """The bank disputes the last pack, and wins."""
         await self._open_dispute(self._payments["pack"])
         await self.farebox.control(f"disputes/{self._dispute}/lost")
 
@@ -208,7 +231,19 @@ SCRIPT = (
     Step(_at(11, 14), "resumes after the old end of the period", Customer.resume, 20),
     Step(_at(11, 16), "cancels; uses credit a last time", Customer.cancel, 24),
     Step(_at(11, 24, 12), "the subscription ends with a last invoice", calls=6),
-    Step(_at(12, 31), "is still a tenant, on the free plan", calls=6),
+    Step(
+        _at(12, 1),
+        "has a checkout open while the price changes",
+        Customer.open_checkout,
+        then=Customer.see_prices_change,
+    ),
+    Step(_at(12, 2), "pays it: the old price for the old credit", Customer.pay_open_checkout),
+    Step(_at(12, 3), "buys a pack at its new price", Customer.buy_pack),
+    Step(_at(12, 5), "subscribes twice by a double click", Customer.subscribe_twice, 10),
+    Step(_at(12, 20, 12), "changes to team through farebox", Customer.change_plan, 20),
+    Step(_at(12, 22), "that fee is refunded; it had used some of it", Customer.get_change_refunded, 4),
+    Step(_at(12, 26), "a dispute of the last pack is lost", Customer.lose_dispute, 2),
+    Step(_at(12, 31), "buys a pack, which pays its debt", Customer.buy_pack, 4),
 )
 
 

@@ -232,4 +232,4 @@ async def test_client_addresses_counted_behind_trusted_proxy(harness: Harness) -
     address_sketches, owner = parts.address_sketches, await parts.tenants.principal(key)
     await address_sketches.flush()
     used = (owner.tenant.id, owner.key.id)
-    assert await address_sketches.counts([used]) == {used: 2}
+    assert await address_sketches.counts({used: [used]}) == {used: 2}
