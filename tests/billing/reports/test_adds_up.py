@@ -1,5 +1,7 @@
 """Cash, what was earned and what is owed add up to what Dodo says it paid out, to the cent."""
 
+import pytest
+
 from billing.catalog import publication
 from billing.commerce.cash import CashBook, Kind
 from billing.commerce.decisions import Booking, Decisions
@@ -11,7 +13,7 @@ from billing.pricing.prices import Price
 from billing.reports.statement import Month, Statement, read_statement
 from billing.reports.worth import Worth
 from billing.usage import RequestId, Status, TenantId, Unit, Usage
-from tests.support.purchases import AUTH, refund
+from tests.support.purchases import AUTH, items, refund
 from tests.support.samples import request
 from tests.support.world import DAY, World, delivery
 
@@ -217,3 +219,23 @@ async def test_ledger_that_dodo_does_not_show_leaves_fees_unknown(world: World) 
     await world.fault("status:403", path="/balances/ledger")
     assert await CashBook(world.redis).book_lines(world.dodo) == 0
     await world.heal()
+
+
+@pytest.mark.parametrize("is_refund_first", [False, True])
+async def test_doubled_subscription_is_neither_deferred_nor_a_difference(world: World, is_refund_first: bool) -> None:
+    """Two fees of twenty dollars, one of them given back; its refund may be heard of before its payment is booked."""
+    await world.tenant("acme")
+    kept, doubled = [await world.buy("acme", "plan:pro") for _ in range(2)]
+    await hear(world, "payment.succeeded", kept)
+    if is_refund_first:
+        await hear(world, "subscription.active", {"subscription_id": doubled["subscription_id"]})
+    else:
+        await hear(world, "payment.succeeded", doubled)
+    [back] = await items(world, "/refunds")
+    await hear(world, "refund.succeeded", back)
+    if is_refund_first:
+        await hear(world, "payment.succeeded", doubled)
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    sums = {name: summed(months, name) / CENTS for name in ("paid", "refunds", "earned", "differences")}
+    assert sums == {"paid": 4000, "refunds": 2000, "earned": 0, "differences": 0}
+    assert max(month.deferred for month in months) == 2000 * CENTS
