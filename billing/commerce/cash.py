@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from itertools import accumulate, pairwise
 from typing import Self, cast
 
 from redis.asyncio import Redis
@@ -17,7 +18,7 @@ from billing.commerce.inbox import PurchasedCredit
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused
 from billing.dodo.wire import BalanceLine, Dispute, Payment, Refund
-from billing.money import NANOS_PER_CENT, Nanos, share_of
+from billing.money import NANOS_PER_CENT, Nanos, divide_down, share_of
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import CASH, CASH_BOOKED
@@ -204,6 +205,19 @@ def net_nanos(payment: Payment) -> Nanos:
     """What a payment brought without tax; 0 where Dodo does not settle it in US dollars."""
     cents = payment.settled_amount - payment.settled_tax if payment.settled_currency == USD else 0
     return Nanos(max(0, cents) * NANOS_PER_CENT)
+
+
+def sold_for(payment: Payment, packs: Sequence[PurchasedCredit]) -> list[PurchasedCredit]:
+    """The packs that are all of a payment, priced at what was paid for each without tax: its share by list price.
+
+    They keep their list prices where Dodo does not settle it in US dollars. A nano is the least, since 0 says nothing.
+    """
+    whole, listed = net_nanos(payment), sum(pack.price for pack in packs)
+    if payment.settled_currency != USD or not listed:
+        return list(packs)
+    ends = [divide_down(whole * upto, listed) for upto in accumulate(pack.price for pack in packs)]
+    prices = [end - start for start, end in pairwise([0, *ends])]
+    return [replace(pack, price=max(1, price)) for pack, price in zip(packs, prices, strict=True)]
 
 
 def refund_entry(refund: Refund, payment: Payment, tenant: TenantId) -> Entry:

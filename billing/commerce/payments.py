@@ -7,7 +7,7 @@ disputes claw back their share of it, together never more than it granted.
 from collections.abc import Iterable, Sequence
 
 from billing.catalog.terms import Terms
-from billing.commerce.cash import NOBODY, CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry
+from billing.commerce.cash import NOBODY, CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry, sold_for
 from billing.commerce.context import Commerce
 from billing.commerce.dodo_ids import id_of
 from billing.commerce.foreign import foreign_among
@@ -167,6 +167,8 @@ class Payments:
             )
             sale = PurchasedCredit(source, grants.unit, amount, expires, grants.adapters, price=price)
             credits_.append(sale)
+        if len(credits_) == len(quantities) and not payment.subscription_ids:
+            credits_ = sold_for(payment, credits_)
         for subscription_id in payment.subscription_ids:
             if allowance := await self._allowance(payment, subscription_id):
                 credits_.append(allowance)

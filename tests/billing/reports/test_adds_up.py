@@ -157,15 +157,45 @@ async def test_delivery_that_comes_again_is_booked_once(world: World) -> None:
     assert (entry.id, entry.amount, entry.net_nanos) == (f"payment:{payment['payment_id']}", 500, Nanos(500 * CENTS))
 
 
-async def test_discounted_pack_is_sold_at_its_price_and_the_rest_is_a_difference(world: World) -> None:
-    """Nothing was paid for a pack of five dollars: what is earned is what was sold, and the cash is not there."""
+async def test_pack_is_sold_for_what_was_paid_for_it(world: World) -> None:
+    """A discount of a fifth, and 19 % tax: packs of five and seven dollars for four and 5.60."""
+    tenant = await world.tenant("acme")
+    small, calls = [await world.product(name) for name in ("pack:small", "pack:calls")]
+    payment = await pay_cart(world, tenant.dodo_customer_id, small, calls)
+    paid = {"total_amount": 1142, "settlement_amount": 1142, "tax": 182, "settlement_tax": 182}
+    await hear(world, "payment.succeeded", payment | paid)
+    await spend(world, "acme", 2)
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    names = ("prepaid", "expired", "differences")
+    assert {name: summed(months, name) / CENTS for name in names} == {"prepaid": 160, "expired": 0, "differences": 0}
+    assert max(month.deferred for month in months) == 800 * CENTS
+    world.clock.move(31 * DAY)
+    last = (await statement_of(world, world.clock())).months(0, world.clock() + DAY)
+    assert summed(last, "earned") / CENTS == 400, "what is left of the small pack has expired"
+    [entry] = await CashBook(world.redis).until(world.clock())
+    assert entry.parts == {"pack": 960 * CENTS}
+
+
+async def test_pack_that_was_free_is_worth_no_more_than_a_nano(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     free = {"total_amount": 0, "settlement_amount": 0, "tax": None, "settlement_tax": None}
     await hear(world, "payment.succeeded", payment | free)
-    statement = await statement_of(world, world.clock() + DAY)
-    [month] = [one for one in statement.months(0, world.clock() + DAY) if one.deferred][:1]
-    assert (month.paid, month.deferred, month.differences) == (0, 500 * CENTS, -500 * CENTS)
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    assert [max(getattr(month, name) for month in months) for name in ("paid", "deferred", "differences")] == [0, 1, 0]
+
+
+async def test_pack_keeps_its_list_price_where_what_was_paid_for_it_is_not_known(world: World) -> None:
+    """In another currency than dollars, and in a cart with something else."""
+    tenant = await world.tenant("acme")
+    euros = await world.buy("acme", "pack:small")
+    await hear(world, "payment.succeeded", euros | {"settlement_currency": "EUR", "settlement_amount": 400})
+    mixed = await pay_cart(
+        world, tenant.dodo_customer_id, await foreign_product(world), await world.product("pack:calls")
+    )
+    await hear(world, "payment.succeeded", mixed | {"total_amount": 1000, "settlement_amount": 1000})
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    assert max(month.deferred for month in months) == (500 + 700) * CENTS
 
 
 async def foreign_product(world: World) -> str:
