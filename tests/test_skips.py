@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MISSING, NO_GPU = "needs redis-server", "no GPU"
 
 

@@ -27,7 +27,7 @@ needs_redis_server = pytest.mark.skipif(not SYSTEM_REDIS.exists(), reason=f"need
     scope="session",
     params=[
         pytest.param(None, id="embedded"),
-        pytest.param(SYSTEM_REDIS, id="redis-server", marks=needs_redis_server),
+        pytest.param(SYSTEM_REDIS, id="redis-server", marks=[needs_redis_server, pytest.mark.slow]),
     ],
 )
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[valkey.Valkey]:

@@ -17,6 +17,8 @@ from billing.notices.notice import NoticeKind
 from tests.support.purchases import ACME, account, items, patch_subscription, reconcile, refund, spend
 from tests.support.world import CATALOG, DAY, HOUR, World, delivery
 
+pytestmark = pytest.mark.slow
+
 PLANS = {
     "prepaid": {"kind": "prepaid"},
     "payg": {"kind": "pay_as_you_go", "credit_limit": "25"},

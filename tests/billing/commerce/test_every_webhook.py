@@ -23,6 +23,8 @@ from billing.usage import TenantId
 from tests.support.purchases import AUTH, buy_as_stranger
 from tests.support.world import CATALOG, HOUR, World, delivery
 
+pytestmark = pytest.mark.slow
+
 TYPES: tuple[str, ...] = get_args(WebhookEventType)
 USD = 1_000_000_000
 AT_ONCE = 8

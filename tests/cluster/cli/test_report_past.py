@@ -42,6 +42,8 @@ from tests.support.past import at
 from tests.support.reports import CATALOG, USD, record
 from tests.support.samples import request, settlement
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 ACME, ZETA = TenantId("acme"), TenantId("zeta")
 EXPERIMENT = {"id": "raise", "arms": [{"id": "control"}, {"id": "raised", "multiplier": "1.2"}]}

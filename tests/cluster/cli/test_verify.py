@@ -13,6 +13,8 @@ from cluster.cli.dodo import contract_findings
 from cluster.cli.main import app
 from cluster.dodo_sandbox.server import SandboxServer
 
+pytestmark = pytest.mark.slow
+
 KEY = "dodo_test_key"
 
 

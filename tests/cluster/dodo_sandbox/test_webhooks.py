@@ -28,6 +28,8 @@ from cluster.dodo_sandbox.store import Store
 from tests.support.sandbox_world import Merchant, World, merchant, world
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 SHAPES = {
     "dunning.started": DunningStartedWebhookEvent,

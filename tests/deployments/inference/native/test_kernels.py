@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from deployments.inference.native import kernels_attention, kernels_lora  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SLOTS, RANK, MEMBERS, WIDTH, OUT = 7, 24, 3, 136, 144
 """No multiples of a kernel's blocks."""
 SPREADS = {
