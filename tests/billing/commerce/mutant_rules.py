@@ -258,7 +258,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "auto-refill charges other terms than those agreed to",
         "commerce/auto_refill/refiller.py",
-        "if refill.terms and refill.terms != terms.key:",
+        'if await self._agreed(refill) not in ("", terms.key):',
         "if False:",
         f"{REFILLS}::test_pack_on_other_terms_is_not_charged",
     ),
