@@ -5,6 +5,7 @@ disputes claw back their share of it, together never more than it granted.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from billing.catalog.terms import Terms
 from billing.commerce.cash import NOBODY, CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry
@@ -69,8 +70,13 @@ class Payments:
         await self._grant(tenant.id, payment.id, credits_)
         usage_cents, fees = 0, list[tuple[Fee, Nanos]]()
         for subscription_id in payment.subscription_ids:
+            try:
+                refreshed = await self._subscriptions.refresh(subscription_id)
+            except NotOurs as reason:  # the rest of the cart is
+                foreign |= set(reason.products)
+                continue
             await self._take_back_unused(tenant, payment, subscription_id)
-            fees += await self._fee(await self._subscriptions.refresh(subscription_id), payment, subscription_id)
+            fees += await self._fee(refreshed, payment, subscription_id)
             if payment.includes_usage and not await self._subscriptions.is_doubled(subscription_id):
                 usage_cents += await self._repay(tenant, payment, subscription_id)
         packs = [credit for credit in credits_ if not credit.is_allowance]
@@ -110,11 +116,12 @@ class Payments:
     async def _foreign(self, payment: Payment, known: Sequence[PurchasedCredit] = ()) -> set[str]:
         """Products of a payment that are not ours. Raises NotOurs where none is, NotYet where one may become ours."""
         products = {line.product_id for line in payment.lines}
-        if not products:
-            subscriptions = [await self._dodo.retrieve_subscription(one) for one in payment.subscription_ids]
-            products = {one.product_id for one in subscriptions}
         granted = {credit.source.rpartition(":")[2] for credit in known}
         foreign = await foreign_among(self._dodo, self._products, products - granted)
+        if foreign == products:  # the cart may leave out what recurs
+            subscriptions = [await self._dodo.retrieve_subscription(one) for one in payment.subscription_ids]
+            products |= {one.product_id for one in subscriptions}
+            foreign = await foreign_among(self._dodo, self._products, products - granted)
         if foreign and foreign == products:
             raise NotOurs(f"payment {payment.id}", foreign)
         return foreign
@@ -127,7 +134,8 @@ class Payments:
         if credits_:
             return await self._signups.tenant_of(payment.customer_id)
         for subscription_id in payment.subscription_ids:
-            await self._subscriptions.refresh(subscription_id)
+            with suppress(NotOurs):
+                await self._subscriptions.refresh(subscription_id)
         return await self._tenant(payment.customer_id)
 
     async def _grant(self, tenant: TenantId, payment_id: str, credits_: Sequence[PurchasedCredit]) -> None:
@@ -242,7 +250,10 @@ class Payments:
     ) -> None:
         """Extend no credit while a fee is disputed, nor in the period of a fee that was lost or refunded in full."""
         for subscription_id, ends_ms in payment.service_ends_ms.items():
-            tenant = await self._subscriptions.refresh(subscription_id)
+            try:
+                tenant = await self._subscriptions.refresh(subscription_id)
+            except NotOurs:  # credit is extended on ours only
+                continue
             until_ms = OVER if is_settled_for_us else 0 if is_open else ends_ms
             await self._subscriptions.pause_credit(tenant, subscription_id, source, until_ms)
 
