@@ -318,7 +318,8 @@ def _clawback(source: str, tenant: TenantId, credit: PurchasedCredit, amount: in
         return Clawback(source, tenant, credit.source, amount)
     whole = (credit.unit, credit.amount, credit.amount, credit.expires_at_ms, credit.adapters)
     allowance = Bucket(BucketId(credit.source), *whole, is_allowance=True, price=credit.price)
-    return Clawback(source, tenant, credit.source, amount, allowance)
+    former = BucketId(credit.source.rpartition(":")[0])  # without the plan's name
+    return Clawback(source, tenant, credit.source, amount, allowance, former)
 
 
 def _closed_period(
