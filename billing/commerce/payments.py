@@ -91,7 +91,7 @@ class Payments:
         subscription = tenant.subscription
         if subscription is None or subscription.id != subscription_id:
             return [(Fee(subscription_id, starts_ms, ends_ms), Nanos(0))]
-        if abs(subscription.period_start_ms - starts_ms) <= HOUR_MS:
+        if abs(subscription.period_start_ms - starts_ms) <= SAME_PERIOD_MS:
             starts_ms = subscription.period_start_ms  # the allowance bears this one in its name
         price = Nanos(subscription.sold.price) if subscription.sold else Nanos(0)
         return [(Fee(subscription_id, starts_ms, ends_ms), price)]
