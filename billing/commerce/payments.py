@@ -15,10 +15,11 @@ from billing.commerce.foreign import foreign_among
 from billing.commerce.inbox import CHARGE_METER, Inbox, PurchasedCredit
 from billing.commerce.plan_changes import LeftPeriod
 from billing.commerce.products import Products
+from billing.commerce.refund_lines import line_of, refunded_lines
 from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
 from billing.commerce.waiting import NotOurs, NotYet
-from billing.dodo.wire import Dispute, Payment, Refund, UsagePeriod
+from billing.dodo.wire import Dispute, InvoiceLine, Payment, Refund, UsagePeriod
 from billing.ledger.account import Bucket, Clawback, Grant
 from billing.ledger.admission import allowance_period
 from billing.money import Nanos, divide_up
@@ -217,8 +218,11 @@ class Payments:
             raise NotYet(f"refund {refund.id} is {refund.status}")
         payment = await self._dodo.retrieve_payment(refund.payment_id)
         try:
-            for clawback in await self._reversal(f"refund:{refund.id}", payment, refund.amount):
-                await self._ledger.claw_back(clawback)
+            lines = await refunded_lines(self._dodo, payment, refund.amount)
+            for clawback in await self._reversal(f"refund:{refund.id}", payment, refund.amount, lines):
+                # A refund that came later changes the lines, and so what this one would take.
+                if not await self._ledger.has_moved(clawback.tenant, clawback.source):
+                    await self._ledger.claw_back(clawback)
         except NotOurs:
             await self._cash.book(refund_entry(refund, payment, await self._owner(payment)))
             raise
@@ -262,8 +266,12 @@ class Payments:
         for kind in (Kind.DISPUTE_OPENED, *([Kind.DISPUTE_WON] if won else [Kind.DISPUTE_LOST] if lost else [])):
             await self._cash.book(dispute_entry(dispute, payment, await self._owner(payment), kind))
 
-    async def _reversal(self, source: str, payment: Payment, amount: int | None) -> list[Clawback]:
+    async def _reversal(
+        self, source: str, payment: Payment, amount: int | None, lines: Sequence[InvoiceLine] = ()
+    ) -> list[Clawback]:
         """The share of each of a payment's grants that ``amount`` of its minor units stands for; ``None`` is all.
+
+        Where ``lines`` say what was refunded of the line that bought a grant, it is the share of that.
 
         Raises:
             NotOurs: nothing that was paid for is ours, and nobody has booked it.
@@ -277,7 +285,9 @@ class Payments:
         taken = paid if amount is None else min(max(amount, 0), paid)
         clawbacks = []
         for credit in credits_:
-            share = credit.amount if taken == paid else divide_up(credit.amount * taken, paid)
+            line = await line_of(self._dodo, lines, credit)
+            part, whole = (taken, paid) if line is None else (min(taken, line.refunded), line.total)
+            share = credit.amount if part == whole else divide_up(credit.amount * part, whole)
             if share:
                 about = credit.source if credit.is_allowance else credit.source.rpartition(":")[2]
                 owner = TenantId(credit.tenant) if credit.tenant else (await self._tenant(payment.customer_id)).id
