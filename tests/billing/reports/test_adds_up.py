@@ -186,12 +186,14 @@ async def test_fee_of_a_plan_that_was_left_within_the_hour_is_earned_once(world:
     await hear(world, "subscription.active", {"subscription_id": first["subscription_id"]})
     if not is_late:
         await hear(world, "payment.succeeded", first)
+    await spend(world, "acme", 6)
     world.clock.move(30 * 60_000)
     made = await PlanChanges(world.commerce()).change(await world.tenants.get(tenant.id), "team")
     second = (await world.operator.get(f"/payments/{made.payment_id}", headers=AUTH)).json()
     await hear(world, "payment.succeeded", second)
     if is_late:
         await hear(world, "payment.succeeded", first)
+    await spend(world, "acme", 4)
     end_ms = world.clock() + 70 * DAY
     months = (await statement_of(world, end_ms)).months(world.clock() - 40 * DAY, end_ms)
     paid = (int(str(first["total_amount"])) + int(second["total_amount"])) * CENTS
