@@ -1,9 +1,14 @@
 """Cash, what was earned and what is owed add up to what Dodo says it paid out, to the cent."""
 
+import pytest
+
 from billing.catalog import publication
+from billing.catalog.catalog import Catalog
 from billing.commerce.cash import CashBook, Kind
 from billing.commerce.decisions import Booking, Decisions
 from billing.commerce.inbox import Inbox
+from billing.commerce.plan_changes import PlanChanges
+from billing.commerce.sync import sync
 from billing.dodo.fields import to_iso
 from billing.ledger.account import Settlement
 from billing.ledger.admission import funding_for, plan_of
@@ -14,7 +19,7 @@ from billing.reports.worth import Worth
 from billing.usage import RequestId, Status, TenantId, Unit, Usage
 from tests.support.purchases import AUTH, refund
 from tests.support.samples import request
-from tests.support.world import DAY, World, delivery
+from tests.support.world import CATALOG, DAY, World, delivery
 
 A_DOLLAR_A_TOKEN = Price.model_validate({"output_per_1m": "1000000"})
 CENTS = 10_000_000
@@ -176,6 +181,35 @@ async def test_discounted_pack_is_sold_at_its_price_and_the_rest_is_a_difference
     statement = await statement_of(world, world.clock() + DAY)
     [month] = [one for one in statement.months(0, world.clock() + DAY) if one.deferred][:1]
     assert (month.paid, month.deferred, month.differences) == (0, 500 * CENTS, -500 * CENTS)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_fee_of_a_plan_that_was_left_within_the_hour_is_earned_once(world: World, is_late: bool) -> None:
+    """Dodo may send the first fee's payment after that of the change."""
+    plans = {"prepaid": {"kind": "prepaid"}} | {
+        name: {"kind": "subscription", "monthly_price": price, "allowance": {"usd": "10"}}
+        for name, price in (("pro", "20"), ("team", "50"))
+    }
+    world.catalog = Catalog.model_validate(CATALOG | {"plans": plans})
+    await sync(world.dodo, world.redis, world.catalog)
+    await publication.publish(world.redis, world.catalog, "for a test", world.clock())
+    tenant = await world.tenant("acme")
+    first = await world.buy("acme", "plan:pro")
+    await hear(world, "subscription.active", {"subscription_id": first["subscription_id"]})
+    if not is_late:
+        await hear(world, "payment.succeeded", first)
+    await spend(world, "acme", 6)
+    world.clock.move(30 * 60_000)
+    made = await PlanChanges(world.commerce()).change(await world.tenants.get(tenant.id), "team")
+    second = (await world.operator.get(f"/payments/{made.payment_id}", headers=AUTH)).json()
+    await hear(world, "payment.succeeded", second)
+    if is_late:
+        await hear(world, "payment.succeeded", first)
+    await spend(world, "acme", 4)
+    end_ms = world.clock() + 70 * DAY
+    months = (await statement_of(world, end_ms)).months(world.clock() - 40 * DAY, end_ms)
+    paid = (int(str(first["total_amount"])) + int(second["total_amount"])) * CENTS
+    assert (summed(months, "paid"), summed(months, "earned"), summed(months, "differences")) == (paid, paid, 0)
 
 
 async def foreign_product(world: World) -> str:
