@@ -5,6 +5,7 @@ disputes claw back their share of it, together never more than it granted.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from billing.catalog.terms import Terms
 from billing.commerce.cash import NOBODY, CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry, sold_for
@@ -14,10 +15,11 @@ from billing.commerce.foreign import foreign_among
 from billing.commerce.inbox import CHARGE_METER, Inbox, PurchasedCredit
 from billing.commerce.plan_changes import LeftPeriod
 from billing.commerce.products import Products
+from billing.commerce.refund_lines import line_of, refunded_lines
 from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
 from billing.commerce.waiting import NotOurs, NotYet
-from billing.dodo.wire import Dispute, Payment, Refund, UsagePeriod
+from billing.dodo.wire import Dispute, InvoiceLine, Payment, Refund, UsagePeriod
 from billing.ledger.account import Bucket, Clawback, Grant
 from billing.ledger.admission import allowance_period
 from billing.money import Nanos, divide_up
@@ -69,8 +71,13 @@ class Payments:
         await self._grant(tenant.id, payment.id, credits_)
         usage_cents, fees = 0, list[tuple[Fee, Nanos]]()
         for subscription_id in payment.subscription_ids:
+            try:
+                refreshed = await self._subscriptions.refresh(subscription_id)
+            except NotOurs as reason:  # the rest of the cart is
+                foreign |= set(reason.products)
+                continue
             await self._take_back_unused(tenant, payment, subscription_id)
-            fees += await self._fee(await self._subscriptions.refresh(subscription_id), payment, subscription_id)
+            fees += await self._fee(refreshed, payment, subscription_id)
             if payment.includes_usage and not await self._subscriptions.is_doubled(subscription_id):
                 usage_cents += await self._repay(tenant, payment, subscription_id)
         packs = [credit for credit in credits_ if not credit.is_allowance]
@@ -85,7 +92,7 @@ class Payments:
         subscription = tenant.subscription
         if subscription is None or subscription.id != subscription_id:
             return [(Fee(subscription_id, starts_ms, ends_ms), Nanos(0))]
-        if abs(subscription.period_start_ms - starts_ms) <= HOUR_MS:
+        if abs(subscription.period_start_ms - starts_ms) <= SAME_PERIOD_MS:
             starts_ms = subscription.period_start_ms  # the allowance bears this one in its name
         price = Nanos(subscription.sold.price) if subscription.sold else Nanos(0)
         return [(Fee(subscription_id, starts_ms, ends_ms), price)]
@@ -110,11 +117,12 @@ class Payments:
     async def _foreign(self, payment: Payment, known: Sequence[PurchasedCredit] = ()) -> set[str]:
         """Products of a payment that are not ours. Raises NotOurs where none is, NotYet where one may become ours."""
         products = {line.product_id for line in payment.lines}
-        if not products:
-            subscriptions = [await self._dodo.retrieve_subscription(one) for one in payment.subscription_ids]
-            products = {one.product_id for one in subscriptions}
         granted = {credit.source.rpartition(":")[2] for credit in known}
         foreign = await foreign_among(self._dodo, self._products, products - granted)
+        if foreign == products:  # the cart may leave out what recurs
+            subscriptions = [await self._dodo.retrieve_subscription(one) for one in payment.subscription_ids]
+            products |= {one.product_id for one in subscriptions}
+            foreign = await foreign_among(self._dodo, self._products, products - granted)
         if foreign and foreign == products:
             raise NotOurs(f"payment {payment.id}", foreign)
         return foreign
@@ -127,7 +135,8 @@ class Payments:
         if credits_:
             return await self._signups.tenant_of(payment.customer_id)
         for subscription_id in payment.subscription_ids:
-            await self._subscriptions.refresh(subscription_id)
+            with suppress(NotOurs):
+                await self._subscriptions.refresh(subscription_id)
         return await self._tenant(payment.customer_id)
 
     async def _grant(self, tenant: TenantId, payment_id: str, credits_: Sequence[PurchasedCredit]) -> None:
@@ -211,8 +220,11 @@ class Payments:
             raise NotYet(f"refund {refund.id} is {refund.status}")
         payment = await self._dodo.retrieve_payment(refund.payment_id)
         try:
-            for clawback in await self._reversal(f"refund:{refund.id}", payment, refund.amount):
-                await self._ledger.claw_back(clawback)
+            lines = await refunded_lines(self._dodo, payment, refund.amount)
+            for clawback in await self._reversal(f"refund:{refund.id}", payment, refund.amount, lines):
+                # A refund that came later changes the lines, and so what this one would take.
+                if not await self._ledger.has_moved(clawback.tenant, clawback.source):
+                    await self._ledger.claw_back(clawback)
         except NotOurs:
             await self._cash.book(refund_entry(refund, payment, await self._owner(payment)))
             raise
@@ -244,7 +256,10 @@ class Payments:
     ) -> None:
         """Extend no credit while a fee is disputed, nor in the period of a fee that was lost or refunded in full."""
         for subscription_id, ends_ms in payment.service_ends_ms.items():
-            tenant = await self._subscriptions.refresh(subscription_id)
+            try:
+                tenant = await self._subscriptions.refresh(subscription_id)
+            except NotOurs:  # credit is extended on ours only
+                continue
             until_ms = OVER if is_settled_for_us else 0 if is_open else ends_ms
             await self._subscriptions.pause_credit(tenant, subscription_id, source, until_ms)
 
@@ -253,8 +268,12 @@ class Payments:
         for kind in (Kind.DISPUTE_OPENED, *([Kind.DISPUTE_WON] if won else [Kind.DISPUTE_LOST] if lost else [])):
             await self._cash.book(dispute_entry(dispute, payment, await self._owner(payment), kind))
 
-    async def _reversal(self, source: str, payment: Payment, amount: int | None) -> list[Clawback]:
+    async def _reversal(
+        self, source: str, payment: Payment, amount: int | None, lines: Sequence[InvoiceLine] = ()
+    ) -> list[Clawback]:
         """The share of each of a payment's grants that ``amount`` of its minor units stands for; ``None`` is all.
+
+        Where ``lines`` say what was refunded of the line that bought a grant, it is the share of that.
 
         Raises:
             NotOurs: nothing that was paid for is ours, and nobody has booked it.
@@ -268,7 +287,9 @@ class Payments:
         taken = paid if amount is None else min(max(amount, 0), paid)
         clawbacks = []
         for credit in credits_:
-            share = credit.amount if taken == paid else divide_up(credit.amount * taken, paid)
+            line = await line_of(self._dodo, lines, credit)
+            part, whole = (taken, paid) if line is None else (min(taken, line.refunded), line.total)
+            share = credit.amount if part == whole else divide_up(credit.amount * part, whole)
             if share:
                 about = credit.source if credit.is_allowance else credit.source.rpartition(":")[2]
                 owner = TenantId(credit.tenant) if credit.tenant else (await self._tenant(payment.customer_id)).id
@@ -309,7 +330,8 @@ def _clawback(source: str, tenant: TenantId, credit: PurchasedCredit, amount: in
         return Clawback(source, tenant, credit.source, amount)
     whole = (credit.unit, credit.amount, credit.amount, credit.expires_at_ms, credit.adapters)
     allowance = Bucket(BucketId(credit.source), *whole, is_allowance=True, price=credit.price)
-    return Clawback(source, tenant, credit.source, amount, allowance)
+    former = BucketId(credit.source.rpartition(":")[0])  # without the plan's name
+    return Clawback(source, tenant, credit.source, amount, allowance, former)
 
 
 def _closed_period(

@@ -93,10 +93,17 @@ class InvoiceLine:
     """Of the line, or of the product that it is about."""
     name: str
     refundable: int
+    total: int = 0
+    """With tax."""
+
+    @property
+    def refunded(self) -> int:
+        return self.total - self.refundable
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        return cls(text(wire, "items_id"), text(wire, "name", ""), integer(wire, "refundable_amount", 0))
+        refundable, total = integer(wire, "refundable_amount", 0), integer(wire, "amount", 0) + integer(wire, "tax", 0)
+        return cls(text(wire, "items_id"), text(wire, "name", ""), refundable, total)
 
 
 @dataclass(frozen=True, slots=True)
