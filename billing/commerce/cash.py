@@ -196,7 +196,7 @@ def explained(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _explained(entry: Entry, payment: Entry | None) -> Entry:
-    if payment is None or entry.kind is Kind.PAYMENT or entry.kind not in _ABOUT_PAYMENTS:
+    if payment is None or entry.what or entry.kind not in _ABOUT_PAYMENTS:
         return entry
     sign = {-payment.settled: -1, payment.settled: 1}.get(entry.settled)
     parts = None if sign is None or payment.parts is None else {k: sign * v for k, v in payment.parts.items()}
@@ -261,9 +261,11 @@ def sold_for(payment: Payment, packs: Sequence[PurchasedCredit]) -> list[Purchas
     return [replace(pack, price=max(1, price)) for pack, price in zip(packs, prices, strict=True)]
 
 
-def refund_entry(refund: Refund, payment: Payment, tenant: TenantId) -> Entry:
+def refund_entry(refund: Refund, payment: Payment, tenant: TenantId, what: str = "") -> Entry:
+    """``what``: the one thing of the payment that was refunded; empty where that is a share of all, or not known."""
     amount = payment.total_amount if refund.amount is None else min(max(refund.amount, 0), payment.total_amount)
-    return _taken(f"refund:{refund.id}", Kind.REFUND, payment, tenant, amount, refund.created_at_ms, -1)
+    made = _taken(f"refund:{refund.id}", Kind.REFUND, payment, tenant, amount, refund.created_at_ms, -1)
+    return replace(made, what=what)
 
 
 def dispute_entry(dispute: Dispute, payment: Payment, tenant: TenantId, kind: Kind) -> Entry:

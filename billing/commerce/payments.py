@@ -230,7 +230,16 @@ class Payments:
             raise
         if payment.refund_status == "full" or refund.amount in (None, payment.total_amount):
             await self._pause_credit(payment, f"refund:{refund.id}", is_open=False)
-        await self._cash.book(refund_entry(refund, payment, await self._owner(payment)))
+        what = await self._only_refunded(payment, lines)
+        await self._cash.book(refund_entry(refund, payment, await self._owner(payment), what))
+
+    async def _only_refunded(self, payment: Payment, lines: Sequence[InvoiceLine]) -> str:
+        """``pack`` or ``fee``, where one such line of a payment is all that was refunded of it; else empty."""
+        refunded = [line for line in lines if line.refunded]
+        for credit in await self._inbox.purchase(payment.id) or ():
+            if len(refunded) == 1 and await line_of(self._dodo, lines, credit) == refunded[0]:
+                return "fee" if credit.is_allowance else "pack"
+        return ""
 
     async def disputed(self, dispute_id: str) -> None:
         """Claw back the disputed share while the dispute is open or lost; restore it where it was won or dropped.

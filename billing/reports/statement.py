@@ -281,6 +281,8 @@ class Statement:
         sign, net = (1, entry.net_nanos) if entry.net_nanos >= 0 else (-1, -entry.net_nanos)
         fee = (payment.parts or {}).get("fee", 0)
         part = sign * share_of(max(0, fee), min(net, payment.net_nanos), payment.net_nanos)
+        if entry.what:  # that alone was refunded
+            part = sign * net if entry.what == "fee" else 0
         first = payment.fees[0]
         period = books.periods[f"{first.subscription_id}:{first.period_start_ms}"]
         period.left += part

@@ -4,7 +4,7 @@ import pytest
 
 from billing.catalog import publication
 from billing.catalog.catalog import Catalog
-from billing.commerce.cash import CashBook, Kind
+from billing.commerce.cash import CashBook, Kind, explained
 from billing.commerce.decisions import Booking, Decisions
 from billing.commerce.inbox import Inbox
 from billing.commerce.plan_changes import PlanChanges
@@ -313,3 +313,20 @@ async def test_doubled_subscription_is_neither_deferred_nor_a_difference(world: 
     sums = {name: summed(months, name) / CENTS for name in ("paid", "refunds", "earned", "differences")}
     assert sums == {"paid": 4000, "refunds": 2000, "earned": 0, "differences": 0}
     assert max(month.deferred for month in months) == 2000 * CENTS
+
+
+async def test_doubled_fee_in_a_cart_with_a_pack_is_refunded_alone(world: World) -> None:
+    """The second checkout buys a pack of five dollars too, which stays."""
+    tenant = await world.tenant("acme")
+    await hear(world, "payment.succeeded", await world.buy("acme", "plan:pro"))
+    plan, pack = [await world.product(name) for name in ("plan:pro", "pack:small")]
+    doubled = await pay_cart(world, tenant.dodo_customer_id, plan, pack)
+    await hear(world, "payment.succeeded", doubled)
+    [back] = await items(world, "/refunds")
+    await hear(world, "refund.succeeded", back)
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    sums = {name: summed(months, name) / CENTS for name in ("paid", "refunds", "earned", "differences")}
+    assert sums == {"paid": 4500, "refunds": 2000, "earned": 0, "differences": 0}
+    assert max(month.deferred for month in months) == 2500 * CENTS
+    booked = explained(await CashBook(world.redis).until(world.clock() + DAY))
+    assert [(one.what, one.ours) for one in booked] == [("fee", 2000), ("pack+fee", 2500), ("fee", -2000)]
