@@ -12,6 +12,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 
 from billing.catalog.plans import NO_LIMITS, Limits
 from billing.catalog.terms import Terms
+from billing.clock import iso
 from billing.pricing.prices import Usd
 from billing.tenants.errors import ScopeMissing, ScopesRefused
 from billing.usage import TenantId
@@ -85,6 +86,8 @@ class Subscription(_Stored):
     """Of Dodo's product that it pays; empty for one that was stored before products had terms."""
     sold: Terms | None = None
     """What that product sells each period, which a later change of the plan does not alter."""
+    scheduled_product_id: str = ""
+    """Of Dodo's product that it changes to when its period ends; empty where no change is scheduled."""
     credit_paused: Mapping[str, int] = {}
     """By refund or dispute of a fee, the moment until which it keeps credit from being extended; 0 while that is
     open. One that is over is kept: an older answer must not open it again."""
@@ -97,8 +100,22 @@ class Subscription(_Stored):
     def extends_credit(self, now_ms: int) -> bool:
         """May postpaid use go on? While it is live and paid, but not up to the very end of its last period."""
         is_closing = self.is_last_period and now_ms >= self.period_end_ms - LAST_CHARGES_MS
-        is_paused = any(not until_ms or now_ms < until_ms for until_ms in self.credit_paused.values())
-        return self.is_live(now_ms) and not is_closing and not is_paused
+        return self.is_live(now_ms) and not is_closing and not self.pauses(now_ms)
+
+    def pauses(self, now_ms: int) -> tuple[str, ...]:
+        """The refunds and disputes of its fee that keep credit from being extended now; first those still open."""
+        now = {source: at_ms for source, at_ms in self.credit_paused.items() if not at_ms or now_ms < at_ms}
+        return tuple(sorted(now, key=lambda source: bool(now[source])))
+
+    def why_paused(self, now_ms: int) -> str:
+        """Why credit is not extended now, and until when; empty where no refund or dispute of its fee is the reason."""
+        if not (sources := self.pauses(now_ms)):
+            return ""
+        kind, _, id_ = sources[0].partition(":")
+        if not self.credit_paused[sources[0]]:
+            return f"its fee is disputed ({id_}), until that is decided"
+        what = "was refunded" if kind == "refund" else "was lost in a dispute"
+        return f"its fee {what} ({id_}), until {iso(self.period_end_ms)}"
 
     def is_live(self, now_ms: int) -> bool:
         """Only while active, or past due within its grace."""
