@@ -171,7 +171,7 @@ def panel(console: Console, title: str, pairs: Sequence[tuple[str, str]]) -> Ren
 
 
 def dollars(nanos: int, decimals: int = 6) -> str:
-    return f"${format_usd(nanos, decimals)}"
+    return f"{'-' if nanos < 0 else ''}${format_usd(abs(nanos), decimals)}"
 
 
 def utc(at_ms: int) -> str:

@@ -32,7 +32,7 @@ from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant, Throttle, new_key
 from billing.usage import RequestId, TenantId, Unit
 from cluster.cli.main import app
-from cluster.cli.output import fields, out, table
+from cluster.cli.output import dollars, fields, out, table
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local import configuration, dodo_products
 from cluster.local.settings import Settings
@@ -184,6 +184,10 @@ def test_key_id_from_the_list_revokes_it(farebox: str, monkeypatch: pytest.Monke
     monkeypatch.delenv("TTY_COMPATIBLE")
     revoked = runner.invoke(app, ["keys", "revoke", LONG, found.group(), "--json"])
     assert json.loads(revoked.stdout)["revoked_at_ms"]
+
+
+def test_minus_stands_before_the_dollar_sign() -> None:
+    assert (dollars(-65_400), dollars(65_400), dollars(-5_000_000_000, 2)) == ("-$0.0000654", "$0.0000654", "-$5.00")
 
 
 def test_prose_is_folded_before_rows_become_lists(monkeypatch: pytest.MonkeyPatch) -> None:
