@@ -1,7 +1,6 @@
 """``farebox status``: what runs, and what needs attention."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import cast
@@ -15,6 +14,7 @@ from rich.text import Text
 from billing.clock import now_ms
 from cluster.cli.output import JsonOption, dollars, out, table
 from cluster.cli.target import Running
+from cluster.local.environment import without_password
 from cluster.local.settings import Settings
 from cluster.local.state import Home, Phase, Run
 from cluster.serve_api import RUNNING, Application, ServeUnavailable
@@ -86,11 +86,6 @@ def _billing(running: Running) -> dict[str, object]:
     except httpx.HTTPError:
         return {}
     return dict(reply.json()) if reply.status_code == httpx.codes.OK else {}
-
-
-def without_password(url: str) -> str:
-    """A store's URL with ``***`` for its password, which may be before the host or in the query."""
-    return re.sub(r"([?&_]password=)[^&]*", r"\1***", re.sub(r"(://[^:@/]*:).*@", r"\1***@", url))
 
 
 def status_table(status: Status) -> Group:
