@@ -29,14 +29,19 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 """Line breaks and other characters that no name is written with."""
 
 
-def _without_control_characters(name: str) -> str:
-    if _CONTROL.search(name):
-        raise ValueError("a name has no line breaks, tabs or other control characters: leave them out")
-    return name
+def _without_control_characters(text: str) -> str:
+    if _CONTROL.search(text):
+        raise ValueError("line breaks, tabs and other control characters are refused: leave them out")
+    return text
 
 
-ShownName = Annotated[str, AfterValidator(_without_control_characters)]
+_OneLine = AfterValidator(_without_control_characters)
+ShownName = Annotated[str, _OneLine]
 """A tenant's or a key's name, for people."""
+Reference = Annotated[str, Field(min_length=1, max_length=128), _OneLine]
+"""An operator's own, by which a grant or an adjustment counts once."""
+Reason = Annotated[str, Field(min_length=1, max_length=500), _OneLine]
+"""Why an operator does something."""
 
 
 def clean_name(name: str) -> str:

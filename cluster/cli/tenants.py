@@ -26,7 +26,7 @@ from billing.ledger.admission import funding_for, plan_of
 from billing.ledger.ledger import Ledger
 from billing.money import MAX_GRANT_NANOS, NANOS_PER_CENT, AmountError, format_usd, parse_usd
 from billing.tenants.directory import Tenants
-from billing.tenants.tenant import Email, ShownName, Subscription, Tenant, TenantName
+from billing.tenants.tenant import Email, Reference, ShownName, Subscription, Tenant, TenantName
 from billing.usage import TenantId, Unit
 from cluster.cli.output import JsonOption, dollars, err, fields, out, print_json, table, utc
 from cluster.cli.target import Target, with_store
@@ -335,6 +335,7 @@ def _grant_of(
     tenant: str, source: str, usd: str, requests: int, adapters: list[str] | None, expires_days: int
 ) -> Grant:
     """Raises SettingsError."""
+    check_value("reference: give 1 to 128 characters without line breaks or tabs", TypeAdapter(Reference), source)
     if bool(usd) == bool(requests) or (usd and adapters):
         raise SettingsError("give either --usd or --requests, and --adapter only with --requests")
     try:
