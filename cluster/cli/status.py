@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from billing.clock import now_ms
-from cluster.cli.output import JsonOption, dollars, out, table
+from cluster.cli.output import JsonOption, dollars, out, table, whole
 from cluster.cli.target import Running
 from cluster.local.environment import without_password
 from cluster.local.settings import Settings
@@ -103,7 +103,7 @@ def status_table(status: Status) -> Group:
         if run := status.run:
             parts.append(Text(f"API {run.api_url}  dashboard {run.dashboard_url}  sandbox {run.sandbox_url or '-'}"))
     parts += [Text(line) for line in billing_lines(status.billing, now_ms())] if status.billing else []
-    return Group(*parts)
+    return Group(*(whole(part) if isinstance(part, Text) else part for part in parts))
 
 
 def billing_lines(billing: Mapping[str, object], now_ms: int) -> Iterator[str]:
