@@ -174,5 +174,6 @@ def as_stored(
         paused_at_ms=known.paused_at_ms if found.paused_at_ms is None and known is not None else found.paused_at_ms,
         product_id=found.product_id,
         sold=sold,
+        scheduled_product_id=found.scheduled_product_id,
         credit_paused=known.credit_paused if known is not None else {},
     )
