@@ -86,8 +86,8 @@ class Subscription(_Stored):
     sold: Terms | None = None
     """What that product sells each period, which a later change of the plan does not alter."""
     credit_paused: Mapping[str, int] = {}
-    """By refund or dispute of a fee, the moment until which it keeps credit from being extended; 0 while that is
-    open. One that is over is kept: an older answer must not open it again."""
+    """By refund or dispute of a fee, the beginning of the period in which it keeps credit from being extended; 0 while
+    that is open. One that is over is kept: an older answer must not open it again."""
 
     @property
     def is_last_period(self) -> bool:
@@ -97,7 +97,7 @@ class Subscription(_Stored):
     def extends_credit(self, now_ms: int) -> bool:
         """May postpaid use go on? While it is live and paid, but not up to the very end of its last period."""
         is_closing = self.is_last_period and now_ms >= self.period_end_ms - LAST_CHARGES_MS
-        is_paused = any(not until_ms or now_ms < until_ms for until_ms in self.credit_paused.values())
+        is_paused = any(period_ms in (0, self.period_start_ms) for period_ms in self.credit_paused.values())
         return self.is_live(now_ms) and not is_closing and not is_paused
 
     def is_live(self, now_ms: int) -> bool:
