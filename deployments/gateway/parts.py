@@ -75,6 +75,10 @@ class GatewayConfig:
     def checkout_url(self) -> str:
         return f"{self.public_url}/v1/checkout"
 
+    @property
+    def plan_url(self) -> str:
+        return f"{self.public_url}/v1/plan"
+
     def top_up_url(self, token: str) -> str:
         """The page on which whoever has this link may buy for its tenant."""
         return f"{self.public_url}/top-up/{token}"

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from billing.catalog.plans import Pack
-from billing.money import NANOS_PER_CENT, format_usd
+from billing.money import NANOS_PER_CENT, divide_up, format_usd
 from billing.usage import Name
 
 COOLDOWN_MS = 10 * 60_000
@@ -34,6 +34,9 @@ class Attempt(_Stored):
     id: str
     started_at_ms: int
     cents: int
+    """What it costs, tax included: estimated until it has succeeded."""
+    price_cents: int = 0
+    """The pack's price, without tax; 0 of an attempt before 0.2."""
     state: AttemptState = AttemptState.STARTED
     payment_id: str = ""
     reason: str = ""
@@ -80,6 +83,13 @@ class Refill(_Stored):
         kept = {"attempts": self.attempts, "month_start_ms": self.month_start_ms, "month_cents": self.month_cents}
         return wanted.model_copy(update=kept)
 
+    def expected_cents(self, price_cents: int) -> int:
+        """What the next attempt costs, as far as is known: the price, with tax as the last one had it."""
+        last = next((one for one in reversed(self.attempts) if one.state is AttemptState.SUCCEEDED), None)
+        if last is None or last.cents <= last.price_cents or not last.price_cents:
+            return price_cents
+        return divide_up(price_cents * last.cents, last.price_cents)
+
     def begun(self, attempt: Attempt, month_start_ms: int) -> Self:
         assert self.open_attempt is None, "one attempt at a time"
         spent = self.spent_cents(month_start_ms) + attempt.cents
@@ -89,16 +99,22 @@ class Refill(_Stored):
     def charged(self, attempt_id: str, payment_id: str) -> Self:
         return self._changed(attempt_id, state=AttemptState.CHARGED, payment_id=payment_id)
 
-    def succeeded(self, attempt_id: str, now_ms: int) -> Self:
-        return self._changed(attempt_id, state=AttemptState.SUCCEEDED, ended_at_ms=now_ms)
+    def succeeded(self, attempt_id: str, cents: int, now_ms: int) -> Self:
+        """Counts what was paid, tax included."""
+        more = sum(cents - one.cents for one in self.attempts if one.id == attempt_id and self._counts(one))
+        ended = self._changed(attempt_id, state=AttemptState.SUCCEEDED, cents=cents, ended_at_ms=now_ms)
+        return ended.model_copy(update={"month_cents": self.month_cents + more})
 
     def failed(self, attempt_id: str, reason: str, now_ms: int) -> Self:
         """A failed charge switches auto-refill off: a refused card is tried again only when the tenant asks for it."""
         ended = self._changed(attempt_id, state=AttemptState.FAILED, reason=reason, ended_at_ms=now_ms)
-        given_up = [one for one in self.attempts if one.id == attempt_id and one.is_open]
-        back = sum(one.cents for one in given_up if one.started_at_ms >= self.month_start_ms)
+        back = sum(one.cents for one in self.attempts if one.id == attempt_id and self._counts(one))
         off = {"is_on": False, "stopped_because": reason, "month_cents": self.month_cents - back}
         return ended.model_copy(update=off)
+
+    def _counts(self, attempt: Attempt) -> bool:
+        """Is it open, and part of what this month has cost?"""
+        return attempt.is_open and attempt.started_at_ms >= self.month_start_ms
 
     def _changed(self, attempt_id: str, **changes: object) -> Self:
         attempts = tuple(one.model_copy(update=changes) if one.id == attempt_id else one for one in self.attempts)

@@ -12,6 +12,7 @@ from billing.clock import month_start_ms
 from billing.commerce.auto_refill.refill import Attempt, AttemptState, Refill
 from billing.commerce.auto_refill.store import Refills
 from billing.commerce.context import Commerce
+from billing.commerce.dodo_ids import id_of
 from billing.commerce.payments import Payments
 from billing.commerce.products import Products
 from billing.dodo.errors import DodoRefused, DodoUnavailable, DodoUnreadable
@@ -41,7 +42,7 @@ class Refiller:
     def __init__(self, commerce: Commerce) -> None:
         self._dodo, self._ledger, self._tenants = commerce.dodo, commerce.ledger, commerce.tenants
         self._catalog, self._clock = commerce.catalog, commerce.clock
-        self._products, self._payments = Products(commerce.redis), Payments(commerce)
+        self._redis, self._products, self._payments = commerce.redis, Products(commerce.redis), Payments(commerce)
         self._refills, self._notices = Refills(commerce.redis), Notices(commerce.redis)
 
     async def run_once(self, sweep: Sweep) -> int:
@@ -73,17 +74,22 @@ class Refiller:
             or tenant.suspended
         ):
             return False
-        now, cents = self._clock(), divide_up(pack.price, NANOS_PER_CENT)
+        now, price_cents = self._clock(), divide_up(pack.price, NANOS_PER_CENT)
+        cents = refill.expected_cents(price_cents)
         month = month_start_ms(now)
         funding = funding_for(_as_if_active(tenant, now), plan_of(tenant, catalog), now)
         balance = (await self._ledger.account(tenant.id, funding)).balance_nanos
         if not refill.is_due(balance, cents, now, month):
             return False
-        if refill.terms and refill.terms != terms.key:
+        if await self._agreed(refill) not in ("", terms.key):
             await self._stop(tenant.id, f"pack {refill.pack} is sold on other terms now: switch auto-refill on again")
             return False
+        at_dodo = await self._dodo.retrieve_product(product_id)
+        if (at_dodo.cents, at_dodo.currency) != (price_cents, "USD"):
+            await self._stop(tenant.id, f"pack {refill.pack} costs something else at Dodo: switch auto-refill on again")
+            return False
         methods = await self._dodo.payment_methods(tenant.dodo_customer_id)
-        attempt = Attempt(id=f"refill_{secrets.token_hex(8)}", started_at_ms=now, cents=cents)
+        attempt = Attempt(id=f"refill_{secrets.token_hex(8)}", started_at_ms=now, cents=cents, price_cents=price_cents)
 
         def begun(current: Refill) -> Refill:
             is_due = current.is_due(balance, cents, now, month)
@@ -97,6 +103,13 @@ class Refiller:
             await self._charge(tenant, refill.pack, product_id, methods[0], attempt)
             return True
         return False
+
+    async def _agreed(self, refill: Refill) -> str:
+        """The key of the terms that its tenant agreed to; one set up before 0.2 agreed to those of its time."""
+        if refill.terms:
+            return refill.terms
+        before = await self._products.terms(await id_of(self._redis, f"pack:{refill.pack}"))
+        return "" if before is None else before.key
 
     async def _charge(self, tenant: Tenant, pack: str, product_id: str, method_id: str, attempt: Attempt) -> None:
         """A charge that is refused, and that Dodo has no payment of, was not made; one without an answer is looked
@@ -128,9 +141,11 @@ class Refiller:
             await self._refills.change(tenant.id, lambda refill: refill.charged(attempt.id, payment.id))
         if payment.status == "succeeded":
             await self._payments.succeeded(payment)
+            cents = payment.total_amount if payment.currency in ("USD", "") else attempt.cents
             # The notice comes first: once the attempt has ended, nobody asks about it again.
-            await self._record(NoticeKind.REFILL_SUCCEEDED, tenant.id, attempt, payment_id=payment.id)
-            await self._refills.change(tenant.id, lambda refill: refill.succeeded(attempt.id, self._clock()))
+            paid = attempt.model_copy(update={"cents": cents})
+            await self._record(NoticeKind.REFILL_SUCCEEDED, tenant.id, paid, payment_id=payment.id)
+            await self._refills.change(tenant.id, lambda refill: refill.succeeded(attempt.id, cents, self._clock()))
         elif payment.status not in WAITING or age_ms > UNFINISHED_MS:
             await self._fail(tenant.id, attempt, f"the payment is {payment.status}")
 

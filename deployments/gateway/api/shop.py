@@ -37,12 +37,13 @@ router = APIRouter(responses=refusals(401, 403, 503))
 @router.get("/v1/offers")
 async def offers(gateway: GatewayDep, caller: Caller) -> OffersBody:
     """The packs and plans that this tenant may buy now, and how."""
-    found, url = offers_for(gateway, caller.tenant), gateway.config.checkout_url
+    found, config = offers_for(gateway, caller.tenant), gateway.config
     subscribed_to = subscribed_plan(caller.tenant)
-    plans = {} if subscribed_to else found.plans
+    plan_url = config.plan_url if subscribed_to else config.checkout_url
+    plans = {name: plan for name, plan in found.plans.items() if name != subscribed_to}
     return OffersBody(
-        packs=[PackOffer.of(name, pack, url) for name, pack in found.packs.items()],
-        plans=[PlanOffer.of(name, plan, url) for name, plan in plans.items()],
+        packs=[PackOffer.of(name, pack, config.checkout_url) for name, pack in found.packs.items()],
+        plans=[PlanOffer.of(name, plan, plan_url) for name, plan in plans.items()],
         subscribed_to=subscribed_to or None,
     )
 

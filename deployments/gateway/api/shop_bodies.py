@@ -68,7 +68,7 @@ class PlanOffer(Body):
     buy: BuyBody
 
     @classmethod
-    def of(cls, name: str, plan: Plan, checkout_url: str) -> Self:
+    def of(cls, name: str, plan: Plan, url: str) -> Self:
         return cls(
             id=name,
             kind="subscription" if plan.kind is PlanKind.SUBSCRIPTION else "pay_as_you_go",
@@ -77,12 +77,12 @@ class PlanOffer(Body):
             overage_cap_usd=format_usd(plan.credit_limit),
             limits=plan.limits,
             licence_key=plan.licence_key,
-            buy=BuyBody(url=checkout_url, body={"plan": name}),
+            buy=BuyBody(url=url, body={"plan": name}),
         )
 
 
 class OffersBody(Body):
-    """``plans`` is empty while a subscription is live: ``subscribed_to`` names its plan."""
+    """While a subscription is live, ``subscribed_to`` names its plan, and ``plans`` are those that it can change to."""
 
     object: Literal["offers"] = "offers"
     packs: list[PackOffer]

@@ -11,6 +11,7 @@ from billing.catalog.terms import Terms
 from billing.commerce.auto_refill.refill import COOLDOWN_MS, AttemptState, Refill, refusal_of
 from billing.commerce.auto_refill.refiller import LOST_MS, Refiller
 from billing.commerce.auto_refill.store import Refills
+from billing.commerce.dodo_ids import keep_ids
 from billing.commerce.sync import sync
 from billing.dodo.errors import DodoUnavailable
 from billing.ledger.account import Bucket, Funding, Grant
@@ -20,7 +21,7 @@ from billing.notices.notice import NoticeKind
 from billing.tenants.tenant import Subscription, SubscriptionStatus
 from billing.usage import BucketId, TenantId, Unit
 from tests.support.hiccup import fail_next_notice
-from tests.support.purchases import AUTH, balance
+from tests.support.purchases import AUTH, balance, spend
 from tests.support.samples import request
 from tests.support.world import CATALOG, DAY, MINUTE, World, delivery
 
@@ -95,6 +96,40 @@ async def test_pack_off_sale_stops_auto_refill(world: World) -> None:
     assert await refiller(world).run_once(world.sweep()) == 0
     found = await state(refills)
     assert (found.is_on, "sold no more" in found.stopped_because) == (False, True)
+
+
+async def test_monthly_cap_counts_the_tax(world: World) -> None:
+    """At 19 % a pack of $5 costs $5.95: a cap of $10 pays for one."""
+    await world.operator.post("/_sandbox/settings", json={"tax_bps": 1_900})
+    refills = await low(world, SMALL.model_copy(update={"monthly_cap_cents": 1_000}))
+    for _ in range(2):
+        await refiller(world).run_once(world.sweep())
+        world.clock.move(COOLDOWN_MS)
+        if await balance(world):
+            await spend(world, "5")
+    assert (await charges(world), (await state(refills)).month_cents) == (1, 595)
+    (notice,) = await Notices(world.redis).newest()
+    assert notice.facts["amount_usd"] == "5.95"
+
+
+async def test_refill_of_before_agreed_to_the_terms_of_its_time(world: World) -> None:
+    """Set up under 0.1, whose products a migration gave the terms in force then."""
+    refills = await low(world, SMALL.model_copy(update={"monthly_cap_cents": 100_000}))
+    await keep_ids(world.redis, {"pack:small": await world.product("pack:small")})
+    world.catalog = Catalog.model_validate(CATALOG | {"packs": {"small": {"price": "50", "grants": {"usd": "4"}}}})
+    await sync(world.dodo, world.redis, world.catalog)
+    assert await refiller(world).run_once(world.sweep()) == 0
+    assert (await charges(world), (await state(refills)).is_on) == (0, False)
+
+
+async def test_price_changed_at_dodo_is_not_charged(world: World) -> None:
+    """A merchant can change it in Dodo's dashboard: the tenant agreed to $5, not to $90."""
+    refills = await low(world, SMALL.model_copy(update={"monthly_cap_cents": 100_000}))
+    path = f"/products/{await world.product('pack:small')}"
+    price = (await world.operator.get(path, headers=AUTH)).json()["price"]
+    (await world.operator.patch(path, json={"price": price | {"price": 9_000}}, headers=AUTH)).raise_for_status()
+    assert await refiller(world).run_once(world.sweep()) == 0
+    assert (await charges(world), (await state(refills)).is_on) == (0, False)
 
 
 async def test_pack_on_the_agreed_terms_is_charged(world: World) -> None:

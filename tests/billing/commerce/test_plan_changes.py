@@ -160,6 +160,32 @@ async def test_change_made_elsewhere_takes_the_allowance_back_that_it_leaves(sho
     assert (await account(shop)).balance_nanos == 60 * USD - debt
 
 
+async def test_change_after_a_crash_of_an_earlier_one_takes_the_allowance_back_once(shop: World) -> None:
+    """The earlier one took it back and the plan was not stored: nobody could draw on that plan's allowance."""
+    old = await begin(shop, "payg")
+    await change(shop, "pro")
+    left = await subscription(shop)
+    await spend(shop, "10")
+    shop.clock.move(DAY)
+    await change(shop, "team")
+    taken = divide_up(
+        10 * USD * (left.period_end_ms - (await subscription(shop)).period_start_ms),
+        left.period_end_ms - left.period_start_ms,
+    )
+    await shop.tenants.update(ACME, lambda now: now.model_copy(update={"subscription": left, "plan": "pro"}))
+    await sell(shop, PLANS | {"other": PLANS["team"]})
+    shop.clock.move(DAY)
+    asked = {
+        "product_id": await shop.product("plan:other"),
+        "quantity": 1,
+        "proration_billing_mode": "prorated_immediately",
+    }
+    (await shop.operator.post(f"/subscriptions/{old.id}/change-plan", json=asked, headers=AUTH)).raise_for_status()
+    told = await shop.webhooks().receive(*delivery("subscription.plan_changed", {"subscription_id": old.id}, "msg_o"))
+    assert told.outcome is Outcome.APPLIED
+    assert (await account(shop)).balance_nanos == 30 * USD - taken
+
+
 async def test_fee_heard_of_after_a_change_bought_the_allowance_of_its_own_plan(shop: World) -> None:
     await begin(shop, "pro")
     (fee,) = await items(shop, "/payments")

@@ -22,7 +22,7 @@ def test_next_attempt_waits_for_the_cooldown() -> None:
     begun = ON.begun(attempt(), MONTH)
     assert not begun.is_due(0, 500, LATER, MONTH)
     assert not begun.charged("refill_1", "pay_1").is_due(0, 500, LATER, MONTH)
-    done = begun.succeeded("refill_1", MONTH + 5)
+    done = begun.succeeded("refill_1", begun.attempts[0].cents, MONTH + 5)
     assert not done.is_due(0, 500, MONTH + 5 + COOLDOWN_MS - 1, MONTH)
     assert done.is_due(0, 500, MONTH + 5 + COOLDOWN_MS, MONTH)
     with pytest.raises(AssertionError):
@@ -34,7 +34,7 @@ def test_monthly_cap_holds_over_forgotten_attempts() -> None:
     for number in range(KEPT_ATTEMPTS + 5):
         at = MONTH + number * 2 * COOLDOWN_MS
         assert cheap.is_due(0, 500, at, MONTH)
-        cheap = cheap.begun(attempt(number, at), MONTH).succeeded(f"refill_{number}", at)
+        cheap = cheap.begun(attempt(number, at), MONTH).succeeded(f"refill_{number}", 500, at)
     assert len(cheap.attempts) == KEPT_ATTEMPTS
     assert not cheap.is_due(0, 500, LATER, MONTH)
     assert cheap.is_due(0, 500, NEXT_MONTH, NEXT_MONTH), "a new month"

@@ -322,7 +322,7 @@ MUTANTS: tuple[Mutant, ...] = (
         RULES,
     ),
     Mutant(
-        "a debt is refused as a credit limit", "ledger/codec.py", 'return "debt" if balance < 0 else', "return", RULES
+        "a debt is refused as a credit limit", "ledger/codec.py", 'if balance < 0:\n        return "debt"', "", RULES
     ),
     Mutant(
         "max_tokens is not clamped",

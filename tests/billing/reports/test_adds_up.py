@@ -4,6 +4,7 @@ from billing.catalog import publication
 from billing.commerce.cash import CashBook, Kind
 from billing.commerce.decisions import Booking, Decisions
 from billing.commerce.inbox import Inbox
+from billing.dodo.fields import to_iso
 from billing.ledger.account import Settlement
 from billing.ledger.admission import funding_for, plan_of
 from billing.money import Nanos
@@ -153,6 +154,17 @@ async def test_delivery_that_comes_again_is_booked_once(world: World) -> None:
         await hear(world, "payment.succeeded", payment)
     [entry] = await CashBook(world.redis).until(world.clock() + DAY)
     assert (entry.id, entry.amount, entry.net_nanos) == (f"payment:{payment['payment_id']}", 500, Nanos(500 * CENTS))
+
+
+async def test_payment_whose_webhook_comes_late_stands_where_it_was_booked(world: World) -> None:
+    """A month that is over gets no more cash."""
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    await hear(world, "payment.succeeded", payment | {"created_at": "2020-01-31T12:00:00.000Z"})
+    [entry] = await CashBook(world.redis).until(world.clock() + DAY)
+    store_s, _ = await world.redis.time()
+    assert to_iso(entry.at_ms) == "2020-01-31T12:00:00.000Z"
+    assert abs(entry.booked_at_ms - store_s * 1_000) < DAY
 
 
 async def test_discounted_pack_is_sold_at_its_price_and_the_rest_is_a_difference(world: World) -> None:

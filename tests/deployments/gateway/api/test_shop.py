@@ -119,14 +119,18 @@ async def test_hidden_offer_not_sold_to_other_arm(shop: Harness) -> None:
     )
 
 
-async def test_no_second_subscription_offered(shop: Harness) -> None:
+async def test_subscriber_is_offered_a_change_of_plan(shop: Harness) -> None:
     name = of_arm(shop, "control")
     key = await customer(shop, name)
-    live = Subscription(id="s", plan="payg", status=SubscriptionStatus.ACTIVE, period_start_ms=0, period_end_ms=1)
+    (plan,) = (await get(shop, "/v1/offers", key))["plans"]
+    assert (plan["id"], plan["buy"]["url"].rpartition("/v1")[2]) == ("payg", "/checkout")
+    live = Subscription(id="s", plan="pro", status=SubscriptionStatus.ACTIVE, period_start_ms=0, period_end_ms=1)
     await shop.gateway.parts.tenants.update(TenantId(name), lambda t: t.model_copy(update={"subscription": live}))
     shop.gateway.parts.tenants._seen.clear()
     offers = await get(shop, "/v1/offers", key)
-    assert (offers["plans"], offers["subscribed_to"]) == ([], "payg")
+    (plan,) = offers["plans"]
+    assert (plan["buy"]["url"].rpartition("/v1")[2], plan["buy"]["body"]) == ("/plan", {"plan": "payg"})
+    assert offers["subscribed_to"] == "pro"
     assert_problem(await shop.post(key, "/v1/checkout", plan="payg"), 409, "conflict")
 
 
