@@ -31,6 +31,11 @@ def month_start_ms(at_ms: int) -> int:
     return unix_ms(month_of(at_ms)[0])
 
 
+def iso(at_ms: int) -> str:
+    """A moment in Unix milliseconds as ISO 8601 in UTC, to the second."""
+    return datetime.fromtimestamp(at_ms // 1_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def unix_ms(moment: datetime) -> int:
     """A moment of whole seconds in Unix milliseconds."""
     return int(moment.timestamp()) * 1_000

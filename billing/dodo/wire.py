@@ -115,6 +115,7 @@ class Refund:
     status: str
     amount: int | None
     created_at_ms: int | None = None
+    reason: str = ""
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
@@ -122,7 +123,7 @@ class Refund:
         is_whole = wire.get("amount") is None and wire.get("is_partial") is False
         amount = None if is_whole else integer(wire, "amount")
         ids, status = (text(wire, "refund_id"), text(wire, "payment_id")), text(wire, "status")
-        return cls(*ids, status, amount, moment_ms(wire, "created_at"))
+        return cls(*ids, status, amount, moment_ms(wire, "created_at"), text(wire, "reason", ""))
 
 
 @dataclass(frozen=True, slots=True)

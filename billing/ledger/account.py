@@ -57,6 +57,25 @@ class Account:
     def allowance(self) -> Bucket | None:
         return next((bucket for bucket in self.buckets if bucket.id == self.allowance_id), None)
 
+    @property
+    def requests_left(self) -> int:
+        """Requests in the buckets, less what is owed: below zero where more is owed."""
+        return sum(bucket.remaining for bucket in self.buckets if bucket.unit is Unit.REQUESTS)
+
+    def usable(self, bucket: Bucket) -> int:
+        """What of a bucket can be drawn: while others of its unit and scope owe, so much of it stays undrawn."""
+        return max(0, min(bucket.remaining, sum(one.remaining for one in self._beside(bucket))))
+
+    def debt_beside(self, bucket: Bucket) -> int:
+        """What buckets of its unit and scope owe."""
+        return -sum(min(0, one.remaining) for one in self._beside(bucket))
+
+    def _beside(self, bucket: Bucket) -> list[Bucket]:
+        """Buckets of its unit that cover a model which it covers, itself among them."""
+        scope = set(bucket.adapters)
+        alike = (one for one in self.buckets if one.unit is bucket.unit)
+        return [one for one in alike if not scope or not one.adapters or scope & set(one.adapters)]
+
 
 @dataclass(frozen=True, slots=True)
 class Funding:

@@ -18,7 +18,7 @@ from billing.ledger.ledger import Ledger
 from billing.money import Nanos
 from billing.pricing.modifiers import Circumstances, EffectivePrice, Pricing, effective
 from billing.tenants.spend_caps import caps_of
-from billing.tenants.tenant import ApiKey, Principal, Tenant
+from billing.tenants.tenant import ApiKey, Principal, Subscription, Tenant
 from billing.usage import BucketId, Modifier, RequestId
 
 LEASE_MS = 30_000
@@ -87,7 +87,7 @@ class Admission:
         try:
             return await self._ledger.hold(request)
         except InsufficientCredits as refusal:
-            raise _explained(refusal, plan_of(principal.tenant, catalog), request.funding) from None
+            raise self._explained(refusal, principal.tenant, catalog, request.funding) from None
 
     async def quote(
         self, principal: Principal, model: Model, catalog: Catalog, prompt_tokens: int, max_tokens: int
@@ -98,11 +98,24 @@ class Admission:
         try:
             hold = await self._ledger.preview(request)
         except InsufficientCredits as refusal:
-            why = _explained(refusal, plan_of(principal.tenant, catalog), request.funding)
+            why = self._explained(refusal, principal.tenant, catalog, request.funding)
             return Quote(cost, refusal.max_affordable_tokens, False, why, *why_so_much)
         except Refusal as refusal:
             return Quote(cost, 0, False, refusal, *why_so_much)
         return Quote(cost, hold.max_tokens, hold.covered_by_requests, None, *why_so_much)
+
+    def _explained(
+        self, refusal: InsufficientCredits, tenant: Tenant, catalog: Catalog, funding: Funding
+    ) -> InsufficientCredits:
+        """Say so where credit would be extended, were there a subscription that carries it and whose fee is paid."""
+        plan, one, now = plan_of(tenant, catalog), tenant.subscription, self._clock()
+        is_without_credit = plan.is_postpaid and plan.credit_limit and not funding.credit_limit
+        if not is_without_credit or refusal.limit_source == "debt":
+            return refusal
+        why_paused = one.why_paused if one is not None and is_carried_by(tenant, one, now) else ""
+        return replace(
+            refusal, limit_source="subscription_fee" if why_paused else "subscription", why_paused=why_paused
+        )
 
     async def _price(self, tenant: Tenant, model: Model, pricing: Pricing, now: int) -> EffectivePrice:
         """What this request costs now. Only a price that depends on the month's spend asks the store."""
@@ -163,8 +176,7 @@ def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
         start, end = month_of(now_ms)
         return _funding(tenant, plan.allowance, f"allowance:free:{start:%Y-%m}", unix_ms(end))
     subscription = tenant.subscription
-    is_carried = subscription is not None and subscription.plan == tenant.plan and subscription.is_live(now_ms)
-    if not plan.is_postpaid or subscription is None or not is_carried:
+    if not plan.is_postpaid or subscription is None or not is_carried_by(tenant, subscription, now_ms):
         return Funding()
     credit_limit = plan.credit_limit if subscription.extends_credit(now_ms) else Nanos(0)
     quota = plan.allowance if subscription.sold is None else subscription.sold.grants
@@ -173,6 +185,11 @@ def funding_for(tenant: Tenant, plan: Plan, now_ms: int) -> Funding:
     period = allowance_period(subscription.id, subscription.period_start_ms)
     price = Nanos(plan.monthly_price if subscription.sold is None else subscription.sold.price)
     return _funding(tenant, quota, period, subscription.period_end_ms, credit_limit, price)
+
+
+def is_carried_by(tenant: Tenant, subscription: Subscription, now_ms: int) -> bool:
+    """Does this subscription carry the plan that the tenant is on?"""
+    return subscription.plan == tenant.plan and subscription.is_live(now_ms)
 
 
 def allowance_period(subscription_id: str, start_ms: int) -> str:
@@ -195,11 +212,3 @@ def _funding(
         price=price,
     )
     return Funding(allowance, credit_limit, former_allowance_id=BucketId(period))
-
-
-def _explained(refusal: InsufficientCredits, plan: Plan, funding: Funding) -> InsufficientCredits:
-    """Say so where credit would be extended, were there a subscription that carries it."""
-    is_without_credit = plan.is_postpaid and plan.credit_limit and not funding.credit_limit
-    if not is_without_credit or refusal.limit_source == "debt":
-        return refusal
-    return replace(refusal, limit_source="subscription")

@@ -6,9 +6,9 @@ The text of a bucket is that of ``lua/lib/buckets.lua``, the text of a usage tha
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
+from billing.clock import iso
 from billing.errors import BillingError
 from billing.ledger.account import Account, Bucket, Funding, Hold, HoldRequest, HoldSnapshot, LimitsLeft, Settlement
 from billing.ledger.errors import (
@@ -301,7 +301,7 @@ def _capped(words: Sequence[str], gateway_now_ms: int) -> SpendCapReached:
         window=window.value,
         cap_nanos=Nanos(int(words[2])),
         spent_nanos=Nanos(int(words[3])),
-        resets_at=datetime.fromtimestamp(ends_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        resets_at=iso(ends_ms),
         retry_after_s=max(1, ends_ms - gateway_now_ms) / 1000,
     )
 

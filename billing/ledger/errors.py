@@ -16,6 +16,7 @@ _REMEDIES = {
     "overage_cap": "your plan's limit on what is invoiced later is reached, buy a pack with POST /v1/checkout",
     "debt": "a refund or a dispute left this account in debt, which a pack pays: buy one with POST /v1/checkout",
     "subscription": "subscribe with POST /v1/checkout or pay the open invoice (POST /v1/portal), or buy a pack",
+    "subscription_fee": "your subscription extends no credit because {why_paused}; buy a pack with POST /v1/checkout",
 }
 
 
@@ -27,12 +28,15 @@ class InsufficientCredits(Refusal):
     required_nanos: Nanos
     max_affordable_tokens: int = 0
     limit_source: str = "balance"
-    """``balance``, ``overage_cap`` (the credit limit), ``debt`` or ``subscription``."""
+    """``balance``, ``overage_cap`` (the credit limit), ``debt``, ``subscription`` or ``subscription_fee``."""
+    why_paused: str = ""
+    """Why a subscription extends no credit, and until when: where ``limit_source`` is ``subscription_fee``."""
 
     def __str__(self) -> str:
+        remedy = _REMEDIES[self.limit_source].format(why_paused=self.why_paused)
         return (
             f"this request needs up to ${format_usd(self.required_nanos)} and ${format_usd(self.balance_nanos)} "
-            f"is left: {_REMEDIES[self.limit_source]}, or lower max_tokens"
+            f"is left: {remedy}, or lower max_tokens"
         )
 
 

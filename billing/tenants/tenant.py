@@ -12,6 +12,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 
 from billing.catalog.plans import NO_LIMITS, Limits
 from billing.catalog.terms import Terms
+from billing.clock import iso
 from billing.pricing.prices import Usd
 from billing.tenants.errors import ScopeMissing, ScopesRefused
 from billing.usage import TenantId
@@ -28,14 +29,19 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 """Line breaks and other characters that no name is written with."""
 
 
-def _without_control_characters(name: str) -> str:
-    if _CONTROL.search(name):
-        raise ValueError("a name has no line breaks, tabs or other control characters: leave them out")
-    return name
+def _without_control_characters(text: str) -> str:
+    if _CONTROL.search(text):
+        raise ValueError("line breaks, tabs and other control characters are refused: leave them out")
+    return text
 
 
-ShownName = Annotated[str, AfterValidator(_without_control_characters)]
+_OneLine = AfterValidator(_without_control_characters)
+ShownName = Annotated[str, _OneLine]
 """A tenant's or a key's name, for people."""
+Reference = Annotated[str, Field(min_length=1, max_length=128), _OneLine]
+"""An operator's own, by which a grant or an adjustment counts once."""
+Reason = Annotated[str, Field(min_length=1, max_length=500), _OneLine]
+"""Why an operator does something."""
 
 
 def clean_name(name: str) -> str:
@@ -85,9 +91,11 @@ class Subscription(_Stored):
     """Of Dodo's product that it pays; empty for one that was stored before products had terms."""
     sold: Terms | None = None
     """What that product sells each period, which a later change of the plan does not alter."""
+    scheduled_product_id: str = ""
+    """Of Dodo's product that it changes to when its period ends; empty where no change is scheduled."""
     credit_paused: Mapping[str, int] = {}
-    """By refund or dispute of a fee, the moment until which it keeps credit from being extended; 0 while that is
-    open. One that is over is kept: an older answer must not open it again."""
+    """By refund or dispute of a fee, the beginning of the period in which it keeps credit from being extended; 0 while
+    that is open. One that is over is kept: an older answer must not open it again."""
 
     @property
     def is_last_period(self) -> bool:
@@ -97,8 +105,24 @@ class Subscription(_Stored):
     def extends_credit(self, now_ms: int) -> bool:
         """May postpaid use go on? While it is live and paid, but not up to the very end of its last period."""
         is_closing = self.is_last_period and now_ms >= self.period_end_ms - LAST_CHARGES_MS
-        is_paused = any(not until_ms or now_ms < until_ms for until_ms in self.credit_paused.values())
-        return self.is_live(now_ms) and not is_closing and not is_paused
+        return self.is_live(now_ms) and not is_closing and not self.pauses
+
+    @property
+    def pauses(self) -> tuple[str, ...]:
+        """The refunds and disputes of this period's fee that keep credit from being extended; the open ones first."""
+        now = {source: at_ms for source, at_ms in self.credit_paused.items() if at_ms in (0, self.period_start_ms)}
+        return tuple(sorted(now, key=lambda source: bool(now[source])))
+
+    @property
+    def why_paused(self) -> str:
+        """Why credit is not extended now, and until when; empty where no refund or dispute of its fee is the reason."""
+        if not self.pauses:
+            return ""
+        kind, _, id_ = self.pauses[0].partition(":")
+        if not self.credit_paused[self.pauses[0]]:
+            return f"its fee is disputed ({id_}), until that is decided"
+        what = "was refunded" if kind == "refund" else "was lost in a dispute"
+        return f"its fee {what} ({id_}), until {iso(self.period_end_ms)}"
 
     def is_live(self, now_ms: int) -> bool:
         """Only while active, or past due within its grace."""

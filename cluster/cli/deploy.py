@@ -63,7 +63,7 @@ def _show_what_dodo_lacks(file: Path) -> None:
     """Where a farebox runs in this folder: what a deployment of the file would create at its Dodo."""
     try:
         running = Running.find(Settings.from_env())
-        running.refuse_other_dodo()
+        running.refuse_other()
         config = checked(running.settings.model_copy(update={"config": file.absolute()}))
         planned = sync_products(config, running.environment, is_dry_run=True)
     except NotRunning:
@@ -123,7 +123,7 @@ def deploy_file(settings: Settings, file: Path, may_retire_plans: bool = False, 
         BillingError: the store or Dodo does not answer.
     """
     running = Running.find(settings)
-    running.refuse_other_dodo()
+    running.refuse_other()
     if running.run.phase is not Phase.HEALTHY:
         raise NotRunning(f"farebox is {running.run.phase}: wait until `farebox status` says healthy")
     api = running.api()

@@ -19,7 +19,7 @@ def notices(
     if as_json:
         print_json([json.loads(notice.to_json()) for notice in found])
         return
-    rows = table("time, UTC", "notice", "tenant", "facts")
+    rows = table("time, UTC", "notice", "tenant", "facts", prose=("facts",))
     for notice in found:
         facts = ", ".join(f"{name} {value}" for name, value in notice.facts.items())
         rows.add_row(utc(notice.at_ms), notice.kind.value, notice.tenant, facts)

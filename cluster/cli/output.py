@@ -52,6 +52,8 @@ class Table(rich.table.Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not _is_terminal(console):
             yield from self._annotated(self._lines())
+        elif not self.rows:
+            yield from self._annotated(iter((Text("none"),)))
         elif self._least_width() <= options.max_width:
             yield from super().__rich_console__(console, options)
         else:
@@ -62,10 +64,10 @@ class Table(rich.table.Table):
 
     def _annotated(self, body: Iterator[Text | Group]) -> Iterator[Text | Group]:
         if self.title:
-            yield _whole(Text(str(self.title)))
+            yield whole(Text(str(self.title)))
         yield from body
         if self.caption:
-            yield _whole(Text(str(self.caption)))
+            yield whole(Text(str(self.caption)))
 
     def _texts(self) -> list[list[Text]]:
         """The cells of each row."""
@@ -98,7 +100,7 @@ class Table(rich.table.Table):
             for cell, width, right in zip(row, widths, is_right, strict=True):
                 padding = " " * (width - cell_len(cell.plain))
                 cells.append(padding + cell.plain if right else cell.plain + padding)
-            yield _whole(Text(GAP.join(cells).rstrip()))
+            yield whole(Text(GAP.join(cells).rstrip()))
 
     def _records(self, console: Console, width: int) -> Iterator[Text | Group]:
         """Each row as a list of its fields, without the empty ones."""
@@ -131,7 +133,7 @@ def _fits_in_words(text: Text, width: int) -> bool:
     return all(cell_len(word) <= width for word in text.plain.split())
 
 
-def _whole(text: Text) -> Text:
+def whole(text: Text) -> Text:
     """The text, which is neither cut nor folded when it is printed."""
     text.no_wrap, text.overflow = True, "ignore"
     return text
@@ -139,7 +141,7 @@ def _whole(text: Text) -> Text:
 
 def _field(name: str, value: Text, width: int) -> Text:
     padding = " " * (width - cell_len(name)) + GAP
-    return _whole(Text.assemble((name, "bold"), padding, value))
+    return whole(Text.assemble((name, "bold"), padding, value))
 
 
 def table(*columns: str, right: Collection[str] = (), prose: Collection[str] = (), title: str | None = None) -> Table:
@@ -171,7 +173,7 @@ def panel(console: Console, title: str, pairs: Sequence[tuple[str, str]]) -> Ren
 
 
 def dollars(nanos: int, decimals: int = 6) -> str:
-    return f"${format_usd(nanos, decimals)}"
+    return f"{'-' if nanos < 0 else ''}${format_usd(abs(nanos), decimals)}"
 
 
 def utc(at_ms: int) -> str:

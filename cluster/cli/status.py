@@ -1,7 +1,6 @@
 """``farebox status``: what runs, and what needs attention."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import cast
@@ -13,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from billing.clock import now_ms
-from cluster.cli.output import JsonOption, dollars, out, table
+from cluster.cli.output import JsonOption, dollars, out, table, whole
 from cluster.cli.target import Running
+from cluster.local.environment import without_password
 from cluster.local.settings import Settings
 from cluster.local.state import Home, Phase, Run
 from cluster.serve_api import RUNNING, Application, ServeUnavailable
@@ -88,11 +88,6 @@ def _billing(running: Running) -> dict[str, object]:
     return dict(reply.json()) if reply.status_code == httpx.codes.OK else {}
 
 
-def without_password(url: str) -> str:
-    """A store's URL with ``***`` for its password, which may be before the host or in the query."""
-    return re.sub(r"([?&_]password=)[^&]*", r"\1***", re.sub(r"(://[^:@/]*:).*@", r"\1***@", url))
-
-
 def status_table(status: Status) -> Group:
     parts: list[Text | Table] = [
         Text(f"farebox is {status.phase}", style="green" if status.is_healthy else "red"),
@@ -108,7 +103,7 @@ def status_table(status: Status) -> Group:
         if run := status.run:
             parts.append(Text(f"API {run.api_url}  dashboard {run.dashboard_url}  sandbox {run.sandbox_url or '-'}"))
     parts += [Text(line) for line in billing_lines(status.billing, now_ms())] if status.billing else []
-    return Group(*parts)
+    return Group(*(whole(part) if isinstance(part, Text) else part for part in parts))
 
 
 def billing_lines(billing: Mapping[str, object], now_ms: int) -> Iterator[str]:

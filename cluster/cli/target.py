@@ -71,9 +71,9 @@ class Running:
         """The variables that its processes have, whatever the environment of this command says."""
         return service_environment(self.settings, self.home.secrets(), self.run.store_url, self.operator)
 
-    def refuse_other_dodo(self) -> None:
-        """Raises SettingsError if this shell's variables name another Dodo than the one that it was started with."""
-        self.operator.refuse_other_dodo(os.environ, self.settings.sandbox_url)
+    def refuse_other(self) -> None:
+        """Raises SettingsError if this shell's variables name another Dodo or store than those that it runs with."""
+        self.operator.refuse_other(os.environ, self.settings.sandbox_url, self.run.store_url)
 
     def api(self) -> ServeApi:
         return ServeApi(self.run.dashboard_url, self.home.secrets().ray_token)
@@ -97,7 +97,7 @@ class Target:
 
         Raises:
             NotRunning: neither.
-            SettingsError: this shell names another Dodo than the one that it was started with.
+            SettingsError: this shell names another Dodo or store than those of the one that runs.
         """
         try:
             running = Running.find(settings)
@@ -105,7 +105,7 @@ class Target:
             if not os.environ.get("REDIS_URL"):
                 raise NotRunning(f"{error}; for one on a cluster set REDIS_URL and Dodo's variables") from None
             return cls(settings, dict(os.environ), store_options_in(settings.config))
-        running.refuse_other_dodo()
+        running.refuse_other()
         deployed = running.home.deployed
         in_force = deployed if deployed.exists() else Path(running.run.config)
         return cls(running.settings, running.environment, store_options_in(in_force))

@@ -1,8 +1,8 @@
 """``farebox tenants``: tenants created, shown, suspended and given credit."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Annotated, TypeVar
 
 import typer
@@ -14,16 +14,19 @@ from rich.text import Text
 from billing.catalog import publication
 from billing.catalog.catalog import Catalog
 from billing.clock import now_ms
+from billing.commerce.auto_refill.refill import Refill
+from billing.commerce.auto_refill.store import Refills
 from billing.commerce.context import Commerce
 from billing.commerce.plan_changes import PlanChanges
+from billing.commerce.products import Products
 from billing.dodo.client import Dodo
 from billing.dodo.settings import DodoSettings
-from billing.ledger.account import Account, Grant
+from billing.ledger.account import Account, Bucket, Grant
 from billing.ledger.admission import funding_for, plan_of
 from billing.ledger.ledger import Ledger
 from billing.money import MAX_GRANT_NANOS, NANOS_PER_CENT, AmountError, format_usd, parse_usd
 from billing.tenants.directory import Tenants
-from billing.tenants.tenant import Email, ShownName, Tenant, TenantName
+from billing.tenants.tenant import Email, Reference, ShownName, Subscription, Tenant, TenantName
 from billing.usage import TenantId, Unit
 from cluster.cli.output import JsonOption, dollars, err, fields, out, print_json, table, utc
 from cluster.cli.target import Target, with_store
@@ -86,15 +89,17 @@ def list_(as_json: JsonOption = False) -> None:
     """Show all tenants, each with its balance."""
     found = with_store(_list)
     if as_json:
-        balances = ({"balance_usd": format_usd(account.balance_nanos)} for _, account in found)
-        print_json([one.model_dump(mode="json") | usd for (one, _), usd in zip(found, balances, strict=True)])
+        print_json([one.model_dump(mode="json") | _left_json(account) for one, account in found])
         return
-    rows = table("tenant", "plan", "balance", "subscription", "state", "email", "Dodo customer", right=("balance",))
+    names = ("tenant", "plan", "balance", "requests", "subscription", "state", "email", "Dodo customer")
+    rows = table(*names, right=("balance", "requests"))
     for one, account in found:
         subscription = "" if one.subscription is None else one.subscription.status.value
         customer = one.dodo_customer_id or Text("not created yet", "dim")
         state = Text("suspended", "red") if one.suspended else "active"
-        rows.add_row(one.id, one.plan, dollars(account.balance_nanos), subscription, state, one.email, customer)
+        has_requests = any(bucket.unit is Unit.REQUESTS for bucket in account.buckets)
+        left = (dollars(account.balance_nanos), str(account.requests_left) if has_requests else "")
+        rows.add_row(one.id, one.plan, *left, subscription, state, one.email, customer)
     out.print(rows)
 
 
@@ -111,39 +116,102 @@ async def _account(redis: Redis, tenant: Tenant, catalog: Catalog | None) -> Acc
 
 @app.command()
 def show(tenant: TenantArgument, as_json: JsonOption = False) -> None:
-    """Show a tenant and its account."""
-    found, account = with_store(lambda redis: _show(redis, TenantId(tenant)))
+    """Show a tenant, its subscription, its credit and its auto-refill: why its requests are accepted or refused."""
+    found = with_store(lambda redis: _show(redis, TenantId(tenant)))
     if as_json:
-        print_json(found.model_dump(mode="json") | {"account": _account_json(account)})
+        print_json(found.tenant.model_dump(mode="json") | {"account": _account_json(found)})
     else:
-        out.print(_account_fields(found, account))
+        out.print(_account_fields(found))
 
 
-async def _show(redis: Redis, tenant: TenantId) -> tuple[Tenant, Account]:
+@dataclass(frozen=True)
+class _Shown:
+    """What `show` prints of a tenant."""
+
+    tenant: Tenant
+    account: Account
+    credit_limit_nanos: int
+    """In force now: 0 where no subscription extends credit."""
+    scheduled_plan: str
+    refill: Refill | None
+
+
+async def _show(redis: Redis, tenant: TenantId) -> _Shown:
     found, catalog = await Tenants(redis).get(tenant), await publication.current(redis)
-    return found, await _account(redis, found, catalog)
+    limit = funding_for(found, plan_of(found, catalog), now_ms()).credit_limit if catalog else 0
+    scheduled = found.subscription.scheduled_product_id if found.subscription is not None else ""
+    terms = await Products(redis).terms(scheduled) if scheduled else None
+    scheduled_plan = terms.plain_name if terms is not None else scheduled
+    account = await _account(redis, found, catalog)
+    return _Shown(found, account, limit, scheduled_plan, await Refills(redis).get(tenant))
 
 
-def _account_fields(tenant: Tenant, account: Account) -> Group:
+def _account_fields(shown: _Shown) -> Group:
+    tenant, account = shown.tenant, shown.account
     customer = tenant.dodo_customer_id or "not created yet"
     rows = [("tenant", tenant.id), ("plan", tenant.plan), ("email", tenant.email), ("name", tenant.name)]
     rows += [("Dodo customer", customer), ("balance", dollars(account.balance_nanos))]
     rows += [("held", dollars(account.held_nanos)), ("exposure", dollars(account.overage_nanos))]
-    for bucket in account.buckets:
-        is_money = bucket.unit is Unit.NANOS
-        rows.append((bucket.id, dollars(bucket.remaining) if is_money else f"{bucket.remaining} requests"))
+    rows.append(("credit limit", dollars(shown.credit_limit_nanos)))
+    rows += [(bucket.id, _bucket_words(account, bucket)) for bucket in account.buckets]
+    if tenant.subscription is not None:
+        rows += _subscription_fields(tenant.subscription, shown.scheduled_plan)
+    rows.append(("auto-refill", _refill_words(shown.refill)))
     if tenant.suspended:
         rows.append(("state", f"suspended: `farebox tenants resume {tenant.id}`"))
     return fields(rows)
 
 
-def _account_json(account: Account) -> dict[str, object]:
+def _bucket_words(account: Account, bucket: Bucket) -> str:
+    def amount(units: int) -> str:
+        return dollars(units) if bucket.unit is Unit.NANOS else f"{units} request{'' if units == 1 else 's'}"
+
+    if bucket.remaining < 0:
+        return f"{amount(-bucket.remaining)} owed: a pack pays it"
+    usable = account.usable(bucket)
+    unusable = f", of which {amount(usable)} can be used while a debt is open" if usable < bucket.remaining else ""
+    ends = "" if bucket.expires_at_ms is None else f", until {utc(bucket.expires_at_ms)}"
+    return f"{amount(bucket.remaining)}{ends}{unusable}"
+
+
+def _subscription_fields(one: Subscription, scheduled_plan: str) -> Iterator[tuple[str, str]]:
+    yield "subscription", f"{one.id}, {one.status.value}, for plan {one.plan}"
+    yield "period", f"{utc(one.period_start_ms)} to {utc(one.period_end_ms)}"
+    if one.cancel_at_period_end:
+        yield "ends", f"with this period, {utc(one.period_end_ms)}"
+    if one.past_due_ends_at_ms is not None:
+        yield "past due", f"its payment is late; it stays until {utc(one.past_due_ends_at_ms)}"
+    if scheduled_plan:
+        yield "next plan", f"{scheduled_plan}, from {utc(one.period_end_ms)}"
+    if why := one.why_paused:
+        yield "credit", f"paused because {why}"
+
+
+def _refill_words(refill: Refill | None) -> str:
+    if refill is None:
+        return "not set up"
+    if not refill.is_on:
+        return f"off: {refill.stopped_because or 'switched off by the tenant'}"
+    cap = dollars(refill.monthly_cap_cents * NANOS_PER_CENT, 2)
+    return f"buys {refill.pack} at {dollars(refill.threshold_nanos, 2)} or less, at most {cap} a month"
+
+
+def _left_json(account: Account) -> dict[str, object]:
+    return {"balance_usd": format_usd(account.balance_nanos), "requests_left": account.requests_left}
+
+
+def _account_json(shown: _Shown) -> dict[str, object]:
+    account, one = shown.account, shown.tenant.subscription
     return {
-        "balance_usd": format_usd(account.balance_nanos),
+        **_left_json(account),
         "held_usd": format_usd(account.held_nanos),
         "overage_usd": format_usd(account.overage_nanos),
         "open_holds": account.open_holds,
-        "buckets": [asdict(bucket) for bucket in account.buckets],
+        "buckets": [asdict(bucket) | {"usable": account.usable(bucket)} for bucket in account.buckets],
+        "credit_limit_usd": format_usd(shown.credit_limit_nanos),
+        "scheduled_plan": shown.scheduled_plan or None,
+        "credit_paused_because": (one.why_paused or None) if one is not None else None,
+        "auto_refill": shown.refill.model_dump(mode="json") if shown.refill is not None else None,
     }
 
 
@@ -267,6 +335,7 @@ def _grant_of(
     tenant: str, source: str, usd: str, requests: int, adapters: list[str] | None, expires_days: int
 ) -> Grant:
     """Raises SettingsError."""
+    check_value("reference: give 1 to 128 characters without line breaks or tabs", TypeAdapter(Reference), source)
     if bool(usd) == bool(requests) or (usd and adapters):
         raise SettingsError("give either --usd or --requests, and --adapter only with --requests")
     try:

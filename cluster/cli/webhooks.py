@@ -3,16 +3,20 @@
 from typing import Annotated
 
 import typer
+from pydantic import TypeAdapter
 from redis.asyncio import Redis
 
 from billing.clock import now_ms
 from billing.commerce.alerts import payment_of
 from billing.commerce.decisions import Booking, Decisions
 from billing.commerce.inbox import Delivery, Inbox, Outcome
-from billing.money import AmountError, parse_usd
+from billing.ledger.account import out_of_bounds
+from billing.money import MAX_GRANT_NANOS, AmountError, parse_usd
+from billing.tenants.tenant import Reason
 from billing.usage import TenantId, Unit
 from cluster.cli.output import JsonOption, dollars, fail, out, print_json, table, utc
 from cluster.cli.target import with_store
+from cluster.cli.tenants import check_value
 
 LISTED_MAX = 10_000
 
@@ -59,6 +63,7 @@ def drop(
     """End a webhook without applying it, such as a payment for something else that you sell."""
     if not reason.strip():
         raise typer.BadParameter("say why it is never applied", param_hint="--reason")
+    check_value("reason: give at most 500 characters without line breaks or tabs", TypeAdapter(Reason), reason.strip())
     dropped = with_store(lambda redis: Decisions(redis).drop(id_, reason.strip()))
     out.print(f"{dropped.id} ({dropped.type}) is dropped: it moves nothing, and is not tried again")
 
@@ -78,9 +83,11 @@ def book(
     if bool(usd) == bool(requests) or (usd and adapters):
         raise typer.BadParameter("give either --usd or --requests, and --adapter only with --requests")
     try:
-        unit, amount = (Unit.NANOS, int(parse_usd(usd))) if usd else (Unit.REQUESTS, requests)
+        unit, amount = (Unit.NANOS, int(parse_usd(usd, MAX_GRANT_NANOS))) if usd else (Unit.REQUESTS, requests)
     except AmountError as error:
         raise typer.BadParameter(str(error), param_hint="--usd") from error
+    if not 0 < amount <= MAX_GRANT_NANOS:
+        raise typer.BadParameter(out_of_bounds(unit, amount), param_hint=f"--{'usd' if usd else 'requests'}")
     booking = Booking(TenantId(tenant), unit, amount, expires_days, tuple(adapters or ()))
     booked = with_store(lambda redis: Decisions(redis).book(id_, booking))
     what = dollars(booked.amount) if booked.unit is Unit.NANOS else f"{booked.amount} requests"

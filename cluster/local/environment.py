@@ -2,10 +2,11 @@
 
 The Dodo sandbox is used unless the operator names another environment, so that no process reaches live money by
 accident. What the operator named at a start is kept in the farebox's folder, for its owner alone, until it is stopped:
-commands on a running farebox use that, and refuse a shell that names another Dodo.
+commands on a running farebox use that, and refuse a shell that names another Dodo or store.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Literal, Self
 
@@ -78,13 +79,13 @@ class OperatorEnvironment(BaseSettings):
     def keep_in(self, home: Home) -> None:
         write_private(home.operator, self.model_dump_json(indent=2))
 
-    def refuse_other_dodo(self, shell: Mapping[str, str], sandbox_url: str) -> None:
-        """Refuse a shell whose variables name another Dodo than the one that this farebox was started with.
+    def refuse_other(self, shell: Mapping[str, str], sandbox_url: str, store_url: str) -> None:
+        """Refuse a shell whose variables name another Dodo or store than those that this farebox runs with.
 
         Variables that are not set name nothing, and a key alone names nothing where the sandbox was started.
 
         Raises:
-            SettingsError: the environment, the address or the key differs; both are named.
+            SettingsError: the environment, an address or the key differs; both are named, without passwords.
         """
         ours, key = self.farebox_dodo_environment, self.dodo_payments_api_key
         base_url = self.dodo_payments_base_url or (sandbox_url if ours == SANDBOX else "")
@@ -94,6 +95,7 @@ class OperatorEnvironment(BaseSettings):
             "DODO_PAYMENTS_API_KEY": (shell.get("DODO_PAYMENTS_API_KEY") or key, key)
             if ours != SANDBOX
             else (key, key),
+            "REDIS_URL": (shell.get("REDIS_URL") or store_url, store_url),
         }
         other = {name: theirs for name, (theirs, mine) in named.items() if theirs.rstrip("/") != mine.rstrip("/")}
         if not other:
@@ -102,14 +104,20 @@ class OperatorEnvironment(BaseSettings):
         raise SettingsError(
             f"this farebox was started with {_shown(running)}, but this shell has {_shown(other)}: "
             f"`unset {' '.join(other)}` to work on the one that runs, or `farebox down` and `farebox up` to start with "
-            "the other"
+            "the other" + ("; for the farebox of that store, work in another folder" if "REDIS_URL" in other else "")
         )
 
 
 def _shown(variables: Mapping[str, str]) -> str:
-    return ", ".join(
-        f"{name}={_masked(value) if 'KEY' in name else value or '(unset)'}" for name, value in variables.items()
-    )
+    def shown(name: str, value: str) -> str:
+        return _masked(value) if "KEY" in name else without_password(value) or "(unset)"
+
+    return ", ".join(f"{name}={shown(name, value)}" for name, value in variables.items())
+
+
+def without_password(url: str) -> str:
+    """A store's URL with ``***`` for its password, which may be before the host or in the query."""
+    return re.sub(r"([?&_]password=)[^&]*", r"\1***", re.sub(r"(://[^:@/]*:).*@", r"\1***@", url))
 
 
 def _masked(key: str) -> str:

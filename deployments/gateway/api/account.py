@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Query
 
 from billing.clock import now_ms
+from billing.commerce.products import Products
 from billing.ledger.admission import funding_for, plan_of
 from billing.reports import history
 from billing.tenants.tenant import Tenant
@@ -34,7 +35,11 @@ async def read_account(gateway: Gateway, tenant: Tenant, body: type[Account], **
     """A tenant's account as a response of the given model."""
     plan = plan_of(tenant, gateway.parts.catalog_holder.current)
     funding = funding_for(tenant, plan, now_ms())
-    return body.of(tenant, plan, funding, await gateway.parts.ledger.account(tenant.id, funding), **more)
+    held = await gateway.parts.ledger.account(tenant.id, funding)
+    scheduled = tenant.subscription.scheduled_product_id if tenant.subscription is not None else ""
+    terms = await Products(gateway.parts.redis).terms(scheduled) if scheduled else None
+    scheduled_plan = terms.plain_name if terms is not None else scheduled or None
+    return body.of(tenant, plan, funding, held, scheduled_plan, **more)
 
 
 @router.get("/v1/usage", responses=refusals(400), response_model_exclude_unset=True)

@@ -19,7 +19,7 @@ from billing.notices.log import Notices
 from billing.pricing.prices import Usd
 from billing.reconcile import proof_state
 from billing.reports.unsettled import unsettled
-from billing.tenants.tenant import Email, ShownName, Tenant, TenantName
+from billing.tenants.tenant import Email, Reason, Reference, ShownName, Tenant, TenantName
 from billing.usage import TenantId, Unit
 from deployments.gateway.api.account import read_account
 from deployments.gateway.api.admin_bodies import (
@@ -82,7 +82,7 @@ class TenantChange(_Request):
 class NewGrant(_Request):
     """Either ``usd`` or ``requests``. The same ``source`` twice is one grant."""
 
-    source: Annotated[str, Field(min_length=1, max_length=128)]
+    source: Reference
     usd: Usd | None = None
     requests: int | None = None
     adapters: tuple[str, ...] = ()
@@ -101,10 +101,10 @@ class NewGrant(_Request):
 class NewAdjustment(_Request):
     """A correction: either ``usd`` or ``requests``, below zero to take. The same ``source`` twice is one."""
 
-    source: Annotated[str, Field(min_length=1, max_length=128)]
+    source: Reference
     usd: str | None = None
     requests: int | None = None
-    reason: Annotated[str, Field(min_length=1, max_length=500)]
+    reason: Reason
 
     def to_adjustment(self, tenant: TenantId) -> Adjustment:
         if (self.requests is None) == (self.usd is None):

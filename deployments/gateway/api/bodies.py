@@ -330,6 +330,37 @@ def bucket_body(bucket: Bucket) -> MoneyBucket | RequestsBucket:
     return MoneyBucket(remaining_usd=format_usd(bucket.remaining), granted_usd=format_usd(bucket.granted), **shared)
 
 
+class MoneyAllowance(MoneyBucket):
+    """``usable_usd`` is what can be drawn of it: while ``debt_usd`` is owed elsewhere, so much of it stays."""
+
+    usable_usd: Dollars
+    debt_usd: Dollars
+
+
+class RequestsAllowance(RequestsBucket):
+    """``usable`` is what can be drawn of it: while ``debt`` is owed elsewhere, so much of it stays."""
+
+    usable: int
+    debt: int
+
+
+def allowance_body(account: Account) -> MoneyAllowance | RequestsAllowance | None:
+    """The allowance that counts, with what of it can be used."""
+    bucket = account.allowance
+    if bucket is None:
+        return None
+    fields = bucket_body(bucket).model_dump()
+    usable, debt = account.usable(bucket), account.debt_beside(bucket)
+    if bucket.unit is Unit.REQUESTS:
+        return RequestsAllowance(**fields, usable=usable, debt=debt)
+    return MoneyAllowance(**fields, usable_usd=format_usd(usable), debt_usd=format_usd(debt))
+
+
+class SubscriptionBody(Subscription):
+    scheduled_plan: str | None
+    """The plan that it changes to when its period ends; null where no change is scheduled."""
+
+
 class AccountBody(Body):
     """A tenant's account, as a hold would find it now."""
 
@@ -343,15 +374,23 @@ class AccountBody(Body):
     held_requests: int
     overage_usd: Dollars
     overage_cap_usd: Dollars
-    allowance: MoneyBucket | RequestsBucket | None
+    allowance: MoneyAllowance | RequestsAllowance | None
     packs: list[MoneyBucket | RequestsBucket]
     open_holds: int
     limits: Limits
-    subscription: Subscription | None
+    subscription: SubscriptionBody | None
 
     @classmethod
-    def of(cls, tenant: Tenant, plan: Plan, funding: Funding, account: Account, **more: Any) -> Self:
-        allowance = account.allowance
+    def of(
+        cls,
+        tenant: Tenant,
+        plan: Plan,
+        funding: Funding,
+        account: Account,
+        scheduled_plan: str | None = None,
+        **more: Any,
+    ) -> Self:
+        one = tenant.subscription
         return cls(
             tenant=tenant.id,
             plan=tenant.plan,
@@ -362,11 +401,11 @@ class AccountBody(Body):
             held_requests=account.held_requests,
             overage_usd=format_usd(account.overage_nanos),
             overage_cap_usd=format_usd(funding.credit_limit),
-            allowance=None if allowance is None else bucket_body(allowance),
+            allowance=allowance_body(account),
             packs=[bucket_body(bucket) for bucket in account.buckets if not bucket.is_allowance],
             open_holds=account.open_holds,
             limits=plan.limits,
-            subscription=tenant.subscription,
+            subscription=None if one is None else SubscriptionBody(**dict(one), scheduled_plan=scheduled_plan),
             **more,
         )
 

@@ -242,12 +242,16 @@ async def _account(gateway: Gateway, tenant: Tenant) -> Account:
 def _refusal(request: Request, error: BillingError) -> Response:
     answer, problem = answer_for(error), problem_of(error)
     gateway_of(request).parts.metrics.refused(answer.code)
-    page = _page("message.html", answer.status, title=TITLES.get(answer.status, problem.title), text=problem.detail)
+    title, text = TITLES.get(answer.status, problem.title), problem.detail
+    if isinstance(error, LinkInvalid):  # its message speaks to a program
+        title, text = "This link does not work", INVALID
+    page = _page("message.html", answer.status, title=title, text=text)
     page.headers.update(headers_of(error))
     return page
 
 
-TITLES = {404: "This link does not work", 429: "Too many checkouts", 503: "Not available at the moment"}
+TITLES = {404: "This is not sold here", 429: "Too many checkouts", 503: "Not available at the moment"}
+INVALID = "It was altered, or is older than a week. Ask whoever sent it to you for a new one."
 
 
 def _page(template: str, status: int = 200, **values: object) -> HTMLResponse:

@@ -144,6 +144,8 @@ async def test_pack_bought_together_with_a_second_subscription_is_kept(world: Wo
     both = await double_with_pack(world)
     await world.webhooks().receive(*delivery("payment.succeeded", both, "msg_2"))
     assert await refunds(world) == [(both["payment_id"], FEE)]
+    (made,) = await items(world, "/refunds")
+    assert (await world.webhooks().receive(*delivery("refund.succeeded", made, "msg_3"))).outcome is Outcome.APPLIED
     assert await balance(world) == 5 * USD
 
 
@@ -217,9 +219,13 @@ async def test_usage_beside_two_subscriptions_is_invoiced_and_repaid_once(world:
     assert (await world.ledger.account(ACME)).overage_nanos == 99
 
 
-async def test_second_subscription_that_renewed_unnoticed_is_refunded_with_its_usage(world: World) -> None:
-    """No webhook came for a month, so both invoiced the same usage: one of the two is given back."""
-    payments = await double_click(world)
+@pytest.mark.parametrize("first", [0, 1])
+async def test_subscription_that_renewed_unnoticed_is_refunded_with_its_usage(world: World, first: int) -> None:
+    """No webhook came for a month, so both invoiced the same usage: whichever is heard of first, one is given back."""
+    await world.tenant("acme")
+    payments = [await world.buy("acme", "plan:pro")]
+    world.clock.move(2_000)
+    payments.insert(first, await world.buy("acme", "plan:pro"))
     await world.use("acme", charged=5 * USD, overage=5 * USD)
     await world.redis.hset(shard_for(ACME).account(ACME), "overage", str(12 * USD))
     await world.exporter().flush_once()
@@ -236,6 +242,64 @@ async def test_second_subscription_that_renewed_unnoticed_is_refunded_with_its_u
             )
     assert (await world.ledger.account(ACME)).overage_nanos == 7 * USD
     assert sum(int(str(amount)) for _, amount in await refunds(world)) == FEE + FEE + 500
+
+
+async def on_hold(world: World) -> str:
+    """The tenant's first subscription, whose renewal was declined and is tried again; the tenant has another card."""
+    await world.operator.post("/_sandbox/settings", json={"payment_retries": True}, headers=AUTH)
+    customer = (await world.tenants.get(ACME)).dodo_customer_id
+    await world.operator.post(f"/_sandbox/customers/{customer}/card", json={"declines": True})
+    one = (await world.tenants.get(ACME)).subscription
+    assert one is not None
+    world.clock.move(one.period_end_ms - world.clock() + HOUR)
+    await world.operator.post("/_sandbox/clock", json={"advance_s": 0})
+    await world.webhooks().receive(*delivery("subscription.on_hold", {"subscription_id": one.id}, "msg_hold"))
+    await world.operator.post(f"/_sandbox/customers/{customer}/card", json={"declines": False})
+    return one.id
+
+
+async def use_on_credit(world: World) -> None:
+    await world.use("acme", charged=5 * USD, overage=5 * USD)
+    await world.redis.hset(shard_for(ACME).account(ACME), "overage", str(5 * USD))
+    await world.exporter().flush_once()
+
+
+async def test_late_renewal_beside_a_newer_subscription_pays_its_usage(world: World) -> None:
+    """Usage from before the newer one began is invoiced by the older one alone: only the fee is given back."""
+    await world.tenant("acme")
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("payment.succeeded", await world.buy("acme", "plan:pro"), "msg_1"))
+    world.clock.move(DAY)
+    await use_on_credit(world)
+    await on_hold(world)
+    new = await world.buy("acme", "plan:payg")
+    await webhooks.receive(*delivery("payment.succeeded", new, "msg_2"))
+    world.clock.move(DAY)
+    await world.operator.post("/_sandbox/clock", json={"advance_s": 0})
+    (late,) = [one for one in await items(world, "/payments") if one["includes_usage"] and one["status"] == "succeeded"]
+    assert late["total_amount"] == FEE + 500
+    assert (await webhooks.receive(*delivery("payment.succeeded", late, "msg_3"))).outcome is Outcome.APPLIED
+    assert await active(world) == {new["subscription_id"]}
+    assert await refunds(world) == [(late["payment_id"], FEE)]
+    assert (await world.ledger.account(ACME)).overage_nanos == 0
+
+
+async def test_usage_invoiced_by_a_renewed_older_subscription_too_is_refunded(world: World) -> None:
+    """The older one recovered beside the newer one, and no webhook told of it for a month."""
+    await world.tenant("acme")
+    webhooks = world.webhooks()
+    await webhooks.receive(*delivery("payment.succeeded", await world.buy("acme", "plan:pro"), "msg_1"))
+    await on_hold(world)
+    await webhooks.receive(*delivery("payment.succeeded", await world.buy("acme", "plan:pro"), "msg_2"))
+    await use_on_credit(world)
+    world.clock.move(40 * DAY)
+    await world.operator.post("/_sandbox/clock", json={"advance_s": 0})
+    for number, one in enumerate(reversed(await items(world, "/payments"))):
+        if one["status"] == "succeeded":
+            heard = await webhooks.receive(*delivery("payment.succeeded", one, f"msg_p{number}"))
+            assert heard.outcome is Outcome.APPLIED
+    assert sorted(int(str(amount)) for _, amount in await refunds(world)) == [FEE, FEE + 500]
+    assert (await world.ledger.account(ACME)).overage_nanos == 0
 
 
 @pytest.mark.parametrize("is_renewed", [False, True])

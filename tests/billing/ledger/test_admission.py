@@ -131,6 +131,29 @@ async def test_a_refusal_says_what_is_short(
     assert refused.value.limit_source == source
 
 
+@pytest.mark.parametrize(
+    ("paused", "why"),
+    [
+        ({"dispute:dp_1": 0, "refund:ref_1": 2_000}, "its fee is disputed (dp_1), until that is decided"),
+        ({"refund:ref_1": 2_000}, "its fee was refunded (ref_1), until 1970-01-01T00:00:02Z"),
+        ({"dispute:dp_1": 2_000}, "its fee was lost in a dispute (dp_1), until 1970-01-01T00:00:02Z"),
+    ],
+)
+async def test_a_refusal_says_why_credit_is_paused_and_until_when(
+    ledger: Ledger, clock: SteppedClock, paused: dict[str, int], why: str
+) -> None:
+    admission, clock.now_ms = Admission(ledger, clock), 1_500
+    who = principal("payg", status="active", credit_paused=paused)
+    with pytest.raises(InsufficientCredits, match="buy a pack") as refused:
+        await admission.admit(who, PIRATE, CATALOG, RequestId("r"), 10, 20)
+    quoted = (await admission.quote(who, PIRATE, CATALOG, 10, 20)).refusal
+    for refusal in (refused.value, quoted):
+        assert isinstance(refusal, InsufficientCredits)
+        assert refusal.limit_source == "subscription_fee"
+        assert why in str(refusal)
+        assert "invoice" not in str(refusal)
+
+
 async def test_a_plan_s_limits_reach_the_hold(ledger: Ledger) -> None:
     admission, who = Admission(ledger), principal("prepaid")
     await ledger.grant(money(1_000_000))

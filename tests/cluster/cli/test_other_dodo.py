@@ -126,6 +126,22 @@ def test_shell_of_another_dodo_is_refused(
     assert "was started with" not in farebox("status").output, "a farebox can be looked at from any shell"
 
 
+def test_shell_of_another_store_is_refused(
+    store_url: str, shell: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(store_url, shell)
+    monkeypatch.setenv("REDIS_URL", "redis://:secret@127.0.0.1:1")
+    for words in COMMANDS:
+        done = farebox(*words)
+        assert done.exit_code == 1, words
+        assert f"REDIS_URL={store_url}" in done.stderr
+        assert "REDIS_URL=redis://:***@127.0.0.1:1" in done.stderr
+        assert "unset REDIS_URL" in done.stderr
+        assert "secret" not in done.stderr
+    monkeypatch.setenv("REDIS_URL", store_url)
+    assert farebox("usage").exit_code == 0, "the same store by name is not refused"
+
+
 @pytest.mark.parametrize(
     ("started", "now"),
     [

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import redis
 from redis.asyncio import Redis
 from rich.text import Text
 from typer.testing import CliRunner
@@ -32,7 +33,8 @@ from billing.tenants.directory import Tenants
 from billing.tenants.tenant import Tenant, Throttle, new_key
 from billing.usage import RequestId, TenantId, Unit
 from cluster.cli.main import app
-from cluster.cli.output import fields, out, table
+from cluster.cli.output import dollars, fields, out, table
+from cluster.cli.status import Status, status_table
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local import configuration, dodo_products
 from cluster.local.settings import Settings
@@ -184,6 +186,33 @@ def test_key_id_from_the_list_revokes_it(farebox: str, monkeypatch: pytest.Monke
     monkeypatch.delenv("TTY_COMPATIBLE")
     revoked = runner.invoke(app, ["keys", "revoke", LONG, found.group(), "--json"])
     assert json.loads(revoked.stdout)["revoked_at_ms"]
+
+
+@pytest.mark.parametrize("words", [["webhooks", "list"], ["dodo", "dead"], ["unresolved", "list"], ["notices"]])
+def test_empty_list_says_none_in_a_terminal(
+    words: list[str], store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAREBOX_HOME", str(tmp_path / "home"))
+    write_healthy_run(store_url)
+    client = redis.Redis.from_url(store_url)
+    client.flushall()
+    client.close()
+    assert in_terminal(words, monkeypatch) == "none\n"
+    assert in_pipe(words, monkeypatch).count("\n") == 1, "the names of its columns"
+
+
+def test_status_is_not_folded_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr(out, "width", 80)
+    with out.capture() as captured:
+        out.print(status_table(Status("failed", REASON, None, {}, {"backlog": 0})))
+    shown = Text.from_ansi(captured.get()).plain.splitlines()
+    assert REASON in shown
+    assert any(line.startswith("needs attention: ") and line.endswith("unreadable settlements") for line in shown)
+
+
+def test_minus_stands_before_the_dollar_sign() -> None:
+    assert (dollars(-65_400), dollars(65_400), dollars(-5_000_000_000, 2)) == ("-$0.0000654", "$0.0000654", "-$5.00")
 
 
 def test_prose_is_folded_before_rows_become_lists(monkeypatch: pytest.MonkeyPatch) -> None:

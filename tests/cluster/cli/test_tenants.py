@@ -10,11 +10,21 @@ from typer.testing import CliRunner
 
 from billing.catalog import publication
 from billing.catalog.catalog import Catalog
+from billing.catalog.terms import Terms
+from billing.clock import now_ms
+from billing.commerce.auto_refill.refill import Refill
+from billing.commerce.auto_refill.store import Refills
+from billing.commerce.products import Products
+from billing.ledger.account import Adjustment
+from billing.ledger.ledger import Ledger
 from billing.store.connection import connect
 from billing.tenants.directory import Tenants
 from billing.tenants.errors import InvalidKey
-from billing.tenants.tenant import Principal, Throttle
+from billing.tenants.tenant import Principal, Subscription, Throttle
+from billing.usage import TenantId, Unit
 from cluster.cli.main import app
+from cluster.cli.output import utc
+from cluster.cli.tenants import DAY_MS
 from tests.support.cli import write_healthy_run
 
 runner = CliRunner()
@@ -25,6 +35,12 @@ CATALOG = Catalog.model_validate(
             "free": {"kind": "free", "allowance": {"usd": "1"}},
             "prepaid": {"kind": "prepaid"},
             "payg": {"kind": "pay_as_you_go", "credit_limit": "5"},
+            "club": {
+                "kind": "subscription",
+                "monthly_price": "9",
+                "allowance": {"requests": 400},
+                "credit_limit": "5",
+            },
             "pro": {"kind": "subscription", "monthly_price": "20", "allowance": {"usd": "25"}, "credit_limit": "5"},
         },
         "default_plan": "prepaid",
@@ -91,7 +107,7 @@ def test_tenant_is_created_suspended_and_resumed(farebox: str) -> None:
     [
         (("acme", "--email", "nowhere"), "it@acme.example"),
         (("Acme!", "--email", "it@acme.example"), "lower case"),
-        (("acme", "--email", "it@acme.example", "--plan", "gold"), "free, payg, prepaid, pro"),
+        (("acme", "--email", "it@acme.example", "--plan", "gold"), "club, free, payg, prepaid, pro"),
     ],
 )
 def test_invalid_tenant_names_the_remedy(farebox: str, words: tuple[str, ...], message: str) -> None:
@@ -111,7 +127,7 @@ def test_list_shows_balances(farebox: str) -> None:
     json_of("tenants", "grant", "acme", "--source", "mail-7", "--usd", "12.50")
     call("tenants", "suspend", "globex")
     heading, *rows = [line.split() for line in call("tenants", "list").output.splitlines()]
-    assert heading == ["tenant", "plan", "balance", "subscription", "state", "email", "Dodo", "customer"]
+    assert heading == ["tenant", "plan", "balance", "requests", "subscription", "state", "email", "Dodo", "customer"]
     shown = [row[:5] for row in rows]
     assert shown == [
         ["acme", "prepaid", "$12.500000", "active", "it@acme.example"],
@@ -119,6 +135,49 @@ def test_list_shows_balances(farebox: str) -> None:
     ]
     listed = json.loads(call("tenants", "list", "--json").stdout)
     assert [one["balance_usd"] for one in listed] == ["12.500000", "0.000000"]
+    json_of("tenants", "grant", "globex", "--source", "mail-8", "--requests", "397")
+    cells = [line.split()[:4] for line in call("tenants", "list").output.splitlines()]
+    assert cells[2] == ["globex", "prepaid", "$0.000000", "397"]
+    assert json.loads(call("tenants", "list", "--json").stdout)[1]["requests_left"] == 397
+
+
+def test_show_explains_why_a_subscriber_is_refused(farebox: str) -> None:
+    json_of("tenants", "create", "acme", "--email", "it@acme.example", "--plan", "club")
+    now = now_ms()
+    period = {"period_start_ms": now - DAY_MS, "period_end_ms": now + DAY_MS}
+    club = Terms.of_plan("club", CATALOG.plans["club"])
+    fields = {"id": "sub_1", "plan": "club", "status": "active", "sold": club, "scheduled_product_id": "pdt_pro"}
+    one = Subscription.model_validate(fields | period | {"credit_paused": {"dispute:dp_7": 0}})
+    refill = Refill(pack="small", threshold_nanos=1_000_000_000, monthly_cap_cents=2_000)
+
+    async def put() -> None:
+        redis = await connect(farebox)
+        await Products(redis).add("pdt_pro", Terms.of_plan("pro", CATALOG.plans["pro"]))
+        acme = TenantId("acme")
+        await Tenants(redis).update(acme, lambda t: t.model_copy(update={"subscription": one}))
+        await Refills(redis).put(acme, refill)
+        await Ledger(redis).adjust(Adjustment("adjustment:1", acme, Unit.REQUESTS, -3, "granted twice"))
+        await redis.aclose()
+
+    asyncio.run(put())
+    shown = call("tenants", "show", "acme").output
+    for words in (
+        "sub_1, active, for plan club",
+        utc(one.period_end_ms),
+        "credit limit",
+        "400 requests, until",
+        "of which 397 requests can be used",
+        "3 requests owed: a pack pays it",
+        "paused because its fee is disputed (dp_7), until that is decided",
+        f"pro, from {utc(one.period_end_ms)}",
+        "buys small at $1.00 or less, at most $20.00 a month",
+    ):
+        assert words in shown, shown
+    account = json_of("tenants", "show", "acme")["account"]
+    assert isinstance(account, dict)
+    assert (account["scheduled_plan"], account["credit_limit_usd"]) == ("pro", "0.000000")
+    assert "dp_7" in account["credit_paused_because"]
+    assert account["auto_refill"]["pack"] == "small"
 
 
 def test_tenant_is_not_created_twice(farebox: str) -> None:
@@ -147,6 +206,9 @@ def test_grant_is_idempotent(farebox: str) -> None:
         (("--source", "a", "--usd", "1", "--requests", "1"), "either --usd or --requests"),
         (("--source", "a", "--usd", "1", "--adapter", "x"), "--adapter only with --requests"),
         (("--source", "a", "--usd", "a lot"), "12.50"),
+        (("--source", "n\nl", "--usd", "1"), "without line breaks"),
+        (("--source", "red\x1b[31m", "--requests", "1"), "without line breaks"),
+        (("--source", "", "--usd", "1"), "1 to 128 characters"),
         (("--source", "a", "--usd", "2000000"), "too large: the most is 1000000.00 dollars"),
         (("--source", "a", "--usd", "99999999999"), "too large: the most is 1000000.00 dollars"),
         (("--source", "a", "--usd", "0.00"), "is nothing, or more than the"),

@@ -105,6 +105,8 @@ def listed(*ids: str) -> bool:
 def test_drop_asks_for_a_reason_and_keeps_it(farebox: str) -> None:
     assert runner.invoke(app, ["webhooks", "drop", "msg_4"]).exit_code == 2
     assert runner.invoke(app, ["webhooks", "drop", "msg_4", "--reason", " "]).exit_code == 2
+    broken = runner.invoke(app, ["webhooks", "drop", "msg_4", "--reason", "an\ne-book"])
+    assert (broken.exit_code, "without line breaks" in broken.output) == (1, True)
     assert listed("msg_1", "msg_2", "msg_4")
     for id_ in ("msg_4", "msg_1"):
         assert runner.invoke(app, ["webhooks", "drop", id_, "--reason", "an e-book"]).exit_code == 0
@@ -132,6 +134,9 @@ def test_book_grants_once(farebox: str) -> None:
         (["msg_4", "--tenant", "acme"], 2, "either --usd or"),
         (["msg_4", "--tenant", "acme", "--usd", "9", "--requests", "9"], 2, "either --usd or"),
         (["msg_4", "--tenant", "acme", "--usd", "nine"], 2, "nine"),
+        (["msg_4", "--tenant", "acme", "--usd", "2000000"], 2, "the most is 1000000.00 dollars"),
+        (["msg_4", "--tenant", "acme", "--usd", "999999999999"], 2, "the most is 1000000.00 dollars"),
+        (["msg_4", "--tenant", "acme", "--usd", "0"], 2, "is nothing, or more than the $1000000.00"),
         (["msg_4", "--tenant", "nobody", "--usd", "9"], 1, "nobody"),
         (["msg_1", "--tenant", "acme", "--usd", "9"], 1, "cannot be read"),
         (["msg_3", "--tenant", "acme", "--usd", "9"], 1, "is applied"),

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,8 +15,10 @@ from billing.commerce.subscriptions import Subscriptions
 from billing.commerce.sync import sync
 from billing.dodo.client import Dodo
 from billing.dodo.settings import DodoSettings
-from billing.tenants.tenant import Tenant
-from billing.usage import TenantId
+from billing.ledger.account import Adjustment
+from billing.money import parse_usd
+from billing.tenants.tenant import Tenant, new_key
+from billing.usage import TenantId, Unit
 from cluster.dodo_sandbox.server import SandboxServer
 from tests.support.gateway import ADMIN_KEY, USER_CONFIG, Harness, assert_problem, bearer
 
@@ -65,6 +68,26 @@ async def subscriber(harness: Harness, sandbox: SandboxServer, plan: str = "") -
     return key
 
 
+async def refresh(harness: Harness) -> None:
+    """As Dodo's webhook of a subscription that changed."""
+    parts, one = harness.gateway.parts, (await stored(harness)).subscription
+    assert parts.dodo is not None
+    assert one is not None
+
+    async def catalog() -> Catalog:
+        return parts.catalog_holder.current
+
+    commerce = Commerce(parts.redis, parts.dodo, parts.ledger, parts.tenants, catalog)
+    await Subscriptions(commerce).refresh(one.id)
+
+
+async def account(harness: Harness) -> dict[str, Any]:
+    """The account, asked for with a key that the gateway has not seen."""
+    secret, key = new_key(TenantId("acme"), 0)
+    await harness.gateway.parts.tenants.add_key(key)
+    return dict((await harness.client.get("/v1/account", headers=bearer(secret))).json())
+
+
 async def stored(harness: Harness) -> Tenant:
     return await harness.gateway.parts.tenants.get(TenantId("acme"))
 
@@ -94,6 +117,28 @@ async def test_buyer_downgrades_at_the_end_of_the_period(shop: Harness, sandbox:
     assert subscription is not None
     assert (made["state"], made["effective_at_ms"]) == ("scheduled", subscription.period_end_ms)
     assert (await stored(shop)).plan == "team"
+
+
+async def test_account_shows_the_plan_that_is_scheduled(shop: Harness, sandbox: SandboxServer) -> None:
+    key = await subscriber(shop, sandbox, "team")
+    await shop.post(key, "/v1/plan", plan="pro")
+    before = (await account(shop))["subscription"]
+    assert (before["scheduled_plan"], before["scheduled_product_id"]) == (None, "")
+    await refresh(shop)
+    shown = await account(shop)
+    assert (shown["plan"], shown["subscription"]["scheduled_plan"]) == ("team", "pro")
+
+
+async def test_allowance_shows_what_a_debt_leaves_of_it(shop: Harness, sandbox: SandboxServer) -> None:
+    await subscriber(shop, sandbox, "pro")
+    await shop.gateway.parts.ledger.adjust(
+        Adjustment("adjustment:1", TenantId("acme"), Unit.NANOS, parse_usd("-4"), "granted twice")
+    )
+    allowance = (await account(shop))["allowance"]
+    assert (allowance["remaining_usd"], allowance["debt_usd"]) == ("25.000000", "3.000000"), (
+        "a pack of $1 paid the rest"
+    )
+    assert allowance["usable_usd"] == "22.000000"
 
 
 async def test_second_checkout_names_the_change_of_plan(shop: Harness, sandbox: SandboxServer) -> None:

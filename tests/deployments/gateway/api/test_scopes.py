@@ -1,5 +1,7 @@
 """Every route asks for a scope of the caller's key, and a key without it is refused by name."""
 
+from pathlib import Path
+
 import httpx
 import pytest
 
@@ -30,6 +32,15 @@ def test_route_declares_its_scope(method: str, path: str, operation: dict[str, o
         assert operation["security"] == [{"AdminKey": []}]
     else:
         assert operation["security"] == [{"ApiKey": [SCOPES[method, path].value]}]
+
+
+def test_table_of_scopes_names_every_route() -> None:
+    table = (Path(__file__).parents[4] / "docs" / "api.md").read_text().partition("## Scopes")[2].partition("## ")[0]
+    rows = {scope: next(row for row in table.splitlines() if row.startswith(f"| `{scope}` | ")) for scope in Scope}
+    for (method, path), scope in SCOPES.items():
+        written = path.replace("{model_id}", "{id}").replace("{key_id}", "{id}")
+        assert f"{written}`" in rows[scope], path
+        assert method in rows[scope], path
 
 
 @pytest.mark.parametrize(("route", "scope"), SCOPES.items(), ids=[" ".join(route) for route in SCOPES])
