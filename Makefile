@@ -31,7 +31,7 @@ test-fast: $(INSTALLED) ## run the tests to run while editing: no Ray, no traini
 chaos: $(INSTALLED) ## run the fault scenarios and write their table to RELIABILITY.md
 	@$(BIN)/python -m tests.chaos
 
-mutants: $(INSTALLED) ## remove each rule of the ledger in turn, and check that a test fails without it
+mutants: $(INSTALLED) ## remove each rule of the ledger and of selling in turn, and check that a test fails without it
 	@$(BIN)/python -m tests.billing.ledger.mutants
 
 check: $(INSTALLED) ## lint, check format, types and import contracts, and run tests/test_tidy.py

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from itertools import accumulate, pairwise
 from typing import Self, cast
 
 from redis.asyncio import Redis
@@ -17,7 +18,7 @@ from billing.commerce.inbox import PurchasedCredit
 from billing.dodo.client import Dodo
 from billing.dodo.errors import DodoRefused
 from billing.dodo.wire import BalanceLine, Dispute, Payment, Refund
-from billing.money import NANOS_PER_CENT, Nanos, share_of
+from billing.money import NANOS_PER_CENT, Nanos, divide_down, share_of
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import CASH, CASH_BOOKED
@@ -81,7 +82,10 @@ class Entry:
     tenant: TenantId = NOBODY
     payment_id: str = ""
     what: str = ""
-    """Of a payment: ``pack``, ``fee``, ``usage`` and ``foreign``, joined by ``+``; of Dodo's lines: its own word."""
+    """Of a payment: ``pack``, ``fee``, ``usage`` and ``foreign``, joined by ``+``; of Dodo's lines: its own word.
+
+    ``explained`` gives refunds and disputes that of their payment.
+    """
     parts: Mapping[str, int] | None = None
     """Of a payment in US dollars: nanos without tax by what they paid for."""
     fees: tuple[Fee, ...] = ()
@@ -92,6 +96,26 @@ class Entry:
     def net_nanos(self) -> Nanos:
         """Without tax. Only of an entry that is settled in US dollars."""
         return Nanos((self.settled - self.settled_tax) * NANOS_PER_CENT)
+
+    @property
+    def foreign(self) -> int | None:
+        """Of ``settled``, without tax, what was for products that are not ours.
+
+        ``None`` of lines of Dodo's, and where it is not known.
+        """
+        bought, net = self.what.split("+"), self.settled - self.settled_tax
+        if self.kind not in _ABOUT_PAYMENTS or not self.what:
+            return None
+        if "foreign" not in bought or len(bought) == 1:
+            return net if "foreign" in bought else 0
+        # Its list prices leave that to a foreign product. A discount makes it less, and may take all of it.
+        part = divide_down((self.parts or {}).get("foreign", 0), NANOS_PER_CENT)
+        return part if 0 < part * (1 if net > 0 else -1) <= abs(net) else None
+
+    @property
+    def ours(self) -> int | None:
+        """The rest of it: what was for packs, fees and usage of ours."""
+        return None if self.foreign is None else self.settled - self.settled_tax - self.foreign
 
     def to_json(self) -> str:
         raw = asdict(self)
@@ -162,6 +186,24 @@ class CashBook:
             end = f"({rows[-1][0]}"
 
 
+def explained(entries: Sequence[Entry]) -> list[Entry]:
+    """The same, of which refunds and disputes say what their payment was for, wherever that stands among them.
+
+    Of a cart with foreign products only a refund of all of it says how much was for those.
+    """
+    payments = {entry.payment_id: entry for entry in entries if entry.kind is Kind.PAYMENT}
+    return [_explained(entry, payments.get(entry.payment_id)) for entry in entries]
+
+
+def _explained(entry: Entry, payment: Entry | None) -> Entry:
+    if payment is None or entry.kind is Kind.PAYMENT or entry.kind not in _ABOUT_PAYMENTS:
+        return entry
+    sign = {-payment.settled: -1, payment.settled: 1}.get(entry.settled)
+    parts = None if sign is None or payment.parts is None else {k: sign * v for k, v in payment.parts.items()}
+    return replace(entry, what=payment.what, parts=parts)
+
+
+_ABOUT_PAYMENTS = (Kind.PAYMENT, Kind.REFUND, Kind.DISPUTE_OPENED, Kind.DISPUTE_WON, Kind.DISPUTE_LOST)
 LINE = "dodo:"
 """Begins the id of an entry that was read from Dodo's own ledger."""
 _FROM_WEBHOOKS = ("payment", "refund", "refund_reversal", "dispute", "dispute_reversal", "tax", "tax_reversal")
@@ -204,6 +246,19 @@ def net_nanos(payment: Payment) -> Nanos:
     """What a payment brought without tax; 0 where Dodo does not settle it in US dollars."""
     cents = payment.settled_amount - payment.settled_tax if payment.settled_currency == USD else 0
     return Nanos(max(0, cents) * NANOS_PER_CENT)
+
+
+def sold_for(payment: Payment, packs: Sequence[PurchasedCredit]) -> list[PurchasedCredit]:
+    """The packs that are all of a payment, priced at what was paid for each without tax: its share by list price.
+
+    They keep their list prices where Dodo does not settle it in US dollars. A nano is the least, since 0 says nothing.
+    """
+    whole, listed = net_nanos(payment), sum(pack.price for pack in packs)
+    if payment.settled_currency != USD or not listed:
+        return list(packs)
+    ends = [divide_down(whole * upto, listed) for upto in accumulate(pack.price for pack in packs)]
+    prices = [end - start for start, end in pairwise([0, *ends])]
+    return [replace(pack, price=max(1, price)) for pack, price in zip(packs, prices, strict=True)]
 
 
 def refund_entry(refund: Refund, payment: Payment, tenant: TenantId) -> Entry:

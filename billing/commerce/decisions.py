@@ -74,7 +74,8 @@ class Decisions:
         """Grant credit for a payment, in place of what its cart would grant. Its refunds and disputes then count.
 
         Raises:
-            NotDecidable: it is no payment, is finished or unknown, or buys something else already.
+            NotDecidable: it is no payment, is finished or unknown, buys something else already, or waits and pays for a
+                subscription: the usage that it may invoice comes off the exposure only once it is applied.
             UnknownTenant: there is no such tenant.
             GrantRefused: nothing, or more than one account may hold.
         """
@@ -85,6 +86,12 @@ class Decisions:
             )
         payment = _payment_in(delivery)
         await self._tenants.get(booking.tenant)
+        is_of_subscription = bool(payment.subscription_ids) or payment.includes_usage
+        if is_of_subscription and delivery.outcome is Outcome.WAITING and not await self._inbox.purchase(payment.id):
+            raise NotDecidable(
+                f"payment {payment.id} is for a subscription, and a booking would leave the usage that it invoices "
+                f"unpaid: see in `farebox webhooks list` why it waits, then `farebox webhooks replay {webhook_id}`"
+            )
         wanted = _credit_of(payment, booking, delivery.received_at_ms)
         if not 0 < wanted.amount <= MAX_GRANT_NANOS:
             raise GrantRefused(wanted.source, "give an amount above 0 and at most 1000000 dollars")

@@ -1,11 +1,13 @@
 """End a second paid subscription of one tenant, and give its fee back.
 
 The subscription that counts stays. The other one is ended at Dodo by a call that also writes on it which one it
-doubled, so that another process can go on after a crash. Usage needs no care: the meters of both count the same events,
-one that is ended invoices none of them, and what it had invoiced already is given back with its fee.
+doubled, so that another process can go on after a crash. The meters of both count the same events: one that is ended
+invoices no more of them, and a payment that invoiced usage from beside the one that stayed is given back whole.
 """
 
+import re
 from collections.abc import Sequence
+from enum import Enum
 
 import stamina
 
@@ -29,6 +31,14 @@ REFUNDING_MS = 60_000
 CLAIM_S = 3.0
 
 
+class Given(Enum):
+    """What is given back of a payment of a subscription that doubled another."""
+
+    NOTHING = "nothing"
+    FEE = "fee"
+    ALL = "all"
+
+
 class Doubles:
     def __init__(self, commerce: Commerce) -> None:
         self._dodo, self._redis, self._clock = commerce.dodo, commerce.redis, commerce.clock
@@ -49,25 +59,21 @@ class Doubles:
     async def give_back(self, double: DodoSubscription, kept_id: str, tenant: Tenant) -> None:
         """Refund what was paid for a subscription that was ended here, once however often this is called.
 
-        All of it where it began after the one that stayed. One that began before it, and came back, has served and
-        billed its usage until then: only fees of periods that reach beyond the other's beginning are refunded.
+        That are the fees of periods that reach beyond the beginning of the one that stayed; ``given_back`` decides.
 
         Raises:
             NotYet: another process refunds at this moment.
             DodoUnavailable, DodoRefused: not everything is refunded.
         """
         kept = await self._dodo.retrieve_subscription(kept_id)
-        is_later = double.created_at_ms >= kept.created_at_ms
         refunded: dict[str, int] = {}
         currency = ""
         for listed in await self._dodo.subscription_payments(double.id):
             payment = await self._dodo.retrieve_payment(listed.id)
-            ends_ms = payment.service_ends_ms.get(double.id)
-            reaches = payment.charge_type == "new" if ends_ms is None else ends_ms > kept.created_at_ms
-            if not payment.total_amount or not (is_later or reaches):
+            given = given_back(payment, double, kept)
+            if not payment.total_amount or given is Given.NOTHING:
                 continue
-            is_whole = is_later and _pays_only(payment, double)
-            refunded[payment.id] = await self._refund(payment, double, kept_id, tenant, is_whole)
+            refunded[payment.id] = await self._refund(payment, double, kept_id, tenant, given is Given.ALL)
             currency = payment.currency
         facts = {"kept": kept_id, "ended": double.id, "payments": ", ".join(refunded)}
         if refunded:
@@ -127,6 +133,27 @@ class Doubles:
         facts = {"kept": kept_id, "ended": double.id, "payments": payment.id, "reason": reason, "remedy": remedy}
         once = f"{kind}:{double.id}:{payment.id}"
         await self._notices.record(Notice(kind, tenant.id, once, self._clock(), facts))
+
+
+def given_back(payment: Payment, double: DodoSubscription, kept: DodoSubscription) -> Given:
+    """What is refunded of a payment of ``double``, which was ended because of ``kept``.
+
+    The fee of a period that reaches beyond the beginning of ``kept``. Usage in it is of the period before: where that
+    one reaches beyond it too, both invoice it, and it is refunded with the fee.
+    """
+    starts_ms = payment.service_starts_ms.get(double.id, payment.created_at_ms or 0)
+    ends_ms, since_ms = payment.service_ends_ms.get(double.id), kept.created_at_ms
+    reaches = payment.charge_type == "new" or starts_ms >= since_ms if ends_ms is None else ends_ms > since_ms
+    if not reaches:
+        return Given.NOTHING
+    is_usage_doubled = not payment.includes_usage or starts_ms >= since_ms
+    return Given.ALL if is_usage_doubled and _pays_only(payment, double) else Given.FEE
+
+
+def subscription_in(reason: str) -> str:
+    """The subscription whose fee a refund for this reason gave back here; empty for any other refund."""
+    found = re.fullmatch(r"subscription (\S+) doubled \S+", reason)
+    return found[1] if found else ""
 
 
 def _pays_only(payment: Payment, subscription: DodoSubscription) -> bool:

@@ -5,30 +5,29 @@ disputes claw back their share of it, together never more than it granted.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
-from billing.catalog.terms import Terms
-from billing.commerce.cash import NOBODY, CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry
+from billing.commerce.allowances import Periods, allowance_of, clawback_of
+from billing.commerce.cash import NOBODY, CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry, sold_for
 from billing.commerce.context import Commerce
 from billing.commerce.dodo_ids import id_of
+from billing.commerce.doubles import subscription_in
 from billing.commerce.foreign import foreign_among
 from billing.commerce.inbox import CHARGE_METER, Inbox, PurchasedCredit
-from billing.commerce.plan_changes import LeftPeriod
 from billing.commerce.products import Products
+from billing.commerce.refund_lines import line_of, refunded_lines
 from billing.commerce.signups import Signups
 from billing.commerce.subscriptions import DAY_MS, Subscriptions
 from billing.commerce.waiting import NotOurs, NotYet
-from billing.dodo.wire import Dispute, Payment, Refund, UsagePeriod
-from billing.ledger.account import Bucket, Clawback, Grant
-from billing.ledger.admission import allowance_period
+from billing.dodo.wire import Dispute, InvoiceLine, Payment, Refund, UsagePeriod
+from billing.ledger.account import Clawback, Grant
 from billing.money import Nanos, divide_up
 from billing.tenants.tenant import Tenant
-from billing.usage import BucketId, TenantId
+from billing.usage import TenantId
 
 HOUR_MS = 60 * 60_000
-SAME_PERIOD_MS = 60_000
-"""How far Dodo may date the beginning of a period apart in its payment and in its subscription."""
 OVER = 1
-"""A moment that is past, for what no longer keeps credit from being extended."""
+"""A period that is past, for what no longer keeps credit from being extended."""
 SUCCEEDED = "succeeded"
 """The status of a payment or a refund that has moved money."""
 LOST = ("dispute_lost", "dispute_accepted", "dispute_expired")
@@ -41,7 +40,7 @@ class Payments:
         self._dodo, self._ledger, self._tenants = commerce.dodo, commerce.ledger, commerce.tenants
         self._redis, self._clock = commerce.redis, commerce.clock
         self._inbox, self._products = Inbox(commerce.redis), Products(commerce.redis)
-        self._cash = CashBook(commerce.redis)
+        self._cash, self._periods = CashBook(commerce.redis), Periods(commerce.redis)
         self._subscriptions, self._signups = Subscriptions(commerce), Signups(commerce)
 
     async def succeeded(self, payment: Payment) -> set[str]:
@@ -69,9 +68,13 @@ class Payments:
         await self._grant(tenant.id, payment.id, credits_)
         usage_cents, fees = 0, list[tuple[Fee, Nanos]]()
         for subscription_id in payment.subscription_ids:
-            await self._take_back_unused(tenant, payment, subscription_id)
-            fees += await self._fee(await self._subscriptions.refresh(subscription_id), payment, subscription_id)
-            if payment.includes_usage and not await self._subscriptions.is_doubled(subscription_id):
+            try:
+                refreshed = await self._subscriptions.refresh(subscription_id)
+            except NotOurs as reason:  # the rest of the cart is
+                foreign |= set(reason.products)
+                continue
+            fees += await self._fee(refreshed, payment, subscription_id)
+            if payment.includes_usage and not await self._subscriptions.is_given_back(payment, subscription_id):
                 usage_cents += await self._repay(tenant, payment, subscription_id)
         packs = [credit for credit in credits_ if not credit.is_allowance]
         await self._cash.book(payment_entry(payment, tenant.id, packs, fees, usage_cents, bool(foreign)))
@@ -85,10 +88,9 @@ class Payments:
         subscription = tenant.subscription
         if subscription is None or subscription.id != subscription_id:
             return [(Fee(subscription_id, starts_ms, ends_ms), Nanos(0))]
-        if abs(subscription.period_start_ms - starts_ms) <= HOUR_MS:
-            starts_ms = subscription.period_start_ms  # the allowance bears this one in its name
-        price = Nanos(subscription.sold.price) if subscription.sold else Nanos(0)
-        return [(Fee(subscription_id, starts_ms, ends_ms), price)]
+        starts_ms, product_id = await self._periods.paid(subscription_id, starts_ms)  # as the allowance's name has it
+        sold = await self._products.terms(product_id) if product_id else subscription.sold
+        return [(Fee(subscription_id, starts_ms, ends_ms), Nanos(sold.price if sold else 0))]
 
     async def _owner(self, payment: Payment) -> TenantId:
         """Whose payment it is: the tenant that a person booked it for, or the customer's; ``NOBODY`` where none is."""
@@ -110,11 +112,12 @@ class Payments:
     async def _foreign(self, payment: Payment, known: Sequence[PurchasedCredit] = ()) -> set[str]:
         """Products of a payment that are not ours. Raises NotOurs where none is, NotYet where one may become ours."""
         products = {line.product_id for line in payment.lines}
-        if not products:
-            subscriptions = [await self._dodo.retrieve_subscription(one) for one in payment.subscription_ids]
-            products = {one.product_id for one in subscriptions}
         granted = {credit.source.rpartition(":")[2] for credit in known}
         foreign = await foreign_among(self._dodo, self._products, products - granted)
+        if foreign == products:  # the cart may leave out what recurs
+            subscriptions = [await self._dodo.retrieve_subscription(one) for one in payment.subscription_ids]
+            products |= {one.product_id for one in subscriptions}
+            foreign = await foreign_among(self._dodo, self._products, products - granted)
         if foreign and foreign == products:
             raise NotOurs(f"payment {payment.id}", foreign)
         return foreign
@@ -127,7 +130,8 @@ class Payments:
         if credits_:
             return await self._signups.tenant_of(payment.customer_id)
         for subscription_id in payment.subscription_ids:
-            await self._subscriptions.refresh(subscription_id)
+            with suppress(NotOurs):
+                await self._subscriptions.refresh(subscription_id)
         return await self._tenant(payment.customer_id)
 
     async def _grant(self, tenant: TenantId, payment_id: str, credits_: Sequence[PurchasedCredit]) -> None:
@@ -167,6 +171,8 @@ class Payments:
             )
             sale = PurchasedCredit(source, grants.unit, amount, expires, grants.adapters, price=price)
             credits_.append(sale)
+        if len(credits_) == len(quantities) and not payment.subscription_ids:
+            credits_ = sold_for(payment, credits_)
         for subscription_id in payment.subscription_ids:
             if allowance := await self._allowance(payment, subscription_id):
                 credits_.append(allowance)
@@ -178,27 +184,14 @@ class Payments:
         if starts_ms is None or ends_ms is None:
             return None
         found = await self._dodo.retrieve_subscription(subscription_id)
-        if abs(found.period_start_ms - starts_ms) <= SAME_PERIOD_MS:
-            starts_ms, ends_ms = found.period_start_ms, found.period_end_ms
+        starts_ms, product_id = await self._periods.paid(subscription_id, starts_ms, found)
+        if starts_ms == found.period_start_ms:
+            ends_ms = found.period_end_ms
         bought = [await self._products.terms(line.product_id) for line in payment.lines]
         sold = next((one for one in bought if one is not None and one.kind == "plan"), None)
-        if sold is None or len(payment.subscription_ids) > 1:
-            sold = await self._products.terms(found.product_id)
-        return None if sold is None else _allowance_of(sold, subscription_id, starts_ms, ends_ms)
-
-    async def _take_back_unused(self, tenant: Tenant, payment: Payment, subscription_id: str) -> None:
-        """Claw back, of the allowance that a plan change of ours left, the share of its fee that Dodo took off.
-
-        That is the share of the period that was left. What was spent of it already is a debt.
-        """
-        left, changed_ms = LeftPeriod.read(payment.metadata), payment.service_starts_ms.get(subscription_id)
-        sold = await self._products.terms(left.product_id) if left is not None else None
-        if left is None or changed_ms is None or sold is None:
-            return
-        length_ms, unused_ms = left.ends_ms - left.starts_ms, max(0, left.ends_ms - changed_ms)
-        credit = _allowance_of(sold, subscription_id, left.starts_ms, left.ends_ms)
-        if credit is not None and (share := divide_up(credit.amount * min(unused_ms, length_ms), length_ms)):
-            await self._ledger.claw_back(_clawback(f"plan_change:{payment.id}", tenant.id, credit, share))
+        if product_id or sold is None or len(payment.subscription_ids) > 1:
+            sold = await self._products.terms(product_id or found.product_id)
+        return None if sold is None else allowance_of(sold, subscription_id, starts_ms, ends_ms)
 
     async def refunded(self, refund: Refund) -> None:
         """Claw back the refunded share of what the payment grants, rounded up, never more than that.
@@ -209,8 +202,12 @@ class Payments:
             raise NotYet(f"refund {refund.id} is {refund.status}")
         payment = await self._dodo.retrieve_payment(refund.payment_id)
         try:
-            for clawback in await self._reversal(f"refund:{refund.id}", payment, refund.amount):
-                await self._ledger.claw_back(clawback)
+            lines = await refunded_lines(self._dodo, payment, refund.amount)
+            clawbacks = await self._reversal(f"refund:{refund.id}", payment, refund.amount, lines, refund.reason)
+            for clawback in clawbacks:
+                # A refund that came later changes the lines, and so what this one would take.
+                if not await self._ledger.has_moved(clawback.tenant, clawback.source):
+                    await self._ledger.claw_back(clawback)
         except NotOurs:
             await self._cash.book(refund_entry(refund, payment, await self._owner(payment)))
             raise
@@ -241,18 +238,32 @@ class Payments:
         self, payment: Payment, source: str, is_open: bool, is_settled_for_us: bool = False
     ) -> None:
         """Extend no credit while a fee is disputed, nor in the period of a fee that was lost or refunded in full."""
-        for subscription_id, ends_ms in payment.service_ends_ms.items():
-            tenant = await self._subscriptions.refresh(subscription_id)
-            until_ms = OVER if is_settled_for_us else 0 if is_open else ends_ms
-            await self._subscriptions.pause_credit(tenant, subscription_id, source, until_ms)
+        for subscription_id, starts_ms in payment.service_starts_ms.items():
+            try:
+                tenant = await self._subscriptions.refresh(subscription_id)
+            except NotOurs:  # credit is extended on ours only
+                continue
+            period_ms, _ = await self._periods.paid(subscription_id, starts_ms)
+            settled_ms = OVER if is_settled_for_us else period_ms
+            await self._subscriptions.pause_credit(tenant, subscription_id, source, 0 if is_open else settled_ms)
 
     async def _book_dispute(self, dispute: Dispute, payment: Payment) -> None:
         won, lost = dispute.is_settled_for_us, dispute.status in LOST
         for kind in (Kind.DISPUTE_OPENED, *([Kind.DISPUTE_WON] if won else [Kind.DISPUTE_LOST] if lost else [])):
             await self._cash.book(dispute_entry(dispute, payment, await self._owner(payment), kind))
 
-    async def _reversal(self, source: str, payment: Payment, amount: int | None) -> list[Clawback]:
+    async def _reversal(
+        self,
+        source: str,
+        payment: Payment,
+        amount: int | None,
+        lines: Sequence[InvoiceLine] = (),
+        reason: str = "",
+    ) -> list[Clawback]:
         """The share of each of a payment's grants that ``amount`` of its minor units stands for; ``None`` is all.
+
+        Where ``lines`` say what was refunded of the line that bought a grant, it is the share of that. A refund that we
+        made ourselves, as its reason says, is of one subscription's fee and takes that allowance.
 
         Raises:
             NotOurs: nothing that was paid for is ours, and nobody has booked it.
@@ -264,13 +275,18 @@ class Payments:
             credits_ = await self._inbox.fix_purchase(payment.id, await self._credits(payment))
         paid = payment.total_amount
         taken = paid if amount is None else min(max(amount, 0), paid)
+        if fee_of := subscription_in(reason):
+            credits_ = tuple(one for one in credits_ if one.source.startswith(f"allowance:{fee_of}:"))
+            taken = paid
         clawbacks = []
         for credit in credits_:
-            share = credit.amount if taken == paid else divide_up(credit.amount * taken, paid)
+            line = None if fee_of else await line_of(self._dodo, lines, credit)
+            part, whole = (taken, paid) if line is None else (min(taken, line.refunded), line.total)
+            share = credit.amount if part == whole else divide_up(credit.amount * part, whole)
             if share:
                 about = credit.source if credit.is_allowance else credit.source.rpartition(":")[2]
                 owner = TenantId(credit.tenant) if credit.tenant else (await self._tenant(payment.customer_id)).id
-                clawbacks.append(_clawback(f"{source}:{about}", owner, credit, share))
+                clawbacks.append(clawback_of(f"{source}:{about}", owner, credit, share))
         return clawbacks
 
     async def _repay(self, tenant: Tenant, payment: Payment, subscription_id: str) -> int:
@@ -291,23 +307,6 @@ class Payments:
         if tenant is None:
             raise NotYet(f"no tenant has Dodo customer {customer_id}")
         return tenant
-
-
-def _allowance_of(sold: Terms, subscription_id: str, starts_ms: int, ends_ms: int) -> PurchasedCredit | None:
-    """The allowance that these terms bring in one period of a subscription."""
-    if sold.grants is None:
-        return None
-    source = f"{allowance_period(subscription_id, starts_ms)}:{sold.plain_name}"
-    quota = (sold.grants.unit, sold.grants.amount, ends_ms, sold.grants.adapters)
-    return PurchasedCredit(source, *quota, price=sold.price, is_allowance=True)
-
-
-def _clawback(source: str, tenant: TenantId, credit: PurchasedCredit, amount: int) -> Clawback:
-    if not credit.is_allowance:
-        return Clawback(source, tenant, credit.source, amount)
-    whole = (credit.unit, credit.amount, credit.amount, credit.expires_at_ms, credit.adapters)
-    allowance = Bucket(BucketId(credit.source), *whole, is_allowance=True, price=credit.price)
-    return Clawback(source, tenant, credit.source, amount, allowance)
 
 
 def _closed_period(

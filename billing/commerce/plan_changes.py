@@ -5,26 +5,20 @@ A cheaper one counts from the next period on, and nothing is charged before. A c
 payment fails, changes nothing.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
 
 from billing.catalog.terms import Terms
 from billing.commerce.context import Commerce
 from billing.commerce.products import Products
 from billing.commerce.subscriptions import Subscriptions
 from billing.dodo.errors import DodoRefused, DodoUnavailable
-from billing.dodo.fields import Wire, to_iso
+from billing.dodo.fields import to_iso
 from billing.dodo.wire import DodoSubscription, PlanQuote
 from billing.errors import BillingError, Refusal
 from billing.notices.log import Notices
 from billing.notices.notice import Notice, NoticeKind
 from billing.tenants.tenant import SubscriptionStatus, Tenant
-
-LEFT_PERIOD = "farebox_left_period"
-"""Metadata key of a plan change's payment: the period that it cuts short."""
 
 
 @dataclass(eq=False)
@@ -67,24 +61,6 @@ class PlanChange:
     state: ChangeState
     effective_at_ms: int
     payment_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class LeftPeriod:
-    """The period that a change of plan cuts short, and the product whose fee paid for it."""
-
-    product_id: str
-    starts_ms: int
-    ends_ms: int
-
-    def to_metadata(self) -> Mapping[str, str]:
-        return {LEFT_PERIOD: json.dumps(asdict(self))}
-
-    @classmethod
-    def read(cls, metadata: Wire) -> Self | None:
-        """``None`` where the payment is for no plan change of ours."""
-        written = metadata.get(LEFT_PERIOD)
-        return cls(**json.loads(written)) if isinstance(written, str) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +116,19 @@ class PlanChanges:
             await self._subscriptions.refresh(target.found.id)
             return PlanChange(ChangeState.UNCHANGED, target.found.period_start_ms)
         try:
-            payment_id = await self._make(target)
+            bought = {"farebox_product": target.terms.name}
+            payment_id = await self._dodo.change_plan(
+                target.found.id, target.product_id, target.is_at_period_end, bought
+            )
         except DodoRefused as refused:
-            await self._tell(tenant, target, str(refused))
-            raise
+            now = await self._dodo.retrieve_subscription(target.found.id)
+            if now.product_id == target.product_id:  # another call made it meanwhile
+                await self._subscriptions.refresh(now.id)
+                return PlanChange(ChangeState.UNCHANGED, now.period_start_ms)
+            if not target.is_at_period_end or now.scheduled_product_id != target.product_id:
+                await self._tell(tenant, target, str(refused))
+                raise
+            payment_id = ""
         if target.is_at_period_end:
             return PlanChange(ChangeState.SCHEDULED, target.found.period_end_ms)
         changed = (await self._subscriptions.refresh(target.found.id)).subscription
@@ -153,13 +138,6 @@ class PlanChanges:
             await self._tell(tenant, target, "its payment failed", payment_id)
             raise PlanPaymentFailed(plan, target.current.plain_name, payment_id)
         return PlanChange(ChangeState.PENDING, self._clock(), payment_id)
-
-    async def _make(self, target: _Target) -> str:
-        found, metadata = target.found, dict[str, str]()
-        if not target.is_at_period_end and target.current.grants is not None and target.current.price:
-            left = LeftPeriod(found.product_id, found.period_start_ms, found.period_end_ms)
-            metadata = dict(left.to_metadata())
-        return await self._dodo.change_plan(found.id, target.product_id, target.is_at_period_end, metadata)
 
     async def _target(self, tenant: Tenant, plan: str) -> _Target:
         one, catalog = tenant.subscription, await self._catalog()

@@ -4,21 +4,28 @@ Decides which plan a subscription carries and when it counts. One tenant has one
 ``doubles`` ends any other that is paid meanwhile.
 """
 
+from contextlib import suppress
+
 import stamina
 
 from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Plan
 from billing.catalog.terms import Terms
+from billing.commerce.allowances import Periods, allowance_of, clawback_of
 from billing.commerce.context import Commerce
-from billing.commerce.doubles import DOUBLED, Doubles
+from billing.commerce.doubles import DOUBLED, Doubles, Given, given_back
 from billing.commerce.foreign import foreign_among
 from billing.commerce.products import Products
 from billing.commerce.signups import Signups
 from billing.commerce.waiting import NotOurs, NotYet
-from billing.dodo.wire import DodoSubscription
+from billing.dodo.wire import DodoSubscription, Payment
+from billing.ledger.errors import SourceReused
+from billing.money import divide_up
 from billing.tenants.tenant import ENDED, Subscription, SubscriptionStatus, Tenant
 
 DAY_MS = 24 * 60 * 60_000
+HOUR_MS = 60 * 60_000
+"""A period whose end is this close was not cut short: Dodo may date a renewal a little apart."""
 ATTEMPTS = 5
 
 
@@ -31,6 +38,7 @@ class Subscriptions:
         self._dodo, self._tenants = commerce.dodo, commerce.tenants
         self._catalog, self._clock = commerce.catalog, commerce.clock
         self._products, self._signups = Products(commerce.redis), Signups(commerce)
+        self._ledger, self._periods = commerce.ledger, Periods(commerce.redis)
         self._doubles = Doubles(commerce)
 
     async def refresh(self, subscription_id: str, past_due_ends_at_ms: int | None = None) -> Tenant:
@@ -54,21 +62,25 @@ class Subscriptions:
                 tenant = await self._refresh(other.id)
         return tenant
 
-    async def is_doubled(self, subscription_id: str) -> bool:
-        """Was it ended here because another one was live?"""
-        return DOUBLED in (await self._dodo.retrieve_subscription(subscription_id)).metadata
+    async def is_given_back(self, payment: Payment, subscription_id: str) -> bool:
+        """Is all of this payment refunded here, with the usage in it, because its subscription doubled another?"""
+        found = await self._dodo.retrieve_subscription(subscription_id)
+        kept_id = found.metadata.get(DOUBLED)
+        if not kept_id:
+            return False
+        return given_back(payment, found, await self._dodo.retrieve_subscription(kept_id)) is Given.ALL
 
-    async def pause_credit(self, tenant: Tenant, subscription_id: str, source: str, until_ms: int) -> None:
-        """Extend no credit until then, if this is the tenant's subscription; 0 until the same source says when.
+    async def pause_credit(self, tenant: Tenant, subscription_id: str, source: str, period_ms: int) -> None:
+        """Extend no credit in the period that starts then, if this is the tenant's subscription.
 
-        The first moment that a source names stands.
+        With 0, in none until the same source names one. The first one that it names stands.
         """
 
         def change(now: Tenant) -> Tenant:
             one = now.subscription
             if one is None or one.id != subscription_id or one.credit_paused.get(source):
                 return now
-            paused = {**one.credit_paused, source: until_ms}
+            paused = {**one.credit_paused, source: period_ms}
             return now.model_copy(update={"subscription": one.model_copy(update={"credit_paused": paused})})
 
         await self._tenants.update(tenant.id, change)
@@ -97,6 +109,9 @@ class Subscriptions:
         if found.is_running and other is not None and other.id != found.id and other.is_live(self._clock()):
             return await self._end_second(found, other)
 
+        await self._periods.keep(found.id, found.period_start_ms, found.product_id)
+        await self._take_back_unused(before, found, sold.plain_name)
+
         def change(tenant: Tenant) -> Tenant:
             if tenant.subscription != before.subscription:
                 raise _Raced
@@ -104,6 +119,23 @@ class Subscriptions:
             return applied(tenant, stored, catalog.default_plan, self._clock())
 
         return await self._tenants.update(before.id, change)
+
+    async def _take_back_unused(self, before: Tenant, found: DodoSubscription, plan: str) -> None:
+        """Claw back, of the allowance of a period that was cut short, the share of the period that was left.
+
+        Dodo takes that share of the fee off the next one. What was spent of the allowance already is a debt.
+        """
+        one = before.subscription
+        if one is None or one.id != found.id or one.sold is None or one.status is SubscriptionStatus.PENDING:
+            return
+        left_ms, length_ms = one.period_end_ms - found.period_start_ms, one.period_end_ms - one.period_start_ms
+        credit = allowance_of(one.sold, one.id, one.period_start_ms, one.period_end_ms)
+        is_changed = left_ms < length_ms or (left_ms == length_ms and plan != one.plan)
+        if credit is None or left_ms <= HOUR_MS or not is_changed:
+            return
+        source, share = f"plan_change:{one.id}:{one.period_start_ms}", divide_up(credit.amount * left_ms, length_ms)
+        with suppress(SourceReused):  # an earlier change took it back, after which we crashed
+            await self._ledger.claw_back(clawback_of(source, before.id, credit, share))
 
     async def _end_second(self, second: DodoSubscription, first: Subscription) -> Tenant:
         """Ask Dodo whether the first is live indeed. If it ended unnoticed, the second counts."""

@@ -126,8 +126,10 @@ class Webhooks:
             return await self._park(delivery, error), error
         done = replace(delivery, outcome=outcome, reason=reason_kept, attempts=delivery.attempts + 1)
         await self.inbox.finish(done)
-        if outcome is Outcome.SET_ASIDE and await self.inbox.purchase(payment_of(done).get("payment_id", "")):
-            await self.inbox.reschedule([done.id], self._clock())  # its payment was booked meanwhile
+        if outcome is Outcome.SET_ASIDE:
+            bought = await self.inbox.purchase(payment_of(done).get("payment_id", ""))
+            if bought and bought[0].tenant:  # its payment was booked meanwhile
+                await self.inbox.reschedule([done.id], self._clock())
         return done, None
 
     async def _set_aside(self, delivery: Delivery, reason: NotOurs) -> tuple[Outcome, str]:

@@ -93,10 +93,17 @@ class InvoiceLine:
     """Of the line, or of the product that it is about."""
     name: str
     refundable: int
+    total: int = 0
+    """With tax."""
+
+    @property
+    def refunded(self) -> int:
+        return self.total - self.refundable
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
-        return cls(text(wire, "items_id"), text(wire, "name", ""), integer(wire, "refundable_amount", 0))
+        refundable, total = integer(wire, "refundable_amount", 0), integer(wire, "amount", 0) + integer(wire, "tax", 0)
+        return cls(text(wire, "items_id"), text(wire, "name", ""), refundable, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,7 @@ class Refund:
     status: str
     amount: int | None
     created_at_ms: int | None = None
+    reason: str = ""
 
     @classmethod
     def read(cls, wire: Wire) -> Self:
@@ -115,7 +123,7 @@ class Refund:
         is_whole = wire.get("amount") is None and wire.get("is_partial") is False
         amount = None if is_whole else integer(wire, "amount")
         ids, status = (text(wire, "refund_id"), text(wire, "payment_id")), text(wire, "status")
-        return cls(*ids, status, amount, moment_ms(wire, "created_at"))
+        return cls(*ids, status, amount, moment_ms(wire, "created_at"), text(wire, "reason", ""))
 
 
 @dataclass(frozen=True, slots=True)

@@ -247,6 +247,8 @@ class Clawback:
     amount: int
     allowance: Bucket | None = None
     """Where that is an allowance: as a hold would put it in place, which none may have done yet."""
+    former_allowance_id: BucketId | None = None
+    """The id that this allowance may have from the version before, as in ``Funding``."""
 
 
 @dataclass(frozen=True, slots=True)

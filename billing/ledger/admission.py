@@ -112,7 +112,7 @@ class Admission:
         is_without_credit = plan.is_postpaid and plan.credit_limit and not funding.credit_limit
         if not is_without_credit or refusal.limit_source == "debt":
             return refusal
-        why_paused = one.why_paused(now) if one is not None and is_carried_by(tenant, one, now) else ""
+        why_paused = one.why_paused if one is not None and is_carried_by(tenant, one, now) else ""
         return replace(
             refusal, limit_source="subscription_fee" if why_paused else "subscription", why_paused=why_paused
         )

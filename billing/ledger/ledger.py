@@ -380,13 +380,13 @@ class Ledger:
                 keys={
                     **_moving_keys(tenant),
                     "movement": shard.movement(tenant, clawback.source),
-                    "granted": shard.movement(tenant, clawback.granted_by),
                 },
                 args={
                     **self._moving(tenant),
                     "source": clawback.source,
                     "granted_by": clawback.granted_by,
                     "allowance_value": pack_bucket(clawback.allowance) if clawback.allowance else "",
+                    "former_allowance": clawback.former_allowance_id or "",
                     "amount": clawback.amount,
                     "content": f"c{clawback.amount}:{clawback.granted_by}",
                 },
@@ -414,7 +414,6 @@ class Ledger:
                     **_moving_keys(tenant),
                     "movement": shard.movement(tenant, source),
                     "clawback": shard.movement(tenant, clawback.source),
-                    "granted": shard.movement(tenant, clawback.granted_by),
                 },
                 args={
                     **self._moving(tenant),

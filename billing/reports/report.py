@@ -14,7 +14,7 @@ from billing.money import Nanos
 from billing.pricing.costs import PERCENT, Costs
 from billing.reports.experiments import ArmResult, results
 from billing.reports.worth import Worth
-from billing.tenants.tenant import ENDED, Tenant
+from billing.tenants.tenant import ENDED, Subscription, Tenant
 from billing.usage import NOTHING, Status, TenantId, Usage, UsageRecord
 
 HOURS = 24
@@ -138,7 +138,7 @@ def build(
         hours[datetime.fromtimestamp(record.occurred_at_ms // 1_000, UTC).hour] += record.usage.requests
     active = frozenset(record.tenant for record in records if record.usage != NOTHING)
     there = [one.id for one in tenants if one.created_at_ms < span_ms[1]]
-    live = [t.subscription.plan for t in tenants if t.subscription is not None and t.subscription.is_live(now_ms)]
+    live = [t.subscription for t in tenants if t.subscription is not None and t.subscription.is_live(now_ms)]
     reaches_now = now_ms < span_ms[1]
     return Report(
         total=next(iter(sums["total"].costed()), Line("total")),
@@ -157,9 +157,16 @@ def build(
     )
 
 
-def _recurring(plans: Iterable[str], catalog: Catalog) -> Nanos:
-    found = (catalog.plan_named(name) for name in plans)
-    return Nanos(sum(plan.monthly_price for plan in found if plan is not None))
+def _recurring(subscriptions: Iterable[Subscription], catalog: Catalog) -> Nanos:
+    """What they pay a month: what each was sold at, or its plan's price of now where that was not kept."""
+    return Nanos(sum(_monthly_price(one, catalog) for one in subscriptions))
+
+
+def _monthly_price(subscription: Subscription, catalog: Catalog) -> int:
+    if subscription.sold is not None:
+        return subscription.sold.price
+    plan = catalog.plan_named(subscription.plan)
+    return plan.monthly_price if plan is not None else 0
 
 
 def _has_ended(tenant: Tenant, span_ms: tuple[int, int]) -> bool:

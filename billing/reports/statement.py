@@ -128,6 +128,8 @@ class _Books:
     periods: defaultdict[str, _Period] = field(default_factory=lambda: defaultdict(_Period))
     """By the beginning of the names of the period's allowances: subscription and start."""
     payments: dict[str, Entry] = field(default_factory=dict)
+    early: defaultdict[str, list[Entry]] = field(default_factory=lambda: defaultdict(list))
+    """By payment, its refunds and disputes that were booked before it, as when a webhook overtakes another."""
     next_end_ms: int = NEVER
     """When the next of what was sold may be over."""
 
@@ -184,6 +186,8 @@ class Statement:
         if entry.kind is Kind.PAYMENT:
             books.payments[entry.payment_id] = entry
             self._sell_fees(books, entry, at_ms)
+            for taken in books.early.pop(entry.payment_id, ()):
+                self._take_fee_back(books, taken, at_ms)
         elif entry.kind in (Kind.REFUND, Kind.DISPUTE_OPENED, Kind.DISPUTE_WON):
             self._take_fee_back(books, entry, at_ms)
 
@@ -269,7 +273,10 @@ class Statement:
 
     def _take_fee_back(self, books: _Books, entry: Entry, at_ms: int) -> None:
         payment = books.payments.get(entry.payment_id)
-        if payment is None or not payment.fees or not payment.net_nanos:
+        if payment is None:
+            books.early[entry.payment_id].append(entry)
+            return
+        if not payment.fees or not payment.net_nanos:
             return
         sign, net = (1, entry.net_nanos) if entry.net_nanos >= 0 else (-1, -entry.net_nanos)
         fee = (payment.parts or {}).get("fee", 0)

@@ -80,6 +80,11 @@ def api_key(key_hash: str) -> str:
     return f"fb:key:{key_hash}"
 
 
+def subscription_periods(subscription_id: str) -> str:
+    """Hash: beginning of each period of a subscription that was in force here, to the product whose fee pays it."""
+    return f"fb:subscription:{subscription_id}:periods"
+
+
 def catalog(content_hash: str) -> str:
     """String: a published catalog as JSON."""
     return f"fb:catalogue:{content_hash}"

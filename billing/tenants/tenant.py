@@ -94,8 +94,8 @@ class Subscription(_Stored):
     scheduled_product_id: str = ""
     """Of Dodo's product that it changes to when its period ends; empty where no change is scheduled."""
     credit_paused: Mapping[str, int] = {}
-    """By refund or dispute of a fee, the moment until which it keeps credit from being extended; 0 while that is
-    open. One that is over is kept: an older answer must not open it again."""
+    """By refund or dispute of a fee, the beginning of the period in which it keeps credit from being extended; 0 while
+    that is open. One that is over is kept: an older answer must not open it again."""
 
     @property
     def is_last_period(self) -> bool:
@@ -105,19 +105,21 @@ class Subscription(_Stored):
     def extends_credit(self, now_ms: int) -> bool:
         """May postpaid use go on? While it is live and paid, but not up to the very end of its last period."""
         is_closing = self.is_last_period and now_ms >= self.period_end_ms - LAST_CHARGES_MS
-        return self.is_live(now_ms) and not is_closing and not self.pauses(now_ms)
+        return self.is_live(now_ms) and not is_closing and not self.pauses
 
-    def pauses(self, now_ms: int) -> tuple[str, ...]:
-        """The refunds and disputes of its fee that keep credit from being extended now; first those still open."""
-        now = {source: at_ms for source, at_ms in self.credit_paused.items() if not at_ms or now_ms < at_ms}
+    @property
+    def pauses(self) -> tuple[str, ...]:
+        """The refunds and disputes of this period's fee that keep credit from being extended; the open ones first."""
+        now = {source: at_ms for source, at_ms in self.credit_paused.items() if at_ms in (0, self.period_start_ms)}
         return tuple(sorted(now, key=lambda source: bool(now[source])))
 
-    def why_paused(self, now_ms: int) -> str:
+    @property
+    def why_paused(self) -> str:
         """Why credit is not extended now, and until when; empty where no refund or dispute of its fee is the reason."""
-        if not (sources := self.pauses(now_ms)):
+        if not self.pauses:
             return ""
-        kind, _, id_ = sources[0].partition(":")
-        if not self.credit_paused[sources[0]]:
+        kind, _, id_ = self.pauses[0].partition(":")
+        if not self.credit_paused[self.pauses[0]]:
             return f"its fee is disputed ({id_}), until that is decided"
         what = "was refunded" if kind == "refund" else "was lost in a dispute"
         return f"its fee {what} ({id_}), until {iso(self.period_end_ms)}"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from billing.catalog import publication
 from billing.clock import month_of, now_ms, unix_ms
-from billing.commerce.cash import CashBook, Entry
+from billing.commerce.cash import CashBook, Entry, explained
 from billing.commerce.inbox import Inbox
 from billing.money import NANOS_PER_CENT, Nanos, format_usd, parse_usd
 from billing.pricing.costs import Costs, Speeds, per_compute_second, per_request, suggest
@@ -40,7 +40,7 @@ RANGES = ("per tenant", "more than the first")
 MARGIN = "margin_percent"
 CASH_COLUMNS = (
     "booked_at", "at_dodo", "id", "kind", "for", "tenant", "payment", "amount", "tax", "currency", "settled",
-    "settled_tax", "settled_currency",
+    "settled_tax", "ours", "foreign", "settled_currency",
 )  # fmt: skip
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
@@ -63,6 +63,8 @@ def report(
     """Show month by month what was earned and paid in, then revenue and margin by plan, adapter and tenant."""
     if as_csv and as_json:
         raise typer.BadParameter("give either --csv or --json")
+    if cash and gpu_hour:
+        raise typer.BadParameter("give either --cash or --gpu-hour: the cash book has no compute to value")
     given, span_ms = _given_costs(gpu_hour), _span(month, since, until)
     if cash:
         _report_cash(span_ms, as_csv, as_json)
@@ -95,7 +97,8 @@ def report(
 
 def _report_cash(span_ms: tuple[int, int], as_csv: bool, as_json: bool) -> None:
     start, end = span_ms
-    booked = [one for one in with_store(lambda redis: CashBook(redis).until(end)) if one.booked_at_ms >= start]
+    whole = explained(with_store(lambda redis: CashBook(redis).until(end)))
+    booked = [one for one in whole if one.booked_at_ms >= start]
     rows = [_cash_row(one) for one in booked]
     if as_json:
         print_json(rows)
@@ -109,8 +112,10 @@ def _span(month: str, since: str, until: str) -> tuple[int, int]:
     """A month, or from one day to another; without either this month and the two before it.
 
     Raises:
-        SettingsError: no month or day, or the last is before the first.
+        SettingsError: no month or day, one that has not begun, or the last is before the first.
     """
+    for day in filter(None, (since, until)):
+        _refuse_what_has_not_begun(day, days(day, day)[0])
     if not month:
         last = days(until or since, until)[1] - 1 if until else now_ms()
         first = (month_of(last)[0] - timedelta(days=1)).replace(day=1) - timedelta(days=1)
@@ -121,7 +126,13 @@ def _span(month: str, since: str, until: str) -> tuple[int, int]:
         start = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
     except ValueError:
         raise SettingsError(f"{month!r} is not a month: write it as 2026-10") from None
-    return unix_ms(start), unix_ms(month_of(unix_ms(start))[1])
+    _refuse_what_has_not_begun(month, unix_ms(start))
+    return days(str(start.date()), "")[0], unix_ms(month_of(unix_ms(start))[1])
+
+
+def _refuse_what_has_not_begun(name: str, start_ms: int) -> None:
+    if start_ms > now_ms():
+        raise SettingsError(f"{name} has not begun: give a time until today, {utc(now_ms())[:10]}")
 
 
 def price(
@@ -212,9 +223,12 @@ def _given_costs(gpu_hour: str) -> Costs | None:
     if not gpu_hour:
         return None
     try:
-        return Costs.model_construct(gpu_hour=parse_usd(gpu_hour))
+        nanos = parse_usd(gpu_hour)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(f"--gpu-hour: {error}") from None
+    if nanos <= 0:
+        raise typer.BadParameter(f"--gpu-hour: {gpu_hour} is no price: give one above 0")
+    return Costs.model_construct(gpu_hour=nanos)
 
 
 def _headline(found: Report) -> Table:
@@ -287,12 +301,19 @@ def _arms_table(arms: Sequence[ArmResult]) -> Table:
 
 
 def _cash_table(entries: Sequence[Entry]) -> Table:
-    rows = _table("booked", "kind", "for", "tenant", "amount", "", right=("amount",))
+    rows = _table(
+        "booked", "kind", "for", "tenant", "amount", "", "ours", "foreign", right=("amount", "ours", "foreign")
+    )
     for one in entries:
-        amount = format_usd(one.amount * NANOS_PER_CENT, 2)
-        rows.add_row(utc(one.booked_at_ms)[:10], one.kind.value, one.what, one.tenant, amount, one.currency)
-    rows.caption = "amounts in hundredths of the currency's unit; --csv and --json have every column"
+        amounts = (_units(one.amount), one.currency, _units(one.ours), _units(one.foreign))
+        rows.add_row(utc(one.booked_at_ms)[:10], one.kind.value.replace("_", " "), one.what, one.tenant, *amounts)
+    rows.caption = "ours and foreign are without tax; --csv and --json have every column"
     return rows
+
+
+def _units(minor: int | None) -> str:
+    """Hundredths as a decimal."""
+    return "" if minor is None else format_usd(minor * NANOS_PER_CENT, 2)
 
 
 def _table(*columns: str, right: Collection[str]) -> Table:
@@ -391,6 +412,8 @@ def _cash_row(one: Entry) -> dict[str, str | int | None]:
         "currency": one.currency,
         "settled": one.settled,
         "settled_tax": one.settled_tax,
+        "ours": one.ours,
+        "foreign": one.foreign,
         "settled_currency": one.settled_currency,
     }
 

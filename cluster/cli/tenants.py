@@ -183,7 +183,7 @@ def _subscription_fields(one: Subscription, scheduled_plan: str) -> Iterator[tup
         yield "past due", f"its payment is late; it stays until {utc(one.past_due_ends_at_ms)}"
     if scheduled_plan:
         yield "next plan", f"{scheduled_plan}, from {utc(one.period_end_ms)}"
-    if why := one.why_paused(now_ms()):
+    if why := one.why_paused:
         yield "credit", f"paused because {why}"
 
 
@@ -210,7 +210,7 @@ def _account_json(shown: _Shown) -> dict[str, object]:
         "buckets": [asdict(bucket) | {"usable": account.usable(bucket)} for bucket in account.buckets],
         "credit_limit_usd": format_usd(shown.credit_limit_nanos),
         "scheduled_plan": shown.scheduled_plan or None,
-        "credit_paused_because": (one.why_paused(now_ms()) or None) if one is not None else None,
+        "credit_paused_because": (one.why_paused or None) if one is not None else None,
         "auto_refill": shown.refill.model_dump(mode="json") if shown.refill is not None else None,
     }
 

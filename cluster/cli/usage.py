@@ -18,6 +18,7 @@ from cluster.cli.target import with_store
 from cluster.local.settings import SettingsError
 
 DAYS = 30
+FIRST_YEAR, LAST_YEAR = 1971, 2999
 
 Since = Annotated[str, typer.Option(help="First day in UTC, such as 2026-11-23 (default: 30 days before the last).")]
 Until = Annotated[str, typer.Option(help="Last day in UTC (default: today).")]
@@ -82,6 +83,9 @@ def days(since: str, until: str) -> tuple[int, int]:
 
 def _day(text: str) -> datetime:
     try:
-        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
+        found = datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
         raise SettingsError(f"{text!r} is not a day: write it as 2026-11-23") from None
+    if not FIRST_YEAR <= found.year <= LAST_YEAR:
+        raise SettingsError(f"{text} is too far away: give a day of the years {FIRST_YEAR} to {LAST_YEAR}")
+    return found

@@ -308,10 +308,8 @@ class Model:
             balance = sum(bucket.remaining for _, bucket in self.drawable(MONEY, allowance))
             if have + self.available(request.credit_limit, allowance, [hold] if have else []) >= least:
                 return Refusal("on_hold", balance, self.others(hold, allowance))
-            in_debt = balance < 0 and request.credit_limit > 0
-            return Refusal(
-                "insufficient", balance, "debt" if in_debt else "overage_cap" if request.credit_limit else "balance"
-            )
+            source = "debt" if balance < 0 else "overage_cap" if request.credit_limit else "balance"
+            return Refusal("insufficient", balance, source)
         at_once, potential = self.headroom(request.cap, have)
         if request.cap is not None and have + at_once < least:
             spent, held = self.counted(request.cap, have)

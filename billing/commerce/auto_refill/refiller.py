@@ -84,6 +84,10 @@ class Refiller:
         if await self._agreed(refill) not in ("", terms.key):
             await self._stop(tenant.id, f"pack {refill.pack} is sold on other terms now: switch auto-refill on again")
             return False
+        at_dodo = await self._dodo.retrieve_product(product_id)
+        if (at_dodo.cents, at_dodo.currency) != (price_cents, "USD"):
+            await self._stop(tenant.id, f"pack {refill.pack} costs something else at Dodo: switch auto-refill on again")
+            return False
         methods = await self._dodo.payment_methods(tenant.dodo_customer_id)
         attempt = Attempt(id=f"refill_{secrets.token_hex(8)}", started_at_ms=now, cents=cents, price_cents=price_cents)
 

@@ -122,6 +122,16 @@ async def test_refill_of_before_agreed_to_the_terms_of_its_time(world: World) ->
     assert (await charges(world), (await state(refills)).is_on) == (0, False)
 
 
+async def test_price_changed_at_dodo_is_not_charged(world: World) -> None:
+    """A merchant can change it in Dodo's dashboard: the tenant agreed to $5, not to $90."""
+    refills = await low(world, SMALL.model_copy(update={"monthly_cap_cents": 100_000}))
+    path = f"/products/{await world.product('pack:small')}"
+    price = (await world.operator.get(path, headers=AUTH)).json()["price"]
+    (await world.operator.patch(path, json={"price": price | {"price": 9_000}}, headers=AUTH)).raise_for_status()
+    assert await refiller(world).run_once(world.sweep()) == 0
+    assert (await charges(world), (await state(refills)).is_on) == (0, False)
+
+
 async def test_pack_on_the_agreed_terms_is_charged(world: World) -> None:
     await low(world, SMALL.model_copy(update={"terms": Terms.of_pack("small", world.catalog.packs["small"]).key}))
     assert await refiller(world).run_once(world.sweep()) == 1

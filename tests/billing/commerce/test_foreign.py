@@ -15,43 +15,17 @@ from billing.notices.notice import NoticeKind
 from billing.store.errors import StoreUnavailable
 from billing.tenants.errors import UnknownTenant
 from billing.usage import TenantId, Unit
+from tests.support.foreign import MONTHLY, pay, product, receive
 from tests.support.hiccup import fail_next_notice
-from tests.support.purchases import ACME, AUTH, USD, balance, refund
-from tests.support.world import DAY, HOUR, World, delivery
+from tests.support.purchases import ACME, USD, balance, refund
+from tests.support.world import DAY, HOUR, World
 
-ONE_TIME = {"type": "one_time_price", "price": 900, "currency": "USD", "discount": 0, "purchasing_power_parity": False}
 FIVE = Booking(ACME, Unit.NANOS, 5 * USD)
-
-
-async def product(world: World, name: str = "My e-book", tag: str = "", **price: object) -> str:
-    """A product at Dodo that our own sync did not make; its id."""
-    asked = {
-        "name": name,
-        "price": {**ONE_TIME, **price},
-        "tax_category": "saas",
-        "metadata": {"farebox": tag} if tag else {},
-    }
-    made = await world.operator.post("/products", json=asked, headers=AUTH)
-    return str(made.raise_for_status().json()["product_id"])
 
 
 async def sell(world: World, product_id: str) -> None:
     """Keep a product as the one that sells the small pack, as our own sync does."""
     await Products(world.redis).add(product_id, Terms.of_pack("small", world.catalog.packs["small"]))
-
-
-async def pay(world: World, cart: dict[str, int], customer: str = "") -> dict[str, object]:
-    """A checkout that no farebox began, paid; the payment as Dodo has it."""
-    buyer = {"customer_id": customer} if customer else {"email": "reader@example.com", "name": "R"}
-    items = [{"product_id": id_, "quantity": quantity} for id_, quantity in cart.items()]
-    session = await world.operator.post("/checkouts", json={"product_cart": items, "customer": buyer}, headers=AUTH)
-    paid = await world.operator.post(f"/_sandbox/pay/{session.raise_for_status().json()['session_id']}")
-    payment: dict[str, object] = paid.raise_for_status().json()
-    return payment
-
-
-async def receive(world: World, type_: str, data: dict[str, object], webhook_id: str = "msg_1") -> Delivery:
-    return await world.webhooks().receive(*delivery(type_, data, webhook_id))
 
 
 async def kinds(world: World) -> list[NoticeKind]:
@@ -135,9 +109,7 @@ async def test_payment_waits_while_dodo_cannot_say_whose_product_it_is(world: Wo
 
 
 async def test_foreign_subscription_ends_with_all_its_events(world: World) -> None:
-    month = {"payment_frequency_count": 1, "payment_frequency_interval": "Month"}
-    years = {"subscription_period_count": 1, "subscription_period_interval": "Year"}
-    club = await product(world, "Book club", type="recurring_price", **month, **years)
+    club = await product(world, "Book club", **MONTHLY)
     payment = await pay(world, {club: 1})
     subscription = {"subscription_id": payment["subscription_id"]}
     ended = [

@@ -1,5 +1,7 @@
 """A change of plan: what it charges, what becomes of allowance and exposure, and that a failed one changes nothing."""
 
+import asyncio
+
 import pytest
 
 from billing.catalog.catalog import Catalog
@@ -114,6 +116,114 @@ async def test_upgrade_takes_back_the_allowance_whose_fee_is_taken_off(shop: Wor
     debt = max(0, int(spent or "0") * USD - (10 * USD - taken))
     assert (await account(shop)).balance_nanos == 30 * USD - debt
     assert (await reconcile(shop)).is_clean
+
+
+async def test_hopping_between_plans_gives_no_fresh_allowance(shop: World) -> None:
+    """Each change takes the allowance back that it leaves, though no payment's webhook comes."""
+    await sell(shop, PLANS | {"alt": PLANS["pro"]})
+    await begin(shop, "pro")
+    await spend(shop, "10")
+    for plan in ("alt", "pro", "alt", "pro", "alt"):
+        shop.clock.move(1_000)
+        await change(shop, plan)
+        await spend(shop, "10")
+    now = await account(shop)
+    assert now.balance_nanos == 0
+    assert 49 * USD < now.overage_nanos <= 50 * USD
+    assert (await reconcile(shop)).is_clean
+
+
+async def test_change_made_elsewhere_takes_the_allowance_back_that_it_leaves(shop: World) -> None:
+    """As in Dodo's portal, or on another gateway that had read the subscription before our own change."""
+    best = {"kind": "subscription", "monthly_price": "90", "allowance": {"usd": "60"}, "credit_limit": "90"}
+    await sell(shop, PLANS | {"max": best})
+    await begin(shop, "pro")
+    shop.clock.move(DAY)
+    await change(shop, "team")
+    left = await subscription(shop)
+    await spend(shop, "30")
+    shop.clock.move(HOUR)
+    asked = {
+        "product_id": await shop.product("plan:max"),
+        "quantity": 1,
+        "proration_billing_mode": "prorated_immediately",
+    }
+    path = f"/subscriptions/{left.id}/change-plan"
+    (await shop.operator.post(path, json=asked, headers=AUTH)).raise_for_status()
+    for copy in range(2):
+        changed = {"subscription_id": left.id}
+        await shop.webhooks().receive(*delivery("subscription.plan_changed", changed, f"msg_changed_{copy}"))
+    now = await subscription(shop)
+    length = left.period_end_ms - left.period_start_ms
+    debt = divide_up(30 * USD * (left.period_end_ms - now.period_start_ms), length)
+    assert now.plan == "max"
+    assert (await account(shop)).balance_nanos == 60 * USD - debt
+
+
+async def test_change_after_a_crash_of_an_earlier_one_takes_the_allowance_back_once(shop: World) -> None:
+    """The earlier one took it back and the plan was not stored: nobody could draw on that plan's allowance."""
+    old = await begin(shop, "payg")
+    await change(shop, "pro")
+    left = await subscription(shop)
+    await spend(shop, "10")
+    shop.clock.move(DAY)
+    await change(shop, "team")
+    taken = divide_up(
+        10 * USD * (left.period_end_ms - (await subscription(shop)).period_start_ms),
+        left.period_end_ms - left.period_start_ms,
+    )
+    await shop.tenants.update(ACME, lambda now: now.model_copy(update={"subscription": left, "plan": "pro"}))
+    await sell(shop, PLANS | {"other": PLANS["team"]})
+    shop.clock.move(DAY)
+    asked = {
+        "product_id": await shop.product("plan:other"),
+        "quantity": 1,
+        "proration_billing_mode": "prorated_immediately",
+    }
+    (await shop.operator.post(f"/subscriptions/{old.id}/change-plan", json=asked, headers=AUTH)).raise_for_status()
+    told = await shop.webhooks().receive(*delivery("subscription.plan_changed", {"subscription_id": old.id}, "msg_o"))
+    assert told.outcome is Outcome.APPLIED
+    assert (await account(shop)).balance_nanos == 30 * USD - taken
+
+
+async def test_fee_heard_of_after_a_change_bought_the_allowance_of_its_own_plan(shop: World) -> None:
+    await begin(shop, "pro")
+    (fee,) = await items(shop, "/payments")
+    await spend(shop, "10")
+    shop.clock.move(15 * DAY)
+    made = await change(shop, "team")
+    await bill(shop, made.payment_id)
+    await bill(shop, str(fee["payment_id"]))
+    back = await refund(shop, fee)
+    assert (await shop.webhooks().receive(*delivery("refund.succeeded", back, "msg_r"))).outcome is Outcome.APPLIED
+    assert (await account(shop)).balance_nanos == (30 - 10) * USD
+
+
+@pytest.mark.parametrize("is_refunded_first", [True, False])
+async def test_upgrade_extends_credit_after_the_fee_before_it_was_refunded(
+    shop: World, is_refunded_first: bool
+) -> None:
+    """The refunded fee's period is over: the upgrade ended it and was paid."""
+    await begin(shop, "pro")
+    (fee,) = await items(shop, "/payments")
+    await bill(shop, str(fee["payment_id"]))
+    if is_refunded_first:
+        await shop.webhooks().receive(*delivery("refund.succeeded", await refund(shop, fee), "msg_r"))
+        assert (await account(shop)).available_nanos == 0
+    shop.clock.move(HOUR)
+    await bill(shop, (await change(shop, "team")).payment_id)
+    if not is_refunded_first:
+        await shop.webhooks().receive(*delivery("refund.succeeded", await refund(shop, fee), "msg_r"))
+    assert (await account(shop)).available_nanos == (30 + 90) * USD
+
+
+async def test_same_change_twice_at_once_is_made_once_and_is_no_failure(shop: World) -> None:
+    await begin(shop, "pro")
+    shop.clock.move(DAY)
+    made = await asyncio.gather(*(change(shop, "team") for _ in range(2)))
+    assert sorted(one.state for one in made) == [ChangeState.CHANGED, ChangeState.UNCHANGED]
+    assert await failures(shop) == []
+    assert len([one for one in await items(shop, "/payments") if one["charge_type"] == "plan_change"]) == 1
 
 
 async def test_downgrade_counts_from_the_next_period(shop: World) -> None:

@@ -2,8 +2,11 @@
 
 import pytest
 
+from billing.commerce.decisions import Booking, Decisions, NotDecidable
+from billing.commerce.inbox import Outcome
 from billing.store.keys import shard_for
 from billing.tenants.tenant import SubscriptionStatus
+from billing.usage import Unit
 from tests.support.purchases import ACME, AUTH, USD, pause, subscribe
 from tests.support.world import DAY, HOUR, MINUTE, World, delivery
 
@@ -60,6 +63,30 @@ async def test_renewal_repays_the_usage_it_invoiced(world: World) -> None:
     stored = (await world.tenants.get(ACME)).subscription
     assert stored is not None
     assert stored.period_end_ms > world.clock(), "the payment brought the new period too"
+
+
+async def test_renewal_that_waits_is_not_booked_and_repays_once_it_is_applied(world: World) -> None:
+    await world.tenant("acme", plan="payg")
+    started = await subscribe(world, "payg")
+    await world.webhooks().receive(*delivery("subscription.active", {"subscription_id": started}, "msg_0"))
+    await world.use("acme", charged=5 * USD, overage=5 * USD)
+    await world.redis.hset(shard_for(ACME).account(ACME), "overage", str(5 * USD + 99))
+    await world.exporter().flush_once()
+    world.clock.move(32 * DAY)
+    (await world.operator.post("/_sandbox/clock", json={"advance_s": 0})).raise_for_status()
+    payments = (await world.operator.get("/payments", headers=AUTH)).json()["items"]
+    (renewal,) = [p for p in payments if p["charge_type"] == "renewal"]
+    await world.fault("status:500", path=f"/subscriptions/{started}/usage-history")
+    waits = await world.webhooks().receive(*delivery("payment.succeeded", renewal, "msg_1"))
+    assert waits.outcome is Outcome.WAITING
+    booking = Booking(ACME, Unit.NANOS, 5 * USD)
+    with pytest.raises(NotDecidable, match="farebox webhooks replay msg_1"):
+        await Decisions(world.redis, world.clock).book("msg_1", booking)
+    await world.heal()
+    world.clock.move(HOUR)
+    await world.webhooks().replay(world.sweep())
+    now = await world.ledger.account(ACME)
+    assert (now.balance_nanos, now.overage_nanos) == (0, 99)
 
 
 @pytest.mark.parametrize("bears", [{}, {"created_at": "2999-12-31T23:59:59Z"}])

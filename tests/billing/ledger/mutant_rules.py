@@ -287,7 +287,21 @@ MUTANTS: tuple[Mutant, ...] = (
         "what a refund found taken already is forgotten", "claw_back.lua", "if taken < amount then", "if false then"
     ),
     Mutant("a won dispute gives back each time it comes", "restore.lua", "if before[1] then", "if false then"),
-    Mutant("a won dispute stays owed", "restore.lua", 'redis.call("HDEL", keys.granted, "owed:" .. undone)'),
+    Mutant("a won dispute stays owed", "restore.lua", 'redis.call("HDEL", marker, "owed:" .. undone)'),
+    Mutant(
+        "a refund misses the allowance of the version before",
+        "claw_back.lua",
+        "put_allowance(keys, buckets, granted_by, allowance_value, former_allowance)",
+        'put_allowance(keys, buckets, granted_by, allowance_value, "")',
+        FORMER,
+    ),
+    Mutant(
+        "a won dispute misses the allowance of the version before",
+        "restore.lua",
+        'redis.call("HGET", keys.clawback, "bucket") or granted_by',
+        "granted_by",
+        FORMER,
+    ),
     Mutant("an invoice is repaid each time it comes", "repay.lua", "if before then return", "if false then return"),
     Mutant(
         "a lost hold is charged though it is too old",
@@ -322,7 +336,7 @@ MUTANTS: tuple[Mutant, ...] = (
         RULES,
     ),
     Mutant(
-        "a debt is refused as a credit limit", "ledger/codec.py", 'return "debt" if balance < 0 else', "return", RULES
+        "a debt is refused as a credit limit", "ledger/codec.py", 'if balance < 0:\n        return "debt"', "", RULES
     ),
     Mutant(
         "max_tokens is not clamped",

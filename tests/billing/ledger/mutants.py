@@ -1,4 +1,4 @@
-"""Is every rule of the ledger held by a test? Takes one rule away at a time and looks for a test that fails.
+"""Is every rule of the ledger and of selling held by a test? Takes one away at a time and looks for a test that fails.
 
 ``python -m tests.billing.ledger.mutants [--only PART-OF-NAME]``: a table of mutants and what killed each, exit code 1
 where one survived. A mutant lives in the memory of a process of its own; no file is changed.
@@ -20,10 +20,13 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from tests.billing.ledger.mutant_rules import CONTROL, MUTANTS, Mutant
+from tests.billing.commerce import mutant_rules as of_selling
+from tests.billing.ledger import mutant_rules as of_the_ledger
+from tests.billing.ledger.mutant_rules import CONTROL, Mutant
 
 ROOT = Path(__file__).parent.parent.parent.parent
 BILLING = ROOT / "billing"
+MUTANTS = (*of_the_ledger.MUTANTS, *of_selling.MUTANTS)
 LANES = 2
 EXAMPLES, STEPS = 1_000, 40
 MISWRITTEN = 3
@@ -42,7 +45,7 @@ class Verdict:
     @property
     def line(self) -> str:
         fate = f"killed by {self.killed_by}" if self.killed_by else "SURVIVED"
-        return f"{self.mutant.name:<58} {self.mutant.file:<14} {self.seconds:5.1f} s  {fate}  {self.words}"
+        return f"{self.mutant.name:<68} {self.mutant.file:<20} {self.seconds:5.1f} s  {fate}  {self.words}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.be:
         return _be(next(mutant for mutant in (CONTROL, *MUTANTS) if mutant.name == asked.be))
     chosen = [mutant for mutant in MUTANTS if asked.only in mutant.name]
-    if (control := _judge(CONTROL)).killed_by:
+    is_for_machine = any(not mutant.test for mutant in chosen)
+    if is_for_machine and (control := _judge(CONTROL)).killed_by:
         raise SystemExit(f"no rule was removed and yet: {control.words}")
     survivors = []
     with ThreadPoolExecutor(LANES) as lanes:
@@ -73,9 +77,11 @@ def _judge(mutant: Mutant) -> Verdict:
         raise SystemExit(f"{mutant.name}: {done.stderr.strip().splitlines()[-1]}")
     if done.returncode not in (0, 1):
         raise SystemExit(f"{mutant.name} ended with {done.returncode}:\n{done.stderr}")
-    killed_by, words = mutant.test or "the state machine", done.stdout.strip().splitlines()[-1:]
-    is_killed = done.returncode != 0
-    return Verdict(mutant, killed_by if is_killed else "", "".join(words)[:60], time.monotonic() - started)
+    lines = done.stdout.strip().splitlines()
+    errors = [line.removeprefix("E ").strip() for line in lines if line.startswith("E ")]
+    words = (errors or lines[-1:] or [""])[0]
+    killed_by = (mutant.test or "the state machine") if done.returncode else ""
+    return Verdict(mutant, killed_by, words[:60], time.monotonic() - started)
 
 
 def _be(mutant: Mutant) -> int:

@@ -4,11 +4,12 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.catalog.plans import Plan
-from billing.ledger.account import Funding
+from billing.ledger.account import Clawback, Funding, Grant
 from billing.ledger.admission import funding_for
 from billing.ledger.ledger import Ledger
 from billing.store.keys import shard_for
 from billing.tenants.tenant import Tenant
+from billing.usage import Unit
 from tests.support.clock import SteppedClock
 from tests.support.samples import ACME, allowance, request, settlement
 
@@ -58,6 +59,48 @@ async def test_former_allowance_that_is_retired_is_not_given_again(
     await ledger.void(request("req_1").request_id, ACME)
     account = await ledger.account(ACME, on("small", SMALL, clock.now_ms))
     assert (account.balance_nanos, account.allowance_id) == (40_000, former)
+
+
+def reversal(now: Funding, amount: int) -> Clawback:
+    """A refund or dispute of so much, as it is sent for an allowance that either version may have put in place."""
+    assert now.allowance is not None
+    return Clawback("dispute:1", ACME, now.allowance.id, amount, now.allowance, now.former_allowance_id)
+
+
+@pytest.mark.parametrize(("amount", "left"), [(3_000, 37_000), (60_000, -20_000)])
+async def test_clawback_takes_from_the_former_allowance(
+    ledger: Ledger, clock: SteppedClock, former: str, amount: int, left: int
+) -> None:
+    now = on("small", SMALL, clock.now_ms)
+    for _ in range(2):
+        assert await ledger.claw_back(reversal(now, amount)) == amount
+    account = await ledger.account(ACME, now)
+    assert (account.balance_nanos, account.allowance_id) == (left, former)
+    assert [bucket.id for bucket in account.buckets] == [former]
+
+
+async def test_clawback_takes_from_a_former_allowance_that_is_retired(
+    ledger: Ledger, clock: SteppedClock, former: str
+) -> None:
+    await ledger.hold(request("req_1", funding=Funding(allowance("allowance:other", 60_000, clock.now_ms + 1_000))))
+    await ledger.void(request("req_1").request_id, ACME)
+    now = on("small", SMALL, clock.now_ms)
+    await ledger.claw_back(reversal(now, 3_000))
+    account = await ledger.account(ACME, now)
+    assert (account.balance_nanos, account.allowance_id) == (37_000, former)
+
+
+async def test_restored_former_allowance_gives_back_to_the_pack_that_paid(
+    ledger: Ledger, clock: SteppedClock, former: str
+) -> None:
+    now = on("small", SMALL, clock.now_ms)
+    await ledger.grant(Grant("payment:1", ACME, Unit.NANOS, 50_000))
+    await ledger.claw_back(reversal(now, 60_000))
+    assert (await ledger.account(ACME, now)).balance_nanos == 30_000
+    for _ in range(2):
+        assert await ledger.restore(reversal(now, 60_000)) == 60_000
+    left = {bucket.id: bucket.remaining for bucket in (await ledger.account(ACME, now)).buckets}
+    assert left == {former: 40_000, "payment:1": 50_000}
 
 
 async def test_another_plan_waits_for_the_next_period_behind_a_former_allowance(

@@ -4,8 +4,8 @@ import pytest
 from redis.asyncio import Redis
 
 from billing.store.scripts import source
-from tests.billing.ledger.mutant_rules import CONTROL, MUTANTS, Mutant
-from tests.billing.ledger.mutants import BILLING, file_of
+from tests.billing.ledger.mutant_rules import CONTROL, Mutant
+from tests.billing.ledger.mutants import BILLING, MUTANTS, file_of
 
 SCRIPTS = [f"{path.parent.parent.name}/{path.stem}" for path in BILLING.glob("*/lua/*.lua")]
 

@@ -1,9 +1,15 @@
 """Cash, what was earned and what is owed add up to what Dodo says it paid out, to the cent."""
 
+import pytest
+
 from billing.catalog import publication
+from billing.catalog.catalog import Catalog
 from billing.commerce.cash import CashBook, Kind
 from billing.commerce.decisions import Booking, Decisions
 from billing.commerce.inbox import Inbox
+from billing.commerce.plan_changes import PlanChanges
+from billing.commerce.sync import sync
+from billing.dodo.fields import to_iso
 from billing.ledger.account import Settlement
 from billing.ledger.admission import funding_for, plan_of
 from billing.money import Nanos
@@ -11,9 +17,9 @@ from billing.pricing.prices import Price
 from billing.reports.statement import Month, Statement, read_statement
 from billing.reports.worth import Worth
 from billing.usage import RequestId, Status, TenantId, Unit, Usage
-from tests.support.purchases import AUTH, refund
+from tests.support.purchases import AUTH, items, refund
 from tests.support.samples import request
-from tests.support.world import DAY, World, delivery
+from tests.support.world import CATALOG, DAY, World, delivery
 
 A_DOLLAR_A_TOKEN = Price.model_validate({"output_per_1m": "1000000"})
 CENTS = 10_000_000
@@ -155,15 +161,85 @@ async def test_delivery_that_comes_again_is_booked_once(world: World) -> None:
     assert (entry.id, entry.amount, entry.net_nanos) == (f"payment:{payment['payment_id']}", 500, Nanos(500 * CENTS))
 
 
-async def test_discounted_pack_is_sold_at_its_price_and_the_rest_is_a_difference(world: World) -> None:
-    """Nothing was paid for a pack of five dollars: what is earned is what was sold, and the cash is not there."""
+async def test_payment_whose_webhook_comes_late_stands_where_it_was_booked(world: World) -> None:
+    """A month that is over gets no more cash."""
+    await world.tenant("acme")
+    payment = await world.buy("acme", "pack:small")
+    await hear(world, "payment.succeeded", payment | {"created_at": "2020-01-31T12:00:00.000Z"})
+    [entry] = await CashBook(world.redis).until(world.clock() + DAY)
+    store_s, _ = await world.redis.time()
+    assert to_iso(entry.at_ms) == "2020-01-31T12:00:00.000Z"
+    assert abs(entry.booked_at_ms - store_s * 1_000) < DAY
+
+
+async def test_pack_is_sold_for_what_was_paid_for_it(world: World) -> None:
+    """A discount of a fifth, and 19 % tax: packs of five and seven dollars for four and 5.60."""
+    tenant = await world.tenant("acme")
+    small, calls = [await world.product(name) for name in ("pack:small", "pack:calls")]
+    payment = await pay_cart(world, tenant.dodo_customer_id, small, calls)
+    paid = {"total_amount": 1142, "settlement_amount": 1142, "tax": 182, "settlement_tax": 182}
+    await hear(world, "payment.succeeded", payment | paid)
+    await spend(world, "acme", 2)
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    names = ("prepaid", "expired", "differences")
+    assert {name: summed(months, name) / CENTS for name in names} == {"prepaid": 160, "expired": 0, "differences": 0}
+    assert max(month.deferred for month in months) == 800 * CENTS
+    world.clock.move(31 * DAY)
+    last = (await statement_of(world, world.clock())).months(0, world.clock() + DAY)
+    assert summed(last, "earned") / CENTS == 400, "what is left of the small pack has expired"
+    [entry] = await CashBook(world.redis).until(world.clock())
+    assert entry.parts == {"pack": 960 * CENTS}
+
+
+async def test_pack_that_was_free_is_worth_no_more_than_a_nano(world: World) -> None:
     await world.tenant("acme")
     payment = await world.buy("acme", "pack:small")
     free = {"total_amount": 0, "settlement_amount": 0, "tax": None, "settlement_tax": None}
     await hear(world, "payment.succeeded", payment | free)
-    statement = await statement_of(world, world.clock() + DAY)
-    [month] = [one for one in statement.months(0, world.clock() + DAY) if one.deferred][:1]
-    assert (month.paid, month.deferred, month.differences) == (0, 500 * CENTS, -500 * CENTS)
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    assert [max(getattr(month, name) for month in months) for name in ("paid", "deferred", "differences")] == [0, 1, 0]
+
+
+async def test_pack_keeps_its_list_price_where_what_was_paid_for_it_is_not_known(world: World) -> None:
+    """In another currency than dollars, and in a cart with something else."""
+    tenant = await world.tenant("acme")
+    euros = await world.buy("acme", "pack:small")
+    await hear(world, "payment.succeeded", euros | {"settlement_currency": "EUR", "settlement_amount": 400})
+    mixed = await pay_cart(
+        world, tenant.dodo_customer_id, await foreign_product(world), await world.product("pack:calls")
+    )
+    await hear(world, "payment.succeeded", mixed | {"total_amount": 1000, "settlement_amount": 1000})
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    assert max(month.deferred for month in months) == (500 + 700) * CENTS
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_fee_of_a_plan_that_was_left_within_the_hour_is_earned_once(world: World, is_late: bool) -> None:
+    """Dodo may send the first fee's payment after that of the change."""
+    plans = {"prepaid": {"kind": "prepaid"}} | {
+        name: {"kind": "subscription", "monthly_price": price, "allowance": {"usd": "10"}}
+        for name, price in (("pro", "20"), ("team", "50"))
+    }
+    world.catalog = Catalog.model_validate(CATALOG | {"plans": plans})
+    await sync(world.dodo, world.redis, world.catalog)
+    await publication.publish(world.redis, world.catalog, "for a test", world.clock())
+    tenant = await world.tenant("acme")
+    first = await world.buy("acme", "plan:pro")
+    await hear(world, "subscription.active", {"subscription_id": first["subscription_id"]})
+    if not is_late:
+        await hear(world, "payment.succeeded", first)
+    await spend(world, "acme", 6)
+    world.clock.move(30 * 60_000)
+    made = await PlanChanges(world.commerce()).change(await world.tenants.get(tenant.id), "team")
+    second = (await world.operator.get(f"/payments/{made.payment_id}", headers=AUTH)).json()
+    await hear(world, "payment.succeeded", second)
+    if is_late:
+        await hear(world, "payment.succeeded", first)
+    await spend(world, "acme", 4)
+    end_ms = world.clock() + 70 * DAY
+    months = (await statement_of(world, end_ms)).months(world.clock() - 40 * DAY, end_ms)
+    paid = (int(str(first["total_amount"])) + int(second["total_amount"])) * CENTS
+    assert (summed(months, "paid"), summed(months, "earned"), summed(months, "differences")) == (paid, paid, 0)
 
 
 async def foreign_product(world: World) -> str:
@@ -217,3 +293,23 @@ async def test_ledger_that_dodo_does_not_show_leaves_fees_unknown(world: World) 
     await world.fault("status:403", path="/balances/ledger")
     assert await CashBook(world.redis).book_lines(world.dodo) == 0
     await world.heal()
+
+
+@pytest.mark.parametrize("is_refund_first", [False, True])
+async def test_doubled_subscription_is_neither_deferred_nor_a_difference(world: World, is_refund_first: bool) -> None:
+    """Two fees of twenty dollars, one of them given back; its refund may be heard of before its payment is booked."""
+    await world.tenant("acme")
+    kept, doubled = [await world.buy("acme", "plan:pro") for _ in range(2)]
+    await hear(world, "payment.succeeded", kept)
+    if is_refund_first:
+        await hear(world, "subscription.active", {"subscription_id": doubled["subscription_id"]})
+    else:
+        await hear(world, "payment.succeeded", doubled)
+    [back] = await items(world, "/refunds")
+    await hear(world, "refund.succeeded", back)
+    if is_refund_first:
+        await hear(world, "payment.succeeded", doubled)
+    months = (await statement_of(world, world.clock() + DAY)).months(0, world.clock() + DAY)
+    sums = {name: summed(months, name) / CENTS for name in ("paid", "refunds", "earned", "differences")}
+    assert sums == {"paid": 4000, "refunds": 2000, "earned": 0, "differences": 0}
+    assert max(month.deferred for month in months) == 2000 * CENTS

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from billing.catalog.plans import Plan
 from billing.catalog.publication import CatalogHistory
+from billing.catalog.terms import Terms
 from billing.pricing.costs import Costs, Speeds, per_compute_second, per_request, suggest
 from billing.pricing.prices import Price
 from billing.reports.report import Report, build
@@ -100,6 +102,16 @@ def test_recurring_revenue_counts_live_subscriptions_and_churn_those_who_stopped
     found = report([record(OVERAGE, 1)], {"acme", "globex", "hooli"}, tenants)
     assert (found.recurring_nanos, found.live_subscriptions, found.ended_subscriptions) == (100 * USD, 1, 1)
     assert (found.lost, found.churn_percent) == ({"globex", "hooli"}, 66)
+
+
+def test_recurring_revenue_is_what_each_subscription_was_sold_at() -> None:
+    """The plan is $100 a month; one pays what it was sold at before, one was stored before that was kept."""
+    plan = Plan.model_validate({"kind": "subscription", "monthly_price": "20", "allowance": {"usd": "10"}})
+    former, other = (subscribed(name, SubscriptionStatus.ACTIVE, 99 * HOUR_MS) for name in ("acme", "globex"))
+    assert former.subscription is not None
+    sold = former.subscription.model_copy(update={"sold": Terms.of_plan("pro", plan)})
+    found = report([record(OVERAGE, 1)], tenants=[former.model_copy(update={"subscription": sold}), other])
+    assert found.recurring_nanos == 120 * USD
 
 
 def test_what_is_known_only_of_now_stands_in_no_past_span() -> None:

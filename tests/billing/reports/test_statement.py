@@ -167,6 +167,20 @@ def test_refunded_fee_is_owed_no_more() -> None:
     assert column(found[:2], "expired", "deferred", "refunds", "differences") == [(0, 0, 20 * USD, 0), (0, 0, 0, 0)]
 
 
+@pytest.mark.parametrize("refunded", ["2026-10-14", "2026-09-30"])
+def test_fee_whose_refund_is_booked_before_it_is_not_owed(refunded: str) -> None:
+    refund = cash(refunded, Kind.REFUND, -2000, payment_id="pay_1")
+    found = months(refund, fee("2026-10-15", 20, "2026-10-15", "2026-11-15"))
+    assert column(found, "expired", "deferred") == [(0, 0)] * 3
+
+
+def test_dispute_that_is_won_before_its_fee_is_booked_leaves_the_fee_owed() -> None:
+    opened = cash("2026-10-02", Kind.DISPUTE_OPENED, -2000, payment_id="pay_1")
+    won = cash("2026-10-03", Kind.DISPUTE_WON, 2000, payment_id="pay_1")
+    found = months(opened, won, fee("2026-10-15", 20, "2026-10-15", "2026-11-15"))
+    assert column(found, "expired", "deferred", "differences") == [(0, 20 * USD, 0), (20 * USD, 0, 0), (0, 0, 0)]
+
+
 def test_postpaid_use_is_earned_when_it_is_used_and_unpaid_until_it_is_repaid() -> None:
     found = months(used("2026-10-03", draw(90, bucket=OVERAGE)), moved("2026-11-01", "repay", OVERAGE, 60))
     assert column(found, "postpaid", "unpaid") == [(90, 90), (0, 30), (0, 30)]

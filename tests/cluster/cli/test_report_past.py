@@ -309,12 +309,56 @@ def _all_of(terminal: int) -> bytes:
         (["--month", "2026-10", "--since", "2026-10-01"], "either --month or"),
         (["--csv", "--json"], "either --csv or"),
         (["--since", "2026-10-02", "--until", "2026-10-01"], "before the first"),
+        (["--month", "2999-01"], "2999-01 has not begun"),
+        (["--month", "9999-12"], "9999-12 has not begun"),
+        (["--since", "2999-01-01"], "2999-01-01 has not begun"),
+        (["--until", "2999-01-01"], "2999-01-01 has not begun"),
+        (["--since", "2026-10-01", "--until", "2999-01-01", "--cash"], "2999-01-01 has not begun"),
+        (["--until", "9999-12-31"], "too far away"),
+        (["--until", "0001-01-01"], "too far away"),
+        (["--since", "0001-01-01"], "too far away"),
+        (["--month", "0001-01"], "too far away"),
+        (["--gpu-hour=-1"], "above 0"),
+        (["--gpu-hour", "0"], "above 0"),
+        (["--gpu-hour", "cheap"], "dollars"),
+        (["--cash", "--gpu-hour", "3"], "either --cash or"),
     ],
 )
-def test_report_refuses_invalid_spans(autumn: str, options: list[str], word: str) -> None:
+def test_report_refuses_invalid_options(autumn: str, options: list[str], word: str) -> None:
     done = runner.invoke(app, ["report", *options])
-    assert done.exit_code != 0
+    assert done.exit_code in (1, 2)
+    assert isinstance(done.exception, SystemExit), "an error in words and no traceback"
     assert word in done.output
+
+
+def test_cash_book_tells_ours_from_the_rest_and_what_was_refunded(autumn: str) -> None:
+    """A cart of a pack for 100 dollars and an e-book for nine, 19 % tax: refunded in part, then disputed whole."""
+    parts = {"pack": 100 * USD, "foreign": 9 * USD}
+    cart = paid("2026-10-20", "pay_3", ACME, 12971, 2071, what="pack+foreign", parts=parts)
+    back = replace(paid("2026-10-20", "pay_3", ACME, -119, -19), id="refund:1", kind=Kind.REFUND)
+    gone = replace(paid("2026-10-20", "pay_3", ACME, -12971, -2071), id="open:1", kind=Kind.DISPUTE_OPENED)
+    ebook = replace(paid("2026-10-20", '=HYPERLINK("http://x")', ZETA, -119, -19), id="refund:2", kind=Kind.REFUND)
+    off = paid("2026-10-20", "pay_4", ACME, 5000, 0, what="pack+foreign", parts=parts | {"foreign": -50 * USD})
+
+    async def book(redis: Redis) -> None:
+        for entry in (cart, back, gone, ebook, off):
+            await past.booked(redis, entry)
+
+    run(autumn, book)
+    rows = csv.DictReader(io.StringIO(shown("--month", "2026-10", "--cash", "--csv")))
+    assert [(row["kind"], row["for"], row["ours"], row["foreign"]) for row in rows] == [
+        ("payment", "fee", "10000", "0"),
+        ("payment", "foreign", "0", "100"),
+        ("payment", "pack+foreign", "10000", "900"),
+        ("refund", "pack+foreign", "", ""),
+        ("dispute_opened", "pack+foreign", "-10000", "-900"),
+        ("refund", "foreign", "0", "-100"),
+        ("payment", "pack+foreign", "", ""),
+    ]
+    narrow = on_terminal(["--month", "2026-10", "--cash"])
+    assert max(len(line) for line in narrow.splitlines()) <= 80
+    assert "hundredths" not in narrow
+    assert all(text in narrow for text in ("129.71", "100.00", "9.00", "pack+foreign")), narrow
 
 
 def test_what_is_settled_in_another_currency_is_named_and_not_added(autumn: str) -> None:
