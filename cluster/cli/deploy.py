@@ -42,7 +42,10 @@ def check(
         bool, typer.Option("--resolved", help="Print the file as Ray Serve gets it: with absolute paths and digests.")
     ] = False,
 ) -> None:
-    """Check every key, value, price and adapter of a file. Exit code 0 if it can be deployed, else 1."""
+    """Check every key, value, price and adapter of a file. Exit code 0 if it is valid, else 1.
+
+    Where a farebox runs, what a deployment would create at its Dodo is shown too, whatever that is.
+    """
     from cluster.checking import check as checking
     from cluster.cli.findings import report_table
 
@@ -69,7 +72,7 @@ def _show_what_dodo_lacks(file: Path) -> None:
     except NotRunning:
         return
     except (BillingError, SettingsError) as error:
-        out.print(f"not compared with Dodo: {error}")
+        out.print(f"only the file was checked; what a deployment would create at Dodo was not looked up: {error}")
         return
     if planned.created:
         out.print("`farebox deploy` would first create at Dodo:")

@@ -251,7 +251,7 @@ def _refusal(request: Request, error: BillingError) -> Response:
 
 
 TITLES = {404: "This is not sold here", 429: "Too many checkouts", 503: "Not available at the moment"}
-INVALID = "It was altered, or is older than a week. Ask whoever sent it to you for a new one."
+INVALID = "It has expired or was altered: a link works for a week. Ask whoever sent it to you for a new one."
 
 
 def _page(template: str, status: int = 200, **values: object) -> HTMLResponse:

@@ -134,9 +134,9 @@ async def test_a_refusal_says_what_is_short(
 @pytest.mark.parametrize(
     ("paused", "why"),
     [
-        ({"dispute:dp_1": 0, "refund:ref_1": 2_000}, "its fee is disputed (dp_1), until that is decided"),
-        ({"refund:ref_1": 2_000}, "its fee was refunded (ref_1), until 1970-01-01T00:00:02Z"),
-        ({"dispute:dp_1": 2_000}, "its fee was lost in a dispute (dp_1), until 1970-01-01T00:00:02Z"),
+        ({"dispute:dp_1": 0, "refund:ref_1": 1_000}, "its fee is disputed (dp_1), until that is decided"),
+        ({"refund:ref_1": 1_000}, "its fee was refunded (ref_1), until 1970-01-01T00:00:02Z"),
+        ({"dispute:dp_1": 1_000}, "its fee was lost in a dispute (dp_1), until 1970-01-01T00:00:02Z"),
     ],
 )
 async def test_a_refusal_says_why_credit_is_paused_and_until_when(

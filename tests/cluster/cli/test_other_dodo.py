@@ -21,6 +21,7 @@ from cluster.local.settings import Settings
 from cluster.local.state import Home, Phase
 from cluster.local.supervisor import supervise
 from tests.support.cli import write_healthy_run
+from tests.support.configuration import Workspace
 from tests.support.waiting import free_port
 from tests.support.world import CATALOG
 
@@ -124,6 +125,18 @@ def test_shell_of_another_dodo_is_refused(
         assert "farebox down" in done.stderr
         assert KEY not in done.stderr
     assert "was started with" not in farebox("status").output, "a farebox can be looked at from any shell"
+
+
+def test_check_says_what_it_did_not_look_up(
+    store_url: str, shell: Callable[..., None], tmp_path: Path, repo: Path
+) -> None:
+    start(store_url, shell)
+    shell(**TEST)
+    workspace = Workspace(tmp_path, (repo / "serve_config.yaml").read_text())
+    done = farebox("check", str(workspace.file))
+    assert done.exit_code == 0, done.output
+    assert "only the file was checked" in done.output
+    assert "FAREBOX_DODO_ENVIRONMENT=test_mode" in done.output
 
 
 def test_shell_of_another_store_is_refused(

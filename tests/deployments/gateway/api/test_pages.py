@@ -231,6 +231,16 @@ async def test_bad_choice_refused(shop: Harness, sent: dict[str, object]) -> Non
     assert_problem(await shop.client.post(path, json={"pack": "small", "plan": "pro"}), 400, "invalid_request")
 
 
+async def test_bad_pack_is_not_blamed_on_the_link(shop: Harness) -> None:
+    path = await refused(shop, await customer(shop, usd="0"))
+    for choice in ({"pack": "\n"}, {"pack": "none"}):
+        reply = await click(shop, path, **choice)
+        assert reply.status_code == 404
+        assert "This is not sold here" in reply.text
+        assert "small" in reply.text
+        assert "does not work" not in reply.text
+
+
 async def test_link_does_nothing_else(shop: Harness) -> None:
     key = await customer(shop, usd="0")
     path = await refused(shop, key)
@@ -259,6 +269,8 @@ async def test_link_expires_and_cannot_be_altered(shop: Harness, redis: Redis) -
         page = await visit(shop, one)
         assert page.reply.status_code == 404
         assert "expired" in page.text
+        assert "This link does not work" in page.text
+        assert "top_up_url" not in page.text
     assert (await shop.client.get("/top-up/" + await fresh.write(TopUp(ACME)))).status_code == 200
 
 
