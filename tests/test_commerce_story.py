@@ -36,81 +36,83 @@ TABLE = (
     ("Mar 10", "active", (10, 0, ""), "20.00", "0.00", "10.00", "54.00", "70.00", "0.00"),
     # 44 calls are 22: 20, and 2 owed.
     ("Mar 20", "active", (44, 0, ""), "0.00", "2.00", "12.00", "74.00", "70.00", "0.00"),
-    # 15.5 of 31 days are left of pro's 20: team costs 50 - 10 now, and the 2 owed: 70 + 42. Then 70 - 10.
-    ("Mar 25", "active", (20, 0, ""), "60.00", "0.00", "12.00", "84.00", "112.00", "0.00"),
-    # 150 calls are 75: 60, and 15 owed.
-    ("Apr 20", "active", (150, 0, ""), "0.00", "15.00", "27.00", "144.00", "112.00", "0.00"),
+    # 15.5 of 31 days are left of pro's 20: team costs 50 - 10 now, and the 2 owed: 70 + 42. All 25 of
+    # pro's were spent, of which half had been taken off: team's 70 are less by 12.50. Then 57.50 - 10.
+    ("Mar 25", "active", (20, 0, ""), "47.50", "0.00", "12.00", "84.00", "112.00", "0.00"),
+    # 125 calls are 62.50: 47.50, and 15 owed.
+    ("Apr 20", "active", (125, 0, ""), "0.00", "15.00", "27.00", "131.50", "112.00", "0.00"),
     # 50 + 15 are declined. No new allowance before it is paid: 10 calls on credit.
-    ("Apr 25", "past_due", (10, 0, ""), "0.00", "20.00", "32.00", "144.00", "112.00", "0.00"),
+    ("Apr 25", "past_due", (10, 0, ""), "0.00", "20.00", "32.00", "131.50", "112.00", "0.00"),
     # 3 days of our grace ended on April 28.
-    ("Apr 29", "past_due", (0, 2, LAPSED), "0.00", "20.00", "32.00", "144.00", "112.00", "0.00"),
+    ("Apr 29", "past_due", (0, 2, LAPSED), "0.00", "20.00", "32.00", "131.50", "112.00", "0.00"),
     # 7 days of Dodo's grace end now.
-    ("May 02", "on_hold", (0, 2, LAPSED), "0.00", "20.00", "32.00", "144.00", "112.00", "0.00"),
+    ("May 02", "on_hold", (0, 2, LAPSED), "0.00", "20.00", "32.00", "131.50", "112.00", "0.00"),
     # 10.5 days after the failure 65 are charged: 112 + 65; 5 of 20 owed are of this period. 70 - 10.
-    ("May 06", "active", (20, 0, ""), "60.00", "5.00", "32.00", "154.00", "177.00", "0.00"),
+    ("May 06", "active", (20, 0, ""), "60.00", "5.00", "32.00", "141.50", "177.00", "0.00"),
     # 177 + 50 + 5; 70 - 5.
-    ("May 25", "active", (10, 0, ""), "65.00", "0.00", "32.00", "159.00", "232.00", "0.00"),
-    ("Jun 01", "active", NONE, "75.00", "0.00", "32.00", "159.00", "242.00", "0.00"),
+    ("May 25", "active", (10, 0, ""), "65.00", "0.00", "32.00", "146.50", "232.00", "0.00"),
+    ("Jun 01", "active", NONE, "75.00", "0.00", "32.00", "146.50", "242.00", "0.00"),
     # $4 of 10 take 4 of 10.
-    ("Jun 05", "active", NONE, "71.00", "0.00", "32.00", "159.00", "242.00", "4.00"),
+    ("Jun 05", "active", NONE, "71.00", "0.00", "32.00", "146.50", "242.00", "4.00"),
     # January's refill, used up long ago, is disputed: a debt of 10, of which the 6 of June's pack pay 6. An allowance
     # pays no debt, but it lowers what may be drawn: 65 - 4 - 1.
-    ("Jun 10", "active", (2, 0, ""), "60.00", "0.00", "32.00", "160.00", "242.00", "4.00"),
+    ("Jun 10", "active", (2, 0, ""), "60.00", "0.00", "32.00", "147.50", "242.00", "4.00"),
     # The dispute is won: the debt is gone, and June's pack has its 6 again.
-    ("Jun 12", "active", NONE, "70.00", "0.00", "32.00", "160.00", "242.00", "4.00"),
+    ("Jun 12", "active", NONE, "70.00", "0.00", "32.00", "147.50", "242.00", "4.00"),
     # 10 are disputed, but 4 of them were taken back before: 70 - 6.
-    ("Jun 14", "active", NONE, "64.00", "0.00", "32.00", "160.00", "242.00", "4.00"),
+    ("Jun 14", "active", NONE, "64.00", "0.00", "32.00", "147.50", "242.00", "4.00"),
     # 242 + 50. The 64 were allowance and are gone: 70 - 10.
-    ("Jun 25", "active", (20, 0, ""), "60.00", "0.00", "32.00", "170.00", "292.00", "4.00"),
-    # 146 calls are 73: 60, and 13 owed.
-    ("Jul 08", "active", (146, 0, ""), "0.00", "13.00", "45.00", "230.00", "292.00", "4.00"),
-    # 15 of 30 days are left of team's 50: 25, of which pro takes 20 and 5 stay. The 13 owed now: 292 + 13. 25 - 5.
-    ("Jul 10", "active", (10, 0, ""), "20.00", "0.00", "45.00", "235.00", "305.00", "4.00"),
+    ("Jun 25", "active", (20, 0, ""), "60.00", "0.00", "32.00", "157.50", "292.00", "4.00"),
+    # 50 calls are 25: 60 - 25.
+    ("Jul 08", "active", (50, 0, ""), "35.00", "0.00", "32.00", "182.50", "292.00", "4.00"),
+    # 15 of 30 days are left of team's 50: 25, of which pro takes 20 and 5 stay. Half of team's 70 were
+    # left as well, so that nothing was overspent. 25 - 5.
+    ("Jul 10", "active", (10, 0, ""), "20.00", "0.00", "32.00", "187.50", "292.00", "4.00"),
     # 44 calls are 22: 20, and 2 owed.
-    ("Aug 05", "active", (44, 0, ""), "0.00", "2.00", "47.00", "255.00", "305.00", "4.00"),
-    # 305 + 20 - 5 + 2; 25 - 5.
-    ("Aug 10", "active", (10, 0, ""), "20.00", "0.00", "47.00", "260.00", "322.00", "4.00"),
+    ("Aug 05", "active", (44, 0, ""), "0.00", "2.00", "34.00", "207.50", "292.00", "4.00"),
+    # 292 + 20 - 5 + 2; 25 - 5.
+    ("Aug 10", "active", (10, 0, ""), "20.00", "0.00", "34.00", "212.50", "309.00", "4.00"),
     # 46 calls are 23: 20, and 3 owed.
-    ("Aug 18", "active", (46, 0, ""), "0.00", "3.00", "50.00", "280.00", "322.00", "4.00"),
-    # 322 + 3.
-    ("Aug 20", "paused", (0, 2, LAPSED), "0.00", "0.00", "50.00", "280.00", "325.00", "4.00"),
-    # 325 + 10; 10 - 2.
-    ("Aug 25", "paused", (4, 0, ""), "8.00", "0.00", "50.00", "282.00", "335.00", "4.00"),
+    ("Aug 18", "active", (46, 0, ""), "0.00", "3.00", "37.00", "232.50", "309.00", "4.00"),
+    # 309 + 3.
+    ("Aug 20", "paused", (0, 2, LAPSED), "0.00", "0.00", "37.00", "232.50", "312.00", "4.00"),
+    # 312 + 10; 10 - 2.
+    ("Aug 25", "paused", (4, 0, ""), "8.00", "0.00", "37.00", "234.50", "322.00", "4.00"),
     # 20 calls are 10: 8, and 2 owed. The period ended on September 10; 31 days of pause make it October 11.
-    ("Sep 20", "active", (20, 0, ""), "0.00", "2.00", "52.00", "290.00", "335.00", "4.00"),
-    # 335 + 20 + 2; 25 - 5.
-    ("Oct 11", "active", (10, 0, ""), "20.00", "0.00", "52.00", "295.00", "357.00", "4.00"),
+    ("Sep 20", "active", (20, 0, ""), "0.00", "2.00", "39.00", "242.50", "322.00", "4.00"),
+    # 322 + 20 + 2; 25 - 5.
+    ("Oct 11", "active", (10, 0, ""), "20.00", "0.00", "39.00", "247.50", "344.00", "4.00"),
     # Nothing is owed. 20 of the allowance are left, and cannot be drawn while the subscription is paused.
-    ("Nov 01", "paused", (0, 2, LAPSED), "0.00", "0.00", "52.00", "295.00", "357.00", "4.00"),
+    ("Nov 01", "paused", (0, 2, LAPSED), "0.00", "0.00", "39.00", "247.50", "344.00", "4.00"),
     # The period and with it the 20 would have ended on November 11; 13 days of pause make it the 24th. 20 - 10.
-    ("Nov 14", "active", (20, 0, ""), "10.00", "0.00", "52.00", "305.00", "357.00", "4.00"),
+    ("Nov 14", "active", (20, 0, ""), "10.00", "0.00", "39.00", "257.50", "344.00", "4.00"),
     # 24 calls are 12: 10, and 2 owed.
-    ("Nov 16", "active", (24, 0, ""), "0.00", "2.00", "54.00", "315.00", "357.00", "4.00"),
+    ("Nov 16", "active", (24, 0, ""), "0.00", "2.00", "41.00", "267.50", "344.00", "4.00"),
     # The last invoice is the 2 owed. The free plan's November: 4 calls.
-    ("Nov 24", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "54.00", "317.00", "359.00", "4.00"),
+    ("Nov 24", "cancelled", (4, 2, BALANCE), "0.00", "0.00", "41.00", "269.50", "346.00", "4.00"),
     # December's 2 of the free plan. The checkout that is open is for 10; from now on the pack costs 12 and brings 15.
-    ("Dec 01", "cancelled", NONE, "2.00", "0.00", "54.00", "317.00", "359.00", "4.00"),
-    # 359 + 10; 2 + 10.
-    ("Dec 02", "cancelled", NONE, "12.00", "0.00", "54.00", "317.00", "369.00", "4.00"),
-    # 369 + 12; 12 + 15.
-    ("Dec 03", "cancelled", NONE, "27.00", "0.00", "54.00", "317.00", "381.00", "4.00"),
-    # Twice 20 for pro, of which one goes back: 381 + 40, 4 + 20. 25 of pro and 25 of packs; 10 calls are 5.
-    ("Dec 05", "active", (10, 0, ""), "45.00", "0.00", "54.00", "322.00", "421.00", "24.00"),
+    ("Dec 01", "cancelled", NONE, "2.00", "0.00", "41.00", "269.50", "346.00", "4.00"),
+    # 346 + 10; 2 + 10.
+    ("Dec 02", "cancelled", NONE, "12.00", "0.00", "41.00", "269.50", "356.00", "4.00"),
+    # 356 + 12; 12 + 15.
+    ("Dec 03", "cancelled", NONE, "27.00", "0.00", "41.00", "269.50", "368.00", "4.00"),
+    # Twice 20 for pro, of which one goes back: 368 + 40, 4 + 20. 25 of pro and 25 of packs; 10 calls are 5.
+    ("Dec 05", "active", (10, 0, ""), "45.00", "0.00", "41.00", "274.50", "408.00", "24.00"),
     # 15.5 of 31 days are left of pro's 20: team costs 50 - 10 now. Its 70 and the packs' 25; 20 calls are 10. Of pro's
-    # allowance half goes back, and 20 of 25 were left.
-    ("Dec 20", "active", (20, 0, ""), "85.00", "0.00", "54.00", "332.00", "461.00", "24.00"),
+    # 25 more than half were left.
+    ("Dec 20", "active", (20, 0, ""), "85.00", "0.00", "41.00", "284.50", "448.00", "24.00"),
     # 24 + 40. All 70 go back, of which 10 were used: the older pack's 10 pay that. 4 calls are 2 of the other 15.
-    ("Dec 22", "active", (4, 0, ""), "13.00", "0.00", "54.00", "334.00", "461.00", "64.00"),
+    ("Dec 22", "active", (4, 0, ""), "13.00", "0.00", "41.00", "286.50", "448.00", "64.00"),
     # The other pack's 15 are taken, of which 13 are there.
-    ("Dec 26", "active", (0, 2, DEBT), "-2.00", "0.00", "54.00", "334.00", "461.00", "64.00"),
-    # 461 + 12; 15 - 2, and 4 calls.
-    ("Dec 31", "active", (4, 0, ""), "11.00", "0.00", "54.00", "336.00", "473.00", "64.00"),
+    ("Dec 26", "active", (0, 2, DEBT), "-2.00", "0.00", "41.00", "286.50", "448.00", "64.00"),
+    # 448 + 12; 15 - 2, and 4 calls.
+    ("Dec 31", "active", (4, 0, ""), "11.00", "0.00", "41.00", "288.50", "460.00", "64.00"),
 )
 # fmt: on
 NOTICES = {
-    # 80 and 100 %: free's January, February and November; team's of March and June; pro's of February, March, July,
-    # August and October
-    "allowance.reached": 2 * 10,
+    # 80 and 100 %: free's January, February and November; team's of March; pro's of February, March, July, August and
+    # October
+    "allowance.reached": 2 * 9,
     "overage.reached": 2,  # 80 and 100 % of pro's 10 in March
     "refill.succeeded": 1,
     "refill.failed": 1,

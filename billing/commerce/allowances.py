@@ -13,6 +13,7 @@ from billing.commerce.inbox import PurchasedCredit
 from billing.dodo.wire import DodoSubscription
 from billing.ledger.account import Bucket, Clawback
 from billing.ledger.admission import allowance_period
+from billing.money import divide_up
 from billing.store.connection import guarded
 from billing.store.guard import BULK_DEADLINE_S
 from billing.store.keys import subscription_periods
@@ -61,6 +62,15 @@ def allowance_of(sold: Terms, subscription_id: str, starts_ms: int, ends_ms: int
     source = f"{allowance_period(subscription_id, starts_ms)}:{sold.plain_name}"
     quota = (sold.grants.unit, sold.grants.amount, ends_ms, sold.grants.adapters)
     return PurchasedCredit(source, *quota, price=sold.price, is_allowance=True)
+
+
+def worth_of(amount: int, old: PurchasedCredit, new: PurchasedCredit) -> int:
+    """As many units of ``new`` as are worth so many of ``old``: the same number where the units are the same."""
+    if old.unit is new.unit and old.adapters == new.adapters:
+        return amount
+    if not old.price or not new.price:
+        return divide_up(amount * new.amount, old.amount)
+    return divide_up(amount * old.price * new.amount, old.amount * new.price)
 
 
 def clawback_of(source: str, tenant: TenantId, credit: PurchasedCredit, amount: int) -> Clawback:

@@ -11,14 +11,16 @@ import stamina
 from billing.catalog.catalog import Catalog
 from billing.catalog.plans import Plan
 from billing.catalog.terms import Terms
-from billing.commerce.allowances import Periods, allowance_of, clawback_of
+from billing.commerce.allowances import Periods, allowance_of, clawback_of, worth_of
 from billing.commerce.context import Commerce
 from billing.commerce.doubles import DOUBLED, Doubles, Given, given_back
 from billing.commerce.foreign import foreign_among
+from billing.commerce.inbox import PurchasedCredit
 from billing.commerce.products import Products
 from billing.commerce.signups import Signups
 from billing.commerce.waiting import NotOurs, NotYet
 from billing.dodo.wire import DodoSubscription, Payment
+from billing.ledger.admission import funding_for, plan_of
 from billing.ledger.errors import SourceReused
 from billing.money import divide_up
 from billing.tenants.tenant import ENDED, Subscription, SubscriptionStatus, Tenant
@@ -110,7 +112,7 @@ class Subscriptions:
             return await self._end_second(found, other)
 
         await self._periods.keep(found.id, found.period_start_ms, found.product_id)
-        await self._take_back_unused(before, found, sold.plain_name)
+        await self._take_what_was_overspent(before, found, sold, catalog)
 
         def change(tenant: Tenant) -> Tenant:
             if tenant.subscription != before.subscription:
@@ -120,22 +122,35 @@ class Subscriptions:
 
         return await self._tenants.update(before.id, change)
 
-    async def _take_back_unused(self, before: Tenant, found: DodoSubscription, plan: str) -> None:
-        """Claw back, of the allowance of a period that was cut short, the share of the period that was left.
+    async def _take_what_was_overspent(
+        self, before: Tenant, found: DodoSubscription, sold: Terms, catalog: Catalog
+    ) -> None:
+        """Where a period is cut short, take from the new allowance what was spent of the old one beyond its share.
 
-        Dodo takes that share of the fee off the next one. What was spent of the allowance already is a debt.
+        Dodo takes the share of the fee that was left off the new one. What the new allowance does not cover is a debt.
         """
-        one = before.subscription
+        one, now = before.subscription, self._clock()
         if one is None or one.id != found.id or one.sold is None or one.status is SubscriptionStatus.PENDING:
             return
         left_ms, length_ms = one.period_end_ms - found.period_start_ms, one.period_end_ms - one.period_start_ms
-        credit = allowance_of(one.sold, one.id, one.period_start_ms, one.period_end_ms)
-        is_changed = left_ms < length_ms or (left_ms == length_ms and plan != one.plan)
-        if credit is None or left_ms <= HOUR_MS or not is_changed:
+        old = allowance_of(one.sold, one.id, one.period_start_ms, one.period_end_ms)
+        is_changed = left_ms < length_ms or (left_ms == length_ms and sold.plain_name != one.plan)
+        if old is None or left_ms <= HOUR_MS or not is_changed:
             return
-        source, share = f"plan_change:{one.id}:{one.period_start_ms}", divide_up(credit.amount * left_ms, length_ms)
-        with suppress(SourceReused):  # an earlier change took it back, after which we crashed
-            await self._ledger.claw_back(clawback_of(source, before.id, credit, share))
+        share = divide_up(old.amount * left_ms, length_ms)
+        account = await self._ledger.account(before.id, funding_for(before, plan_of(before, catalog), now))
+        over = share if account.allowance is None else max(0, share - max(0, account.allowance.remaining))
+        source = f"plan_change:{one.id}:{one.period_start_ms}"
+        if new := allowance_of(sold, found.id, found.period_start_ms, found.period_end_ms):
+            taken = min(new.amount, worth_of(over, old, new))
+            await self._take_once(f"{source}:{found.period_start_ms}:{sold.plain_name}", before, new, taken)
+            over = max(0, over - worth_of(taken, new, old))
+        await self._take_once(source, before, old, over)
+
+    async def _take_once(self, source: str, tenant: Tenant, credit: PurchasedCredit, amount: int) -> None:
+        if amount:
+            with suppress(SourceReused):  # an earlier try took it, after which we crashed
+                await self._ledger.claw_back(clawback_of(source, tenant.id, credit, amount))
 
     async def _end_second(self, second: DodoSubscription, first: Subscription) -> Tenant:
         """Ask Dodo whether the first is live indeed. If it ended unnoticed, the second counts."""
