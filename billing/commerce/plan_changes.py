@@ -74,7 +74,9 @@ class _Target:
 
     @property
     def is_made(self) -> bool:
-        return self.found.product_id == self.product_id
+        """Is it the plan of now? At other terms too, where that takes back the change that is scheduled."""
+        takes_back = self.found.scheduled_product_id not in ("", self.product_id)
+        return self.found.product_id == self.product_id or (takes_back and self.terms.name == self.current.name)
 
     @property
     def is_at_period_end(self) -> bool:

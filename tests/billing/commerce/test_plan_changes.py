@@ -255,6 +255,17 @@ async def test_scheduled_change_is_taken_back_by_asking_for_the_plan_of_now(shop
     assert renewal["total_amount"] == 5_000
 
 
+async def test_scheduled_change_is_taken_back_for_nothing_at_other_terms(shop: World) -> None:
+    """Team costs more since: whoever takes back the change to pro goes on paying what was agreed."""
+    await begin(shop, "team")
+    await change(shop, "pro")
+    await sell(shop, PLANS | {"team": PLANS["team"] | {"monthly_price": "70"}})
+    charged = len(await items(shop, "/payments"))
+    assert (await change(shop, "team")).state is ChangeState.UNCHANGED
+    assert len(await items(shop, "/payments")) == charged
+    assert (await change(shop, "team")).state is ChangeState.CHANGED, "asked again, it comes to the terms of now"
+
+
 async def test_later_change_takes_the_place_of_a_scheduled_one(shop: World) -> None:
     await begin(shop, "pro")
     await change(shop, "payg")
