@@ -9,6 +9,7 @@ FOREIGN = "tests/billing/commerce/test_foreign.py"
 NEWCOMERS = "tests/billing/commerce/test_newcomers.py"
 CHANGES = "tests/billing/commerce/test_plan_changes.py"
 WATCH = "tests/billing/commerce/test_price_watch.py"
+STORY = "tests/test_commerce_story.py"
 SYNC = "tests/billing/commerce/test_sync.py"
 TERMS = "tests/billing/commerce/test_terms.py"
 BUDGET = "tests/billing/dodo/test_call_budget.py"
@@ -193,11 +194,25 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{FEES}::test_won_dispute_gives_back_to_the_pack_that_had_paid",
     ),
     Mutant(
-        "an upgrade leaves the old allowance whole",
+        "an upgrade takes nothing of what was overspent",
         "commerce/subscriptions.py",
-        "await self._take_back_unused(before, found, sold.plain_name)",
+        "await self._take_what_was_overspent(before, found, sold, catalog)",
         "pass",
-        f"{CHANGES}::test_upgrade_takes_back_the_allowance_whose_fee_is_taken_off",
+        f"{CHANGES}::test_upgrade_takes_what_was_overspent_from_the_new_allowance",
+    ),
+    Mutant(
+        "an upgrade takes what was left of the old allowance as well",
+        "commerce/subscriptions.py",
+        "max(0, share - max(0, account.allowance.remaining))",
+        "share",
+        STORY,
+    ),
+    Mutant(
+        "what the new allowance does not cover is forgotten",
+        "commerce/subscriptions.py",
+        "await self._take_once(source, before, old, over)",
+        "pass",
+        f"{CHANGES}::test_overspent_allowance_that_the_new_plan_does_not_cover_is_a_debt",
     ),
     Mutant(
         "a cheaper plan counts at once",

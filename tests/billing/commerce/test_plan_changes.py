@@ -103,8 +103,8 @@ async def test_upgrade_counts_at_once_and_bills_usage_once(shop: World) -> None:
 
 
 @pytest.mark.parametrize("spent", ["", "2", "10"])
-async def test_upgrade_takes_back_the_allowance_whose_fee_is_taken_off(shop: World, spent: str) -> None:
-    """A day of the period has passed, so nearly all of the old fee is credited: what was spent beyond is a debt."""
+async def test_upgrade_takes_what_was_overspent_from_the_new_allowance(shop: World, spent: str) -> None:
+    """A day of the period has passed, so nearly all of the old fee is credited: what was spent beyond comes off."""
     old = await begin(shop, "pro")
     if spent:
         await spend(shop, spent)
@@ -115,6 +115,29 @@ async def test_upgrade_takes_back_the_allowance_whose_fee_is_taken_off(shop: Wor
     taken = divide_up(10 * USD * (old.period_end_ms - made.effective_at_ms), length)
     debt = max(0, int(spent or "0") * USD - (10 * USD - taken))
     assert (await account(shop)).balance_nanos == 30 * USD - debt
+    assert (await reconcile(shop)).is_clean
+
+
+@pytest.mark.parametrize(("plan", "brings"), [("pro", 10), ("payg", 0)])
+async def test_overspent_allowance_that_the_new_plan_does_not_cover_is_a_debt(
+    shop: World, plan: str, brings: int
+) -> None:
+    """In Dodo's portal a cheaper plan may count at once, with the rest of the old fee given back."""
+    old = await begin(shop, "team")
+    await spend(shop, "30")
+    shop.clock.move(DAY)
+    asked = {
+        "product_id": await shop.product(f"plan:{plan}"),
+        "quantity": 1,
+        "proration_billing_mode": "prorated_immediately",
+    }
+    (await shop.operator.post(f"/subscriptions/{old.id}/change-plan", json=asked, headers=AUTH)).raise_for_status()
+    for copy in range(2):
+        changed = delivery("subscription.plan_changed", {"subscription_id": old.id}, f"msg_{copy}")
+        assert (await shop.webhooks().receive(*changed)).outcome is Outcome.APPLIED
+    left_ms = old.period_end_ms - (await subscription(shop)).period_start_ms
+    over = divide_up(30 * USD * left_ms, old.period_end_ms - old.period_start_ms)
+    assert (await account(shop)).balance_nanos == brings * USD - over
     assert (await reconcile(shop)).is_clean
 
 

@@ -58,7 +58,7 @@ async def test_names_have_no_control_characters(harness: Harness, manager: str, 
         await harness.client.post("/admin/tenants/acme/keys", json={"name": name}, headers=admin),
         await own(harness, manager, "POST", name=name),
     ):
-        assert "control characters: leave them out" in str(assert_problem(reply, 400, "invalid_request"))
+        assert "control characters are refused: leave them out" in str(assert_problem(reply, 400, "invalid_request"))
     assert (await harness.client.get("/admin/tenants/globex", headers=admin)).status_code == 404
 
 
