@@ -89,7 +89,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "false and 0 or",
     ),
     Mutant("own credit counts as others'", "waterfall.lua", " - drawn_from(draws, b.id)", ""),
-    Mutant("what pays a debt is drawn", "waterfall.lua", "policy.keeps_debts and money_in", "false and money_in"),
+    Mutant(
+        "what pays a debt is drawn",
+        "waterfall.lua",
+        "policy.keeps_debts and money_in",
+        "false and money_in",
+        "tests/billing/ledger/test_extension.py",
+    ),
     Mutant("a debt expires", "waterfall.lua", "b.is_line or b.remaining < 0 or policy.own", "b.is_line or policy.own"),
     Mutant(
         "a left plan's allowance is drawn",
@@ -192,7 +198,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "nil",
         RULES,
     ),
-    Mutant("a late checkpoint takes progress back", "checkpoint.lua", "request.list >= tonumber(hold.list)", "true"),
+    Mutant(
+        "a late checkpoint takes progress back",
+        "checkpoint.lua",
+        "request.list >= tonumber(hold.list)",
+        "true",
+        EXPIRY,
+    ),
     Mutant("credit never expires", "buckets.lua", "b.expires == 0 or b.expires > gateway_now", "true"),
     Mutant(
         "credit that ends first is drawn last",
