@@ -94,7 +94,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "waterfall.lua",
         "policy.keeps_debts and money_in",
         "false and money_in",
-        "tests/billing/ledger/test_extension.py",
+        EXPIRY,
     ),
     Mutant("a debt expires", "waterfall.lua", "b.is_line or b.remaining < 0 or policy.own", "b.is_line or policy.own"),
     Mutant(
