@@ -3,9 +3,11 @@
 import asyncio
 import random
 from itertools import permutations
+from unittest.mock import AsyncMock
 
 import pytest
 
+from billing.commerce import payments
 from billing.commerce.inbox import Outcome
 from billing.notices.log import Notices
 from billing.notices.notice import NoticeKind
@@ -140,7 +142,13 @@ async def double_with_pack(world: World) -> dict[str, object]:
     return both
 
 
-async def test_pack_bought_together_with_a_second_subscription_is_kept(world: World) -> None:
+@pytest.mark.parametrize("are_lines_clear", [True, False])
+async def test_pack_bought_together_with_a_second_subscription_is_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch, are_lines_clear: bool
+) -> None:
+    """Our own refund is known by its reason, also where Dodo's invoice does not say what was refunded."""
+    if not are_lines_clear:
+        monkeypatch.setattr(payments, "refunded_lines", AsyncMock(return_value=()))
     both = await double_with_pack(world)
     await world.webhooks().receive(*delivery("payment.succeeded", both, "msg_2"))
     assert await refunds(world) == [(both["payment_id"], FEE)]
