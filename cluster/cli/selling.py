@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import typer
 
-from billing.commerce.sync import SyncReport
+from billing.commerce.sync import WEBHOOK, SyncReport
 from billing.dodo.errors import DodoUnavailable
 from cluster.cli.output import Table, out, table
 from cluster.local.dodo_products import missing_products, sync_products
@@ -39,7 +39,7 @@ def make_at_dodo(config: ServeConfig, env: Mapping[str, str], is_agreed: bool) -
     _agree(env, is_agreed)
     created = sync_products(config, env)
     out.print(f"created at Dodo: {', '.join(created.created)}")
-    if created.webhook_secret and env.get("FAREBOX_DODO_ENVIRONMENT", SANDBOX) != SANDBOX:
+    if WEBHOOK in created.created and env.get("FAREBOX_DODO_ENVIRONMENT", SANDBOX) != SANDBOX:
         out.print("set DODO_PAYMENTS_WEBHOOK_KEY to the secret that Dodo's dashboard shows for this webhook")
     return created
 

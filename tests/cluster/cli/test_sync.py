@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 from billing.catalog.catalog import Catalog
 from cluster.cli import selling
 from cluster.cli.main import app
+from cluster.cli.target import Target
 from cluster.dodo_sandbox.server import SandboxServer
 from cluster.local import configuration, dodo_products
 from cluster.local.environment import SANDBOX
+from cluster.local.launch import LaunchError
 from cluster.local.settings import Settings
 from cluster.local.state import Home
 from tests.support.cli import write_healthy_run
@@ -63,3 +65,18 @@ def test_sync_does_not_ask_without_need(sandbox: SandboxServer, monkeypatch: pyt
     monkeypatch.setattr(selling, "LIVE", SANDBOX)
     assert "created at" in runner.invoke(app, ["dodo", "sync", "--yes"]).output
     assert "live mode" not in runner.invoke(app, ["dodo", "sync"]).output
+
+
+def test_without_dodo_only_what_was_created_before_is_deployable(
+    sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prices cannot be compared, and what is missing cannot be created."""
+    target = Target.find(Settings.from_env())
+    assert selling.make_at_dodo({"applications": []}, target.environment, is_agreed=False) is not None
+    away = {**target.environment, "DODO_PAYMENTS_BASE_URL": "http://127.0.0.1:9"}
+    assert selling.make_at_dodo({"applications": []}, away, is_agreed=False) is None
+    assert "not compared with Dodo" in capsys.readouterr().out
+    dearer = CATALOG | {"packs": {"small": {"price": "6", "grants": {"usd": "5"}, "expires_days": 30}}}
+    monkeypatch.setattr(dodo_products, "catalog_of", lambda config: Catalog.model_validate(dearer))
+    with pytest.raises(LaunchError, match="pack:small. Deploy again when Dodo answers"):
+        selling.make_at_dodo({"applications": []}, away, is_agreed=False)
