@@ -19,13 +19,14 @@ number says in words what that is, after ``returns``. A declaration goes on in l
 """
 
 import re
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TypeVar, cast
 
 from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
 
 from billing.store.schema import FENCE, fence_of
 
@@ -92,7 +93,7 @@ class Script:
     """One script of the store."""
 
     def __init__(self, redis: Redis, name: str) -> None:
-        self._header = header_of(name)
+        self._redis, self._header = redis, header_of(name)
         self._plain = redis.register_script(source(name))
         self._fenced = redis.register_script(FENCE + source(name)) if self._header.does_write else None
         self._keys, self._args = _Order(name, self._header.keys), _Order(name, self._header.args)
@@ -109,13 +110,16 @@ class Script:
         """Run it for the number that it returns. Raises TypeError as ``reply`` does."""
         return int(cast(int, await self._run(keys, args)))
 
-    def _run(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument]) -> Awaitable[object]:
-        names = self._keys.keys(keys)
+    async def _run(self, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, Argument]) -> object:
+        names, script = self._keys.keys(keys), self._plain
         words = self._args.words(args)
         if self._fenced is not None and (fence := fence_of(names[0])):
             names.append(fence)
-            return cast(Awaitable[object], self._fenced(keys=names, args=words))
-        return cast(Awaitable[object], self._plain(keys=names, args=words))
+            script = self._fenced
+        try:
+            return cast(object, await self._redis.evalsha(script.sha, len(names), *names, *words))
+        except NoScriptError:
+            return cast(object, await script(keys=names, args=words))  # loads it first
 
 
 class _Order:
