@@ -49,7 +49,7 @@ def format_usd(nanos: int, decimals: int = 6) -> str:
 def share_of(amount: int, part: int, whole: int) -> int:
     """The share of ``amount`` that ``part`` is of ``whole``, rounded to the nearest unit and half up; 0 of nothing.
 
-    For what somebody else rounded, as Dodo does a refund's tax: no charge of ours.
+    For amounts that Dodo has rounded, such as a refund's tax. A charge of ours is never divided by this.
     """
     assert 0 <= part <= whole, "a share is at most the whole"
     return (2 * amount * part + whole) // (2 * whole) if whole else 0

@@ -30,7 +30,7 @@ READ = 1_000
 SLACK_MS = 3 * 24 * 3_600_000
 """Dodo's lines are asked for from so long before the newest that is booked."""
 
-NOBODY = TenantId("")
+NO_TENANT = TenantId("")
 """In place of a tenant, where an entry is of none."""
 
 log = logging.getLogger("farebox.billing.commerce.cash")
@@ -79,7 +79,7 @@ class Entry:
     settled_currency: str
     at_ms: int
     """Dodo's time."""
-    tenant: TenantId = NOBODY
+    tenant: TenantId = NO_TENANT
     payment_id: str = ""
     what: str = ""
     """Of a payment: ``pack``, ``fee``, ``usage`` and ``foreign``, joined by ``+``; of Dodo's lines: its own word.

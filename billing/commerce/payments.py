@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from billing.commerce.allowances import Periods, allowance_of, clawback_of
-from billing.commerce.cash import NOBODY, CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry, sold_for
+from billing.commerce.cash import NO_TENANT, CashBook, Fee, Kind, dispute_entry, payment_entry, refund_entry, sold_for
 from billing.commerce.context import Commerce
 from billing.commerce.dodo_ids import id_of
 from billing.commerce.doubles import subscription_in
@@ -93,12 +93,12 @@ class Payments:
         return [(Fee(subscription_id, starts_ms, ends_ms), Nanos(sold.price if sold else 0))]
 
     async def _owner(self, payment: Payment) -> TenantId:
-        """Whose payment it is: the tenant that a person booked it for, or the customer's; ``NOBODY`` where none is."""
+        """Whose payment it is: the tenant that a person booked it for, or the customer's, or ``NO_TENANT``."""
         known = await self._inbox.purchase(payment.id)
         if known and known[0].tenant:
             return TenantId(known[0].tenant)
         tenant = await self._tenants.by_customer(payment.customer_id)
-        return NOBODY if tenant is None else tenant.id
+        return NO_TENANT if tenant is None else tenant.id
 
     async def _complete(self, payment: Payment) -> Payment:
         """Itself, or as Dodo has it now, where it does not say that it succeeded or what it is for."""
@@ -275,7 +275,7 @@ class Payments:
         made ourselves, as its reason says, is of one subscription's fee and takes that allowance.
 
         Raises:
-            NotOurs: nothing that was paid for is ours, and nobody has booked it.
+            NotOurs: nothing that was paid for is ours, and no person has booked it.
         """
         credits_ = await self._inbox.purchase(payment.id)
         if credits_ is None:

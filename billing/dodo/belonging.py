@@ -1,6 +1,6 @@
 """Which of Dodo's environments a store belongs to: the one whose ids of customers, products and events it has.
 
-Dodo's sandbox, test mode and live mode share no id, so a store that is used with another one would charge nobody.
+Dodo's sandbox, test mode and live mode share no id: a store that is used with another one would charge no customer.
 """
 
 from redis.asyncio import Redis

@@ -33,6 +33,8 @@ class Leases:
         self._ledger, self._on_lost = ledger, on_lost
         self._checkpoint_s, self._expire_s = checkpoint_s, expire_s
         self._open: dict[RequestId, Progress] = {}
+        self.failures = 0
+        """Rounds of renewal or expiry that an unexpected error ended."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -78,6 +80,7 @@ class Leases:
             except StoreUnavailable as error:
                 logger.warning("%d leases were not renewed: %s", len(self._open), error)
             except Exception:
+                self.failures += 1
                 logger.exception("%d leases were not renewed", len(self._open))
 
     async def _expire_for_ever(self) -> None:
@@ -89,4 +92,5 @@ class Leases:
             except StoreUnavailable as error:
                 logger.warning("expired holds wait: %s", error)
             except Exception:
+                self.failures += 1
                 logger.exception("expired holds wait")

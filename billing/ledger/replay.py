@@ -69,6 +69,8 @@ class Replay:
         self._identify, self._verify = identify, verify
         self._identity: frozenset[str] | None = None
         self._refusal: StoreRefused | None = None
+        self.failures = 0
+        """Looks at the store that an unexpected error ended."""
 
     async def run(self) -> None:
         """Watch until cancelled. Neither an absent store nor an unexpected error ends it."""
@@ -80,6 +82,7 @@ class Replay:
             except StoreUnavailable as error:
                 logger.warning("%d movements may have to be sent again: %s", len(self._recent), error)
             except Exception:
+                self.failures += 1
                 logger.exception("%d movements may have to be sent again", len(self._recent))
 
     def check(self) -> None:

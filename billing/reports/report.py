@@ -1,7 +1,7 @@
 """The owner's figures of a span of time: revenue, cost and margin by plan, adapter and tenant, and churn.
 
 Pure: from records, tenants and catalogs to rows. Money is what was earned by use; ``billing.reports.statement`` has
-what was paid in. A span that is over is never told differently: what is known only of now stands in no past span.
+what was paid in. The report of a span that is over never changes: what is known only of now is left out of it.
 """
 
 from collections import Counter, defaultdict

@@ -60,7 +60,7 @@ class Month:
     expired: int
     """Credit that was sold and ended unused, in packs and in periods of subscriptions."""
     given: int
-    """Use of credit that nobody paid for, at list price. Not earned."""
+    """Use of credit that was given away, at list price. Not earned."""
     # What there is at the end.
     deferred: int
     """Sold, not yet used, not expired."""

@@ -125,7 +125,7 @@ def one_line(text: Text) -> Text:
 
 
 def _is_terminal(console: Console) -> bool:
-    """Whether somebody looks at lines of a certain width. ``FORCE_COLOR`` makes no terminal of a pipe."""
+    """Whether the output is a terminal, whose lines have a width. ``FORCE_COLOR`` makes no terminal of a pipe."""
     return console.is_terminal and (console.file.isatty() or os.environ.get("TTY_COMPATIBLE") == "1")
 
 

@@ -45,7 +45,7 @@ def make_at_dodo(config: ServeConfig, env: Mapping[str, str], is_agreed: bool) -
 
 
 def _agree(env: Mapping[str, str], is_agreed: bool) -> None:
-    """In live mode, ask. Raises typer.Abort for a no, and where nobody answers."""
+    """In live mode, ask. Raises typer.Abort for a no, and where there is no answer."""
     if env.get("FAREBOX_DODO_ENVIRONMENT") == LIVE and not is_agreed:
         typer.confirm("This is Dodo's live mode. Create them? (--yes says yes beforehand)", abort=True)
 

@@ -53,7 +53,7 @@ def _by_memory(replica_pids: tuple[int, ...]) -> list[Limit]:
 
 
 def _own_bytes(pid: int) -> int:
-    """Memory that a process shares with no other; 0 if it has ended or belongs to somebody else."""
+    """Memory that a process shares with no other; 0 if it has ended or belongs to another user."""
     try:
         return int(psutil.Process(pid).memory_full_info().uss)
     except psutil.Error:

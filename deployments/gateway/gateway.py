@@ -193,6 +193,7 @@ class Gateway:
         while True:
             await asyncio.sleep(self.config.checkpoint_s)
             try:
+                self.parts.metrics.task_failures(self.leases.failures + self.parts.replay.failures)
                 self.parts.metrics.publish()
                 if self._running:
                     deadlines: dict[str, float] = dict.fromkeys(self._running, self.config.lease_s)

@@ -29,6 +29,9 @@ class GatewayMetrics:
         self._unreadable = Gauge(
             "farebox_spool_unreadable_settles", "Settlements on this machine's disk that cannot be read"
         )
+        self._task_failures = Gauge(
+            "farebox_gateway_task_failures", "Rounds of a gateway's background tasks that an unexpected error ended"
+        )
         self._open = Gauge("farebox_open_holds", "Holds that this gateway has open")
         self._first = Histogram("farebox_time_to_first_token_seconds", "From the hold to the first token", SECONDS)
         self._unpublished: defaultdict[tuple[Counter, tuple[tuple[str, str], ...]], int] = defaultdict(int)
@@ -67,6 +70,9 @@ class GatewayMetrics:
         self._waiting.set(waiting)
         self._refused.set(refused)
         self._unreadable.set(unreadable)
+
+    def task_failures(self, count: int) -> None:
+        self._task_failures.set(count)
 
     def open_holds(self, count: int) -> None:
         self._open_holds = count

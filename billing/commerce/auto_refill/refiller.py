@@ -142,7 +142,7 @@ class Refiller:
         if payment.status == "succeeded":
             await self._payments.succeeded(payment)
             cents = payment.total_amount if payment.currency in ("USD", "") else attempt.cents
-            # The notice comes first: once the attempt has ended, nobody asks about it again.
+            # The notice comes first: an attempt that has ended is not followed again.
             paid = attempt.model_copy(update={"cents": cents})
             await self._record(NoticeKind.REFILL_SUCCEEDED, tenant.id, paid, payment_id=payment.id)
             await self._refills.change(tenant.id, lambda refill: refill.succeeded(attempt.id, cents, self._clock()))

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from unittest.mock import AsyncMock
 
+import pytest
 from redis.asyncio import Redis
 
 from billing.ledger.account import Progress
@@ -115,3 +117,19 @@ async def test_a_bug_stops_neither_renewal_nor_expiry(ledger: Ledger, store: Red
     (expired,) = await records(store)
     assert (expired.request_id, expired.status) == ("req_left", Status.EXPIRED)
     assert (await ledger.account(ACME)).open_holds == 1
+
+
+async def test_unexpected_errors_are_counted_and_end_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renewal and expiry go on, each error counted for the gateway's metric."""
+    await ledger.grant(money(100_000))
+    await ledger.hold(request())
+    monkeypatch.setattr(ledger, "checkpoint", AsyncMock(side_effect=[ValueError("of ours"), frozenset(["req_1"])]))
+    monkeypatch.setattr(ledger, "expire", AsyncMock(side_effect=ValueError("of ours")))
+    lost = Lost()
+    leases = Leases(ledger, lost, checkpoint_s=0.01, expire_s=10)
+    leases.update(progress())
+    await running_for(leases, 0.2)
+    assert (leases.failures, lost.ids) == (1, {"req_1"})
+    expiring = Leases(ledger, lost, checkpoint_s=10, expire_s=0.01)
+    await running_for(expiring, 0.2)
+    assert expiring.failures > 1
